@@ -1,0 +1,1 @@
+"""Adapting, merging and probing trained networks."""

@@ -1,0 +1,1 @@
+"""Backdoor attacks, detectors and defences."""

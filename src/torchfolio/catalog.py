@@ -1,0 +1,1 @@
+"""What exists: the papers, their metadata and claims, readable without torch."""

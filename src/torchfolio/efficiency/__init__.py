@@ -1,0 +1,1 @@
+"""Smaller, growing and switchable networks."""

@@ -1,0 +1,1 @@
+"""One module per paper that measures its claims."""

@@ -1,0 +1,1 @@
+"""Layers that replace a standard one."""

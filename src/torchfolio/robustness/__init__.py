@@ -1,0 +1,1 @@
+"""Adversarial attacks, bounds and the verifiers that use them."""

@@ -1,0 +1,1 @@
+"""Spiking neural networks and the rules that train them."""

@@ -1,0 +1,1 @@
+"""What is added to ordinary training: noise, guidance, distillation, selection."""
