@@ -1,0 +1,390 @@
+"""AugLocal: local learning with auxiliary networks built from the layers that follow.
+
+Chenxiang Ma, Jibin Wu, Chenyang Si, Kay Chen Tan, "Scaling Supervised Local Learning with Augmented Auxiliary
+Networks", ICLR 2024, https://arxiv.org/abs/2402.17318.
+
+Every hidden layer is trained by a loss of its own, so no backward pass crosses layers. What makes it work on
+tens of layers is the auxiliary network: a small stack that copies the *architecture* of a few of the layers that
+follow, spread evenly to the end of the network, and that is shallower the deeper its host layer lies.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torchfolio.local.local_model import (
+    ClassifierHead,
+    GlobalPool,
+    LocalHead,
+    LocalRule,
+    Loss,
+    Network,
+    Shape,
+    trace_shapes,
+    width,
+)
+from torchfolio.measure import count_flops
+from torchfolio.models import BasicBlock
+
+__all__ = ["AugLocal", "AuxiliaryPlan", "auxiliary_depths", "copy_architecture", "select_layers"]
+
+AuxFactory = Callable[[int, nn.Module, Shape, Shape], nn.Module]
+Selection = Literal["uniform", "sequential", "repetitive"]
+
+
+def auxiliary_depths(n_layers: int, aux_depth: int, tau: float = 0.5) -> list[int]:
+    """Depth of the auxiliary network of every layer that has one, by pyramidal decay:
+
+    $$d_l = \\max\\bigl(1, \\operatorname{round}(D(1 - \\tau r_l) + \\tau r_l)\\bigr), \\qquad r_l = l / (K' - 2),$$
+
+    for $l = 0, \\dots, K'-2$ with $K' = L - D$ local modules. $D = 0$ gives zeros: a pooled linear head each.
+
+    Args:
+        n_layers: number of hidden layers $L$.
+        aux_depth: maximal depth $D$.
+        tau: pyramid coefficient $\\tau$; 0 keeps the depth constant.
+    """
+    modules = n_layers - aux_depth
+    if aux_depth == 0:
+        return [0] * (modules - 1)
+    span = max(modules - 2, 1)  # with two modules there is one auxiliary network, at r = 0
+    ratios = [l / span for l in range(modules - 1)]
+    return [max(1, round(aux_depth * (1 - tau * r) + tau * r)) for r in ratios]
+
+
+def select_layers(layer: int, depth: int, n_layers: int, selection: Selection = "uniform") -> list[int]:
+    """Indices of the layers whose architecture the auxiliary network of `layer` copies.
+
+    - `"uniform"`: $i_j = \\operatorname{round}(l + j (L - 1 - l) / d)$, $j = 1, \\dots, d$ (half to even), so the
+      last one is always $L - 1$; all of $l + 1, \\dots, L - 1$ when there are no more than $d$.
+    - `"sequential"`: $l + 1, \\dots, l + d$.
+    - `"repetitive"`: $L - 1$, $d$ times.
+    """
+    left = n_layers - 1 - layer
+    if selection == "repetitive":
+        return [n_layers - 1] * depth
+    if depth >= left:
+        return list(range(layer + 1, n_layers))
+    if selection == "sequential":
+        return list(range(layer + 1, layer + 1 + depth))
+    return [round(layer + j * left / depth) for j in range(1, depth + 1)]
+
+
+@dataclass(frozen=True)
+class AuxiliaryPlan:
+    """How the auxiliary network of one layer is built.
+
+    Attributes:
+        layer: index of the host layer.
+        selected: indices of the layers copied.
+        shapes: shape of the features after each copied layer, without the batch; strides are the ratios of
+            consecutive resolutions.
+        parameters: number of weights of the auxiliary network, its classifier included.
+        flops: floating-point operations of its forward pass for one example (two for a multiply-add).
+    """
+
+    layer: int
+    selected: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    parameters: int
+    flops: int
+
+    @property
+    def depth(self) -> int:
+        """Number of copied layers."""
+        return len(self.selected)
+
+
+class AugLocal(LocalRule):
+    """Train every layer by the loss of an auxiliary network made of the layers that follow.
+
+    With $L$ hidden layers and maximal depth $D$ there are $K' = L - D$ modules. Module $l < K' - 1$ is layer
+    $f_l$ with an auxiliary network $a_l$ of fresh weights,
+
+    $$h_l = f_l(\\operatorname{sg}[h_{l-1}]), \\qquad \\ell_l = \\mathrm{CE}(a_l(h_l), y);$$
+
+    the last module is $f_{K'-1}, \\dots, f_{L-1}$ and the classifier, trained by the output loss. The backward
+    pass of $\\ell_l$ runs as soon as it is known and frees the graph of $f_l$ and $a_l$. Inference uses the user's
+    network alone.
+
+    The auxiliary network copies the type of the layers that `select_layers` names, at their widths, and halves
+    the resolution where widths double (at most once a layer; leftover halvings fall to the global pool). It ends
+    in a global average pool, a batch norm if it is no deeper than one layer, and a linear classifier.
+
+    Args:
+        aux_depth: maximal auxiliary depth $D$. 0 is greedy learning with linear heads; $L - 1$ is backprop.
+        tau: pyramid coefficient $\\tau$ in [0, 1]; 0 keeps all auxiliary networks at depth $D$.
+        selection: which layers are copied: `"uniform"`, `"sequential"` or `"repetitive"`.
+        widen: factor on the widths of the auxiliary layers.
+        head_norm: batch norm before the classifier of auxiliary networks no deeper than one layer (the paper
+            leaves it out on ImageNet).
+        aux_factory: `(index, layer, in_shape, out_shape) -> nn.Module` builds the copy of one layer in place of
+            `copy_architecture`. Shapes are those of one example, without the batch.
+        blocks: see `LocalRule`.
+        loss: criterion on (logits `[B, C]`, targets).
+
+    Raises:
+        ValueError: on settings out of range, and in `prepare` if $D > L - 1$.
+
+    Shapes:
+        Any network of sequential layers that ends in `[B, C]`; features may be maps `[B, C, H, W]`, tokens
+        `[B, T, D]` or vectors `[B, D]`.
+
+    Example:
+        >>> result = fit(resnet20(), train, rule=AugLocal(aux_depth=3), epochs=5)
+
+    Reference:
+        Ma et al., ICLR 2024, section 3. Depths and uniform selection follow the paper's released code, the
+        strides too where widths double; at other width ratios the traced resolutions decide.
+    """
+
+    def __init__(
+        self,
+        aux_depth: int = 2,
+        *,
+        tau: float = 0.5,
+        selection: Selection = "uniform",
+        widen: float = 1.0,
+        head_norm: bool = True,
+        aux_factory: AuxFactory | None = None,
+        blocks: int | Sequence[str] | None = None,
+        loss: Loss = F.cross_entropy,
+    ) -> None:
+        super().__init__(blocks=blocks, loss=loss)
+        if not isinstance(aux_depth, int) or aux_depth < 0:
+            raise ValueError(f"expected aux_depth to be a whole number of at least 0, got {aux_depth!r}")
+        if not 0 <= tau <= 1:
+            raise ValueError(f"expected tau between 0 and 1, got {tau!r}")
+        if selection not in ("uniform", "sequential", "repetitive"):
+            raise ValueError(f"expected selection to be uniform, sequential or repetitive, got {selection!r}")
+        if widen <= 0:
+            raise ValueError(f"expected widen above 0, got {widen!r}")
+        self.aux_depth = aux_depth
+        self.tau = tau
+        self.selection: Selection = selection
+        self.widen = widen
+        self.head_norm = head_norm
+        self.aux_factory = aux_factory
+        self.plan: list[AuxiliaryPlan] = []
+
+    def isolate(self, network: Network) -> tuple[list[nn.Module], list[LocalHead]]:
+        network = network.merged()
+        n_layers = len(network.layers)
+        if self.aux_depth > n_layers - 1:
+            raise ValueError(
+                f"aux_depth {self.aux_depth} leaves no local layer in a network of {n_layers} hidden layers; "
+                f"expected at most {n_layers - 1}, which is plain backprop"
+            )
+        if self.aux_depth == n_layers - 1:
+            warnings.warn(f"aux_depth {self.aux_depth} on {n_layers} hidden layers is plain backprop", stacklevel=3)
+        depths = auxiliary_depths(n_layers, self.aux_depth, self.tau)
+        heads: list[LocalHead] = []
+        self.plan = []
+        for l, depth in enumerate(depths):
+            selected = select_layers(l, depth, n_layers, self.selection)
+            net, shapes = self._auxiliary(network, l, selected)
+            self._check(net, network, l)
+            heads.append(ClassifierHead(net, self.loss))
+            self.plan.append(_describe(l, selected, shapes, net, network.shapes[l]))
+        local = len(depths)
+        return [*network.layers[:local], nn.Sequential(*network.layers[local:], network.head)], heads
+
+    def auxiliary_plan(self) -> pd.DataFrame:
+        """The auxiliary networks of the prepared model, a row for each: layers copied, widths, weights, FLOPs."""
+        if self.model is None:
+            raise RuntimeError("call prepare(model, example) before auxiliary_plan")
+        rows = [
+            {
+                "layer": plan.layer,
+                "depth": plan.depth,
+                "selected": plan.selected,
+                "shapes": plan.shapes,
+                "parameters": plan.parameters,
+                "flops": plan.flops,
+            }
+            for plan in self.plan
+        ]
+        return pd.DataFrame(rows, columns=["layer", "depth", "selected", "shapes", "parameters", "flops"])
+
+    def _auxiliary(self, network: Network, host: int, selected: Sequence[int]) -> tuple[nn.Sequential, list[Shape]]:
+        """Stack the copies of the selected layers and the classifier."""
+        shape = network.shapes[host]
+        # The width before widening drives the halvings, so that a wide auxiliary network downsamples alike.
+        reference, pending = network.shapes[host], 0.0
+        stack: list[nn.Module] = []
+        shapes: list[Shape] = []
+        for index in selected:
+            target = network.shapes[index]
+            pending += halvings(reference, target)
+            stride = 2 if pending >= 1 else 1
+            pending -= stride - 1
+            reference = target
+            out_shape = _out_shape(shape, target, stride, self.widen)
+            layer = network.layers[index]
+            before = network.shapes[index - 1] if index else network.input_shape
+            if self.aux_factory is not None:
+                part = self.aux_factory(index, layer, shape, out_shape)
+            else:
+                part = copy_architecture(layer, before, target, shape, out_shape)
+            out_shape = _probe(part, shape)
+            stack.append(part)
+            shapes.append(out_shape)
+            shape = out_shape
+        stack.append(GlobalPool())
+        if len(selected) <= 1 and self.head_norm:
+            stack.append(nn.BatchNorm1d(width(shape)))
+        stack.append(nn.Linear(width(shape), network.classes))
+        return nn.Sequential(*stack), shapes
+
+    def _check(self, net: nn.Module, network: Network, host: int) -> None:
+        output = _probe(net, network.shapes[host])
+        if output != (network.classes,):
+            raise ValueError(
+                f"the auxiliary network of layer {host} gives {output} for one example, "
+                f"expected ({network.classes},), the network's output"
+            )
+
+
+def halvings(current: Shape, target: Shape) -> float:
+    """How often the resolution should halve between two layers.
+
+    $\\log_2$ of the ratio of widths where that is a power of two of at least 1 (the paper's rule, which holds where
+    a network doubles widths as it halves maps), else of the ratio of the traced resolutions.
+    """
+    if len(current) != 3 or len(target) != 3:
+        return 0.0
+    ratio = math.log2(target[0] / current[0])
+    if ratio >= 0 and ratio == int(ratio):
+        return ratio
+    return max(0.0, math.log2(current[1] / target[1]))
+
+
+def copy_architecture(layer: nn.Module, before: Shape, after: Shape, in_shape: Shape, out_shape: Shape) -> nn.Module:
+    """A layer of the same type with fresh weights, from `in_shape` to `out_shape`.
+
+    Residual blocks, convolutions with norm and activation, and linear layers are rebuilt at the widths asked for.
+    Any other layer is copied as it is with fresh weights; where its own input has another shape than `in_shape`,
+    a 1x1 convolution (or linear layer) and a pool lead there.
+
+    Args:
+        layer: the layer to copy.
+        before: shape of its own input.
+        after: shape of its own output.
+        in_shape: shape that the copy takes.
+        out_shape: shape wanted; layers copied as they are keep their own width.
+
+    Raises:
+        ValueError: if the layer cannot be adapted (features of another rank); pass `aux_factory`.
+    """
+    if isinstance(layer, BasicBlock):
+        return initialize(BasicBlock(in_shape[0], out_shape[0], 2 if in_shape[1] > out_shape[1] else 1, shortcut="B"))
+    if _is_plain(layer, nn.Conv2d) and len(in_shape) == 3:
+        return initialize(_conv_like(layer, in_shape, out_shape))
+    if _is_plain(layer, nn.Linear) and len(in_shape) == len(out_shape):
+        return initialize(_linear_like(layer, in_shape, out_shape))
+    fresh = copy.deepcopy(layer)
+    for module in fresh.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        if hasattr(module, "inplace"):  # its input is needed by the next layer as well
+            module.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+    initialize(fresh)
+    return fresh if in_shape == before else nn.Sequential(_adapter(in_shape, before), fresh)
+
+
+def initialize(module: nn.Module) -> nn.Module:
+    """Convolutions from $N(0, 2 / (k^2 c_{out}))$; norms and linear layers keep PyTorch's defaults."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    return module
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is one weight layer of this kind with norm, activation, pool or dropout around it."""
+    leaves = [m for m in layer.modules() if not list(m.children())]
+    weights = [m for m in leaves if any(True for _ in m.parameters(recurse=False)) and not _is_norm(m)]
+    return isinstance(layer, kind | nn.Sequential) and len(weights) == 1 and isinstance(weights[0], kind)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+def _first(layer: nn.Module, test: Callable[[nn.Module], bool]) -> nn.Module | None:
+    return next((m for m in layer.modules() if test(m)), None)
+
+
+def _activation(layer: nn.Module) -> nn.Module:
+    found = _first(layer, lambda m: type(m).__module__ == "torch.nn.modules.activation" and not any(True for _ in m.children()))
+    if found is None:
+        return nn.ReLU()
+    fresh = copy.deepcopy(found)
+    if hasattr(fresh, "inplace"):
+        fresh.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+    return fresh
+
+
+def _conv_like(layer: nn.Module, in_shape: Shape, out_shape: Shape) -> nn.Module:
+    """Max pool where the resolution falls, 3x3 convolution (or the layer's odd kernel), norm, activation."""
+    conv = _first(layer, lambda m: isinstance(m, nn.Conv2d))
+    assert isinstance(conv, nn.Conv2d)
+    kernel = conv.kernel_size[0] if conv.kernel_size[0] % 2 else 3
+    parts: list[nn.Module] = []
+    if in_shape[1] > out_shape[1]:
+        parts.append(nn.MaxPool2d(2, ceil_mode=True))
+    norm = _first(layer, _is_norm)
+    parts.append(nn.Conv2d(in_shape[0], out_shape[0], kernel, padding=kernel // 2, bias=norm is None))
+    if norm is not None:
+        parts.append(nn.BatchNorm2d(out_shape[0]))
+    return nn.Sequential(*parts, _activation(layer))
+
+
+def _linear_like(layer: nn.Module, in_shape: Shape, out_shape: Shape) -> nn.Module:
+    norm = _first(layer, _is_norm)
+    parts: list[nn.Module] = [nn.Linear(in_shape[-1], out_shape[-1])]
+    if norm is not None:
+        parts.append(nn.BatchNorm1d(out_shape[-1]) if isinstance(norm, nn.BatchNorm1d) else nn.LayerNorm(out_shape[-1]))
+    return nn.Sequential(*parts, _activation(layer))
+
+
+def _adapter(in_shape: Shape, wanted: Shape) -> nn.Module:
+    """From features of one shape to another of the same rank."""
+    if len(in_shape) != len(wanted) or (len(wanted) == 2 and in_shape[0] != wanted[0]):
+        raise ValueError(f"cannot lead features {in_shape} into a layer that takes {wanted}; pass aux_factory to build it")
+    if len(wanted) == 3:
+        project = nn.Conv2d(in_shape[0], wanted[0], 1, bias=False)
+        return project if in_shape[1:] == wanted[1:] else nn.Sequential(nn.AdaptiveAvgPool2d(wanted[1:]), project)
+    return nn.Linear(in_shape[-1], wanted[-1], bias=False)
+
+
+def _out_shape(shape: Shape, target: Shape, stride: int, widen: float) -> Shape:
+    wide = max(1, round(width(target) * widen))
+    if len(shape) == 3:
+        return (wide, *(max(1, -(-side // stride)) for side in shape[1:]))
+    return (*shape[:-1], wide)
+
+
+def _probe(net: nn.Module, shape: Shape) -> Shape:
+    return trace_shapes([net], torch.zeros(2, *shape))[0]
+
+
+def _describe(layer: int, selected: Sequence[int], shapes: Sequence[Shape], net: nn.Module, in_shape: Shape) -> AuxiliaryPlan:
+    parameters = sum(p.numel() for p in net.parameters())
+    training = net.training
+    flops = count_flops(net.eval(), torch.zeros(1, *in_shape))
+    net.train(training)
+    return AuxiliaryPlan(layer, tuple(selected), tuple(shapes), parameters, int(flops))
+
+
