@@ -1,0 +1,86 @@
+"""The learning-rule protocol, and backprop as its ordinary case."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = Sequence[Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class LearningRule(ABC):
+    """How a batch becomes gradients.
+
+    `torchfolio.engine.fit` calls `prepare` once and `step` for every batch; gradients are left in `.grad`, the
+    optimizer's step is not the rule's business. A rule may call backward as often as it likes: gradients are
+    averaged over processes after the step, not by a wrapper around the module.
+    """
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
+        """Get ready to train `model` in place.
+
+        Args:
+            model: the user's network.
+            example: one batch, on the model's device. Only shapes and dtypes matter.
+
+        Returns:
+            The module to train: `model` itself, or one that holds it and whatever is trained beside it. The
+            optimizer gets its parameters and checkpoints hold its state.
+        """
+
+    @abstractmethod
+    def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        """Compute the losses of one batch and call `backward` on them.
+
+        Args:
+            batch: tensors on the model's device, normally (x, y).
+            backward: to be called in place of `loss.backward()`.
+
+        Returns:
+            Named scalars, detached; `"loss"` among them.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beyond the module's, for checkpoints. Tensors, numbers, strings and containers of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+class Backprop(LearningRule):
+    """The gradient of one loss through the whole network.
+
+    Args:
+        loss: criterion on (output, target). `None` takes cross-entropy for integer targets and the mean squared
+            error for others.
+    """
+
+    def __init__(self, loss: Loss | None = None) -> None:
+        self.loss = loss or default_loss
+        self.model: nn.Module | None = None
+
+    def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
+        self.model = model
+        return model
+
+    def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        if self.model is None:
+            raise RuntimeError("call prepare(model, example) before step")
+        *inputs, target = batch
+        loss = self.loss(self.model(*inputs), target)
+        backward(loss)
+        return {"loss": loss.detach()}
+
+
+def default_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy for integer targets, the mean squared error for others."""
+    if not target.is_floating_point():
+        return F.cross_entropy(output, target)
+    return F.mse_loss(output, target.reshape(output.shape) if target.numel() == output.numel() else target)
