@@ -1,0 +1,340 @@
+"""Commands on a network: train one into a bundle, evaluate it."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torchfolio.errors import TorchfolioError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchfolio.data import DataSplits
+    from torchfolio.engine import LearningRule
+
+ALLOW_HELP = "Import path (package.module:name) outside torchfolio that the bundle may use; may be repeated."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(train)
+    app.command(name="eval")(evaluate)
+
+
+def train(
+    model: Annotated[str, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")],
+    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    rule: Annotated[str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")] = "backprop",
+    rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
+    model_set: Annotated[list[str] | None, typer.Option(help="Argument of the network, key=value.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 128,
+    optimizer: Annotated[str, typer.Option(help="sgd (Nesterov momentum 0.9) or adamw.")] = "sgd",
+    lr: Annotated[float, typer.Option(help="Learning rate, the peak of the schedule.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="onecycle, cosine or constant.")] = "onecycle",
+    augment: Annotated[bool, typer.Option(help="Random crops and flips of colour images.")] = True,
+    image_size: Annotated[int | None, typer.Option(help="Side that images are resized to.")] = None,
+    train_size: Annotated[int | None, typer.Option(help="Train on so many examples.")] = None,
+    test_size: Annotated[int | None, typer.Option(help="Test on so many examples.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data, network and order.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed.")] = "32-true",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a network by any learning rule and write it as a bundle.
+
+    Example: torchfolio train --model resnet20 --data cifar10 --rule auglocal --rule-set aux_depth=3 --epochs 5 -o net/
+    """
+    import shutil
+
+    from torchfolio import engine
+    from torchfolio.bundle import Manifest, build, save_bundle
+    from torchfolio.data import load
+
+    # The checkpoints stand beside the bundle, which holds safe weights alone.
+    checkpoints = output.parent / f"{output.name}.training"
+    if checkpoints.exists() and not resume:
+        raise TorchfolioError(f"{checkpoints} holds an interrupted training; pass --resume to go on, or remove it")
+    if resume and not checkpoints.exists():
+        raise TorchfolioError(f"there is nothing to resume: {checkpoints} does not exist")
+    splits = load(data, seed=seed, image_size=image_size, train_size=train_size, test_size=test_size)
+    path, arguments = network_recipe(model, parse_settings(model_set), splits)
+    import torch
+
+    torch.manual_seed(seed)
+    net = build(path, arguments, allow=[path])
+    make_rule = find_rule(rule)
+    settings = parse_settings(rule_set)
+    learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **settings}, f"the rule {rule}")
+    result = engine.fit(
+        net,
+        splits.train,
+        val=splits.val,
+        rule=learning_rule,
+        optimizer=_optimizer(optimizer, lr, weight_decay),
+        scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
+        epochs=epochs,
+        batch_size=batch_size,
+        augment=_augmentation(splits) if augment else None,
+        seed=seed,
+        device=device,
+        precision=precision,
+        checkpoint=checkpoints,
+        resume=resume,
+    )
+    scores = engine.evaluate(net, splits.test)
+    record = {
+        "data": data,
+        "rule": rule,
+        "rule_settings": settings,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "seed": seed,
+        "image_size": image_size,
+        "steps": result.steps,
+        "test": scores,
+    }
+    manifest = Manifest(
+        path,
+        arguments,
+        tuple(splits.shape),
+        tuple(splits.classes),
+        tuple(splits.mean.flatten().tolist()),
+        tuple(splits.std.flatten().tolist()),
+        record,
+    )
+    save_bundle(net, output, manifest)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    _show({"bundle": str(output), **scores}, as_json)
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side that images are resized to; default as in training.")] = None,
+    test_size: Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of subsets.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Read a bundle back and measure it on a data set.
+
+    Example: torchfolio eval net/ --data cifar10
+    """
+    from torchfolio import engine
+    from torchfolio.bundle import load_bundle
+    from torchfolio.data import load
+
+    allow = _here(allow or [])
+    loaded = load_bundle(bundle, allow=allow)
+    if split not in ("train", "val", "test"):
+        raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
+    size = image_size or loaded.manifest.training.get("image_size")
+    splits = load(data, seed=seed, image_size=size, test_size=test_size, normalize=False)
+    if splits.shape != loaded.manifest.input_shape:
+        raise TorchfolioError(f"{bundle} takes inputs of shape {loaded.manifest.input_shape}, {data} has {splits.shape}")
+    if splits.classes and loaded.manifest.classes and len(splits.classes) != len(loaded.manifest.classes):
+        raise TorchfolioError(f"{bundle} tells {len(loaded.manifest.classes)} classes apart, {data} has {len(splits.classes)}")
+    examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
+    scores = engine.evaluate(loaded.model, examples, device=device)
+    _show({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
+
+
+def normalized(examples: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """A tensor data set with its inputs normalised by the constants of a bundle."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    x, *rest = examples.tensors
+    if not mean:
+        return examples
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return TensorDataset((x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape), *rest)
+
+
+def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` pairs; values are Python literals, or strings where they are none.
+
+    Raises:
+        typer.BadParameter: if a pair has no `=`.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise typer.BadParameter(f"expected key=value, got {pair!r}")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return settings
+
+
+def call_with(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) -> Any:
+    """Call a factory with settings, with a sentence about those that it does not take."""
+    import inspect
+
+    parameters = inspect.signature(factory).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [key for key in settings if key not in parameters]
+    if unknown and not open_ended:
+        known = ", ".join(n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        raise TorchfolioError(f"{what} has no setting {unknown[0]!r}; it has: {known or 'none'}")
+    try:
+        return factory(**settings)
+    except TypeError as error:
+        raise TorchfolioError(f"{what} cannot be made with {dict(settings)}: {error}") from error
+
+
+def find_rule(name: str) -> Callable[..., LearningRule]:
+    """The learning rule behind a name: backprop, the slug of a method, or an import path.
+
+    Raises:
+        TorchfolioError: if there is no such rule.
+    """
+    import importlib
+    import inspect
+
+    from torchfolio.engine import Backprop, LearningRule
+
+    if name == "backprop":
+        return Backprop
+    if ":" in name:
+        _here([name])
+        module_name, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise TorchfolioError(f"cannot import the rule {name}: {error}") from error
+        if not (inspect.isclass(found) and issubclass(found, LearningRule)):
+            raise TorchfolioError(f"{name} is not a class of torchfolio.engine.LearningRule")
+        return found
+    from torchfolio import catalog
+
+    paper = catalog.paper(name)
+    if not paper.is_in:
+        raise TorchfolioError(f"{name} is in the catalogue but its method is not in yet")
+    module = importlib.import_module(paper.module)
+    for attribute in getattr(module, "__all__", dir(module)):
+        found = getattr(module, attribute)
+        if inspect.isclass(found) and issubclass(found, LearningRule) and not inspect.isabstract(found):
+            return found
+    raise TorchfolioError(f"{name} is not a learning rule; see: torchfolio show {name}")
+
+
+def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) -> tuple[str, dict[str, Any]]:
+    """Import path and arguments of a network that fits a data set.
+
+    What the factory takes of `num_classes`, `out_features`, `in_channels`, `in_features` and `image_size` is filled
+    in from the data, unless it is set.
+    """
+    import inspect
+
+    from torchfolio import models
+    from torchfolio.bundle import resolve
+
+    if ":" in model:
+        path = _here([model])[0]
+    else:
+        path = models.spec(model)
+    factory = resolve(path, allow=[path])
+    outputs = len(splits.classes) or (splits.train.tensors[1].shape[1] if splits.train.tensors[1].dim() > 1 else 1)
+    features = 1
+    for side in splits.shape:
+        features *= side
+    known = {
+        "num_classes": outputs,
+        "out_features": outputs,
+        "in_channels": splits.shape[0],
+        "in_features": features,
+        "image_size": splits.shape[-1],
+    }
+    parameters = _parameters(factory, inspect.signature(factory))
+    return path, {**{k: v for k, v in known.items() if k in parameters}, **settings}
+
+
+def _parameters(factory: Callable[..., nn.Module], signature: Any) -> set[str]:
+    """Names that a factory takes; one that passes `**kwargs` on takes those of the class it returns."""
+    import inspect
+    import typing
+
+    names = {n for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not inspect.isclass(factory):
+        made = typing.get_type_hints(factory).get("return")
+        if inspect.isclass(made):
+            names |= set(inspect.signature(made).parameters)
+    return names
+
+
+def _here(paths: list[str]) -> list[str]:
+    """Let import paths that the user names be found in the working directory too."""
+    import os
+    import sys
+
+    if paths and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return paths
+
+
+def _statistics(rule: Callable[..., Any], splits: DataSplits) -> dict[str, Any]:
+    """The constants of the data's normalisation, for a rule that asks for them."""
+    import inspect
+
+    takes = inspect.signature(rule).parameters
+    return {k: getattr(splits, k).flatten().tolist() for k in ("mean", "std") if k in takes}
+
+
+def _augmentation(splits: DataSplits) -> Any:
+    from torchfolio.data.augment import CropFlip
+
+    colour_images = len(splits.shape) == 3 and splits.shape[0] == 3
+    return CropFlip(padding=max(1, splits.shape[-1] // 8), flip=True) if colour_images else None
+
+
+def _optimizer(name: str, lr: float, weight_decay: float) -> Any:
+    from functools import partial
+
+    import torch
+
+    if name == "sgd":
+        return partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    if name == "adamw":
+        return partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
+    raise typer.BadParameter(f"expected sgd or adamw, got {name!r}", param_hint="--optimizer")
+
+
+def _scheduler(name: str, lr: float, steps: int) -> Any:
+    from functools import partial
+
+    from torch.optim import lr_scheduler
+
+    if name == "constant":
+        return None
+    if name == "cosine":
+        return partial(lr_scheduler.CosineAnnealingLR, T_max=steps)
+    if name == "onecycle":
+        return partial(lr_scheduler.OneCycleLR, max_lr=lr, total_steps=steps, cycle_momentum=False)
+    raise typer.BadParameter(f"expected onecycle, cosine or constant, got {name!r}", param_hint="--schedule")
+
+
+def _show(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key:>10}  {f'{value:.4f}' if isinstance(value, float) else value}")
