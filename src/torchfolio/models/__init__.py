@@ -1,0 +1,55 @@
+"""Reference networks, and the surgery that methods need on a user's own."""
+
+from torchfolio.models.init import initialize
+from torchfolio.models.nets import MLP, VGG, ConvNet, EncoderBlock, Transformer, UNet, ViT, vgg11, vgg13, vgg16, vgg19
+from torchfolio.models.registry import build, names, spec
+from torchfolio.models.resnet import (
+    BasicBlock,
+    ResNetCIFAR,
+    parameter_count,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from torchfolio.models.surgery import (
+    Features,
+    collect_features,
+    flatten_features,
+    parameter_groups,
+    replace_layers,
+    take_features,
+)
+
+__all__ = [
+    "MLP",
+    "VGG",
+    "BasicBlock",
+    "ConvNet",
+    "EncoderBlock",
+    "Features",
+    "ResNetCIFAR",
+    "Transformer",
+    "UNet",
+    "ViT",
+    "build",
+    "collect_features",
+    "flatten_features",
+    "initialize",
+    "names",
+    "parameter_count",
+    "parameter_groups",
+    "replace_layers",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "spec",
+    "take_features",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
+]
