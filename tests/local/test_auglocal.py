@@ -201,7 +201,7 @@ def test_pyramid_saves_auxiliary_operations():
                 nn.Conv2d(1, 6, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2),
                 nn.Conv2d(6, 9, 5, padding=2), nn.BatchNorm2d(9), nn.GELU(),
                 nn.Conv2d(9, 7, 3, stride=2), nn.ReLU(inplace=True),
-                nn.Flatten(), nn.Linear(63, 4),
+                nn.Flatten(), nn.Linear(28, 4),
             ),
             (1, 15, 15),
         ),
