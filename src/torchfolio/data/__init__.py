@@ -1,0 +1,66 @@
+"""Named data sets behind one `load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchfolio.data.augment import CropFlip
+from torchfolio.data.sources import DataNotFound, data_folders, embedded_names, find
+from torchfolio.data.splits import DataSplits, split
+
+__all__ = ["CropFlip", "DataNotFound", "DataSplits", "data_folders", "embedded_names", "load"]
+
+
+def load(
+    name: str,
+    *,
+    val: float | int = 0.1,
+    seed: int = 0,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    image_size: int | None = None,
+    normalize: bool = True,
+    root: str | Path | None = None,
+) -> DataSplits:
+    """Load a data set by name.
+
+    A name is looked for among the embedded sets (`digits`, `breast_cancer`, `wine`, `iris`, `diabetes`), then in the
+    folders of the environment variable `TORCHFOLIO_DATA`, then on the Hugging Face hub. `folder:PATH` (or any path)
+    is a folder of images with a subfolder for each class, with or without a level `train`, `val`, `test` above;
+    `hf:owner/name` is a set of the hub.
+
+    Images are decoded once and kept memory-mapped in `TORCHFOLIO_CACHE` (by default in the user's cache folder).
+
+    Args:
+        name: of the set.
+        val: share or number of training examples to hold out; a set with a validation split of its own keeps that.
+        seed: of all splits and subsets: the same seed gives the same examples in the same order.
+        train_size: number of training examples; all by default.
+        test_size: number of test examples; all by default.
+        image_size: side of the images; box-downsampled where it divides theirs, resized otherwise.
+        normalize: subtract the mean of the training split and divide by its standard deviation, per channel or
+            feature.
+        root: a folder to look in first.
+
+    Returns:
+        The splits. A set without a test split (the embedded ones) gives a fifth of its examples, class by class.
+
+    Raises:
+        DataNotFound: if the set is nowhere; says where it was looked for and how to get it.
+        ValueError: on sizes out of range, unreadable images, or labels out of range.
+
+    Example:
+        >>> digits = load("digits")
+        >>> digits.shape, digits.num_classes
+        ((1, 8, 8), 10)
+    """
+    raw = find(name, root, image_size)
+    return split(
+        raw,
+        val=val,
+        seed=seed,
+        train_size=train_size,
+        test_size=test_size,
+        image_size=image_size,
+        normalize=normalize,
+    )

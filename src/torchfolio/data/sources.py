@@ -1,0 +1,183 @@
+"""Where named sets are looked for: embedded, folders of the user, the hub."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchfolio.data import embedded
+from torchfolio.data.cache import cached, content_key
+from torchfolio.data.images import decode, list_folder, read_parquet
+from torchfolio.data.splits import Raw
+from torchfolio.errors import TorchfolioError
+
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "mnist": "ylecun/mnist"}
+SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+
+
+class DataNotFound(TorchfolioError, FileNotFoundError):
+    """A data set is nowhere to be found; the message says where it was looked for."""
+
+
+def embedded_names() -> list[str]:
+    """Names of the sets that need no files."""
+    functions = inspect.getmembers(embedded, inspect.isfunction)
+    return sorted(n for n, f in functions if not n.startswith("_") and f.__module__ == embedded.__name__)
+
+
+def data_folders(root: str | Path | None = None) -> list[Path]:
+    """Folders that hold named sets: `root`, then those of `TORCHFOLIO_DATA`."""
+    listed = os.environ.get("TORCHFOLIO_DATA", "").split(os.pathsep)
+    return [Path(p) for p in ([root] if root is not None else []) + [p for p in listed if p]]
+
+
+def find(name: str, root: str | Path | None = None, image_size: int | None = None) -> Raw:
+    """Read a set by name, path or hub id.
+
+    Raises:
+        DataNotFound: if it is nowhere.
+    """
+    if name in embedded_names():
+        return getattr(embedded, name)()
+    if name.startswith("hf:"):
+        return from_hub(name.removeprefix("hf:"), name)
+    path = Path(name.removeprefix("folder:")).expanduser()
+    if name.startswith("folder:") or (("/" in name or os.sep in name or name.startswith(".")) and path.is_dir()):
+        if not path.is_dir():
+            raise DataNotFound(f"{path} is no folder")
+        return from_folder(path, name, image_size)
+    for folder in data_folders(root):
+        if (folder / name).is_dir():
+            return from_folder(folder / name, name, image_size)
+    if name in HUB_IDS:
+        return from_hub(HUB_IDS[name], name, looked=data_folders(root))
+    known = [*embedded_names(), *HUB_IDS, *(p.name for f in data_folders(root) if f.is_dir() for p in f.iterdir())]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise DataNotFound(
+        f"no data set {name!r}: it is not embedded ({', '.join(embedded_names())}) and not in {_places(data_folders(root))}."
+        f"{hint} Point TORCHFOLIO_DATA at a folder that holds {name}/, name an image folder as folder:PATH, or a set of the "
+        "hub as hf:owner/name."
+    )
+
+
+def _places(folders: list[Path]) -> str:
+    return " or ".join(map(str, folders)) if folders else "any folder of TORCHFOLIO_DATA (which is not set)"
+
+
+def from_folder(folder: Path, name: str, image_size: int | None = None) -> Raw:
+    """A folder of Parquet files, or of images in class folders, with or without a level of splits.
+
+    Raises:
+        DataNotFound: if it holds neither.
+    """
+    parquet = sorted(folder.rglob("*.parquet"))
+    if parquet:
+        return _from_parquet(parquet, name)
+    parts = {SPLITS[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLITS}
+    if "train" in parts:
+        read = {key: _read_images(path, image_size) for key, path in parts.items()}
+        names = {key: classes for key, (_, _, classes) in read.items()}
+        odd = next((key for key, classes in names.items() if classes != names["train"]), None)
+        if odd is not None:
+            raise ValueError(f"{folder} has the classes {names['train']} in train and {names[odd]} in {odd}")
+        return _raw(name, read)
+    if not any(p.is_dir() for p in folder.iterdir()):
+        raise DataNotFound(f"{folder} holds neither Parquet files nor class folders of images")
+    return _raw(name, {"train": _read_images(folder, image_size)})
+
+
+def _read_images(folder: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    paths, labels, classes = list_folder(folder)
+    extra = f"folder {image_size} " + " ".join(f"{p.parent.name}/{p.name}" for p in paths)
+    return cached(
+        content_key(paths, extra), lambda: (decode(paths, [str(p) for p in paths], image_size), np.asarray(labels), classes)
+    )
+
+
+def _from_parquet(paths: list[Path], name: str) -> Raw:
+    """Files are of the split that their name, or their folder's, begins with."""
+    read: dict[str, list[Any]] = {}
+    for path in paths:
+        stem = path.stem.split("-")[0]
+        key = SPLITS.get(stem) or SPLITS.get(path.parent.name) or "train"
+        read.setdefault(key, []).append(cached(content_key([path], "parquet"), lambda path=path: read_parquet(path)))
+    return _raw(name, {key: _joined(parts) for key, parts in read.items()})
+
+
+def _joined(parts: list[Any]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    if len(parts) == 1:
+        return parts[0]
+    classes = max((p[2] for p in parts), key=len)
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), classes
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _raw(name: str, read: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]]) -> Raw:
+    if "train" not in read:
+        raise ValueError(f"{name} has the splits {', '.join(read)}, expected train among them")
+    classes = max((part[2] for part in read.values()), key=len)
+    if name == "cifar10" and classes == tuple(map(str, range(10))):
+        classes = CIFAR10  # files without the features' names keep the usual order
+    parts = {k: (_tensor(x), torch.from_numpy(np.array(y, dtype=np.int64))) for k, (x, y, _) in read.items()}
+    return Raw(name, parts["train"], parts.get("test"), parts.get("val"), classes)
+
+
+def _tensor(x: np.ndarray) -> torch.Tensor:
+    """A tensor on a memory map: indexing copies what is taken, nothing is written."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(x)
+
+
+def from_hub(repository: str, name: str, looked: list[Path] | None = None) -> Raw:
+    """A set of the Hugging Face hub with images or numbers, and labels.
+
+    Raises:
+        DataNotFound: if it cannot be fetched.
+    """
+    import datasets
+
+    try:
+        fetched = datasets.load_dataset(repository)
+    except Exception as error:
+        places = f"not in {_places(looked)}, and " if looked is not None else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataNotFound(
+            f"data set {name!r} is {places}not to be had from the hub as {repository} ({type(error).__name__}: {reason}); "
+            f"go online once, or put it into a folder of TORCHFOLIO_DATA as {name.removeprefix('hf:').split('/')[-1]}/"
+        ) from error
+    read = {SPLITS[key]: _from_dataset(part, repository) for key, part in fetched.items() if key in SPLITS}  # pyright: ignore
+    return _raw(name, read)
+
+
+def _from_dataset(part: Any, repository: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """One split of a `datasets` set: an image column, or all numeric columns, and a label column."""
+    import datasets
+
+    features = part.features
+    label = next((n for n in ("label", "labels", "fine_label", "target") if n in features), None)
+    if label is None:
+        raise ValueError(f"{repository} has the columns {', '.join(features)}, expected one named label")
+    labels = np.asarray(part[label], dtype=np.int64)
+    names = getattr(features[label], "names", None)
+    classes = tuple(names) if names else tuple(str(k) for k in range(int(labels.max()) + 1))
+    image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
+    if image is not None:
+        raw = part.cast_column(image, datasets.Image(decode=False))[image]
+        items = [row["bytes"] if row["bytes"] else Path(row["path"]) for row in raw]
+        return decode(items, [f"image {k} of {repository}" for k in range(len(items))]), labels, classes
+    numeric = [n for n, f in features.items() if n != label and getattr(f, "dtype", "").startswith(("float", "int"))]
+    if not numeric:
+        raise ValueError(f"{repository} has neither an image column nor numeric ones: {', '.join(features)}")
+    return np.stack([np.asarray(part[n], dtype=np.float32) for n in numeric], 1), labels, classes
