@@ -26,7 +26,11 @@ def bundle(tmp_path):
     torch.manual_seed(0)
     net = MLP(4, 3, hidden=(5,))
     manifest = Manifest(
-        "torchfolio.models:MLP", {"in_features": 4, "out_features": 3, "hidden": [5]}, (4,), ("a", "b", "c"), training={"epochs": 1}
+        "torchfolio.models:MLP",
+        {"in_features": 4, "out_features": 3, "hidden": [5]},
+        (4,),
+        ("a", "b", "c"),
+        training={"epochs": 1},
     )
     return net, save_bundle(net, tmp_path / "net", manifest)
 
@@ -74,7 +78,9 @@ def test_pickle_in_the_place_of_the_weights_is_refused(bundle):
         load_bundle(folder)
 
 
-@pytest.mark.parametrize("path", ["os:system", "torchfolio.bundle:save_bundle", "nonsense", "a:b:c", "torchfolio.models:NoSuchNet"])
+@pytest.mark.parametrize(
+    "path", ["os:system", "torchfolio.bundle:save_bundle", "nonsense", "a:b:c", "torchfolio.models:NoSuchNet"]
+)
 def test_import_paths_that_are_not_allowed(bundle, tmp_path, path):
     net, _ = bundle
     folder = save_bundle(net, tmp_path / "evil", Manifest(path, {}))
@@ -120,7 +126,9 @@ def test_missing_files(tmp_path):
 
 def test_weights_of_another_network(bundle, tmp_path):
     net, _ = bundle
-    folder = save_bundle(net, tmp_path / "odd", Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 2}))
+    folder = save_bundle(
+        net, tmp_path / "odd", Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 2})
+    )
     with pytest.raises(BundleError, match="do not fit"):
         load_bundle(folder)
 

@@ -171,7 +171,9 @@ def read(path: Path) -> Paper:
     ids = [claim.id for claim in claims]
     for k, id in enumerate(ids):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", id) or id in ids[:k]:
-            raise CatalogError(f"{path.name}: claims[{k}].id is {id!r}, expected a name in snake_case that no other claim has")
+            raise CatalogError(
+                f"{path.name}: claims[{k}].id is {id!r}, expected a name in snake_case that no other claim has"
+            )
     code = None
     if "code" in table:
         _check(path.name, "code.", table["code"], _CODE)
@@ -222,7 +224,35 @@ def _check_values(path: Path, table: dict[str, Any]) -> None:
 
 # Search
 
-_STOP = frozenset("a an and are as at be by for from how i in is it of on or that the this to what which with".split())
+_STOP = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "by",
+        "for",
+        "from",
+        "how",
+        "i",
+        "in",
+        "is",
+        "it",
+        "of",
+        "on",
+        "or",
+        "that",
+        "the",
+        "this",
+        "to",
+        "what",
+        "which",
+        "with",
+    ]
+)
 
 
 def search(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
@@ -253,20 +283,15 @@ def search(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
 
 @cache
 def _index() -> tuple[list[tuple[Any, float]], Any]:
-    from scipy.sparse import diags, hstack
+    """Vectorizers with their weights, and the documents as rows of unit length."""
+    from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
 
     documents = [_document(p) for p in papers().values()]
-    vectorizers = [
-        (TfidfVectorizer(analyzer=_stems, sublinear_tf=True), 1.0),
-        (TfidfVectorizer(analyzer=_letters, sublinear_tf=True), 0.6),
-    ]
-    matrix = hstack([weight * v.fit_transform(documents) for v, weight in vectorizers]).tocsr()
-    norms = (matrix.multiply(matrix)).sum(1).A1 if hasattr(matrix, "A1") else matrix.multiply(matrix).sum(1)
-    import numpy as np
-
-    lengths = np.sqrt(np.asarray(norms).ravel())
-    return vectorizers, diags(1 / np.maximum(lengths, 1e-12)) @ matrix
+    kinds: list[tuple[Any, float]] = [(_stems, 1.0), (_letters, 0.6)]
+    vectorizers = [(TfidfVectorizer(analyzer=analyzer, sublinear_tf=True), weight) for analyzer, weight in kinds]
+    return vectorizers, normalize(hstack([weight * v.fit_transform(documents) for v, weight in vectorizers]))
 
 
 def _document(found: Paper) -> str:
@@ -304,7 +329,9 @@ def _letters(text: str) -> list[str]:
 
 # Citation
 
-_JOURNALS = re.compile(r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|letters|nature|science|review", re.I)
+_JOURNALS = re.compile(
+    r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|letters|nature|science|review", re.I
+)
 _SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_"}
 
 
@@ -313,7 +340,11 @@ def bibtex(found: Paper) -> str:
     preprint = found.venue.lower().startswith(("arxiv", "preprint"))
     kind = "misc" if preprint else "article" if _JOURNALS.search(found.venue) else "inproceedings"
     venue = re.sub(r"\s*\b(19|20)\d\d\b\s*", " ", found.venue).strip(" ,")
-    fields = {"title": "{" + _tex(found.title) + "}", "author": _tex(" and ".join(found.authors)), "year": str(found.year)}
+    fields = {
+        "title": "{" + _tex(found.title) + "}",
+        "author": _tex(" and ".join(found.authors)),
+        "year": str(found.year),
+    }
     if not preprint:
         fields["journal" if kind == "article" else "booktitle"] = _tex(venue)
     if found.arxiv:

@@ -88,7 +88,9 @@ def search(
     """
     found = catalog.search(" ".join(words), limit)
     if as_json:
-        typer.echo(json.dumps([{"slug": p.slug, "title": p.title, "score": score} for p, score in found], ensure_ascii=False))
+        typer.echo(
+            json.dumps([{"slug": p.slug, "title": p.title, "score": score} for p, score in found], ensure_ascii=False)
+        )
         return
     for paper, _ in found:
         typer.secho(f"{'●' if paper.is_in else '○'} {paper.slug}", bold=True, nl=False)

@@ -33,7 +33,9 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Seeds at a time, each in a process.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Spread seeds over a Ray cluster.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the latest unfinished run of the same settings.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the latest unfinished run of the same settings.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the experiment, key=value.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print outcomes as JSON.")] = False,

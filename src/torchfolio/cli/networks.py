@@ -31,7 +31,9 @@ def train(
     model: Annotated[str, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")],
     data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
-    rule: Annotated[str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")] = "backprop",
+    rule: Annotated[
+        str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")
+    ] = "backprop",
     rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
     model_set: Annotated[list[str] | None, typer.Option(help="Argument of the network, key=value.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
@@ -126,7 +128,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side that images are resized to; default as in training.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side that images are resized to; default as in training.")
+    ] = None,
     test_size: Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of subsets.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
@@ -147,9 +151,13 @@ def evaluate(
     size = image_size or loaded.manifest.training.get("image_size")
     splits = load(data, seed=seed, image_size=size, test_size=test_size, normalize=False)
     if splits.shape != loaded.manifest.input_shape:
-        raise TorchfolioError(f"{bundle} takes inputs of shape {loaded.manifest.input_shape}, {data} has {splits.shape}")
+        raise TorchfolioError(
+            f"{bundle} takes inputs of shape {loaded.manifest.input_shape}, {data} has {splits.shape}"
+        )
     if splits.classes and loaded.manifest.classes and len(splits.classes) != len(loaded.manifest.classes):
-        raise TorchfolioError(f"{bundle} tells {len(loaded.manifest.classes)} classes apart, {data} has {len(splits.classes)}")
+        raise TorchfolioError(
+            f"{bundle} tells {len(loaded.manifest.classes)} classes apart, {data} has {len(splits.classes)}"
+        )
     examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
     scores = engine.evaluate(loaded.model, examples, device=device)
     _show({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
@@ -248,10 +256,7 @@ def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) 
     from torchfolio import models
     from torchfolio.bundle import resolve
 
-    if ":" in model:
-        path = _here([model])[0]
-    else:
-        path = models.spec(model)
+    path = _here([model])[0] if ":" in model else models.spec(model)
     factory = resolve(path, allow=[path])
     outputs = len(splits.classes) or (splits.train.tensors[1].shape[1] if splits.train.tensors[1].dim() > 1 else 1)
     features = 1

@@ -48,7 +48,7 @@ def diabetes() -> Raw:
     return Raw("diabetes", (x, torch.from_numpy(np.asarray(bunch.target, dtype=np.float32))), None, None, ())
 
 
-def _table(name: str, bunch) -> Raw:  # noqa: ANN001
+def _table(name: str, bunch) -> Raw:
     x = torch.from_numpy(np.asarray(bunch.data, dtype=np.float32))
     return Raw(name, (x, _labels(bunch.target)), None, None, tuple(map(str, bunch.target_names)))
 

@@ -38,7 +38,9 @@ def decode(items: Sequence[bytes | Path], names: Sequence[str], size: int | None
             with Image.open(_source(items[k])) as image:
                 image = image.convert("L" if grey else "RGB")
                 if size:
-                    image = image.resize((size, size), Image.Resampling.BOX if min(image.size) >= size else Image.Resampling.BILINEAR)
+                    image = image.resize(
+                        (size, size), Image.Resampling.BOX if min(image.size) >= size else Image.Resampling.BILINEAR
+                    )
                 if image.size != (width, height):
                     raise ValueError(
                         f"{names[k]} is {image.size[0]}x{image.size[1]}, the first image is {width}x{height}; pass image_size"
@@ -109,5 +111,3 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
         paths += found
         labels += [k] * len(found)
     return paths, labels, tuple(classes)
-
-

@@ -97,7 +97,8 @@ def _read_images(folder: Path, image_size: int | None) -> tuple[np.ndarray, np.n
     paths, labels, classes = list_folder(folder)
     extra = f"folder {image_size} " + " ".join(f"{p.parent.name}/{p.name}" for p in paths)
     return cached(
-        content_key(paths, extra), lambda: (decode(paths, [str(p) for p in paths], image_size), np.asarray(labels), classes)
+        content_key(paths, extra),
+        lambda: (decode(paths, [str(p) for p in paths], image_size), np.asarray(labels), classes),
     )
 
 

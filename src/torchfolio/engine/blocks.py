@@ -88,7 +88,9 @@ def _units(model: nn.Module, example: Tensor | None) -> list[tuple[str, nn.Modul
     pieces = _trace(model, children)
     if example is not None:
         _compare(model, [piece for _, piece in pieces], example, children)
-    return [unit for name, piece in pieces for unit in (_open(piece, name) if _is_sequential(piece) else [(name, piece)])]
+    return [
+        unit for name, piece in pieces for unit in (_open(piece, name) if _is_sequential(piece) else [(name, piece)])
+    ]
 
 
 def _is_sequential(module: nn.Module) -> bool:
@@ -151,7 +153,9 @@ def _move_to_head(groups: list[tuple[str, list[nn.Module]]]) -> None:
 
 
 def _leads_to_head(module: nn.Module) -> bool:
-    return isinstance(module, nn.Flatten | nn.Dropout) or type(module).__name__.startswith(("AdaptiveAvg", "AdaptiveMax", "AvgPool"))
+    return isinstance(module, nn.Flatten | nn.Dropout) or type(module).__name__.startswith(
+        ("AdaptiveAvg", "AdaptiveMax", "AvgPool")
+    )
 
 
 class _ChildTracer(fx.Tracer):
@@ -256,7 +260,9 @@ def _named_blocks(model: nn.Module, names: list[str], example: Tensor | None) ->
     known = dict(model.named_modules())
     for name in names:
         if name not in known or not name:
-            raise ValueError(f"the network has no module {name!r}; its children are {', '.join(n for n, _ in model.named_children())}")
+            raise ValueError(
+                f"the network has no module {name!r}; its children are {', '.join(n for n, _ in model.named_children())}"
+            )
     leaves = _cut_leaves(model, names)
     if _is_sequential(model) and all("." not in name for name in names):
         pieces = _all_children(model)

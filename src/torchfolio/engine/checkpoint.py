@@ -50,7 +50,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         except Exception as error:  # torch reports damage in many ways
             warnings.warn(f"{path} cannot be read ({type(error).__name__}); trying the one before", stacklevel=3)
     if found:
-        raise ValueError(f"none of the {len(found)} checkpoint(s) in {folder} can be read; remove the folder to start over")
+        raise ValueError(
+            f"none of the {len(found)} checkpoint(s) in {folder} can be read; remove the folder to start over"
+        )
     return None
 
 

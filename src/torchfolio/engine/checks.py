@@ -22,7 +22,9 @@ def check_data(data: Data, name: str) -> None:
     tensors = tensors_of(data)
     if tensors is None:
         if not hasattr(data, "__getitem__") and not isinstance(data, DataLoader) and not hasattr(data, "__iter__"):
-            raise TypeError(f"expected {name} to be a Dataset, a DataLoader or tensors (x, y), got {type(data).__name__}")
+            raise TypeError(
+                f"expected {name} to be a Dataset, a DataLoader or tensors (x, y), got {type(data).__name__}"
+            )
         if hasattr(data, "__len__") and len(data) == 0:  # pyright: ignore[reportArgumentType]
             raise ValueError(f"{name} holds no examples")
         return
@@ -59,7 +61,9 @@ def check_fits(model: nn.Module, example: Sequence[Tensor], data: Data) -> None:
     low, high = int(labels.min()), int(labels.max())
     if labels.dtype == torch.bool or low < 0 or high >= output.shape[1]:
         got = "booleans" if labels.dtype == torch.bool else f"{low} to {high}"
-        raise ValueError(f"expected labels from 0 to {output.shape[1] - 1}, the model's {output.shape[1]} outputs, got {got}")
+        raise ValueError(
+            f"expected labels from 0 to {output.shape[1] - 1}, the model's {output.shape[1]} outputs, got {got}"
+        )
 
 
 def check_positive(**values: int | None) -> None:

@@ -81,7 +81,9 @@ def fit_many(
     check_data((x.flatten(0, 1), y.flatten(0, 1)) if own_data else (x, y), "the data")
     if optimizer not in ("sgd", "adam"):
         raise ValueError(f"expected optimizer to be 'sgd' or 'adam', got {optimizer!r}")
-    rates = [_per_member(v, members, n) for n, v in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))]
+    rates = [
+        _per_member(v, members, n) for n, v in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))
+    ]
     parameters, buffers = stack_module_state(list(models))
     parameters = {k: v.detach() for k, v in parameters.items()}
     base = copy.deepcopy(models[0]).to("meta")
@@ -90,7 +92,9 @@ def fit_many(
     def member_loss(values: dict[str, Tensor], rest: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
         return criterion(functional_call(base, (values, rest), (a,)), b)
 
-    gradient = vmap(grad_and_value(member_loss), in_dims=(0, 0, 0, 0) if own_data else (0, 0, None, None), randomness="different")
+    gradient = vmap(
+        grad_and_value(member_loss), in_dims=(0, 0, 0, 0) if own_data else (0, 0, None, None), randomness="different"
+    )
     update = _Update(optimizer, parameters, rates, betas, eps)
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -167,4 +171,6 @@ def _check_members(models: Sequence[nn.Module]) -> None:
         raise ValueError(f"expected networks of one architecture; network {odd} differs from network 0")
     for name, module in models[0].named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"{name} is a batch norm, whose running statistics cannot be kept for many networks at once")
+            raise ValueError(
+                f"{name} is a batch norm, whose running statistics cannot be kept for many networks at once"
+            )

@@ -75,4 +75,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """A device by name; `"auto"` takes an accelerator if there is one."""
     if str(device) != "auto":
         return torch.device(device)
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    return (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )

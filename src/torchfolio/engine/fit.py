@@ -230,12 +230,19 @@ def fit(
     return FitResult(model, state.module, state.rule, state.history, state.step, state.epoch, state.stopped)
 
 
-def _make_fabric(device: str, devices: int | str, num_nodes: int, strategy: Any, precision: Any, loggers: Any) -> Fabric:
+def _make_fabric(
+    device: str, devices: int | str, num_nodes: int, strategy: Any, precision: Any, loggers: Any
+) -> Fabric:
     if "TORCHELASTIC_RUN_ID" in os.environ and devices == 1:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", num_nodes))
     return Fabric(
-        accelerator=device, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=list(loggers) or None
+        accelerator=device,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        loggers=list(loggers) or None,
     )
 
 
@@ -402,7 +409,9 @@ class _Trainer:
         """Sum the scalars on the device, and remember the first step at which one is not finite."""
         for name, value in scalars.items():
             value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device=self.device)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.double() if value.is_cpu else value.float()
+            self.sums[name] = (
+                self.sums[name] + value if name in self.sums else value.double() if value.is_cpu else value.float()
+            )
         self.summed += 1
         loss = scalars.get("loss")
         if isinstance(loss, Tensor) and loss.device.type == "cpu":

@@ -118,7 +118,10 @@ def _share_of_last_module(settings: Settings, data: DataSplits) -> float:
 def _memory(run: Run[Settings], data: DataSplits, rules: dict[str, RuleFactory]) -> None:
     def measure() -> dict[str, float]:
         costs: dict[str, float] = {}
-        cases = {**{n: rules[n] for n in ("backprop", "linear", "dgl", "auglocal")}, "checkpointed": CheckpointedBackprop}
+        cases = {
+            **{n: rules[n] for n in ("backprop", "linear", "dgl", "auglocal")},
+            "checkpointed": CheckpointedBackprop,
+        }
         for name, rule in cases.items():
             for key, value in step_cost(run.settings, data, rule()).items():
                 costs[f"{name}_{key}"] = value
@@ -144,7 +147,7 @@ def _pyramid(run: Run[Settings], data: DataSplits) -> None:
             rule = AugLocal(5, tau=tau)
             rule.prepare(network(run.settings, data, 56), tuple(t[:2] for t in data.train.tensors))
             plan = rule.auxiliary_plan()
-            outcome[f"{name}_flops"] = int(plan["flops"].sum())
+            outcome[f"{name}_flops"] = int(plan["flops"].to_numpy().sum())
             outcome[f"{name}_depths"] = plan["depth"].tolist()
         return outcome
 
@@ -208,4 +211,3 @@ def _probes(results: Results) -> Figure:
     ax.legend()
     ax.grid(alpha=0.3)
     return fig
-

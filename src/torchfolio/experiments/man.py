@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop
 from torchfolio.experiments._local_learning import FULL, SMOKE, RuleFactory, Task, load, network, step_cost, train
-from torchfolio.local.heads import LocalHeads
+from torchfolio.local.heads import Host, LocalHeads
 from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
 from torchfolio.runs import Results, Run
@@ -28,7 +28,7 @@ class Settings(Task):
         deep: depth of the network whose memory is measured besides.
     """
 
-    host: str = "dgl"
+    host: Host = "dgl"
     ema_momentum: float = 0.98
     blocks: int = 0
     ablations: bool = False

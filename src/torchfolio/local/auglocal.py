@@ -298,7 +298,7 @@ def copy_architecture(layer: nn.Module, before: Shape, after: Shape, in_shape: S
         if callable(reset):
             reset()
         if hasattr(module, "inplace"):  # its input is needed by the next layer as well
-            module.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(module, "inplace", False)  # noqa: B010
     initialize(fresh)
     return fresh if in_shape == before else nn.Sequential(_adapter(in_shape, before), fresh)
 
@@ -327,12 +327,14 @@ def _first(layer: nn.Module, test: Callable[[nn.Module], bool]) -> nn.Module | N
 
 
 def _activation(layer: nn.Module) -> nn.Module:
-    found = _first(layer, lambda m: type(m).__module__ == "torch.nn.modules.activation" and not any(True for _ in m.children()))
+    found = _first(
+        layer, lambda m: type(m).__module__ == "torch.nn.modules.activation" and not any(True for _ in m.children())
+    )
     if found is None:
         return nn.ReLU()
     fresh = copy.deepcopy(found)
     if hasattr(fresh, "inplace"):
-        fresh.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(fresh, "inplace", False)  # noqa: B010
     return fresh
 
 
@@ -362,7 +364,9 @@ def _linear_like(layer: nn.Module, in_shape: Shape, out_shape: Shape) -> nn.Modu
 def _adapter(in_shape: Shape, wanted: Shape) -> nn.Module:
     """From features of one shape to another of the same rank."""
     if len(in_shape) != len(wanted) or (len(wanted) == 2 and in_shape[0] != wanted[0]):
-        raise ValueError(f"cannot lead features {in_shape} into a layer that takes {wanted}; pass aux_factory to build it")
+        raise ValueError(
+            f"cannot lead features {in_shape} into a layer that takes {wanted}; pass aux_factory to build it"
+        )
     if len(wanted) == 3:
         project = nn.Conv2d(in_shape[0], wanted[0], 1, bias=False)
         return project if in_shape[1:] == wanted[1:] else nn.Sequential(nn.AdaptiveAvgPool2d(wanted[1:]), project)
@@ -380,11 +384,11 @@ def _probe(net: nn.Module, shape: Shape) -> Shape:
     return trace_shapes([net], torch.zeros(2, *shape))[0]
 
 
-def _describe(layer: int, selected: Sequence[int], shapes: Sequence[Shape], net: nn.Module, in_shape: Shape) -> AuxiliaryPlan:
+def _describe(
+    layer: int, selected: Sequence[int], shapes: Sequence[Shape], net: nn.Module, in_shape: Shape
+) -> AuxiliaryPlan:
     parameters = sum(p.numel() for p in net.parameters())
     training = net.training
     flops = count_flops(net.eval(), torch.zeros(1, *in_shape))
     net.train(training)
     return AuxiliaryPlan(layer, tuple(selected), tuple(shapes), parameters, int(flops))
-
-

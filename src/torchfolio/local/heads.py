@@ -100,12 +100,18 @@ class PredSimHead(LocalHead):
         channels = width(shape)
         self.classes = classes
         self.similarity_weight = similarity_weight
-        self.project = nn.Conv2d(channels, channels, 3, padding=1, bias=False) if len(shape) == 3 else nn.Linear(channels, channels, bias=False)
+        self.project = (
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            if len(shape) == 3
+            else nn.Linear(channels, channels, bias=False)
+        )
         if len(shape) == 3:
             # The prediction sees at most 2,048 numbers, as in the published rule.
             side = max(1, math.isqrt(2048 // channels))
             size = (min(side, shape[1]), min(side, shape[2]))
-            self.predict = nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes))
+            self.predict = nn.Sequential(
+                nn.AdaptiveAvgPool2d(size), nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes)
+            )
         else:
             self.predict = nn.Sequential(GlobalPool(), nn.Linear(channels, classes))
 
@@ -159,9 +165,13 @@ class InfoProHead(LocalHead):
     ) -> None:
         super().__init__()
         if len(shape) != 3 or len(image_shape) != 3:
-            raise ValueError(f"InfoPro reconstructs images: expected features and inputs [C, H, W], got {shape} and {image_shape}")
+            raise ValueError(
+                f"InfoPro reconstructs images: expected features and inputs [C, H, W], got {shape} and {image_shape}"
+            )
         if mean is None or std is None:
-            raise ValueError("InfoPro compares with the image in [0, 1]: give mean and std, the constants the input was normalised with")
+            raise ValueError(
+                "InfoPro compares with the image in [0, 1]: give mean and std, the constants the input was normalised with"
+            )
         channels, colours = shape[0], image_shape[0]
         for name, value in (("mean", mean), ("std", std)):
             constants = torch.as_tensor(value, dtype=torch.get_default_dtype()).reshape(-1, 1, 1)
@@ -289,11 +299,12 @@ class HostHeads:
         if callable(self.host):
             return [self.host(shape, classes) for shape in shapes]
         if self.host == "infopro":
-            widest = max(network.dims)
-            return [
-                InfoProHead(shape, classes, network.input_shape, self.mean, self.std, weights, widest)  # pyright: ignore[reportArgumentType]
-                for shape, weights in zip(shapes, self._weights(shapes, network), strict=True)
-            ]
+            heads: list[LocalHead] = []
+            for shape, (reconstruct, predict) in zip(shapes, self._weights(shapes, network), strict=True):
+                weights = (reconstruct, predict)
+                widest = max(network.dims)
+                heads.append(InfoProHead(shape, classes, network.input_shape, self.mean, self.std, weights, widest))
+            return heads
         if self.host == "predsim":
             return [PredSimHead(shape, classes) for shape in shapes]
         factory = linear_head if self.host == "linear" else dgl_head

@@ -92,12 +92,12 @@ class LocalModel(nn.Module):
         `x` is whatever the first block takes, `[B, ...]`; the result is the last block's, `[B, C]`.
     """
 
-    def __init__(
-        self, blocks: Sequence[nn.Module], heads: Sequence[LocalHead], loss: Loss = F.cross_entropy
-    ) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], heads: Sequence[LocalHead], loss: Loss = F.cross_entropy) -> None:
         super().__init__()
         if len(heads) != len(blocks) - 1:
-            raise ValueError(f"expected a head for each block but the last, got {len(blocks)} blocks and {len(heads)} heads")
+            raise ValueError(
+                f"expected a head for each block but the last, got {len(blocks)} blocks and {len(heads)} heads"
+            )
         check_disjoint(blocks)
         self.blocks = nn.ModuleList(blocks)
         self.heads = nn.ModuleList(heads)
@@ -128,7 +128,9 @@ class LocalModel(nn.Module):
             version = h._version
             loss = head.loss(h, x, y)  # pyright: ignore[reportCallIssue]
             if h._version != version:
-                raise RuntimeError(f"the head of block {k} changes its input in place; make its first operation out of place")
+                raise RuntimeError(
+                    f"the head of block {k} changes its input in place; make its first operation out of place"
+                )
             backward(loss)
             losses.append(loss.detach())
             h = h.detach()
@@ -293,7 +295,7 @@ def partition(layers: Sequence[int], n: int) -> tuple[tuple[int, ...], ...]:
 
 def width(shape: Shape) -> int:
     """Width of features of one example: channels of `[C, H, W]`, features of `[T, D]` and of `[D]`."""
-    return shape[0] if len(shape) >= 3 else shape[-1]
+    return shape[0] if len(shape) >= 3 else shape[len(shape) - 1]
 
 
 @torch.no_grad()
@@ -310,9 +312,13 @@ def trace_shapes(layers: Sequence[nn.Module], x: Tensor) -> list[Shape]:
             batch = x.shape[0]
             x = layer.eval()(x)
             if not isinstance(x, Tensor):
-                raise ValueError(f"layer {l} ({type(layer).__name__}) returns a {type(x).__name__}, expected one tensor")
+                raise ValueError(
+                    f"layer {l} ({type(layer).__name__}) returns a {type(x).__name__}, expected one tensor"
+                )
             if x.dim() < 2 or x.shape[0] != batch:
-                raise ValueError(f"layer {l} ({type(layer).__name__}) returns shape {tuple(x.shape)}, expected [{batch}, ...]")
+                raise ValueError(
+                    f"layer {l} ({type(layer).__name__}) returns shape {tuple(x.shape)}, expected [{batch}, ...]"
+                )
             shapes.append(tuple(x.shape[1:]))
     finally:
         for module, mode in modes.items():
@@ -331,7 +337,9 @@ def check_disjoint(blocks: Sequence[nn.Module]) -> None:
         for parameter in block.parameters():
             other = owner.setdefault(parameter, k)
             if other != k:
-                raise ValueError(f"blocks {other} and {k} share a parameter; a local rule needs blocks of their own weights")
+                raise ValueError(
+                    f"blocks {other} and {k} share a parameter; a local rule needs blocks of their own weights"
+                )
 
 
 class GlobalPool(nn.Module):

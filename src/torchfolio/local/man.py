@@ -83,8 +83,11 @@ class MomentumAuxiliary(nn.Module):
         self.vector = nn.Parameter(torch.zeros(channels)) if bias == "vector" and channels else None
 
     def forward(self, h: Tensor) -> Tensor:
-        paths = [path(h) for path in (self.ema, self.branch) if path is not None]
-        u = sum(paths[1:], paths[0]) if paths else h
+        u = h
+        if self.ema is not None:
+            u = self.ema(h)
+        if self.branch is not None:
+            u = u + self.branch(h) if self.ema is not None else self.branch(h)
         if self.vector is not None:
             shape = (-1, *[1] * (u.dim() - 2)) if u.dim() > 3 else (-1,)
             u = u + self.vector.view(shape)
@@ -104,7 +107,7 @@ def _fresh(layer: nn.Module, init: str) -> nn.Module:
             if callable(reset):
                 reset()
         if hasattr(module, "inplace"):
-            module.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(module, "inplace", False)  # noqa: B010
     return initialize(fresh) if init == "random" else fresh
 
 

@@ -28,7 +28,9 @@ def count_flops(model: nn.Module | Callable[..., object], *inputs: Tensor, backw
         output = model(*inputs)
         if backward:
             if not isinstance(output, Tensor):
-                raise TypeError(f"expected the model to return a tensor to go backward from, got {type(output).__name__}")
+                raise TypeError(
+                    f"expected the model to return a tensor to go backward from, got {type(output).__name__}"
+                )
             output.sum().backward()
     return counter.get_total_flops()
 
@@ -101,7 +103,13 @@ class Alternation:
     def to_frame(self) -> pd.DataFrame:
         """Median seconds, ratio to the reference and its quartiles, a row for each callable."""
         rows = [
-            {"name": n, "seconds": median(s), "ratio": self.ratio(n), "low": self.spread(n)[0], "high": self.spread(n)[1]}
+            {
+                "name": n,
+                "seconds": median(s),
+                "ratio": self.ratio(n),
+                "low": self.spread(n)[0],
+                "high": self.spread(n)[1],
+            }
             for n, s in self.seconds.items()
         ]
         return pd.DataFrame(rows).set_index("name")
@@ -110,7 +118,9 @@ class Alternation:
         return self.to_frame().to_string(float_format="%.4g")
 
 
-def alternate(*callables: Callable[[], object], repeats: int = 9, warmup: int = 1, **named: Callable[[], object]) -> Alternation:
+def alternate(
+    *callables: Callable[[], object], repeats: int = 9, warmup: int = 1, **named: Callable[[], object]
+) -> Alternation:
     """Time callables in turn, so that whatever else the machine does falls on all of them alike.
 
     Args:

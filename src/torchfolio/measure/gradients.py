@@ -58,12 +58,17 @@ def per_example_gradients(
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(f"{name} is a batch norm in training mode, which mixes examples; call model.eval() first")
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    rest = {**{n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}, **dict(model.named_buffers())}
+    rest = {
+        **{n: p.detach() for n, p in model.named_parameters() if not p.requires_grad},
+        **dict(model.named_buffers()),
+    }
 
     def example_loss(values: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
         return loss(functional_call(model, (values, rest), (a[None],)), b[None])
 
-    return vmap(grad(example_loss), in_dims=(None, 0, 0), chunk_size=chunk_size, randomness="different")(parameters, x, y)
+    return vmap(grad(example_loss), in_dims=(None, 0, 0), chunk_size=chunk_size, randomness="different")(
+        parameters, x, y
+    )
 
 
 def gradient_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +108,9 @@ def gradient_agreement(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agre
         raise ValueError(f"expected gradients of the same parameters, got {odd[:3] or 'none'} on one side")
     shapes = [n for n in a if a[n].shape != b[n].shape]
     if shapes:
-        raise ValueError(f"{shapes[0]} has gradients of shapes {tuple(a[shapes[0]].shape)} and {tuple(b[shapes[0]].shape)}")
+        raise ValueError(
+            f"{shapes[0]} has gradients of shapes {tuple(a[shapes[0]].shape)} and {tuple(b[shapes[0]].shape)}"
+        )
     rows = {name: _compare(a[name].flatten(), b[name].flatten()) for name in a}
     whole = _compare(torch.cat([t.flatten() for t in a.values()]), torch.cat([b[n].flatten() for n in a]))
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["cosine", "sign", "norm_ratio"])

@@ -60,8 +60,10 @@ class StreamingMoments:
         difference = mean - self._mean
         total = self.count + count
         weight = self.count * count / total
-        self._scatter = self._scatter + scatter + weight * (
-            torch.outer(difference, difference) if self.covariance_kept else difference.square()
+        self._scatter = (
+            self._scatter
+            + scatter
+            + weight * (torch.outer(difference, difference) if self.covariance_kept else difference.square())
         )
         self._mean = self._mean + difference * (count / total)
         self.count = total

@@ -81,7 +81,13 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
 
 
 def linear_probe(
-    features: Tensor, y: Tensor, test_features: Tensor, test_y: Tensor, *, regularization: float = 1.0, max_iter: int = 200
+    features: Tensor,
+    y: Tensor,
+    test_features: Tensor,
+    test_y: Tensor,
+    *,
+    regularization: float = 1.0,
+    max_iter: int = 200,
 ) -> float:
     """Test accuracy of a logistic regression on standardised features.
 
@@ -102,7 +108,7 @@ def linear_probe(
     return float(probe.score(_rows(test_features), test_y.cpu().numpy()))
 
 
-def _rows(x: Tensor):  # noqa: ANN202
+def _rows(x: Tensor):
     return x.detach().flatten(1).float().cpu().numpy()
 
 

@@ -396,7 +396,10 @@ class UNetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(_groups(in_channels), in_channels), nn.GroupNorm(_groups(out_channels), out_channels)
+        self.norm1, self.norm2 = (
+            nn.GroupNorm(_groups(in_channels), in_channels),
+            nn.GroupNorm(_groups(out_channels), out_channels),
+        )
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels) if time_dim else None
@@ -442,14 +445,18 @@ class UNet(nn.Module):
         super().__init__()
         time_dim = 4 * widths[0] if timed else 0
         self.time_width = widths[0]
-        self.time = nn.Sequential(nn.Linear(widths[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)) if timed else None
+        self.time = (
+            nn.Sequential(nn.Linear(widths[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)) if timed else None
+        )
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         pairs = list(zip([widths[0], *widths], widths, strict=False))
         self.down = nn.ModuleList([UNetBlock(a, b, time_dim) for a, b in pairs])
         self.middle = UNetBlock(widths[-1], widths[-1], time_dim)
         self.up = nn.ModuleList([UNetBlock(b + b, a, time_dim) for a, b in reversed(pairs)])
         self.head = nn.Sequential(
-            nn.GroupNorm(_groups(widths[0]), widths[0]), nn.SiLU(), nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1)
+            nn.GroupNorm(_groups(widths[0]), widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1),
         )
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
@@ -457,7 +464,9 @@ class UNet(nn.Module):
         if x.shape[-1] % factor or x.shape[-2] % factor:
             raise ValueError(f"expected height and width to be multiples of {factor}, got {tuple(x.shape[-2:])}")
         if (t is None) != (self.time is None):
-            raise ValueError("this network takes a time for each example" if t is None else "this network takes no time")
+            raise ValueError(
+                "this network takes a time for each example" if t is None else "this network takes no time"
+            )
         time = None if t is None or self.time is None else self.time(_time_features(t, self.time_width))
         h, skips = self.stem(x), []
         for k, block in enumerate(self.down):

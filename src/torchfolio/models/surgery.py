@@ -87,14 +87,18 @@ def _replace_below(
     return count
 
 
-def _make(factory: Callable[[nn.Module], nn.Module], old: nn.Module, made: dict[int, nn.Module], kept: list[nn.Module]) -> nn.Module:
+def _make(
+    factory: Callable[[nn.Module], nn.Module], old: nn.Module, made: dict[int, nn.Module], kept: list[nn.Module]
+) -> nn.Module:
     if id(old) in made:
         return made[id(old)]
     new = factory(old)
     if not isinstance(new, nn.Module):
         raise TypeError(f"expected the factory to return a module, got {type(new).__name__}")
     if old._forward_hooks or old._forward_pre_hooks:
-        warnings.warn(f"the replaced {type(old).__name__} had forward hooks, which the new module does not have", stacklevel=4)
+        warnings.warn(
+            f"the replaced {type(old).__name__} had forward hooks, which the new module does not have", stacklevel=4
+        )
     if new is not old:
         like = next((p for p in (*old.parameters(), *old.buffers()) if p.is_floating_point()), None)
         if like is not None:
@@ -126,7 +130,8 @@ class Features:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], flatten: Flatten, detach: bool) -> None:
-        self._flatten, self._detach = flatten, detach
+        self._flatten: Flatten = flatten
+        self._detach = detach
         self._seen: dict[str, list[Tensor]] = {}
         self.names = tuple(names)
         modules = dict(model.named_modules())
@@ -142,7 +147,9 @@ class Features:
             if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
                 output = output[0]  # attention and recurrent modules return their features first
             if not isinstance(output, Tensor):
-                raise TypeError(f"{name} returns a {type(output).__name__}, expected a tensor (or a tuple that starts with one)")
+                raise TypeError(
+                    f"{name} returns a {type(output).__name__}, expected a tensor (or a tuple that starts with one)"
+                )
             kept = flatten_features(output, self._flatten)
             self._seen.setdefault(name, []).append(kept.detach() if self._detach else kept)
 
@@ -301,4 +308,3 @@ def parameter_groups(
     if rest:
         made.append({"params": rest})
     return made
-

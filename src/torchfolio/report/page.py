@@ -84,10 +84,14 @@ def write_report(runs: Path | Sequence[Path], out: Path) -> Path:
     roots = [runs] if isinstance(runs, Path) else list(runs)
     missing = [str(root) for root in roots if not Path(root).exists()]
     if missing:
-        raise TorchfolioError(f"{missing[0]} does not exist; run something first: torchfolio run auglocal --scale smoke")
+        raise TorchfolioError(
+            f"{missing[0]} does not exist; run something first: torchfolio run auglocal --scale smoke"
+        )
     folders = sorted({path.parent for root in roots for path in Path(root).rglob("outcome.json")})
     if not folders:
-        raise TorchfolioError(f"no runs in {', '.join(map(str, roots))}; run something first: torchfolio run auglocal --scale smoke")
+        raise TorchfolioError(
+            f"no runs in {', '.join(map(str, roots))}; run something first: torchfolio run auglocal --scale smoke"
+        )
     page = render(collect(folders))
     with atomic(Path(out)) as file:
         file.write(page.encode("utf-8"))
@@ -130,7 +134,8 @@ def _check(outcome: Outcome) -> None:
         if missing:
             raise ValueError(f"a claim lacks {', '.join(sorted(missing))}")
         for value in claim["values"].values():
-            value["mean"], value["seeds"]
+            if not {"mean", "seeds"} <= set(value):
+                raise ValueError(f"a value of the claim {claim['id']} lacks its mean or seeds")
 
 
 def _rank(card: Card) -> tuple[bool, int, str]:
@@ -163,8 +168,14 @@ def render(cards: Sequence[Card]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(loader=PackageLoader("torchfolio.report", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"number": _number, "readable": _readable, "json": lambda v: json.dumps(v, indent=2, default=str)}
+    environment = Environment(
+        loader=PackageLoader("torchfolio.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {
+        "number": _number,
+        "readable": _readable,
+        "json": lambda v: json.dumps(v, indent=2, default=str),
+    }
     environment.globals |= {"dot_plot": lambda values, condition: Markup(dot_plot(values, condition)), "safe": Markup}
     claims = [claim for card in cards if card.outcome for claim in card.outcome.claims]
     return environment.get_template("page.html").render(

@@ -73,8 +73,12 @@ def parse(expression: str, values: Mapping[str, float]) -> ast.expr:
     _check(tree, expression)
     unknown = sorted(names(expression) - set(values))
     if unknown:
-        raise ExpressionError(f"{expression!r} speaks of {unknown[0]!r}; measured are {', '.join(values) or 'no values'}")
-    if not isinstance(tree, ast.Compare | ast.BoolOp) and not (isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.Not)):
+        raise ExpressionError(
+            f"{expression!r} speaks of {unknown[0]!r}; measured are {', '.join(values) or 'no values'}"
+        )
+    if not isinstance(tree, ast.Compare | ast.BoolOp) and not (
+        isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.Not)
+    ):
         raise ExpressionError(f"{expression!r} is no condition, expected a comparison such as 'a >= b'")
     return tree
 

@@ -103,7 +103,12 @@ def aggregate_claims(paper: Paper | None, measured: Sequence[Mapping[str, Measur
         if paper is not None:
             claim = paper.claim(id)
             table |= {"sentence": claim.sentence, "paper": claim.paper, "what": claim.measured}
-        table |= {"holds": None, "held_on": 0, "of": len(found), "note": None if found else "not measured at this scale"}
+        table |= {
+            "holds": None,
+            "held_on": 0,
+            "of": len(found),
+            "note": None if found else "not measured at this scale",
+        }
         if found:
             table |= _decide(found)
         tables.append(table)
@@ -119,7 +124,13 @@ def _decide(found: Sequence[Measured]) -> dict[str, Any]:
         true = expression.holds(condition, {name: v["mean"] for name, v in values.items()})
     lost = [name for name, v in values.items() if not math.isfinite(v["mean"])]
     note = f"{', '.join(lost)} is not a finite number" if lost else None
-    return {"expression": condition, "values": values, "holds": true, "held_on": sum(m.holds for m in found), "note": note}
+    return {
+        "expression": condition,
+        "values": values,
+        "holds": true,
+        "held_on": sum(m.holds for m in found),
+        "note": note,
+    }
 
 
 def aggregate_arms(arms: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

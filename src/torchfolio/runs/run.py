@@ -64,7 +64,9 @@ class Run(Generic[S]):
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
 
-    def arm(self, name: str, function: Callable[..., Mapping[str, Any]], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def arm(
+        self, name: str, function: Callable[..., Mapping[str, Any]], /, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """One condition of the comparison, computed once.
 
         Every global generator is seeded with the run's seed first, so that arms are paired and do not depend on
@@ -119,7 +121,9 @@ class Run(Generic[S]):
             ValueError: if the claim is unknown or was stated before, or the condition cannot be read.
         """
         if self.claim_ids and id not in self.claim_ids:
-            raise ValueError(f"{self.slug} has no claim {id!r} in the catalogue; its claims are {', '.join(self.claim_ids)}")
+            raise ValueError(
+                f"{self.slug} has no claim {id!r} in the catalogue; its claims are {', '.join(self.claim_ids)}"
+            )
         if id in self.measured:
             raise ValueError(f"the claim {id!r} was measured before")
         named = measured.items() if isinstance(measured, Mapping) else [("measured", measured)]
@@ -147,7 +151,9 @@ def save_figure(folder: Path, name: str, figure: Figure) -> None:
     import matplotlib.pyplot as plt
 
     stem = name.replace(" ", "_").replace("/", "_")
-    for suffix, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+    for suffix in ("png", "svg"):
         with atomic(folder / f"{stem}.{suffix}") as file:
-            figure.savefig(file, format=suffix, bbox_inches="tight", **options)
+            # Without a date the same figure is the same file.
+            metadata = {"Date": None} if suffix == "svg" else None
+            figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
     plt.close(figure)

@@ -118,7 +118,14 @@ def plan(
         raise ValueError(f"expected seeds that differ, at least one, got {list(seeds)}")
     changes = dict(settings or {})
     chosen = asdict(override(module.SCALES[scale], changes))
-    config = {"slug": slug, "scale": scale, "seeds": list(seeds), "settings": chosen, "changes": changes, "device": device}
+    config = {
+        "slug": slug,
+        "scale": scale,
+        "seeds": list(seeds),
+        "settings": chosen,
+        "changes": changes,
+        "device": device,
+    }
     folder = _find_unfinished(Path(out) / slug, config) if resume else None
     if folder is None:
         folder = _new_folder(Path(out) / slug, scale)
@@ -154,7 +161,9 @@ def _find_unfinished(parent: Path, config: dict[str, Any]) -> Path | None:
     return None
 
 
-def run_all(jobs_to_run: Sequence[Job], *, jobs: int = 1, ray: bool = False, say: Say = lambda text: None) -> list[Outcome]:
+def run_all(
+    jobs_to_run: Sequence[Job], *, jobs: int = 1, ray: bool = False, say: Say = lambda text: None
+) -> list[Outcome]:
     """Run experiments; a failing one does not stop the others.
 
     Args:
@@ -171,7 +180,9 @@ def run_all(jobs_to_run: Sequence[Job], *, jobs: int = 1, ray: bool = False, say
     elif jobs > 1:
         threads_each = max(1, cores() // jobs)
         # A fresh interpreter for each worker: forking one that has run threads of its own can hang.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads_each,)) as pool:
+        with ProcessPoolExecutor(
+            jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads_each,)
+        ) as pool:
             _measure_in(pool, jobs_to_run, say)
     outcomes = []
     for job in jobs_to_run:

@@ -90,10 +90,14 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         return {str(k): _encode(v, f"{where}.{k}" if where else str(k), arrays) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_encode(v, f"{where}[{k}]", arrays) for k, v in enumerate(value)]
-    kind = ARRAY if isinstance(value, np.ndarray) else TENSOR if type(value).__module__.startswith("torch") else None
-    array = value if kind == ARRAY else value.detach().cpu().numpy() if hasattr(value, "detach") else None
-    if kind is None or array is None or array.dtype == object:
-        raise TypeError(f"an arm's result holds a {type(value).__name__} at {where!r}; expected numbers, text, lists, arrays or tensors")
+    if isinstance(value, np.ndarray):
+        kind, array = ARRAY, value
+    else:  # a tensor is told by what it can do: this file does not import torch
+        kind, array = TENSOR, value.detach().cpu().numpy() if hasattr(value, "detach") else None
+    if array is None or array.dtype == object:
+        raise TypeError(
+            f"an arm's result holds a {type(value).__name__} at {where!r}; expected numbers, text, lists, arrays or tensors"
+        )
     name = f"a{len(arrays)}"
     arrays[name] = array
     return {kind: name}
