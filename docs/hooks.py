@@ -1,0 +1,71 @@
+"""Generates the method pages from the catalogue, the methods' docstrings and their latest recorded outcomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+from torchfolio import catalog
+
+RECORDED = Path(__file__).parent / "outcomes"
+
+
+def on_files(files: Files, config) -> Files:  # noqa: ANN001
+    """Add a page for every paper and one that lists them."""
+    pages = {"methods/index.md": _index()} | {f"methods/{p.slug}.md": _page(p) for p in catalog.papers().values()}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def _index() -> str:
+    lines = ["# Methods", ""]
+    for family, description in catalog.FAMILIES.items():
+        members = [p for p in catalog.papers().values() if p.family == family]
+        if members:
+            lines += [f"## {family}", "", f"{description[0].upper()}{description[1:]}.", ""]
+            lines += [f"- [{p.slug}]({p.slug}.md): {p.title}{'' if p.is_in else ' *(not in yet)*'}" for p in members]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _page(paper: catalog.Paper) -> str:
+    lines = [f"# {paper.slug}", "", f"**{paper.title}**. {', '.join(paper.authors)}. {paper.venue}."]
+    links = [f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"] if paper.arxiv else []
+    links += [f"[official code]({paper.code.url})"] if paper.code else []
+    lines += ["", " · ".join(links), "", paper.summary, ""]
+    if paper.is_in:
+        lines += ["```bash", f"torchfolio run {paper.slug}", "```", ""]
+    lines += ["## Claims", ""] + _claims(paper)
+    if paper.is_in:
+        lines += ["", "## Reference", "", f"::: {paper.module}", ""]
+    return "\n".join(lines)
+
+
+def _claims(paper: catalog.Paper) -> list[str]:
+    """A table of claims, with what was measured last where an outcome is recorded."""
+    path = RECORDED / f"{paper.slug}.json"
+    measured = {}
+    if path.is_file():
+        outcome = json.loads(path.read_text())
+        measured = {claim["id"]: claim for claim in outcome["claims"]}
+    lines = ["| claim | the paper | measured here | holds |", "| --- | --- | --- | --- |"]
+    for claim in paper.claims:
+        found = measured.get(claim.id)
+        values = "" if not found else "; ".join(_value(n, v) for n, v in found["values"].items())
+        verdict = "" if not found else {True: "yes", False: "**no**", None: "–"}[found["holds"]]
+        if found and found["of"] > 1:
+            verdict += f" ({found['held_on']} of {found['of']} seeds)"
+        what = claim.measured + (f" **{values}**" if values else "")
+        lines.append(f"| {claim.sentence} | {claim.paper or ''} | {what} | {verdict} |".replace("\n", " "))
+    if measured:
+        lines += ["", f"Recorded by `{outcome['command']}` with torch {outcome['environment']['torch']}."]
+    return lines
+
+
+def _value(name: str, value: dict) -> str:
+    if value["mean"] is None:
+        return f"{name} not a number"
+    return f"{name} {value['mean']:.3g}" + (f" ± {value['sem']:.1g}" if value["sem"] is not None else "")

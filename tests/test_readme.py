@@ -1,0 +1,55 @@
+"""What the README says is true: its examples run, its table is the catalogue's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def example(language: str) -> str:
+    found = re.search(rf"<!-- example: {language} -->\n```{language}\n(.*?)```", README, re.S)
+    assert found is not None
+    return found.group(1)
+
+
+def environment() -> dict[str, str]:
+    scripts = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+
+
+def test_python_example(tmp_path):
+    code = example("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"'accuracy': ([0-9.]+)", done.stdout)[1]) > 0.8
+
+
+@pytest.mark.slow
+def test_command_line_example(tmp_path):
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", example("bash")], cwd=tmp_path, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "net" / "model.safetensors").is_file()
+
+
+def test_table_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "docs" / "readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.updated(README) == README, "run: python docs/readme_table.py"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
