@@ -65,7 +65,7 @@ class Task:
     probes: bool = False
 
 
-SMOKE = {"data": "digits", "train_size": 256, "test_size": 128, "val_size": 64, "image_size": None, "depth": 14}
+SMOKE = {"data": "digits", "train_size": 512, "test_size": None, "val_size": 100, "image_size": None, "depth": 14}
 FULL = {
     "train_size": None,
     "test_size": None,
@@ -142,7 +142,8 @@ def probe_layers(net: nn.Module, data: DataSplits, examples: int = 2000) -> list
 
 def step_cost(task: Task, data: DataSplits, rule: LearningRule, depth: int | None = None) -> dict[str, float]:
     """Peak megabytes saved for backward and gigaflops of one training step on a batch of the task's size."""
-    x, y = (tensor[: task.batch_size] for tensor in data.train.tensors)
+    # Copies, as training batches are: a slice would share the storage of the whole set and count as all of it.
+    x, y = (tensor[: task.batch_size].clone() for tensor in data.train.tensors)
     module = rule.prepare(network(task, data, depth), (x, y)).train()
     peak = saved_bytes(lambda: rule.step((x, y), Tensor.backward), exclude=module).peak
     with FlopCounterMode(display=False) as counter:

@@ -47,7 +47,7 @@ class Settings(Task):
 
 
 SCALES = {
-    "smoke": Settings(**SMOKE, epochs=2, aux_depth=2, deep=26),
+    "smoke": Settings(**SMOKE, epochs=6, aux_depth=2, deep=26),
     "quick": Settings(),
     "full": Settings(**FULL, sweep=(1, 2, 4, 6)),
 }

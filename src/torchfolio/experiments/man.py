@@ -36,7 +36,7 @@ class Settings(Task):
 
 
 SCALES = {
-    "smoke": Settings(**SMOKE, epochs=2, ema_momentum=0.5, ablations=True, deep=26),
+    "smoke": Settings(**SMOKE, epochs=6, ema_momentum=0.5, ablations=True, deep=26),
     "quick": Settings(),
     "full": Settings(**FULL, ema_momentum=0.995, ablations=True),
 }

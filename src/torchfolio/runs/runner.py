@@ -269,7 +269,7 @@ def _conclude(job: Job, started: float, say: Say) -> Outcome:
         scale=job.scale,
         status="interrupted",
         seeds=list(job.seeds),
-        settings=asdict(settings),
+        settings=json.loads(json.dumps(asdict(settings))),
         command=command(job),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=0.0,

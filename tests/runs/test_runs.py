@@ -1,0 +1,214 @@
+"""Runs: arms that resume, seeds that are paired, outcomes that tell the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from torchfolio.errors import TorchfolioError
+from torchfolio.runs import Outcome, Run, experiment, plan, run_all, run_experiment, threads
+from torchfolio.runs.settings import override, parse
+from torchfolio.runs.store import append_json_line, read_json_lines, read_result, write_json, write_result
+
+from . import toy
+
+
+def measure(tmp_path, **arguments):
+    return run_experiment(toy, **({"scale": "quick", "out": tmp_path, "device": "cpu"} | arguments))
+
+
+def folder_of(tmp_path):
+    (found,) = (tmp_path / "toy").iterdir()
+    return found
+
+
+def test_outcome_over_seeds(tmp_path):
+    outcome = measure(tmp_path, seeds=(0, 1, 2))
+    assert outcome.status == "done"
+    assert outcome.ok
+    claims = {claim["id"]: claim for claim in outcome.claims}
+    assert claims["better"]["holds"] is True
+    assert (claims["better"]["held_on"], claims["better"]["of"]) == (3, 3)
+    value = claims["better"]["values"]["ours"]
+    assert value["mean"] == pytest.approx(np.mean(value["seeds"]))
+    assert value["sem"] == pytest.approx(np.std(value["seeds"], ddof=1) / 3**0.5)
+    assert len(set(value["seeds"])) == 3
+    assert outcome.arms["ours"]["accuracy"]["seeds"] == value["seeds"]
+    assert Outcome.load(folder_of(tmp_path)) == outcome
+    assert outcome.command == "torchfolio run toy --scale quick --seeds 3 --device cpu"
+
+
+def test_arms_of_a_seed_are_paired_and_repeatable(tmp_path):
+    first = measure(tmp_path / "a", seeds=(3,))
+    second = measure(tmp_path / "b", seeds=(3,))
+    assert first.arms == second.arms
+    assert {claim["id"]: claim["holds"] for claim in first.claims}["paired"] is True
+
+
+def test_a_truth_value_must_hold_on_every_seed(tmp_path):
+    outcome = measure(tmp_path, seeds=(6, 7))
+    claim = next(c for c in outcome.claims if c["id"] == "exact")
+    assert (claim["holds"], claim["held_on"]) == (False, 1)
+    assert not outcome.ok
+    assert outcome.failed_claims == ["exact"]
+    assert measure(tmp_path, scale="smoke", seeds=(7,)).ok
+
+
+def test_files(tmp_path):
+    measure(tmp_path, seeds=(0, 1))
+    folder = folder_of(tmp_path)
+    for name in ("config.json", "environment.json", "outcome.json", "figures/mean_curve.svg", "figures/mean_curve.png"):
+        assert (folder / name).is_file()
+    for name in ("metrics.jsonl", "arms/ours.json", "arms/ours.npz", "figures/curve.png"):
+        assert (folder / "seed-1" / name).is_file()
+    figures = json.loads((folder / "outcome.json").read_text())["figures"]
+    assert [f["name"] for f in figures] == ["mean curve", "curve (seed 0)", "curve (seed 1)"]
+    assert all((folder / f["svg"]).is_file() for f in figures)
+    assert not list(folder.rglob(".*"))
+
+
+def test_killed_run_resumes_at_the_first_unfinished_arm(tmp_path):
+    log = tmp_path / "log"
+    code = (
+        "from tests.runs import toy\nfrom torchfolio.runs import run_experiment\n"
+        f"run_experiment(toy, 'quick', (0, 1), {{'log': {str(log)!r}}}, out={str(tmp_path)!r}, device='cpu', resume=True)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    died = subprocess.run([sys.executable, "-c", code], env=environment | {"TOY_DIES_IN": "ours"})
+    assert died.returncode == -9
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert log.read_text().split("\n")[:-1] == ["0 base", "0 ours", "0 ours", "1 base", "1 ours"]
+    whole = measure(tmp_path / "whole", seeds=(0, 1))
+    assert Outcome.load(folder_of(tmp_path)).arms == whole.arms
+    again = measure(tmp_path, seeds=(0, 1), settings={"log": str(log)}, resume=True)
+    assert again.status == "done"
+    assert len(list((tmp_path / "toy").iterdir())) == 2, "a finished run is not taken up again"
+
+
+def test_a_failure_is_in_the_outcome_and_stops_nothing_else(tmp_path):
+    jobs = [plan(toy, "quick", (0,), {"name": name}, device="cpu", out=tmp_path / name) for name in ("broken", "fine")]
+    failed, done = run_all(jobs)
+    assert failed.status == "failed"
+    assert failed.error["type"] == "RuntimeError"
+    assert "the toy is broken" in failed.error["traceback"]
+    assert not failed.ok
+    assert done.ok
+    assert all(claim["holds"] is None for claim in failed.claims)
+
+
+def test_processes_give_what_one_gives(tmp_path):
+    one = measure(tmp_path / "one", seeds=(0, 1))
+    two = measure(tmp_path / "two", seeds=(0, 1), jobs=2)
+    assert one.arms == two.arms
+    assert one.claims == two.claims
+
+
+@pytest.mark.slow
+def test_ray_gives_what_one_process_gives(tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        (outcome,) = run_all([plan(toy, "quick", (0, 1), device="cpu", out=tmp_path / "ray")], ray=True)
+    finally:
+        ray.shutdown()
+    assert outcome.arms == measure(tmp_path / "one", seeds=(0, 1)).arms
+
+
+def a_run(tmp_path, **arguments):
+    return Run("toy", "quick", 0, toy.Settings(), torch.device("cpu"), tmp_path, **arguments)
+
+
+def test_claims_are_checked(tmp_path):
+    run = a_run(tmp_path, claim_ids=("known",))
+    with pytest.raises(ValueError, match="no claim 'other'"):
+        run.claim("other", 1.0, True)
+    with pytest.raises(ValueError, match="speaks of 'y'"):
+        run.claim("known", {"x": 1.0}, "y > 1")
+    assert run.claim("known", 2.0, "measured > 1") is True
+    with pytest.raises(ValueError, match="before"):
+        run.claim("known", 2.0, True)
+
+
+def test_not_a_number_does_not_hold(tmp_path):
+    assert a_run(tmp_path).claim("x", float("nan"), "measured < 1") is False
+
+
+def test_arm_names_are_checked(tmp_path):
+    run = a_run(tmp_path)
+    run.arm("a", dict)
+    for name in ("a", "", "../b", ".c"):
+        with pytest.raises(ValueError, match="name of an arm"):
+            run.arm(name, dict)
+
+
+def test_results_round_trip(tmp_path):
+    given = {
+        "n": 1, "x": 0.1, "t": "ä", "none": None, "yes": True, "list": [1, [2.5, "a"]], "table": {"k": np.float32(1.5)},
+        "array": np.arange(6).reshape(2, 3), "tensor": torch.ones(2, dtype=torch.float64), "inf": float("inf"),
+    }  # fmt: skip
+    write_result(tmp_path / "r.json", given)
+    back = read_result(tmp_path / "r.json")
+    assert {k: back[k] for k in ("n", "x", "t", "none", "yes", "list", "inf")} == {
+        k: given[k] for k in ("n", "x", "t", "none", "yes", "list", "inf")
+    }
+    assert back["table"] == {"k": 1.5}
+    assert isinstance(back["array"], np.ndarray)
+    assert (back["array"] == given["array"]).all()
+    assert torch.equal(back["tensor"], given["tensor"])
+    with pytest.raises(TypeError, match=r"set at 'a\.b'"):
+        write_result(tmp_path / "bad.json", {"a": {"b": {1}}})
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_torn_lines_are_passed_over(tmp_path):
+    path = tmp_path / "m.jsonl"
+    append_json_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    append_json_line(path, {"a": 3})
+    assert read_json_lines(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": None}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_settings_from_text():
+    changed = override(toy.Settings(), parse(["gain=2", "widths=3,4", "name=none", "loud=yes", "steps=9"]))
+    assert changed == toy.Settings(2.0, 9, (3, 4), None, True)
+    for pair, message in (("gian=1", "gain"), ("steps=x", "int"), ("loud=perhaps", "true or false")):
+        with pytest.raises(ValueError, match=message):
+            override(toy.Settings(), parse([pair]))
+    with pytest.raises(ValueError, match="key=value"):
+        parse(["steps"])
+
+
+def test_bad_requests(tmp_path):
+    with pytest.raises(TorchfolioError, match="no paper"):
+        experiment("nosuch")
+    with pytest.raises(TorchfolioError, match="scales"):
+        measure(tmp_path, scale="huge")
+    with pytest.raises(ValueError, match="seeds"):
+        measure(tmp_path, seeds=(1, 1))
+    with pytest.raises(ValueError, match="no setting"):
+        measure(tmp_path, settings={"nosuch": 1})
+
+
+def test_threads_are_restored():
+    before = torch.get_num_threads()
+    with threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
