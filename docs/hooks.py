@@ -12,7 +12,7 @@ from torchfolio import catalog
 RECORDED = Path(__file__).parent / "outcomes"
 
 
-def on_files(files: Files, config) -> Files:  # noqa: ANN001
+def on_files(files: Files, config) -> Files:
     """Add a page for every paper and one that lists them."""
     pages = {"methods/index.md": _index()} | {f"methods/{p.slug}.md": _page(p) for p in catalog.papers().values()}
     for path, text in pages.items():

@@ -36,7 +36,11 @@ def test_python_example(tmp_path):
 @pytest.mark.slow
 def test_command_line_example(tmp_path):
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", example("bash")], cwd=tmp_path, capture_output=True, text=True, env=environment()
+        ["bash", "-euo", "pipefail", "-c", example("bash")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -19,7 +19,9 @@ def call(*arguments: str):
     return runner.invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["show", "auglocal"], ["cite", "man"], ["--help"], ["--version"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["show", "auglocal"], ["cite", "man"], ["--help"], ["--version"], ["run", "--help"]]
+)
 def test_quick_commands_import_nothing_heavy(arguments):
     code = (
         "import sys\nfrom torchfolio.cli import app\n"
@@ -42,7 +44,11 @@ def test_show_search_cite():
     shown = call("show", "auglocal").stdout
     assert "ICLR 2024" in shown
     assert "torchfolio run auglocal" in shown
-    assert json.loads(call("search", "local", "learning", "--json").stdout)[0]["slug"] in ("auglocal", "man", "forwardgnn")
+    assert json.loads(call("search", "local", "learning", "--json").stdout)[0]["slug"] in (
+        "auglocal",
+        "man",
+        "forwardgnn",
+    )
     assert call("cite", "auglocal", "man").stdout.count("@inproceedings") == 2
 
 

@@ -33,7 +33,19 @@ def test_not_a_number_never_holds():
 
 @pytest.mark.parametrize(
     "expression",
-    ["__import__('os')", "a.real > 1", "a[0] > 1", "(lambda: 1)() > 0", "print(a) > 1", "a", "a + 1", "a >", "'x' > a", "c > 1", ""],
+    [
+        "__import__('os')",
+        "a.real > 1",
+        "a[0] > 1",
+        "(lambda: 1)() > 0",
+        "print(a) > 1",
+        "a",
+        "a + 1",
+        "a >",
+        "'x' > a",
+        "c > 1",
+        "",
+    ],
 )
 def test_nothing_else_is_allowed(expression):
     with pytest.raises(ExpressionError):

@@ -210,5 +210,3 @@ def test_threads_are_restored():
     with threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
-
-

@@ -2,48 +2,104 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from torchfolio.measure.untouched import untouched
 
 
-def count_flops(model: nn.Module | Callable[..., object], *inputs: Tensor, backward: bool = False) -> int:
-    """Floating-point operations of a forward pass (two for a multiply-add), by torch's counter.
+def _counter() -> FlopCounterMode:
+    """Torch's counter, which knows fused attention on accelerators, with the formula for the CPU's added."""
+    aten = torch.ops.aten
 
-    Matrix products, convolutions and attention count; element-wise work does not.
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def count_flops(model: nn.Module | Callable[..., Any], *inputs: Tensor, backward: bool = False) -> int:
+    """Floating-point operations of one forward pass, by torch's counter.
+
+    Matrix products, convolutions and attention count, two operations for a multiply-add; element-wise work,
+    normalisation and pooling do not. A convolution with $C$ input channels in groups of $C / g$, a window of
+    $k$ numbers and an output of $M$ numbers in total costs $2 M k C / g$.
 
     Args:
-        model: a module or callable.
+        model: a module or callable. A module keeps its gradients, buffers and mode.
         *inputs: its inputs.
-        backward: also run the backward pass of the summed output.
+        backward: also count the backward pass of the output's sum, to every trainable parameter and to the
+            inputs that require a gradient.
+
+    Returns:
+        The number of operations.
+
+    Raises:
+        TypeError: with `backward`, if the model does not return a tensor.
+        ValueError: with `backward`, if nothing requires a gradient.
     """
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    guard = untouched(model) if isinstance(model, nn.Module) else nullcontext()
+    with guard, _counter() as counter, torch.set_grad_enabled(backward):
         output = model(*inputs)
         if backward:
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"expected the model to return a tensor to go backward from, got {type(output).__name__}"
-                )
-            output.sum().backward()
+            _backward(output, [t for t in (*parameters, *inputs) if isinstance(t, Tensor) and t.requires_grad])
     return counter.get_total_flops()
+
+
+def _backward(output: Any, leaves: Sequence[Tensor]) -> None:
+    """Go backward from the sum of the output, and put the leaves' own gradients back."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"expected the model to return a tensor to go backward from, got {type(output).__name__}")
+    if not leaves:
+        raise ValueError("expected trainable parameters or an input that requires a gradient, got none")
+    held = [t.grad for t in leaves]
+    try:
+        for t in leaves:
+            t.grad = None
+        output.sum().backward()  # the counter's hooks do not work under torch.autograd.grad
+    finally:
+        for t, gradient in zip(leaves, held, strict=True):
+            t.grad = gradient
 
 
 def flops_by_module(model: nn.Module, *inputs: Tensor) -> pd.DataFrame:
     """Operations, parameters and output shape of every module that has no children.
 
+    What a parent computes itself, between its children, is in no row: `count_flops` gives the whole.
+
+    Args:
+        model: the network; buffers and mode are left as they were.
+        *inputs: its inputs.
+
     Returns:
-        A row for each call, in running order: name, type, parameters, flops, output shape.
+        A row for each call, in running order: `name` (a layer that runs twice has two rows, its parameters in
+        the first), `type`, `parameters` (its own), `flops` (forward), `shape` (of the output; `None` for no
+        tensor).
     """
     rows: list[dict[str, object]] = []
     starts: dict[str, int] = {}
-    counter = FlopCounterMode(display=False)
+    seen: set[str] = set()
+    counter = _counter()
     handles = []
     for name, module in model.named_modules():
         if next(module.children(), None) is not None:
@@ -52,20 +108,21 @@ def flops_by_module(model: nn.Module, *inputs: Tensor) -> pd.DataFrame:
         def before(m: nn.Module, args: object, name: str = name) -> None:
             starts[name] = counter.get_total_flops()
 
-        def after(m: nn.Module, args: object, out: object, name: str = name) -> None:
+        def after(m: nn.Module, args: object, out: Any, name: str = name) -> None:
             rows.append(
                 {
                     "name": name,
                     "type": type(m).__name__,
-                    "parameters": sum(p.numel() for p in m.parameters(recurse=False)),
+                    "parameters": 0 if name in seen else sum(p.numel() for p in m.parameters(recurse=False)),
                     "flops": counter.get_total_flops() - starts[name],
                     "shape": tuple(out.shape) if isinstance(out, Tensor) else None,
                 }
             )
+            seen.add(name)
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
-        with counter, torch.no_grad():
+        with untouched(model), counter, torch.no_grad():
             model(*inputs)
     finally:
         for handle in handles:
@@ -78,7 +135,7 @@ class Alternation:
     """Seconds of several callables that ran in turn.
 
     Attributes:
-        seconds: for every name the time of each round.
+        seconds: for every name the seconds of one call in each round.
     """
 
     seconds: Mapping[str, Sequence[float]]
@@ -90,14 +147,17 @@ class Alternation:
 
     def ratio(self, name: str) -> float:
         """Median over rounds of this callable's time over the reference's in the same round."""
-        return float(median(self._ratios(name)))
+        return float(median(self.ratios(name)))
 
     def spread(self, name: str) -> tuple[float, float]:
         """Quartiles of the ratios over rounds."""
-        low, high = np.quantile(self._ratios(name), [0.25, 0.75])
+        low, high = np.quantile(self.ratios(name), [0.25, 0.75])
         return float(low), float(high)
 
-    def _ratios(self, name: str) -> list[float]:
+    def ratios(self, name: str) -> list[float]:
+        """The ratio of every round: pairing takes out what slowed the machine in that round."""
+        if name not in self.seconds:
+            raise KeyError(f"expected one of {', '.join(self.seconds)}, got {name!r}")
         return [a / b for a, b in zip(self.seconds[name], self.seconds[self.reference], strict=True)]
 
     def to_frame(self) -> pd.DataFrame:
@@ -119,40 +179,78 @@ class Alternation:
 
 
 def alternate(
-    *callables: Callable[[], object], repeats: int = 9, warmup: int = 1, **named: Callable[[], object]
+    *callables: Callable[[], object],
+    repeats: int = 9,
+    warmup: int = 1,
+    min_seconds: float = 1e-3,
+    **named: Callable[[], object],
 ) -> Alternation:
     """Time callables in turn, so that whatever else the machine does falls on all of them alike.
 
+    The clock waits for the accelerator where there is one, the garbage collector is off, and each round
+    begins with another callable.
+
     Args:
-        *callables: named after their `__name__`.
-        repeats: rounds; in each every callable runs once, in an order that turns by one each round.
-        warmup: untimed rounds first.
+        *callables: named after their `__name__`, or numbered where that is taken or missing.
+        repeats: rounds; each times every callable once.
+        warmup: untimed calls of each first; at least one is made, to see how fast it is.
+        min_seconds: a callable faster than this is called so many times in a row that a timing takes as long.
         **named: further callables by name. The first of all is the reference.
+
+    Returns:
+        The seconds of one call, per callable and round.
 
     Raises:
         ValueError: if there are fewer than two callables or no rounds.
+
+    Example:
+        >>> print(alternate(plain=step, compiled=compiled_step))  # doctest: +SKIP
     """
-    candidates = {getattr(c, "__name__", str(k)): c for k, c in enumerate(callables)} | named
+    candidates = _names(callables) | named
     if len(candidates) < 2:
-        raise ValueError(f"expected at least two callables of different names, got {len(candidates)}")
+        raise ValueError(f"expected at least two callables, got {len(candidates)}")
     if repeats < 1:
         raise ValueError(f"expected at least one round, got {repeats}")
-    for _ in range(warmup):
-        for call in candidates.values():
-            call()
+    calls = {name: _calls(call, warmup, min_seconds) for name, call in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
-    for round_ in range(repeats):
-        turn = round_ % len(order)
-        for name in order[turn:] + order[:turn]:
-            _synchronize()
-            start = time.perf_counter()
-            candidates[name]()
-            _synchronize()
-            seconds[name].append(time.perf_counter() - start)
+    with _no_collection():
+        for round_ in range(repeats):
+            turn = round_ % len(order)
+            for name in order[turn:] + order[:turn]:
+                seconds[name].append(_time(candidates[name], calls[name]))
     return Alternation(seconds)
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _names(callables: Sequence[Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    named: dict[str, Callable[[], object]] = {}
+    for k, call in enumerate(callables):
+        name = getattr(call, "__name__", None)
+        # Two lambdas have one name.
+        named[str(k) if name is None or name == "<lambda>" or name in named else name] = call
+    return named
+
+
+def _calls(call: Callable[[], object], warmup: int, min_seconds: float) -> int:
+    """How many calls make a timing of `min_seconds`, by the fastest of the warm-up calls."""
+    fastest = min(_time(call, 1) for _ in range(max(warmup, 1)))
+    return max(1, math.ceil(min_seconds / max(fastest, 1e-9)))
+
+
+def _time(call: Callable[[], object], calls: int) -> float:
+    start = timer()
+    for _ in range(calls):
+        call()
+    return (timer() - start) / calls
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,7 +1,8 @@
-"""Losses and gradients of single examples, and how far two gradients agree."""
+"""Losses and gradients, of whole data sets and of single examples, and how far two gradients agree."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,66 +10,90 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
+
+from torchfolio.measure.batches import Data, batches
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@torch.no_grad()
-def per_example_losses(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    loss: Callable[..., Tensor] = F.cross_entropy,
-    *,
-    batch_size: int = 512,
-) -> Tensor:
-    """The loss of every example `[N]`, in the mode the model is in.
+def per_example_losses(model: nn.Module, loss: Loss, data: Data, *, batch_size: int | None = 512) -> Tensor:
+    """The loss of every example.
+
+    The network is used in the mode it is in, and its buffers do not change. Batch norm in training mode makes
+    an example's loss depend on the others of its batch; call `model.eval()` first where that is not wanted.
 
     Args:
         model: the network.
-        x: inputs `[N, ...]`.
-        y: targets `[N, ...]`.
-        loss: criterion that takes `reduction="none"`.
-        batch_size: examples at a time.
+        loss: criterion on (outputs, targets); it is given one example at a time, so its reduction does not
+            matter.
+        data: (x, y), a data set, or batches.
+        batch_size: of tensors and data sets; `None` takes all at once.
+
+    Returns:
+        Losses `[N]`.
     """
-    parts = []
-    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        value = loss(model(a), b, reduction="none")
-        parts.append(value if value.dim() == 1 else value.flatten(1).mean(1))
-    return torch.cat(parts)
+    one = vmap(lambda output, target: loss(output[None], target[None]).reshape(()), randomness="different")
+    with torch.no_grad():
+        return torch.cat([one(_forward(model, x), y) for x, y in batches(data, batch_size, _device(model))])
 
 
 def per_example_gradients(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy, *, chunk_size: int | None = None
+    model: nn.Module, loss: Loss, data: Data, *, batch_size: int | None = None
 ) -> dict[str, Tensor]:
-    """The gradient of every example's loss, `{name: [N, *parameter shape]}`, in one vectorised pass.
+    """The gradient of every example's loss, in one vectorised pass for each batch.
 
     Args:
         model: the network; batch norm must be in evaluation mode, where an example's output is its own.
-        x: inputs `[N, ...]`.
-        y: targets `[N, ...]`.
-        loss: criterion with mean reduction.
-        chunk_size: examples at a time; all by default.
+        loss: criterion on (outputs, targets); its reduction does not matter.
+        data: (x, y), a data set, or batches.
+        batch_size: examples at a time; the result is N times the size of the model in any case.
+
+    Returns:
+        `{name: [N, *shape of the parameter]}` for every parameter that requires a gradient.
 
     Raises:
-        ValueError: if a batch norm is in training mode.
+        ValueError: if a batch norm uses the statistics of the batch, or nothing requires a gradient.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(f"{name} is a batch norm in training mode, which mixes examples; call model.eval() first")
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    rest = {
-        **{n: p.detach() for n, p in model.named_parameters() if not p.requires_grad},
-        **dict(model.named_buffers()),
-    }
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (module.training or module.running_mean is None):
+            raise ValueError(f"{name} is a batch norm that mixes the examples of a batch; call model.eval() first")
+    trained = {n: p.detach() for n, p in _trainable(model).items()}
+    fixed = {n: p.detach() for n, p in model.named_parameters() if n not in trained} | dict(model.named_buffers())
 
-    def example_loss(values: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
-        return loss(functional_call(model, (values, rest), (a[None],)), b[None])
+    def example_loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(model, (values, fixed), (x[None],)), y[None]).reshape(())
 
-    return vmap(grad(example_loss), in_dims=(None, 0, 0), chunk_size=chunk_size, randomness="different")(
-        parameters, x, y
-    )
+    gradients = vmap(grad(example_loss), in_dims=(None, 0, 0), randomness="different")
+    parts = [gradients(trained, x, y) for x, y in batches(data, batch_size, _device(model))]
+    return {n: torch.cat([part[n] for part in parts]) for n in trained}
+
+
+def loss_gradients(model: nn.Module, loss: Loss, data: Data, *, batch_size: int | None = None) -> dict[str, Tensor]:
+    """The gradient of the mean loss, without touching the gradients that the model holds.
+
+    The network is used in the mode it is in, and its buffers do not change.
+
+    Args:
+        model: the network.
+        loss: criterion on (outputs, targets) with mean reduction.
+        data: (x, y), a data set, or batches.
+        batch_size: of tensors and data sets; `None` takes all at once.
+
+    Returns:
+        Gradients by parameter name, zero where the loss does not depend on one.
+    """
+    trained = _trainable(model)
+    total, examples = {n: torch.zeros_like(p) for n, p in trained.items()}, 0
+    for x, y in batches(data, batch_size, _device(model)):
+        with torch.enable_grad():
+            value = loss(_forward(model, x), y)
+        for name, g in zip(
+            trained, torch.autograd.grad(value, list(trained.values()), materialize_grads=True), strict=True
+        ):
+            total[name] += len(x) * g
+        examples += len(x)
+    return {n: t / examples for n, t in total.items()}
 
 
 def gradient_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -76,14 +101,30 @@ def gradient_dict(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def _forward(model: nn.Module, x: Tensor) -> Tensor:
+    return functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, (x,))
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("expected a parameter that requires a gradient, got none")
+    return trained
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    first = next(model.parameters(), None)
+    return None if first is None else first.device
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far two gradients agree.
 
     Attributes:
-        cosine: of the two gradients as single vectors.
-        sign: share of numbers whose signs agree.
-        norm_ratio: norm of the first over that of the second.
+        cosine: of the angle between them; NaN if one is zero.
+        sign: share of the numbers, of those that are not zero in both, whose signs agree.
+        norm_ratio: norm of the first over that of the second; NaN if the second is zero.
         by_parameter: the same three for every parameter.
     """
 
@@ -97,29 +138,36 @@ def gradient_agreement(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agre
     """Compare the gradients of two rules, per parameter and as a whole.
 
     Args:
-        a: gradients by parameter name, see `gradient_dict`.
+        a: gradients by parameter name, see `gradient_dict` and `loss_gradients`.
         b: likewise, of the same names and shapes.
 
     Raises:
-        ValueError: if names or shapes differ, or there are none.
+        ValueError: if names or shapes differ, there are none, or one is not finite.
     """
     if set(a) != set(b) or not a:
         odd = sorted(set(a) ^ set(b))
         raise ValueError(f"expected gradients of the same parameters, got {odd[:3] or 'none'} on one side")
-    shapes = [n for n in a if a[n].shape != b[n].shape]
-    if shapes:
-        raise ValueError(
-            f"{shapes[0]} has gradients of shapes {tuple(a[shapes[0]].shape)} and {tuple(b[shapes[0]].shape)}"
-        )
-    rows = {name: _compare(a[name].flatten(), b[name].flatten()) for name in a}
-    whole = _compare(torch.cat([t.flatten() for t in a.values()]), torch.cat([b[n].flatten() for n in a]))
+    for name in a:
+        if a[name].shape != b[name].shape:
+            raise ValueError(f"{name} has gradients of shapes {tuple(a[name].shape)} and {tuple(b[name].shape)}")
+        if not (a[name].isfinite().all() and b[name].isfinite().all()):
+            raise ValueError(f"the gradient of {name} is not finite")
+    sums = {name: _sums(a[name], b[name]) for name in a}
+    rows = {name: _compare(s) for name, s in sums.items()}
+    whole = _compare(torch.stack(list(sums.values())).sum(0))
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["cosine", "sign", "norm_ratio"])
     return Agreement(*whole, frame)
 
 
-def _compare(a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    a, b = a.double(), b.double()
-    norms = a.norm() * b.norm()
-    cosine = (a @ b / norms).item() if norms > 0 else float("nan")
-    ratio = (a.norm() / b.norm()).item() if b.norm() > 0 else float("nan")
-    return cosine, (a.sign() == b.sign()).double().mean().item(), ratio
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product, squared norms, numbers of agreeing signs and of numbers that are not zero in both."""
+    a, b = a.detach().double().flatten(), b.detach().to(a.device).double().flatten()
+    counted = (a != 0) | (b != 0)
+    agreeing = counted & (a.sign() == b.sign())
+    return torch.stack([a @ b, a @ a, b @ b, agreeing.sum().double(), counted.sum().double()]).cpu()
+
+
+def _compare(sums: Tensor) -> tuple[float, float, float]:
+    inner, aa, bb, agreeing, counted = sums.tolist()
+    cosine = inner / math.sqrt(aa) / math.sqrt(bb) if aa > 0 and bb > 0 else math.nan
+    return cosine, agreeing / counted if counted else math.nan, math.sqrt(aa / bb) if bb > 0 else math.nan

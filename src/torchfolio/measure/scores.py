@@ -1,4 +1,4 @@
-"""Scores of predictions: accuracy, calibration, ranking, probes."""
+"""Scores of predictions: accuracy, calibration, ranking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def accuracy(logits: Tensor, y: Tensor, *, top: int = 1) -> float:
         top: how many outputs count.
 
     Raises:
-        ValueError: on shapes that do not fit, no examples, or labels out of range.
+        ValueError: on shapes that do not fit, no examples, NaN, or labels out of range.
     """
     _check_labels(logits, y)
     if not 1 <= top <= logits.shape[1]:
@@ -24,7 +24,7 @@ def accuracy(logits: Tensor, y: Tensor, *, top: int = 1) -> float:
 
 
 def calibration_error(probabilities: Tensor, y: Tensor, *, bins: int = 15, adaptive: bool = False) -> float:
-    """Expected calibration error of the predicted class:
+    """Expected calibration error of the predicted class, in [0, 1]:
 
     $$\\mathrm{ECE} = \\sum_b \\frac{n_b}{N} \\lvert \\mathrm{acc}(b) - \\mathrm{conf}(b) \\rvert.$$
 
@@ -35,24 +35,28 @@ def calibration_error(probabilities: Tensor, y: Tensor, *, bins: int = 15, adapt
         adaptive: bins of equal counts in place of equal widths.
 
     Raises:
-        ValueError: on shapes that do not fit, no examples, or rows that are no probabilities.
+        ValueError: on shapes that do not fit, no examples, rows that are no probabilities, or no bin.
 
     Reference:
-        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3; adaptive: Nguyen,
+        O'Connor, "Posterior calibration and exploratory analysis for natural language processing models",
+        EMNLP 2015.
     """
     _check_labels(probabilities, y)
     sums = probabilities.sum(1)
     if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         raise ValueError("expected rows of probabilities that sum to 1; apply softmax to logits first")
+    if bins < 1:
+        raise ValueError(f"expected at least one bin, got {bins}")
     confidence, predicted = probabilities.double().max(1)
-    correct = (predicted == y).double()
+    gap = (predicted == y).double() - confidence
     if adaptive:
-        order = confidence.argsort()
-        groups = order.tensor_split(bins)
-        gaps = [len(g) * (correct[g].mean() - confidence[g].mean()).abs() for g in groups if len(g)]
-        return (torch.stack(gaps).sum() / len(y)).item()
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    difference = torch.zeros(bins, dtype=torch.float64, device=index.device).index_add_(0, index, correct - confidence)
+        order = confidence.argsort(stable=True)
+        index = torch.empty_like(order)
+        index[order] = torch.arange(len(y), device=y.device) * bins // len(y)
+    else:
+        index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # a bin holds its upper edge
+    difference = torch.zeros(bins, dtype=torch.float64, device=gap.device).index_add_(0, index, gap)
     return (difference.abs().sum() / len(y)).item()
 
 
@@ -64,52 +68,105 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
         positive: `[N]`, 0 or 1.
 
     Raises:
-        ValueError: on shapes that do not fit, NaN, or a single class.
+        ValueError: on shapes that do not fit, NaN, labels other than 0 and 1, or a single class.
     """
-    scores, positive = scores.detach().double().flatten(), positive.detach().flatten().bool()
-    if scores.shape != positive.shape:
-        raise ValueError(f"expected as many labels as scores, got {len(positive)} and {len(scores)}")
-    if scores.isnan().any():
-        raise ValueError("the scores hold NaN")
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if not n_positive or not n_negative:
-        raise ValueError(f"expected positives and negatives, got {n_positive} and {n_negative}")
-    _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # the mean rank of a tie, from 1
-    return ((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)).item()
+    negatives, positives = _split(scores, positive)
+    ordered = negatives.sort().values
+    below = torch.searchsorted(ordered, positives, right=False)
+    not_above = torch.searchsorted(ordered, positives, right=True)
+    # Counts are whole numbers, so that the result is exact up to one division.
+    return (below.sum() + not_above.sum()).item() / (2 * len(negatives) * len(positives))
 
 
-def linear_probe(
-    features: Tensor,
-    y: Tensor,
-    test_features: Tensor,
-    test_y: Tensor,
-    *,
-    regularization: float = 1.0,
-    max_iter: int = 200,
-) -> float:
-    """Test accuracy of a logistic regression on standardised features.
+def roc_curve(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """False-positive rates, true-positive rates and the thresholds that give them by `score >= threshold`.
 
     Args:
-        features: `[N, ...]`, flattened to rows.
-        y: labels `[N]`.
-        test_features: `[M, ...]`.
-        test_y: labels `[M]`.
-        regularization: inverse strength C of the L2 penalty.
-        max_iter: of the solver.
+        scores: `[N]`, larger for positives.
+        positive: `[N]`, 0 or 1.
+
+    Returns:
+        Three float64 tensors `[T]`, one point for each distinct score, thresholds falling from infinity.
+
+    Raises:
+        ValueError: see `auroc`.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    negatives, positives = _split(scores, positive)
+    observed = torch.cat([negatives, positives]).unique().flip(0)
+    infinity = torch.full((1,), torch.inf, dtype=observed.dtype, device=observed.device)
+    thresholds = torch.cat([infinity, observed])
+    rates = [
+        1 - torch.searchsorted(side.sort().values, thresholds, right=False).double() / len(side)
+        for side in (negatives, positives)
+    ]
+    return rates[0], rates[1], thresholds
 
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=regularization, max_iter=max_iter))
-    probe.fit(_rows(features), y.cpu().numpy())
-    return float(probe.score(_rows(test_features), test_y.cpu().numpy()))
+
+def threshold_at_fpr(negatives: Tensor, fpr: float) -> float:
+    """The smallest observed score that at most a share `fpr` of the negatives lies above.
+
+    Choose it on negatives held out for the purpose, never on those the rate is reported on.
+
+    Args:
+        negatives: scores of negatives `[N]`.
+        fpr: largest false-positive rate, in [0, 1].
+
+    Returns:
+        The threshold $\\tau$ for the rule `score > threshold`; minus infinity where every score may be
+        flagged.
+
+    Raises:
+        ValueError: on no scores, NaN, or a rate out of range.
+    """
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"expected a rate between 0 and 1, got {fpr}")
+    ordered = _finite_scores(negatives).sort().values
+    n = len(ordered)
+    above = n - torch.searchsorted(ordered, ordered, right=True)
+    if fpr == 1:
+        return -torch.inf
+    allowed = above.double() / n <= fpr
+    return ordered[allowed][0].item()
 
 
-def _rows(x: Tensor):
-    return x.detach().flatten(1).float().cpu().numpy()
+def tpr_at_fpr(scores: Tensor, positive: Tensor, fpr: float) -> float:
+    """Share of positives above the threshold that lets at most a share `fpr` of the negatives pass.
+
+    Args:
+        scores: `[N]`, larger for positives.
+        positive: `[N]`, 0 or 1.
+        fpr: largest false-positive rate, in [0, 1].
+
+    Raises:
+        ValueError: see `auroc` and `threshold_at_fpr`.
+    """
+    negatives, positives = _split(scores, positive)
+    return (positives > threshold_at_fpr(negatives, fpr)).double().mean().item()
+
+
+def _finite_scores(scores: Tensor) -> Tensor:
+    scores = scores.detach()
+    if scores.dim() != 1 or not len(scores):
+        raise ValueError(f"expected scores [N], at least one, got shape {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError("the scores hold NaN")
+    # Large integers are not all floats; float64 holds what any other type can.
+    return scores if scores.dtype == torch.int64 else scores.double()
+
+
+def _split(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the negatives and of the positives."""
+    if scores.shape != positive.shape:
+        raise ValueError(
+            f"expected a label for every score, got shapes {tuple(positive.shape)} and {tuple(scores.shape)}"
+        )
+    scores = _finite_scores(scores)
+    if not ((positive == 0) | (positive == 1)).all():
+        raise ValueError("expected labels 0 and 1")
+    chosen = positive.detach().bool().to(scores.device)
+    if not chosen.any() or chosen.all():
+        raise ValueError(f"expected positives and negatives, got {int(chosen.sum())} and {int((~chosen).sum())}")
+    return scores[~chosen], scores[chosen]
 
 
 def _check_labels(outputs: Tensor, y: Tensor) -> None:

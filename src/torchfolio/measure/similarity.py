@@ -1,6 +1,8 @@
-"""Similarity of representations."""
+"""Similarity of representations: how alike two layers see the same examples."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -12,74 +14,230 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     $$\\mathrm{CKA}(K, L) = \\frac{\\mathrm{HSIC}(K, L)}{\\sqrt{\\mathrm{HSIC}(K, K)\\,\\mathrm{HSIC}(L, L)}},
       \\qquad K = X X^\\top,\\; L = Y Y^\\top.$$
 
-    Invariant to orthogonal maps and isotropic scaling of either side, not to general linear maps.
+    Invariant to orthogonal maps, isotropic scaling and shifts of either side, not to general linear maps. On
+    column- centred features it equals
+    $\\lVert Y^\\top X \\rVert_F^2 / (\\lVert X^\\top X \\rVert_F \\lVert Y^\\top Y \\rVert_F)$, which is
+    computed where it is cheaper. Half precision is computed in float32, also under autocast.
 
     Args:
-        x: `[N, ...]`, flattened to rows.
-        y: `[N, ...]`.
-        unbiased: the U-statistic of HSIC, which does not drift towards 1 with many features; needs N of at least 4.
+        x: features `[N, ...]`, flattened to rows.
+        y: features of the same examples `[N, ...]`; their number per example may differ.
+        unbiased: the U-statistic of HSIC, which does not drift towards 1 with more features than examples; N
+            >= 4.
 
     Returns:
-        A scalar, in [0, 1] for the biased estimate.
+        A scalar, in [0, 1] for the biased estimate. Features that are the same for every example carry
+        nothing to
+        compare: the result is 0 with zero gradient, with a warning.
 
     Raises:
-        ValueError: if the numbers of examples differ or are too few.
+        ValueError: if the numbers of examples differ or are too few, or a value is not finite.
 
     Reference:
-        Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019; unbiased: Song et al.,
-        "Feature Selection via Dependence Maximization", JMLR 2012, equation 5.
+        Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019; unbiased: Song
+        et al., "Feature Selection via Dependence Maximization", JMLR 2012, equation 5.
     """
-    x, y = _rows(x, y, 4 if unbiased else 2)
-    if unbiased or x.shape[1] + y.shape[1] > 2 * len(x):
-        return cka_from_kernels(x @ x.T, y @ y.T, unbiased=unbiased)
-    # With few features the cross-covariances are smaller than the kernels and give the same number.
-    x, y = x - x.mean(0), y - y.mean(0)
-    cross = (x.T @ y).square().sum()
-    return cross / ((x.T @ x).square().sum() * (y.T @ y).square().sum()).sqrt()
+    a, b = _rows(x, y, 4 if unbiased else 2)
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = a - a.mean(0), b - b.mean(0)
+        if _vanished(a, x) or _vanished(b, y):
+            return _nothing_to_compare(a, b)
+        # At unit norm no later product is too small, however small the activations are.
+        a, b = a / a.norm(), b / b.norm()
+        n, p, q = len(a), a.shape[1], b.shape[1]
+        if unbiased or n * (p + q) < p * p + q * q + p * q:
+            return cka_from_kernels(a @ a.T, b @ b.T, unbiased=unbiased)
+        return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
 
 
 def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 0.5, unbiased: bool = False) -> Tensor:
-    """Centred kernel alignment with Gaussian kernels, whose width is `bandwidth` times the median distance.
+    """Centred kernel alignment with Gaussian kernels $\\exp(-\\lVert x_i - x_j \\rVert^2 / 2\\sigma^2)$,
+    differentiable.
+
+    $\\sigma$ is `bandwidth` times the median distance between two examples, which keeps the invariances of
+    `linear_cka`.
 
     Args:
-        x: `[N, ...]`.
-        y: `[N, ...]`.
-        bandwidth: width over the median distance between examples.
+        x: features `[N, ...]`, flattened to rows.
+        y: features of the same examples `[N, ...]`.
+        bandwidth: width over the median distance; 0.2, 0.4 and 0.8 are the published choices.
         unbiased: see `linear_cka`.
+
+    Returns:
+        A scalar, see `linear_cka`.
+
+    Raises:
+        ValueError: see `linear_cka`; also if the bandwidth is not positive, or half of the examples coincide.
+
+    Reference:
+        Kornblith et al., ICML 2019.
     """
-    x, y = _rows(x, y, 4 if unbiased else 2)
-    return cka_from_kernels(_rbf(x, bandwidth), _rbf(y, bandwidth), unbiased=unbiased)
+    if not bandwidth > 0:
+        raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
+    a, b = _rows(x, y, 4 if unbiased else 2)
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = a - a.mean(0), b - b.mean(0)
+        if _vanished(a, x) or _vanished(b, y):
+            return _nothing_to_compare(a, b)
+        return cka_from_kernels(_rbf(a / a.norm(), bandwidth), _rbf(b / b.norm(), bandwidth), unbiased=unbiased)
 
 
-def cka_from_kernels(k: Tensor, l: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Centred kernel alignment of two kernel matrices `[N, N]`."""
-    hsic = _hsic_unbiased if unbiased else _hsic
-    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).clamp_min(0).sqrt()
+def cka_from_kernels(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
+    """Centred kernel alignment of two kernel matrices, differentiable.
+
+    Args:
+        k_x: symmetric `[N, N]`, not necessarily centred.
+        k_y: symmetric `[N, N]`, over the same examples.
+        unbiased: see `linear_cka`.
+
+    Returns:
+        A scalar, see `linear_cka`.
+
+    Raises:
+        ValueError: if the kernels are not square, of different size, too small, or not finite.
+    """
+    a, b = _centred_kernels(k_x, k_y, unbiased)
+    if _vanished(a, k_x) or _vanished(b, k_y):
+        return _nothing_to_compare(a, b)
+    return (a / a.norm() * (b / b.norm())).sum()
 
 
-def _rbf(x: Tensor, bandwidth: float) -> Tensor:
-    square = torch.cdist(x, x).square()
-    n = len(x)
-    off_diagonal = square.detach()[~torch.eye(n, dtype=torch.bool, device=x.device)]
-    return torch.exp(-square / (2 * bandwidth**2 * off_diagonal.median()))
+def hsic(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
+    """Hilbert-Schmidt independence criterion of two kernel matrices, differentiable.
+
+    Biased, with $H = I - \\mathbf{1}\\mathbf{1}^\\top / N$: $\\operatorname{tr}(K H L H) / (N - 1)^2$.
+    Unbiased: the sum of $\\tilde K \\tilde L$ over $N (N - 3)$, of kernels without diagonal, centred so that
+        their rows sum to zero.
+
+    Args:
+        k_x: symmetric `[N, N]`.
+        k_y: symmetric `[N, N]`.
+        unbiased: the U-statistic; N >= 4. It may be negative.
+
+    Reference:
+        Gretton et al., ALT 2005; Song et al., JMLR 2012, equation 5.
+    """
+    a, b = _centred_kernels(k_x, k_y, unbiased)
+    n = len(a)
+    return (a * b).sum() / (n * (n - 3) if unbiased else (n - 1) ** 2)
 
 
-def _hsic(k: Tensor, l: Tensor) -> Tensor:
-    k = k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
-    return (k * l).sum()
+def rsa(x: Tensor, y: Tensor) -> Tensor:
+    """Representational similarity: Pearson's correlation of the two matrices of cosines, differentiable.
+
+    Args:
+        x: features `[N, ...]`, flattened to rows.
+        y: features of the same examples `[N, ...]`.
+
+    Returns:
+        A scalar in [-1, 1]; 0 with zero gradient and a warning if all cosines of one side are equal.
+
+    Raises:
+        ValueError: if the numbers of examples differ or are below 3, or a value is not finite.
+
+    Reference:
+        Kriegeskorte et al., "Representational Similarity Analysis", Frontiers in Systems Neuroscience 2008.
+    """
+    a, b = _rows(x, y, 3)
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = torch.nn.functional.normalize(a, dim=1), torch.nn.functional.normalize(b, dim=1)
+        k_x, k_y = a @ a.T, b @ b.T
+        p, q = k_x - k_x.mean(), k_y - k_y.mean()
+        if _vanished(p, k_x) or _vanished(q, k_y):
+            return _nothing_to_compare(p, q)
+        return (p / p.norm() * (q / q.norm())).sum()
 
 
-def _hsic_unbiased(k: Tensor, l: Tensor) -> Tensor:
-    n = len(k)
-    k, l = k - torch.diag(k.diag()), l - torch.diag(l.diag())
-    trace = (k * l.T).sum()
-    means = k.sum() * l.sum() / ((n - 1) * (n - 2))
-    return (trace + means - 2 * (k.sum(0) @ l.sum(1)) / (n - 2)) / (n * (n - 3))
+class StreamingCKA:
+    """Linear CKA over more examples than fit in one kernel, from the unbiased HSIC of every batch.
+
+    The three averages of HSIC over batches converge to those of all examples, where the average of the
+    batches' CKA does not.
+
+    Reference:
+        Nguyen, Raghu, Kornblith, "Do Wide and Deep Networks Learn the Same Things?", ICLR 2021, equation 3.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, x: Tensor, y: Tensor) -> StreamingCKA:
+        """Add the features of one batch, `[N, ...]` each, at least 4 examples, one size throughout."""
+        a, b = _rows(x.detach(), y.detach(), 4)
+        a, b = a.double(), b.double()
+        a, b = a - a.mean(0), b - b.mean(0)
+        k_x, k_y = _u_centred(a @ a.T), _u_centred(b @ b.T)
+        scale = len(a) * (len(a) - 3)
+        self._sums += torch.stack([(k_x * k_y).sum(), k_x.square().sum(), k_y.square().sum()]).cpu() / scale
+        self.batches += 1
+        return self
+
+    def compute(self) -> float:
+        """The similarity over all batches so far; NaN if one side never varied."""
+        if not self.batches:
+            raise ValueError("expected at least one batch, got none")
+        between, within_x, within_y = self._sums
+        return (between / (within_x * within_y).sqrt()).item()
 
 
 def _rows(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    if x.dim() < 2 or y.dim() < 2:
+        raise ValueError(f"expected features [N, ...], got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if len(x) != len(y):
         raise ValueError(f"expected features of the same examples, got {len(x)} and {len(y)}")
     if len(x) < least:
         raise ValueError(f"expected at least {least} examples, got {len(x)}")
-    return x.flatten(1), y.flatten(1)
+    x, y = _at_least_float32(x), _at_least_float32(y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.flatten(1).to(dtype), y.flatten(1).to(dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise ValueError("the features hold values that are not finite")
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _vanished(centred: Tensor, x: Tensor) -> bool:
+    """Whether what is left after centring is rounding error."""
+    rounding = 32 * torch.finfo(centred.dtype).eps
+    return bool(centred.detach().norm() <= rounding * x.detach().to(centred.dtype).norm())
+
+
+def _nothing_to_compare(a: Tensor, b: Tensor) -> Tensor:
+    warnings.warn("features that do not vary over the examples have similarity 0 to any other", stacklevel=3)
+    return 0 * (a.sum() + b.sum())  # keeps the graph, so that a loss of it alone can go backward
+
+
+def _rbf(x: Tensor, bandwidth: float) -> Tensor:
+    gram = x @ x.T
+    norms = gram.diagonal()
+    square = (norms + norms[:, None] - 2 * gram).clamp_min(0)
+    above = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    median = square[above[0], above[1]].median()
+    if median <= 0:
+        raise ValueError("the median distance between examples is 0: at least half of the pairs coincide")
+    return torch.exp(-square / (2 * bandwidth**2 * median))
+
+
+def _centred_kernels(k_x: Tensor, k_y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    if k_x.dim() != 2 or k_x.shape != k_y.shape or k_x.shape[0] != k_x.shape[1]:
+        raise ValueError(f"expected two kernels [N, N], got shapes {tuple(k_x.shape)} and {tuple(k_y.shape)}")
+    least = 4 if unbiased else 2
+    if len(k_x) < least:
+        raise ValueError(f"expected at least {least} examples, got {len(k_x)}")
+    centre = _u_centred if unbiased else _centred
+    return centre(_at_least_float32(k_x)), centre(_at_least_float32(k_y))
+
+
+def _centred(k: Tensor) -> Tensor:
+    return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
+
+
+def _u_centred(k: Tensor) -> Tensor:
+    n = len(k)
+    k = k - torch.diag(k.diagonal())
+    rows = k.sum(1)
+    k = k - rows / (n - 2) - rows[:, None] / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
+    return k - torch.diag(k.diagonal())

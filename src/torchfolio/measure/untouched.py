@@ -1,0 +1,37 @@
+"""Measuring a network without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """Restore buffers (running statistics, counters) and the mode of every submodule on leaving, also after
+    an error.
+
+    Args:
+        model: the network.
+        training: mode of the whole network inside; `None` leaves it as it is.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    if training is not None:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                buffer.copy_(before)
+                setattr(module, name, buffer)  # a module may have put another tensor in its place

@@ -1,0 +1,143 @@
+"""Operations by formula; time of callables whose ratio is known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.measure import Alternation, alternate, count_flops, flops_by_module
+
+
+@pytest.mark.parametrize(("groups", "stride", "kernel"), [(1, 1, 3), (4, 1, 3), (1, 2, 5), (8, 2, 1)])
+def test_convolution_by_formula(groups: int, stride: int, kernel: int) -> None:
+    layer = nn.Conv2d(8, 16, kernel, stride, kernel // 2, groups=groups)
+    out = layer(torch.zeros(2, 8, 12, 12))
+    per_output = 2 * kernel**2 * 8 // groups
+    assert count_flops(layer, torch.zeros(2, 8, 12, 12)) == out.numel() * per_output
+
+
+def test_linear_forward_and_backward() -> None:
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+    x = torch.randn(4, 6)
+    first, second = 2 * 4 * 6 * 10, 2 * 4 * 10 * 3
+    assert count_flops(net, x) == first + second
+    # Backward: a product for every weight, and one for the input of each layer but the first.
+    assert count_flops(net, x, backward=True) == first + second + first + 2 * second
+    assert count_flops(net, x.requires_grad_(), backward=True) == 3 * (first + second)
+
+
+def test_attention_by_formula() -> None:
+    q = torch.randn(2, 3, 5, 4)  # batch, heads, positions, width
+    expected = 2 * (2 * 2 * 3 * 5 * 5 * 4)
+    assert count_flops(lambda q: (q @ q.mT).softmax(-1) @ q, q) == expected
+    assert count_flops(lambda q: F.scaled_dot_product_attention(q, q, q), q) == expected
+    # The fused backward pass computes the scores again: five products for two.
+    both = count_flops(lambda q: F.scaled_dot_product_attention(q, q, q), q.requires_grad_(), backward=True)
+    assert both == expected // 2 * 7
+
+
+def test_counting_leaves_no_trace() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    net[0].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    count_flops(net, torch.randn(8, 4), backward=True)
+    flops_by_module(net, torch.randn(8, 4))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert net.training
+    assert not net[0].training
+    assert not net[0]._forward_hooks
+
+
+def test_backward_needs_something_to_go_to() -> None:
+    with pytest.raises(TypeError, match="return a tensor"):
+        count_flops(lambda x: (x, x), torch.randn(2, 2, requires_grad=True), backward=True)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        count_flops(lambda x: x @ x, torch.randn(2, 2), backward=True)
+
+
+def test_table_of_modules_adds_up() -> None:
+    shared = nn.Linear(5, 5)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.ReLU())
+            self.mix = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.mix(self.stem(x).mean(2)))
+
+    net, x = Net(), torch.randn(3, 2, 7)
+    table = flops_by_module(net, x)
+    assert list(table.columns) == ["name", "type", "parameters", "flops", "shape"]
+    assert list(table["name"]) == ["stem.0", "stem.1", "mix", "mix"]
+    assert list(table["type"]) == ["Conv1d", "ReLU", "Linear", "Linear"]
+    assert table["shape"].tolist()[0] == (3, 5, 7)
+    assert list(table["flops"]) == [2 * 3 * 7 * 5 * 2 * 3, 0, 2 * 3 * 25, 2 * 3 * 25]
+    assert sum(table["flops"]) == count_flops(net, x)
+    assert sum(table["parameters"]) == sum(p.numel() for p in net.parameters())
+
+
+def test_alternation_finds_a_known_ratio() -> None:
+    def short() -> None:
+        time.sleep(0.004)
+
+    def long() -> None:
+        time.sleep(0.012)
+
+    measured = alternate(short, long, repeats=5)
+    assert measured.reference == "short"
+    assert measured.ratio("short") == 1
+    assert 2 < measured.ratio("long") < 4
+    low, high = measured.spread("long")
+    assert low <= measured.ratio("long") <= high
+    assert all(len(s) == 5 for s in measured.seconds.values())
+    assert "ratio" in str(measured)
+    assert list(measured.to_frame().columns) == ["seconds", "ratio", "low", "high"]
+
+
+def test_ratios_are_paired_by_round() -> None:
+    measured = Alternation({"a": [1.0, 10.0, 100.0], "b": [2.0, 20.0, 200.0]})
+    assert measured.ratio("b") == 2
+    assert measured.spread("b") == (2, 2)
+    assert float(measured.to_frame().at["a", "seconds"]) == 10
+    with pytest.raises(KeyError, match="expected one of a, b"):
+        measured.ratio("c")
+
+
+def test_every_round_calls_each_in_turn() -> None:
+    calls: list[str] = []
+    alternate(
+        a=lambda: calls.append("a"),
+        b=lambda: calls.append("b"),
+        c=lambda: calls.append("c"),
+        repeats=3,
+        warmup=1,
+        min_seconds=0,
+    )
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+
+
+def test_fast_callables_are_called_many_times_and_reported_once() -> None:
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    measured = alternate(tick, lambda: None, repeats=2, min_seconds=1e-3)
+    assert count > 100
+    assert list(measured.seconds) == ["tick", "1"]
+    assert max(measured.seconds["tick"]) < 1e-4
+
+
+def test_alternation_needs_two_callables() -> None:
+    with pytest.raises(ValueError, match="at least two callables, got 1"):
+        alternate(print)
+    with pytest.raises(ValueError, match="at least one round"):
+        alternate(a=print, b=print, repeats=0)
