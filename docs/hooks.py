@@ -38,7 +38,7 @@ def _page(paper: catalog.Paper) -> str:
     lines += ["", " · ".join(links), "", paper.summary, ""]
     if paper.is_in:
         lines += ["```bash", f"torchfolio run {paper.slug}", "```", ""]
-    lines += ["## Claims", ""] + _claims(paper)
+    lines += ["## Claims", "", *_claims(paper)]
     if paper.is_in:
         lines += ["", "## Reference", "", f"::: {paper.module}", ""]
     return "\n".join(lines)

@@ -83,17 +83,20 @@ def test_table_of_modules_adds_up() -> None:
     assert sum(table["parameters"]) == sum(p.numel() for p in net.parameters())
 
 
-def test_alternation_finds_a_known_ratio() -> None:
+def test_alternation_finds_a_known_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]  # a clock that only the callables move
+    monkeypatch.setattr("torchfolio.measure.cost.timer", lambda: now[0])
+
     def short() -> None:
-        time.sleep(0.004)
+        now[0] += 0.004
 
     def long() -> None:
-        time.sleep(0.012)
+        now[0] += 0.012
 
     measured = alternate(short, long, repeats=5)
     assert measured.reference == "short"
     assert measured.ratio("short") == 1
-    assert 2 < measured.ratio("long") < 4
+    assert measured.ratio("long") == pytest.approx(3)
     low, high = measured.spread("long")
     assert low <= measured.ratio("long") <= high
     assert all(len(s) == 5 for s in measured.seconds.values())
