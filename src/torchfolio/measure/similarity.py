@@ -204,7 +204,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _centred_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both minus their means, at a size whose squares are numbers, and whether both vary over the examples."""
+    """Both minus their means, at a size that can be squared, and whether both vary over the examples."""
     centred, varied = [], True
     for side in (x, y):
         mean = side.mean(0)
