@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from torchfolio.data import CropFlip
-from torchfolio.engine import LearningRule, fit
+from torchfolio.engine import EarlyStopping, LearningRule, fit
 
 
 class EveryLayer(LearningRule):
-    """Calls backward once for each layer, on a loss of that layer's own."""
+    """Calls backward once for each layer, on a loss of that layer's own, and leaves the last bias alone."""
 
     def prepare(self, model, example):
         self.model = model
@@ -26,35 +28,61 @@ class EveryLayer(LearningRule):
         h, y = batch
         for layer in self.model[:-1]:
             h = layer(h)
-            backward((h - 1).square().mean())
+            if h.requires_grad:
+                backward((h - 1).square().mean())
             h = h.detach()
-        loss = nn.functional.cross_entropy(self.model[-1](h), y)
+        loss = F.cross_entropy(F.linear(h, self.model[-1].weight), y)
         backward(loss)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "share": len(y) / 2}
 
 
-def image_job(kind: str):
+class Shaky(Dataset):
+    """Every look at an example is another one, by each of the global generators."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, k):
+        noise = random.random() + np.random.rand() + torch.rand(1).item()
+        return self.x[k] + 0.1 * noise, self.y[k]
+
+
+def shift(x):
+    """Augmentation by the global generator."""
+    return torch.roll(x, int(torch.randint(3, ())), -1)
+
+
+def image_job(kind):
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(60, 2, 6, 6, generator=generator), torch.randint(3, (60,), generator=generator)
+    x = torch.randn(60, 2, 6, 6, generator=generator)
+    y = torch.randint(3, (60,), generator=generator)
     torch.manual_seed(1)
     net = nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3)
     )
-    data = TensorDataset(x, y)
-    return net, DataLoader(data, batch_size=8, shuffle=True) if kind == "loader" else data
+    if kind == "tensors":
+        return net, TensorDataset(x, y)
+    own = torch.Generator().manual_seed(3) if kind == "generator" else None
+    workers = 2 if kind == "workers" else 0
+    return net, DataLoader(Shaky(x, y), batch_size=8, shuffle=True, generator=own, num_workers=workers)
 
 
-def train_and_save(kind: str, folder: str, out: str, pause: float) -> None:
+def train_and_save(kind, folder, out, pause):
     net, data = image_job(kind)
     fit(
         net,
         data,
+        val=(torch.ones(4, 2, 6, 6), torch.zeros(4, dtype=torch.long)),
         optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-        scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=32),
+        scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=64),
+        early_stopping=EarlyStopping(patience=50),
         epochs=4,
         batch_size=8,
-        augment=CropFlip(padding=1),
-        checkpoint=folder if folder != "none" else None,
+        augment=shift,
+        checkpoint=None if folder == "none" else folder,
         checkpoint_every=3,
         callbacks=[lambda state: time.sleep(pause)] if pause else [],
         device="cpu",
@@ -62,22 +90,97 @@ def train_and_save(kind: str, folder: str, out: str, pause: float) -> None:
     torch.save(net.state_dict(), out)
 
 
-def train_in_several(kind: str, out: str) -> None:
+def train_in_several(kind, out):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 5, generator=generator), torch.randint(3, (50,), generator=generator)
-    torch.manual_seed(1)
+    torch.manual_seed(1 + int(os.environ.get("RANK", "0")))  # the first process's weights must win
     net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3))
-    rule = EveryLayer() if kind == "many" else None
-    # 50 examples in batches of 12 leave a last batch of 2, and shares that differ between processes.
-    fit(net, (x, y), rule=rule, optimizer=partial(torch.optim.SGD, lr=0.1), epochs=2, batch_size=11, device="cpu")
-    if int(__import__("os").environ.get("RANK", "0")) == 0:
-        torch.save(net.state_dict(), out)
+    torch.manual_seed(1)
+    if not int(os.environ.get("RANK", "0")):
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    train = DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True) if kind == "loader" else (x, y)
+    result = fit(
+        net,
+        train,
+        val=(x[:31], y[:31]),
+        rule=EveryLayer() if kind == "many" else None,
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+        epochs=2,
+        # 50 examples in batches of 7 leave a last batch of one: shares that differ, and one that is empty.
+        batch_size=7,
+        accumulate=2,
+        clip_norm=1.0,
+        checkpoint=f"{out}.checkpoints",
+        device="cpu",
+    )
+    if not int(os.environ.get("RANK", "0")):
+        losses = [[row["loss"], row["val_loss"], row["val_accuracy"]] for row in result.history.rows]
+        torch.save({"losses": torch.tensor(losses), **net.state_dict()}, out)
+
+
+def train_sharded(out):
+    """FSDP2 on two processes, against nothing at all on one."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def shard(module, mesh):
+        for layer in module:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh["data_parallel"])
+        return fully_shard(module, mesh=mesh["data_parallel"])
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(48, 6, generator=generator), torch.randint(4, (48,), generator=generator)
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    fabric = None
+    if "RANK" in os.environ:
+        strategy = ModelParallelStrategy(shard, data_parallel_size=2, tensor_parallel_size=1)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for epochs in (1, 2):  # the second call goes on from the checkpoint of the first
+        fit(
+            net, (x, y), val=(x, y), optimizer=optimizer, epochs=epochs, batch_size=16, fabric=fabric, device="cpu",
+            checkpoint=f"{out}.checkpoints",
+        )  # fmt: skip
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in net.state_dict().items()}
+    if not int(os.environ.get("RANK", "0")):
+        torch.save(state, out)
+
+
+def stop_in_several(out):
+    """One process asks to stop; both must leave, with a checkpoint."""
+    x, y = torch.randn(40, 3), torch.randint(2, (40,))
+    rank = int(os.environ["RANK"])
+
+    def callback(state):
+        if rank == 1 and state.step == 5:
+            state.stop("seen enough")
+
+    result = fit(
+        nn.Linear(3, 2),
+        (x, y),
+        epochs=100,
+        batch_size=4,
+        callbacks=[callback],
+        device="cpu",
+        checkpoint=f"{out}.checkpoints",
+    )
+    torch.save({"steps": torch.tensor(result.steps)}, f"{out}{rank}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "train":
-        train_and_save(sys.argv[2], sys.argv[3], sys.argv[4], float(sys.argv[5]))
+    command, *arguments = sys.argv[1:]
+    if command == "train":
+        train_and_save(*arguments[:3], float(arguments[3]))
+    elif command == "several":
+        train_in_several(*arguments)
+    elif command == "sharded":
+        train_sharded(*arguments)
     else:
-        Path(sys.argv[3]).parent.mkdir(exist_ok=True)
-        train_in_several(sys.argv[2], sys.argv[3])
+        stop_in_several(*arguments)

@@ -3,11 +3,13 @@
 from torchfolio.engine.blocks import blocks, layers
 from torchfolio.engine.ensemble import EnsembleResult, fit_many
 from torchfolio.engine.evaluate import evaluate
-from torchfolio.engine.fit import EarlyStopping, FitState, NonFiniteLoss, fit
+from torchfolio.engine.fit import fit
 from torchfolio.engine.history import FitResult, History
 from torchfolio.engine.modes import evaluating, seeded
 from torchfolio.engine.recorder import StepRecorder
 from torchfolio.engine.rules import Backprop, Batch, LearningRule
+from torchfolio.engine.scalars import NonFiniteLoss
+from torchfolio.engine.state import EarlyStopping, FitState
 
 __all__ = [
     "Backprop",

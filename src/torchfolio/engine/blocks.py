@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
-HOW_TO_NAME = (
-    "name the modules that start each block, for example blocks(model, names=[{names}]), or wrap the network in an "
-    "nn.Sequential"
-)
+from torchfolio.engine.modes import evaluating, undisturbed
+
+Unit = tuple[str, nn.Module]
 
 
-def layers(model: nn.Module, example: Tensor | None = None) -> list[tuple[str, nn.Module]]:
+def layers(model: nn.Module, example: Tensor | None = None) -> list[Unit]:
     """The network as layers that run one after the other; the last one is the head.
 
-    An `nn.Sequential` is its children, nested ones opened. Modules without weights and norms belong to the weight
-    layer before them; pools and flattening before the last weight layer belong to it, so that the last entry goes
-    from feature maps to the output. Children with names of their own (residual blocks, the children of a reference
-    network) stay whole. Any other network is traced: its children must run in order, each on the output of the one
-    before; functions between them, such as `torch.flatten`, go into the layer that follows.
+    An `nn.Sequential` is its children; those that are again an `nn.Sequential` of several weight layers are
+    opened. Any other module is one unit (a residual block stays whole). A network that is no `nn.Sequential`
+    is traced: its children must run in order, each on the output of the one before; functions between them,
+    such as `torch.flatten`, go into the layer that follows.
+
+    A layer is a unit with weights. Activations, pools, dropout and norms join the layer before them; what
+    stands before the first layer joins that. The last layer is the head: pools, flattening and dropout right
+    before it belong to it, so that it goes from feature maps to the output.
 
     The modules are the model's own: to train them is to train the model.
 
     Args:
         model: the network.
-        example: one batch of inputs. Needed for networks that are no `nn.Sequential`, where the composed layers
-            are compared with the model.
+        example: one batch of inputs. With it the composed layers are compared with the model in evaluation
+            mode. Networks that cannot be traced, because their forward pass depends on the data, are split
+            by this comparison alone.
 
     Returns:
-        Pairs of name and module. A layer made of several modules is named after the first.
+        Pairs of name and module, in running order. A layer is named after its first unit with weights (the
+        head too), by the dotted name in the model.
 
     Raises:
         ValueError: if the children do not run in order; the message says how to name the blocks by hand.
@@ -50,47 +55,43 @@ def blocks(
 
     Args:
         model: the network.
-        n: number of blocks, nearly equal in layers, the first ones longer.
-        names: dotted names of the modules that start a block, in running order; what comes before the first one
-            belongs to the first block.
+        n: number of blocks, nearly equal in `layers`, the first ones longer.
+        names: dotted names of the modules that start a block, in running order; what comes before the first
+            one belongs to the first block. Modules that a name leads through (`"layer2"` of `"layer2.0"`)
+            are opened, others stay whole, so children that run out of order may be kept inside one block.
         example: one batch of inputs; see `layers`.
 
     Returns:
         The blocks, sharing the model's parameters. The last one ends in the network's output.
 
     Raises:
-        ValueError: if neither or both of `n` and `names` are given, `n` is out of range, a name is unknown or out
-            of order, or the network is not sequential.
+        ValueError: if neither or both of `n` and `names` are given, `n` is out of range, a name is unknown
+            or out of order, or the network is not sequential.
     """
     if (n is None) == (names is None):
         raise ValueError("give either n, the number of blocks, or names, the modules that start them")
     if names is not None:
         return _named_blocks(model, list(names), example)
     parts = [module for _, module in layers(model, example)]
-    if n is None or not 1 <= n <= len(parts):
-        raise ValueError(f"expected between 1 and {len(parts)} blocks (the network's layers), got {n}")
+    if not isinstance(n, int) or not 1 <= n <= len(parts):
+        raise ValueError(f"expected between 1 and {len(parts)} blocks (the network's layers), got {n!r}")
     size, longer = divmod(len(parts), n)
     cuts = [k * size + min(k, longer) for k in range(n + 1)]
-    return [_join(parts[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [_join(parts[a:b]) for a, b in pairwise(cuts)]
 
 
 def _join(parts: Sequence[nn.Module]) -> nn.Module:
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
-def _units(model: nn.Module, example: Tensor | None) -> list[tuple[str, nn.Module]]:
+def _units(model: nn.Module, example: Tensor | None) -> list[Unit]:
     """The smallest pieces to cut between, in running order."""
-    if _is_sequential(model):
-        return _open(model, "")
     if next(model.children(), None) is None:
         return [("", model)]
-    children = [name for name, _ in model.named_children()]
-    pieces = _trace(model, children)
-    if example is not None:
-        _compare(model, [piece for _, piece in pieces], example, children)
-    return [
-        unit for name, piece in pieces for unit in (_open(piece, name) if _is_sequential(piece) else [(name, piece)])
-    ]
+    if _is_sequential(model):
+        return list(_open(model, ""))
+    pieces = _split(model, [name for name, _ in model.named_children()], example)
+    return [unit for name, piece in pieces for unit in _opened(piece, name)]
 
 
 def _is_sequential(module: nn.Module) -> bool:
@@ -98,64 +99,56 @@ def _is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _open(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    units: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_children() if not _repeats(module) else _all_children(module):
-        path = f"{prefix}.{name}" if prefix else name
-        # A named group in a reference network is one layer; only anonymous nests are opened.
-        opened = _is_sequential(child) and type(child) is nn.Sequential and _opens(child, name)
-        units.extend(_open(child, path) if opened else [(path, child)])
-    return units
+def _open(module: nn.Module, path: str) -> Iterator[Unit]:
+    # Not `named_children`, which passes over a module that is registered twice.
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _opened(child, f"{path}.{name}" if path else name)
 
 
-def _repeats(module: nn.Module) -> bool:
-    return len(dict(module.named_children())) != len(module._modules)
+def _opened(module: nn.Module, path: str) -> Iterator[Unit]:
+    """The units of a module: its own children where it is a chain of several weight layers."""
+    if not _is_sequential(module):
+        yield path, module
+        return
+    inside = list(_open(module, path))
+    # A convolution with its norm and activation is one layer. A named head is one, however deep.
+    whole = sum(_has_weights(part) for _, part in inside) < 2 or path.rpartition(".")[2] == "head"
+    yield from [(path, module)] if whole else inside
 
 
-def _all_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Children including those registered twice, which `named_children` drops."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
-
-
-def _opens(child: nn.Module, name: str) -> bool:
-    """Whether a nest holds layers to cut between, rather than being one layer with its norm and activation."""
-    return sum(_weighty(part) for _, part in _all_children(child)) > 1 and name != "head"
-
-
-def _weighty(module: nn.Module) -> bool:
-    """Whether a module has weights of its own that are not a norm's."""
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module has weights that are not a norm's."""
     return any(
         next(part.parameters(recurse=False), None) is not None and "Norm" not in type(part).__name__
         for part in module.modules()
     )
 
 
-def _attach(units: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def _attach(units: Sequence[Unit]) -> list[Unit]:
     """Give every layer its weights: what has none joins the layer before, or the head."""
-    groups: list[tuple[str, list[nn.Module]]] = []
-    for name, module in units:
-        if groups and not (_weighty(module) and any(_weighty(part) for part in groups[-1][1])):
-            groups[-1][1].append(module)
+    groups: list[list[Unit]] = []
+    for unit in units:
+        complete = bool(groups) and any(_has_weights(module) for _, module in groups[-1])
+        if not groups or (complete and _has_weights(unit[1])):
+            groups.append([unit])
         else:
-            groups.append((name, [module]))
-    _move_to_head(groups)
-    return [(name, _join(parts)) for name, parts in groups]
+            groups[-1].append(unit)
+    if len(groups) > 1:
+        *_, before, head = groups
+        while len(before) > 1 and _leads_to_head(before[-1][1]):
+            head.insert(0, before.pop())
+    return [(_name(group), _join([module for _, module in group])) for group in groups]
 
 
-def _move_to_head(groups: list[tuple[str, list[nn.Module]]]) -> None:
-    """Pools, flattening and dropout right before the head belong to it."""
-    if len(groups) < 2:
-        return
-    before, (name, head) = groups[-2][1], groups[-1]
-    while len(before) > 1 and _leads_to_head(before[-1]):
-        head.insert(0, before.pop())
-    groups[-1] = (name, head)
+def _name(group: Sequence[Unit]) -> str:
+    return next((name for name, module in group if _has_weights(module)), group[0][0])
 
 
 def _leads_to_head(module: nn.Module) -> bool:
-    return isinstance(module, nn.Flatten | nn.Dropout) or type(module).__name__.startswith(
-        ("AdaptiveAvg", "AdaptiveMax", "AvgPool")
-    )
+    """Whether a module turns the last features into what a classifier takes."""
+    kind = type(module).__name__
+    return kind.startswith(("Adaptive", "AvgPool", "Dropout", "Flatten", "GlobalPool", "Identity"))
 
 
 class _ChildTracer(fx.Tracer):
@@ -169,62 +162,69 @@ class _ChildTracer(fx.Tracer):
         return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module, leaves: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Cut the traced network after every leaf: one piece a leaf, with the functions that run before it."""
+def _split(model: nn.Module, leaves: Sequence[str], example: Tensor | None) -> list[Unit]:
+    """One piece for every named module, checked on the example."""
     try:
         graph = _ChildTracer(leaves).trace(model)
     except Exception as error:
-        raise ValueError(
-            f"cannot follow how the children of {type(model).__name__} run ({type(error).__name__}: {error}); "
-            + HOW_TO_NAME.format(names=", ".join(map(repr, list(leaves)[:3])))
-        ) from error
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    output = next(node for node in graph.nodes if node.op == "output")
-    _check_chain(model, inputs, nodes, output, leaves)
-    calls = [i for i, node in enumerate(nodes) if node.op == "call_module" and node.target in leaves]
-    if not calls:
-        raise ValueError(f"none of the children of {type(model).__name__} runs as a module")
-    ends = [i + 1 for i in calls]
-    ends[-1] = len(nodes)  # what follows the last child belongs to it
-    pieces, start = [], 0
-    for call, end in zip(calls, ends, strict=True):
-        source = inputs[0] if start == 0 else nodes[start - 1]
-        pieces.append((str(nodes[call].target), _piece(model, nodes[start:end], source)))
-        start = end
+        if example is None:
+            _refuse(
+                model,
+                leaves,
+                f"its forward pass cannot be traced ({error}) and there is no example to check by",
+            )
+        pieces = [(name, model.get_submodule(name)) for name in leaves]
+    else:
+        pieces = _cut(model, graph, leaves)
+    if example is not None and not _agree(model, [piece for _, piece in pieces], example):
+        _refuse(model, leaves, "run in order they do not give what it gives")
     return pieces
 
 
-def _check_chain(
-    model: nn.Module, inputs: list[fx.Node], nodes: list[fx.Node], output: fx.Node, leaves: Sequence[str]
-) -> None:
-    """Between two children exactly one value may be alive, and every child runs once."""
-    complaint = None
-    called = [node.target for node in nodes if node.op == "call_module"]
-    repeated = next((target for target in called if target in leaves and called.count(target) > 1), None)
-    if len(inputs) != 1:
-        complaint = f"it takes {len(inputs)} inputs"
-    elif repeated is not None:
-        complaint = f"{repeated} runs more than once"
-    else:
-        order = {node: i for i, node in enumerate([inputs[0], *nodes])}
-        for i, node in enumerate(nodes[:-1], start=1):
-            if not (node.op == "call_module" and node.target in leaves):
-                continue
-            crossing = [n for n in order if order[n] < i and any(order.get(u, len(order)) > i for u in n.users)]
-            if crossing:
-                complaint = f"{crossing[0].name} is used again after {node.target}"
-                break
-    if complaint is None and not isinstance(output.args[0], fx.Node):
-        complaint = "it does not return one tensor"
+def _cut(model: nn.Module, graph: fx.Graph, leaves: Sequence[str]) -> list[Unit]:
+    """Cut the traced network after every leaf: one piece a leaf, with the functions that run before it."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    complaint = _complaint(inputs, nodes, output, leaves)
     if complaint is not None:
-        raise ValueError(
-            f"the children of {type(model).__name__} do not run one after the other: {complaint}; "
-            + HOW_TO_NAME.format(names=", ".join(map(repr, list(leaves)[:3])))
-        )
+        _refuse(model, leaves, complaint)
+    calls = [k for k, node in enumerate(nodes) if _calls(node, leaves)]
+    ends = [k + 1 for k in calls]
+    ends[-1] = len(nodes)  # what follows the last child belongs to it
+    pieces: list[Unit] = []
+    source = inputs[0]
+    for call, (start, end) in zip(calls, pairwise([0, *ends]), strict=True):
+        pieces.append((str(nodes[call].target), _piece(model, nodes[start:end], source)))
+        source = nodes[end - 1]
+    return pieces
 
 
-def _piece(model: nn.Module, nodes: list[fx.Node], source: fx.Node) -> nn.Module:
+def _calls(node: fx.Node, leaves: Sequence[str]) -> bool:
+    return node.op == "call_module" and node.target in leaves
+
+
+def _complaint(inputs: list[fx.Node], nodes: list[fx.Node], output: fx.Node, leaves: Sequence[str]) -> str | None:
+    """Why one cannot cut after every leaf: between two of them exactly one value may be alive."""
+    if len(inputs) != 1:
+        return f"it takes {len(inputs)} inputs"
+    if not isinstance(output.args[0], fx.Node):
+        return "it does not return one tensor"
+    called = [str(node.target) for node in nodes if _calls(node, leaves)]
+    if not called:
+        return "none of them runs as a module"
+    repeated = next((name for name in called if called.count(name) > 1), None)
+    if repeated is not None:
+        return f"{repeated} runs more than once"
+    place = {node: k for k, node in enumerate([*inputs, *nodes, output])}
+    for node in [node for node in nodes if _calls(node, leaves)][:-1]:
+        crossing = [n for n in place if place[n] < place[node] and any(place[u] > place[node] for u in n.users)]
+        if crossing:
+            return f"{crossing[0].name} is used again after {node.target}"
+    return None
+
+
+def _piece(model: nn.Module, nodes: Sequence[fx.Node], source: fx.Node) -> nn.Module:
     """The nodes as a module that shares the model's parameters; the child itself where it is all there is."""
     if len(nodes) == 1 and nodes[0].op == "call_module":
         return model.get_submodule(str(nodes[0].target))
@@ -233,60 +233,99 @@ def _piece(model: nn.Module, nodes: list[fx.Node], source: fx.Node) -> nn.Module
     for node in nodes:
         mapped[node] = graph.node_copy(node, lambda n: mapped[n])
     graph.output(mapped[nodes[-1]])
-    return fx.GraphModule(model, graph)
+    # Shares the modules that the nodes name, and no others.
+    return fx.GraphModule(model, graph).train(model.training)
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, pieces: Sequence[nn.Module], example: Tensor, leaves: Sequence[str]) -> None:
-    """The pieces must give what the model gives."""
-    modes = {module: module.training for part in (model, *pieces) for module in part.modules()}
-    try:
-        model.eval()
+def _agree(model: nn.Module, pieces: Sequence[nn.Module], example: Tensor) -> bool:
+    """Whether the pieces give what the model gives."""
+    whole = nn.ModuleList([model, *pieces])
+    with undisturbed(), evaluating(whole):
         expected, x = model(example), example
-        for piece in pieces:
-            x = piece.eval()(x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    same = isinstance(expected, Tensor) and x.shape == expected.shape
-    if not same or not torch.allclose(x, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ValueError(
-            f"the children of {type(model).__name__}, run one after the other, do not give what it gives; "
-            + HOW_TO_NAME.format(names=", ".join(map(repr, list(leaves)[:3])))
-        )
+        try:
+            for piece in pieces:
+                x = piece(x)
+        except (RuntimeError, TypeError, ValueError):  # what one gives is not what the next one takes
+            return False
+    if not isinstance(expected, Tensor) or not isinstance(x, Tensor) or x.shape != expected.shape:
+        return False
+    return torch.allclose(x, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _refuse(model: nn.Module, leaves: Sequence[str], why: str) -> NoReturn:
+    shown = ", ".join(map(repr, leaves[:3]))
+    raise ValueError(
+        f"the children of {type(model).__name__} do not run one after the other: {why}. Name the modules that start "
+        f"each block by hand, for example blocks(model, names=[{shown}]), and leave out those between which a cut is "
+        "not possible; or wrap the parts in an nn.Sequential"
+    )
 
 
 def _named_blocks(model: nn.Module, names: list[str], example: Tensor | None) -> list[nn.Module]:
     known = dict(model.named_modules())
     for name in names:
-        if name not in known or not name:
-            raise ValueError(
-                f"the network has no module {name!r}; its children are {', '.join(n for n, _ in model.named_children())}"
-            )
-    leaves = _cut_leaves(model, names)
-    if _is_sequential(model) and all("." not in name for name in names):
-        pieces = _all_children(model)
-    else:
-        pieces = _trace(model, leaves)
-        if example is not None:
-            _compare(model, [piece for _, piece in pieces], example, leaves)
+        if not name or name not in known:
+            children = ", ".join(n for n, _ in model.named_children())
+            raise ValueError(f"the network has no module {name!r}; its children are {children}")
+    pieces = _pieces_between(model, names, example)
     running = [name for name, _ in pieces]
-    positions = [running.index(name) if name in running else -1 for name in names]
-    if -1 in positions or positions != sorted(set(positions)):
+    places = [running.index(name) if name in running else -1 for name in names]
+    if -1 in places or places != sorted(set(places)):
         raise ValueError(f"expected names in running order, each once, among {running}; got {names}")
-    cuts = [0, *[p for p in positions if p > 0], len(pieces)]
-    modules = [module for _, module in pieces]
-    return [cast(nn.Module, _join(modules[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    cuts = [0, *(p for p in places if p > 0), len(pieces)]
+    return [_join([module for _, module in pieces[a:b]]) for a, b in pairwise(cuts)]
 
 
-def _cut_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Children at every level that a name leads through: the modules between which one may cut."""
+def _pieces_between(model: nn.Module, names: Sequence[str], example: Tensor | None) -> list[Unit]:
+    """The network in pieces that start at the named modules, or finer."""
+    if _is_sequential(model) and all("." not in name for name in names):
+        return [(name, child) for name, child in model._modules.items() if child is not None]
+    leaves = _leaves(model, names)
+    try:
+        return _split(model, leaves, example)
+    except ValueError as error:
+        # Not everywhere can be cut. The named modules may still be the only places where it is wanted.
+        try:
+            graph = _ChildTracer(leaves).trace(model)
+        except Exception:
+            raise error from None
+        return _cut_before(model, graph, names, example)
+
+
+def _leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The modules that no name leads through, nor any of their children: those that stay whole."""
     opened = {""}
     for name in names:
         parts = name.split(".")
         opened.update(".".join(parts[:k]) for k in range(1, len(parts)))
-    leaves = []
-    for path in opened:
-        module = model.get_submodule(path) if path else model
-        leaves += [f"{path}.{n}" if path else n for n, _ in module.named_children()]
-    return [leaf for leaf in leaves if leaf not in opened]
+    found = []
+    for path in sorted(opened):
+        module = model.get_submodule(path)
+        found += [f"{path}.{n}" if path else n for n, _ in module.named_children()]
+    return [leaf for leaf in found if leaf not in opened]
+
+
+def _cut_before(model: nn.Module, graph: fx.Graph, names: Sequence[str], example: Tensor | None) -> list[Unit]:
+    """Cut the traced network right before the named modules alone."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    starts = [k for k, node in enumerate(nodes) if node.op == "call_module" and node.target in names]
+    if len(inputs) != 1 or len(starts) != len(set(names)) or not isinstance(output.args[0], fx.Node):
+        _refuse(model, list(names), "each named module must run once, on one input, towards one output")
+    place = {node: k for k, node in enumerate([*inputs, *nodes, output])}
+    pieces: list[Unit] = []
+    source = inputs[0]
+    cuts = sorted({0, *starts, len(nodes)})
+    for start, end in pairwise(cuts):
+        alive = [n for n in place if place[n] <= end and any(place[u] > end for u in n.users)]
+        others = [n.name for n in alive if n is not nodes[end - 1]]
+        if others:
+            _refuse(model, list(names), f"{others[0]} is used again after the start of {nodes[end].target}")
+        name = str(nodes[start].target) if start in starts else ""
+        pieces.append((name, _piece(model, nodes[start:end], source)))
+        source = nodes[end - 1]
+    if example is not None and not _agree(model, [piece for _, piece in pieces], example):
+        _refuse(model, list(names), "the blocks do not give what it gives")
+    return pieces

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
-from torchfolio.engine.loader import Data, tensors_of
-from torchfolio.engine.modes import evaluating
+from torchfolio.engine.loader import Batches, Data, TensorBatches, tensors_of
+from torchfolio.engine.modes import evaluating, undisturbed
+from torchfolio.engine.rules import Batch, LearningRule, default_loss
+from torchfolio.engine.state import EarlyStopping
+
+IGNORED = -100  # the label that cross-entropy passes over by default
 
 
-def check_data(data: Data, name: str) -> None:
+def check_data(data: Any, name: str) -> None:
     """Refuse data without examples, of unequal lengths, or with NaN.
+
+    Args:
+        data: tensors or a `TensorDataset`, which are looked through; another data set or a loader.
+        name: what to call it.
 
     Raises:
         ValueError: saying which.
@@ -21,49 +31,119 @@ def check_data(data: Data, name: str) -> None:
     """
     tensors = tensors_of(data)
     if tensors is None:
-        if not hasattr(data, "__getitem__") and not isinstance(data, DataLoader) and not hasattr(data, "__iter__"):
-            raise TypeError(
-                f"expected {name} to be a Dataset, a DataLoader or tensors (x, y), got {type(data).__name__}"
-            )
+        if not isinstance(data, Dataset | DataLoader) and not hasattr(data, "__getitem__"):
+            kind = type(data).__name__
+            raise TypeError(f"expected {name} to be a Dataset, a DataLoader or tensors (x, y), got {kind}")
+        if isinstance(data, tuple | list):
+            kinds = ", ".join(type(part).__name__ for part in data)
+            raise TypeError(f"expected {name} to be tensors (x, y), got ({kinds}); torch.as_tensor makes tensors")
         if hasattr(data, "__len__") and len(data) == 0:  # pyright: ignore[reportArgumentType]
             raise ValueError(f"{name} holds no examples")
         return
-    lengths = [len(t) for t in tensors]
     if len(tensors) < 2:
         raise ValueError(f"expected {name} to hold inputs and targets, got {len(tensors)} tensor(s)")
+    lengths = [len(t) if t.dim() else 0 for t in tensors]
     if len(set(lengths)) > 1:
         raise ValueError(f"expected as many targets as inputs in {name}, got lengths {lengths}")
     if not lengths[0]:
         raise ValueError(f"{name} holds no examples")
     for tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None])).any(1).sum())
-            raise ValueError(f"{name} has NaN or infinite values in {bad} of {len(tensor)} examples")
+        _check_finite(tensor, name)
 
 
-def check_fits(model: nn.Module, example: Sequence[Tensor], data: Data) -> None:
+def _check_finite(tensor: Tensor, name: str) -> None:
+    # The sum is one fast pass; only where it is not finite is a closer look worth its memory.
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
+        return
+    bad = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"{name} has NaN or infinite values in {len(bad)} of {len(tensor)} examples, first in example {int(bad[0])}"
+        )
+
+
+def check_model(model: nn.Module, example: Batch, data: Data, rule: LearningRule) -> None:
     """Run the model on an example and compare its output with the targets.
+
+    Rules other than backprop may train networks without an ordinary forward pass: where it fails, they are
+    left to judge for themselves.
 
     Raises:
         ValueError: if the model cannot take the inputs, or labels are outside the model's classes.
+        TypeError: if labels have another type than int64.
     """
     *inputs, target = example
     try:
-        with torch.no_grad(), evaluating(model):
-            output = model(*(x[:2] for x in inputs))
+        with torch.no_grad(), undisturbed(), evaluating(model):
+            output = model(*inputs)
     except Exception as error:
+        if not hasattr(rule, "loss"):
+            return
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
-        raise ValueError(f"the model cannot take a batch of {shapes}: {type(error).__name__}: {error}") from error
-    if not isinstance(output, Tensor) or output.dim() != 2 or target.dim() != 1 or target.is_floating_point():
+        weights = next((f" (its weights are {p.dtype})" for p in model.parameters()), "")
+        raise ValueError(
+            f"the model cannot take a batch of {shapes}{weights}: {type(error).__name__}: {error}"
+        ) from error
+    criterion = getattr(rule, "loss", None)
+    if isinstance(output, Tensor) and (
+        criterion in (default_loss, F.cross_entropy) or isinstance(criterion, nn.CrossEntropyLoss)
+    ):
+        _check_targets(output, target, data, criterion)
+
+
+def _check_targets(output: Tensor, target: Tensor, data: Data, criterion: Any) -> None:
+    if target.is_floating_point():
+        if criterion is default_loss:
+            default_loss(output.float(), target.float())
         return
+    if target.dtype != torch.int64:
+        raise TypeError(f"expected labels of type int64 (torch.long), got {target.dtype}; y.long() converts them")
+    if output.dim() != 2:
+        return
+    if target.dim() != 1:
+        raise ValueError(
+            f"expected labels of shape [N] for outputs [N, {output.shape[1]}], got {tuple(target.shape)}; "
+            "float targets are regressed"
+        )
     tensors = tensors_of(data)
     labels = target if tensors is None else tensors[-1]
-    low, high = int(labels.min()), int(labels.max())
-    if labels.dtype == torch.bool or low < 0 or high >= output.shape[1]:
-        got = "booleans" if labels.dtype == torch.bool else f"{low} to {high}"
+    allowed = labels[labels != getattr(criterion, "ignore_index", IGNORED)]
+    if not len(allowed):
+        return
+    low, high, classes = int(allowed.min()), int(allowed.max()), output.shape[1]
+    if low < 0 or high >= classes:
+        raise ValueError(f"expected labels from 0 to {classes - 1}, the model's {classes} outputs, got {low} to {high}")
+
+
+def check_last_batch(batches: Batches, module: nn.Module) -> None:
+    """Refuse a last batch of one example where a `BatchNorm1d` would have no variance to divide by.
+
+    Raises:
+        ValueError: saying how to get rid of it.
+    """
+    if not isinstance(batches, TensorBatches) or not any(isinstance(m, nn.BatchNorm1d) for m in module.modules()):
+        return
+    n, size, world = len(batches.tensors[0]), batches.batch_size, batches.world
+    last = n - (batches.count - 1) * size
+    if min(last, size) // world < 2:
         raise ValueError(
-            f"expected labels from 0 to {output.shape[1] - 1}, the model's {output.shape[1]} outputs, got {got}"
+            f"{n} examples in batches of {size} for {world} process(es) leave one of them with fewer "
+            "than two examples of the last batch, which batch norm cannot train on; pass "
+            "drop_last=True or another batch_size"
         )
+
+
+def check_settings(schedule: str, clip_norm: float | None, **numbers: int | None) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_positive(**numbers)
+    if schedule not in ("step", "epoch"):
+        raise ValueError(f"expected schedule to be 'step' or 'epoch', got {schedule!r}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"expected clip_norm above 0, got {clip_norm!r}")
 
 
 def check_positive(**values: int | None) -> None:
@@ -73,5 +153,26 @@ def check_positive(**values: int | None) -> None:
         ValueError: naming the argument.
     """
     for name, value in values.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+
+
+def check_monitor(stopper: EarlyStopping | None, validated: bool) -> None:
+    """Refuse to stop early by a validation score that nobody computes.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if stopper is not None and stopper.monitor.startswith("val_") and not validated:
+        raise ValueError(f"early stopping monitors {stopper.monitor!r}; expected val or evaluate to be given")
+
+
+def check_callables(callbacks: Sequence[Callable[..., Any]]) -> None:
+    """Refuse callbacks that cannot be called.
+
+    Raises:
+        TypeError: naming the first one.
+    """
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"expected callbacks to be callables that take a FitState, got {type(callback).__name__}")

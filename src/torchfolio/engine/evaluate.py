@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,30 @@ from torchfolio.engine.rules import default_loss
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@torch.no_grad()
+@dataclass
+class Totals:
+    """Sums over examples, which processes may add up.
+
+    Attributes:
+        loss: sum of the losses.
+        correct: examples whose label is the largest output.
+        labelled: examples that have a label.
+        count: examples.
+    """
+
+    loss: float = 0.0
+    correct: float = 0.0
+    labelled: float = 0.0
+    count: float = 0.0
+
+    def scores(self) -> dict[str, float]:
+        """Mean loss, and accuracy where there are labels."""
+        if not self.count:
+            raise ValueError("there are no examples to evaluate on")
+        scores = {"loss": self.loss / self.count}
+        return {**scores, "accuracy": self.correct / self.labelled} if self.labelled else scores
+
+
 def evaluate(
     model: nn.Module,
     data: Data,
@@ -30,10 +54,11 @@ def evaluate(
     Args:
         model: the network; its modes are restored.
         data: a `Dataset`, a `DataLoader` or tensors (x, y).
-        loss: criterion with mean reduction; by default cross-entropy for integer targets, else the mean squared
-            error.
+        loss: criterion with mean reduction; by default cross-entropy for integer targets, else the mean
+            squared error.
         batch_size: examples at a time, unless `data` is a `DataLoader`.
-        device: where to compute; the model's own device by default, `"auto"` takes an accelerator if there is one.
+        device: where to compute; the model moves there. The model's own device by default, `"auto"` takes an
+            accelerator if there is one.
 
     Returns:
         `{"loss": ..., "accuracy": ...}`; no accuracy for other targets than labels.
@@ -44,21 +69,43 @@ def evaluate(
     check_data(data, "data")
     if device is not None:
         model.to(resolve_device(device))
-    where = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total = torch.zeros((), dtype=torch.float64, device=where)
-    correct = torch.zeros((), dtype=torch.long, device=where)
-    count, labelled = 0, False
+    return add_up(model, data, loss=loss, batch_size=batch_size).scores()
+
+
+@torch.no_grad()
+def add_up(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Loss | None = None,
+    batch_size: int = 512,
+    rank: int = 0,
+    world: int = 1,
+) -> Totals:
+    """The sums behind `evaluate`, over every `world`-th batch from the `rank`-th on."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    # Float64 everywhere but on devices that lack it.
+    exact = torch.float32 if weight.device.type == "mps" else torch.float64
+    sums = torch.zeros(2, dtype=exact, device=weight.device)
+    count = labelled = 0
     with evaluating(model):
-        for *inputs, target in _batches(data, batch_size):
-            target = target.to(where)
-            output = model(*(x.to(where) for x in inputs))
-            total += (loss or default_loss)(output, target).double() * len(target)
+        for k, (*inputs, target) in enumerate(_batches(data, batch_size)):
+            if k % world != rank:
+                continue
+            target = target.to(weight.device, non_blocking=True)
+            output = model(*(_like(x, weight) for x in inputs))
+            sums[0] += (loss or default_loss)(output, target).to(exact) * len(target)
             count += len(target)
             if output.dim() == 2 and target.dim() == 1 and not target.is_floating_point():
-                labelled = True
-                correct += (output.argmax(1) == target).sum()
-    scores = {"loss": total.item() / count}
-    return {**scores, "accuracy": correct.item() / count} if labelled else scores
+                labelled += len(target)
+                sums[1] += (output.argmax(1) == target).sum()
+    total, correct = sums.tolist()
+    return Totals(total, correct, labelled, count)
+
+
+def _like(x: Tensor, weight: Tensor) -> Tensor:
+    """Inputs on the weights' device; floats in the weights' precision."""
+    return x.to(weight.device, weight.dtype if x.is_floating_point() else None, non_blocking=True)
 
 
 def _batches(data: Data, batch_size: int) -> Iterator[Sequence[Tensor]]:
@@ -75,8 +122,5 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """A device by name; `"auto"` takes an accelerator if there is one."""
     if str(device) != "auto":
         return torch.device(device)
-    return (
-        torch.accelerator.current_accelerator() or torch.device("cpu")
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")

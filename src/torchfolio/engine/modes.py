@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,31 +24,40 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all global generators, as tensors and plain values that load without pickle."""
+    """The states of the global generators, as tensors and plain values that load without pickle.
+
+    Python's, numpy's, torch's, and that of the current accelerator where one is in use.
+    """
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
+    state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (
-            name,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
+            str(name),
+            torch.from_numpy(np.asarray(keys, np.int64)),
+            position,
+            has_gauss,
             float(cached),
         ),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put all global generators where `random_state` found them."""
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the global generators where `random_state` found them."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def seed_all(seed: int) -> None:
@@ -59,11 +68,18 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed every global generator, and put them back where they were at the end."""
+def undisturbed() -> Iterator[None]:
+    """Put the global generators back at the end, so that a measurement leaves no trace in what follows."""
     before = random_state()
-    seed_all(seed)
     try:
         yield
     finally:
         set_random_state(before)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed every global generator, and put them back where they were at the end."""
+    with undisturbed():
+        seed_all(seed)
+        yield

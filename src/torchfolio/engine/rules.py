@@ -16,9 +16,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class LearningRule(ABC):
     """How a batch becomes gradients.
 
-    `torchfolio.engine.fit` calls `prepare` once and `step` for every batch; gradients are left in `.grad`, the
-    optimizer's step is not the rule's business. A rule may call backward as often as it likes: gradients are
-    averaged over processes after the step, not by a wrapper around the module.
+    `torchfolio.engine.fit` calls `prepare` once and `step` for every batch; gradients are left in `.grad`,
+    and the optimizer's step is not the rule's business. A rule may call backward as often as it likes:
+    gradients are averaged over processes after the step, not by a wrapper around the module.
     """
 
     @abstractmethod
@@ -38,12 +38,15 @@ class LearningRule(ABC):
     def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Compute the losses of one batch and call `backward` on them.
 
+        Losses are means over the batch: batches are cut into shares for several processes and put together by
+        accumulation, each weighted by its size.
+
         Args:
             batch: tensors on the model's device, normally (x, y).
             backward: to be called in place of `loss.backward()`.
 
         Returns:
-            Named scalars, detached; `"loss"` among them.
+            Named finite scalars, detached; `"loss"` among them.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,14 +55,16 @@ class LearningRule(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state of its own, got {', '.join(state)}")
 
 
 class Backprop(LearningRule):
     """The gradient of one loss through the whole network.
 
     Args:
-        loss: criterion on (output, target). `None` takes cross-entropy for integer targets and the mean squared
-            error for others.
+        loss: criterion on (output, target). `None` takes cross-entropy for integer targets and the mean
+            squared error for others.
     """
 
     def __init__(self, loss: Loss | None = None) -> None:
@@ -80,7 +85,15 @@ class Backprop(LearningRule):
 
 
 def default_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy for integer targets, the mean squared error for others."""
+    """Cross-entropy for integer targets, the mean squared error for others.
+
+    Raises:
+        ValueError: if float targets are not as many as outputs (broadcasting them would be a silent mistake).
+    """
     if not target.is_floating_point():
         return F.cross_entropy(output, target)
-    return F.mse_loss(output, target.reshape(output.shape) if target.numel() == output.numel() else target)
+    if target.numel() != output.numel():
+        raise ValueError(
+            f"expected float targets of the output's shape {tuple(output.shape)}, got {tuple(target.shape)}"
+        )
+    return F.mse_loss(output, target.reshape(output.shape))

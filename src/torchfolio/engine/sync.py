@@ -1,18 +1,38 @@
 """Keeping several processes in step without a wrapper around the module.
 
-A wrapper that averages gradients inside backward expects one backward for each forward of the whole module. Rules
-that call backward many times on parts of it would break that; averaging once after the rule's step does not.
+A wrapper that averages gradients inside backward expects one backward for each forward of the whole module.
+Rules that call backward many times on parts of it would break that; averaging once after the rule's step
+does not.
+
+Statistics of batch norm are those of each process's share, as in PyTorch's own data parallelism. They are
+averaged before every evaluation and checkpoint. For statistics of the joint batch convert the model with
+`nn.SyncBatchNorm.convert_sync_batchnorm` (on GPUs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 BUCKET_BYTES = 25 * 2**20
+
+
+def is_sharded(fabric: Fabric) -> bool:
+    """Whether the strategy shards modules in place and averages their gradients itself (FSDP2)."""
+    return hasattr(fabric.strategy, "device_mesh")
+
+
+def data_rank(fabric: Fabric) -> tuple[int, int]:
+    """Rank and number of the processes that see different data. Tensor-parallel ones see the same."""
+    if is_sharded(fabric):
+        mesh = fabric.strategy.device_mesh["data_parallel"]  # pyright: ignore[reportAttributeAccessIssue]
+        return mesh.get_local_rank(), mesh.size()
+    return fabric.global_rank, fabric.world_size
 
 
 def broadcast_module(module: nn.Module) -> None:
@@ -21,45 +41,77 @@ def broadcast_module(module: nn.Module) -> None:
         dist.broadcast(tensor.detach(), src=0)
 
 
+@torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes, in buckets of a few megabytes.
+    """Replace every gradient by its mean over processes, in buckets of some megabytes.
 
     Parameters without a gradient on any process keep none: a rule may leave parts of a module alone.
     """
-    parameters = list(parameters)
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(has, op=dist.ReduceOp.MAX)
-    gradients = []
-    for parameter, used in zip(parameters, has.tolist(), strict=True):
-        if used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
+    world = dist.get_world_size()
+    for bucket in _buckets(parameters):
+        grads = [p.grad for p in bucket]
+        used = torch.tensor([g is not None for g in grads], dtype=bucket[0].dtype, device=bucket[0].device)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(bucket, grads, strict=True)]
+        parts = [g.to_dense() if g.is_sparse else g for g in parts]
+        flat = torch.cat([*(g.reshape(-1) for g in parts), used])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        flat /= world
+        *means, users = flat.split([*(p.numel() for p in bucket), len(bucket)])
+        # Reading who uses what waits for the device: only where this process lacks a gradient does it matter.
+        anywhere = [True] * len(bucket) if None not in grads else [u > 0 for u in users.tolist()]
+        for parameter, mean, present in zip(bucket, means, anywhere, strict=True):
+            parameter.grad = mean.view_as(parameter).clone() if present else None
 
 
-def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
     size = 0
-    for gradient in gradients:
-        if bucket and (size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+    for parameter in parameters:
+        if bucket and (size > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.numel() * gradient.element_size()
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
     if bucket:
         yield bucket
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over processes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        value = value.clone()
+@torch.no_grad()
+def average_buffers(module: nn.Module) -> None:
+    """Give every process the mean of batch norms' running statistics, and the first one's other buffers."""
+    statistics: set[Tensor] = set()
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None:
+            statistics |= {part.running_mean, part.running_var}  # pyright: ignore[reportAssignmentType]
+    for buffer in module.buffers():
+        if buffer in statistics:
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
+        else:
+            dist.broadcast(buffer, src=0)
+
+
+def add_over_processes(values: Sequence[float], fabric: Fabric) -> list[float]:
+    """The sums of numbers over processes."""
+    if fabric.world_size == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=fabric.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather(value: Any, world: int) -> list[Any]:
+    """An object of every process, in the order of ranks."""
+    if world == 1:
+        return [value]
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def mean_over_processes(value: Tensor, world: int) -> Tensor:
+    """The mean of a tensor over so many processes, in place."""
+    if world > 1:
         dist.all_reduce(value)
-        value /= dist.get_world_size()
+        value /= world
     return value

@@ -16,8 +16,8 @@ Product = Callable[[Tensor], Tensor]
 Which = Literal["largest", "smallest", "magnitude", "both"]
 Parameters = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
-# A warm start must also find an eigenvector that has overtaken the earlier ones, orthogonal to them all: it begins
-# with so much noise, relative, and is not believed before so many products.
+# A warm start must also find an eigenvector that has overtaken the earlier ones, orthogonal to them all: it
+# begins with so much noise, relative, and is not believed before so many products.
 _NOISE = 0.3
 _WARM_PRODUCTS = 6
 
@@ -230,7 +230,7 @@ class _Krylov:
         self.basis[self.size] = self._next
         self.size += 1
         w = self.product(self._next).detach()
-        if not w.isfinite().all():
+        if not w.norm().isfinite():
             raise ValueError("a product with the matrix is not finite")
         self.alphas.append(float(self._next @ w))
         w = self._orthogonal(w)

@@ -51,7 +51,9 @@ class StreamingMoments:
         rows = x.detach().flatten(1) if x.dim() > 1 else x.detach()[:, None]
         if self.features is not None and rows.shape[1] != self.features:
             raise ValueError(f"expected rows of {self.features} features, got {rows.shape[1]}")
-        if not rows.isfinite().all():
+        if rows.device.type == "mps":  # has no float64
+            rows = rows.cpu()
+        if not rows.sum(dtype=torch.float64).isfinite():
             raise ValueError("the rows hold values that are not finite")
         for part in rows.split(_ROWS):
             if len(part):
@@ -59,8 +61,6 @@ class StreamingMoments:
         return self
 
     def _add(self, rows: Tensor) -> None:
-        if rows.device.type == "mps":  # has no float64
-            rows = rows.cpu()
         rows = rows.double()
         mean = rows.mean(0)
         centred = rows - mean

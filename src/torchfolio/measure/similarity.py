@@ -7,6 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
+_ROUNDING = 32  # what is left of constant features after centring, in units of the rounding error
+
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     """Centred kernel alignment with linear kernels, differentiable.
@@ -39,14 +41,12 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     """
     a, b = _rows(x, y, 4 if unbiased else 2)
     with torch.autocast(a.device.type, enabled=False):
-        a, b = a - a.mean(0), b - b.mean(0)
-        if _vanished(a, x) or _vanished(b, y):
+        a, b, varied = _centred_features(a, b)
+        if not varied:
             return _nothing_to_compare(a, b)
-        # At unit norm no later product is too small, however small the activations are.
-        a, b = a / a.norm(), b / b.norm()
         n, p, q = len(a), a.shape[1], b.shape[1]
         if unbiased or n * (p + q) < p * p + q * q + p * q:
-            return cka_from_kernels(a @ a.T, b @ b.T, unbiased=unbiased)
+            return _alignment(a @ a.T, b @ b.T, unbiased)
         return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
 
 
@@ -76,10 +76,10 @@ def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 0.5, unbiased: bool = Fa
         raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
     a, b = _rows(x, y, 4 if unbiased else 2)
     with torch.autocast(a.device.type, enabled=False):
-        a, b = a - a.mean(0), b - b.mean(0)
-        if _vanished(a, x) or _vanished(b, y):
+        a, b, varied = _centred_features(a, b)
+        if not varied:
             return _nothing_to_compare(a, b)
-        return cka_from_kernels(_rbf(a / a.norm(), bandwidth), _rbf(b / b.norm(), bandwidth), unbiased=unbiased)
+        return _alignment(_rbf(a, bandwidth), _rbf(b, bandwidth), unbiased)
 
 
 def cka_from_kernels(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
@@ -96,7 +96,12 @@ def cka_from_kernels(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Ten
     Raises:
         ValueError: if the kernels are not square, of different size, too small, or not finite.
     """
-    a, b = _centred_kernels(k_x, k_y, unbiased)
+    return _alignment(*_kernels(k_x, k_y, unbiased), unbiased)
+
+
+def _alignment(k_x: Tensor, k_y: Tensor, unbiased: bool) -> Tensor:
+    centre = _u_centred if unbiased else _centred
+    a, b = centre(k_x), centre(k_y)
     if _vanished(a, k_x) or _vanished(b, k_y):
         return _nothing_to_compare(a, b)
     return (a / a.norm() * (b / b.norm())).sum()
@@ -117,7 +122,8 @@ def hsic(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
     Reference:
         Gretton et al., ALT 2005; Song et al., JMLR 2012, equation 5.
     """
-    a, b = _centred_kernels(k_x, k_y, unbiased)
+    centre = _u_centred if unbiased else _centred
+    a, b = (centre(k) for k in _kernels(k_x, k_y, unbiased))
     n = len(a)
     return (a * b).sum() / (n * (n - 3) if unbiased else (n - 1) ** 2)
 
@@ -141,7 +147,7 @@ def rsa(x: Tensor, y: Tensor) -> Tensor:
     a, b = _rows(x, y, 3)
     with torch.autocast(a.device.type, enabled=False):
         a, b = torch.nn.functional.normalize(a, dim=1), torch.nn.functional.normalize(b, dim=1)
-        k_x, k_y = a @ a.T, b @ b.T
+        k_x, k_y = _kernels(a @ a.T, b @ b.T, unbiased=False)
         p, q = k_x - k_x.mean(), k_y - k_y.mean()
         if _vanished(p, k_x) or _vanished(q, k_y):
             return _nothing_to_compare(p, q)
@@ -194,15 +200,29 @@ def _rows(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    if not x.isfinite().all():
-        raise ValueError("the features hold values that are not finite")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _centred_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both minus their means, at a size that can be squared, and whether both vary over the examples."""
+    centred, varied = [], True
+    for side in (x, y):
+        mean = side.mean(0)
+        a = side - mean
+        size, level = a.detach().norm(), len(a) ** 0.5 * mean.detach().norm()
+        if not size.isfinite():
+            raise ValueError("the features, or their squares, are not finite")
+        if size <= _ROUNDING * torch.finfo(a.dtype).eps * level:
+            varied = False
+        elif not 1e-8 < size < 1e8:
+            a = a / size  # a constant: the similarity does not depend on the scale
+        centred.append(a)
+    return centred[0], centred[1], varied
 
 
 def _vanished(centred: Tensor, x: Tensor) -> bool:
     """Whether what is left after centring is rounding error."""
-    rounding = 32 * torch.finfo(centred.dtype).eps
-    return bool(centred.detach().norm() <= rounding * x.detach().to(centred.dtype).norm())
+    return bool(centred.detach().norm() <= _ROUNDING * torch.finfo(centred.dtype).eps * x.detach().norm())
 
 
 def _nothing_to_compare(a: Tensor, b: Tensor) -> Tensor:
@@ -221,14 +241,15 @@ def _rbf(x: Tensor, bandwidth: float) -> Tensor:
     return torch.exp(-square / (2 * bandwidth**2 * median))
 
 
-def _centred_kernels(k_x: Tensor, k_y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+def _kernels(k_x: Tensor, k_y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
     if k_x.dim() != 2 or k_x.shape != k_y.shape or k_x.shape[0] != k_x.shape[1]:
         raise ValueError(f"expected two kernels [N, N], got shapes {tuple(k_x.shape)} and {tuple(k_y.shape)}")
     least = 4 if unbiased else 2
     if len(k_x) < least:
         raise ValueError(f"expected at least {least} examples, got {len(k_x)}")
-    centre = _u_centred if unbiased else _centred
-    return centre(_at_least_float32(k_x)), centre(_at_least_float32(k_y))
+    if not (k_x.isfinite().all() and k_y.isfinite().all()):
+        raise ValueError("the kernels are not finite")
+    return _at_least_float32(k_x), _at_least_float32(k_y)
 
 
 def _centred(k: Tensor) -> Tensor:

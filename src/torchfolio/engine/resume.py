@@ -1,0 +1,265 @@
+"""Whether a checkpoint belongs to a training, and everything that a training goes on from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from torchfolio.engine.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
+from torchfolio.engine.loader import Batches
+from torchfolio.engine.modes import random_state, set_random_state
+from torchfolio.engine.scalars import NonFiniteLoss, Scalars
+from torchfolio.engine.state import EarlyStopping, FitState
+from torchfolio.engine.sync import average_buffers, gather, is_sharded
+
+Plain = bool | int | float | str
+
+
+def settings_of(value: Any) -> dict[str, Any]:
+    """The arguments of an object that it keeps under their own names, where they are plain values."""
+    try:
+        names = inspect.signature(type(value).__init__).parameters
+    except (TypeError, ValueError):
+        return {}
+    kept = {name: getattr(value, name, None) for name in names}
+    return {name: setting for name, setting in kept.items() if _is_plain(setting)}
+
+
+def fingerprint(
+    rule: Mapping[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None, **others: Any
+) -> dict[str, Any]:
+    """What must not change between the runs of one training, as plain values by name.
+
+    Args:
+        rule: `settings_of` the rule before it was prepared, with its class.
+        optimizer: fresh.
+        scheduler: fresh.
+        **others: further settings.
+    """
+    found: dict[str, Any] = {**others, **{f"rule.{k}": v for k, v in rule.items()}}
+    found["optimizer"] = type(optimizer).__name__
+    found |= {f"optimizer.{k}": v for k, v in optimizer.defaults.items() if _is_plain(v)}
+    if scheduler is not None:
+        found["scheduler"] = type(scheduler).__name__
+        found |= {f"scheduler.{k}": v for k, v in scheduler.state_dict().items() if _is_plain(v)}
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, Plain)
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Compare the settings of a checkpoint with those of the training that would go on from it.
+
+    Raises:
+        ValueError: at the first that differs.
+    """
+    for name in sorted(set(saved) | set(now)):
+        then, here = saved.get(name), now.get(name)
+        if _untupled(then) != _untupled(here):
+            raise ValueError(
+                f"the checkpoint in {folder} was made with {name} {then!r}, now it is {here!r}; give the "
+                "same, or resume=False to start over"
+            )
+
+
+def _untupled(value: Any) -> Any:
+    return [_untupled(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def check_network(saved: Mapping[str, Tensor], now: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare the weights of a checkpoint with the module's, by name, shape and type.
+
+    Raises:
+        ValueError: at the first that differs.
+    """
+    there, here = ({k: _kind(v) for k, v in state.items()} for state in (saved, now))
+    odd = next((k for k in [*here, *there] if here.get(k) != there.get(k)), None)
+    if odd is not None:
+        raise ValueError(
+            f"the checkpoint in {folder} is of another network: {odd} is {there.get(odd, 'not there')} in it "
+            f"and {here.get(odd, 'not there')} now; give the same network and rule, or resume=False"
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_finite(named: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Refuse to keep weights or optimizer states that are not finite.
+
+    Raises:
+        NonFiniteLoss: naming the first.
+    """
+    floats = [(name, value.detach()) for name, value in named if value.is_floating_point() and value.numel()]
+    # The largest absolute value is NaN where any value is, infinite where any is: one pass and no copies.
+    largest = [torch.linalg.vector_norm(value, float("inf")).float().cpu() for _, value in floats]
+    for (name, value), size in zip(floats, largest, strict=True):
+        if not torch.isfinite(size):
+            raise NonFiniteLoss(step, name, float(value[~torch.isfinite(value)].flatten()[0]))
+
+
+def named_values(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Trained weights and the optimizer's tensors for them, with names for messages."""
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    for parameter, name in names.items():
+        yield f"weight {name}", parameter
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"{key} of {names.get(parameter, 'a weight')}", value
+
+
+def sharded_state(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole weights and optimizer states of a sharded module, on the CPU. All processes take part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_state_dict(module, optimizer, options=options)
+
+
+def load_sharded_state(
+    module: nn.Module, optimizer: Optimizer, weights: dict[str, Any], states: dict[str, Any]
+) -> None:
+    """Hand every process its part of what `sharded_state` gave."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=states, options=options)
+
+
+@dataclass
+class Keeper:
+    """Writes all that the rest of a training depends on, and takes it back.
+
+    Attributes:
+        folder: of the checkpoints; `None` keeps nothing.
+        fabric: the processes.
+        state: of the training.
+        batches: their order.
+        scalars: sums of the epoch under way.
+        stopper: early stopping, if there is any.
+        callbacks: those with `state_dict` and `load_state_dict` are kept too.
+        settings: see `fingerprint`.
+        epoch_random: the random state at the beginning of the epoch under way.
+        seconds: time spent in the epoch under way.
+        saved: (step, epoch) of the last checkpoint.
+    """
+
+    folder: Path | None
+    fabric: Fabric
+    state: FitState
+    batches: Batches
+    scalars: Scalars
+    stopper: EarlyStopping | None
+    callbacks: tuple[Callable[..., Any], ...]
+    settings: dict[str, Any]
+    epoch_random: dict[str, Any] = field(default_factory=random_state)
+    seconds: float = 0.0
+    saved: tuple[int, int] | None = None
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the last one is of this very moment. All processes take part."""
+        state = self.state
+        if self.folder is None or self.saved == (state.step, state.epoch):
+            return
+        self.scalars.read()
+        sharded, world = is_sharded(self.fabric), self.fabric.world_size
+        if world > 1 and not sharded:
+            average_buffers(state.module)
+        weights, states = self._weights(sharded)
+        everyone = gather((random_state(), self.epoch_random), world)
+        if self.fabric.is_global_zero:
+            contents = self._contents() | {"module": weights, "optimizer": states, "random": everyone}
+            save_checkpoint(self.folder, state.step, contents)
+        self.fabric.barrier()
+        self.saved = (state.step, state.epoch)
+
+    def _weights(self, sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights and optimizer states, found finite."""
+        state = self.state
+        if sharded:
+            weights, states = sharded_state(state.module, state.optimizer)
+            check_finite(((f"weight {k}", v) for k, v in weights.items() if isinstance(v, Tensor)), state.step)
+            return weights, states
+        check_finite(named_values(state.module, state.optimizer), state.step)
+        return state.module.state_dict(), state.optimizer.state_dict()
+
+    def _contents(self) -> dict[str, Any]:
+        state = self.state
+        return {
+            "format": 1,
+            "settings": self.settings,
+            "rule": state.rule.state_dict(),
+            "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "epoch": state.epoch,
+            "step": state.step,
+            "position": state.position,
+            "batches": self.batches.state_dict(),
+            "history": state.history.rows,
+            "scalars": self.scalars.state_dict(),
+            "seconds": self.seconds,
+            "stopper": self.stopper.state_dict() if self.stopper is not None else None,
+            "callbacks": [getattr(callback, "state_dict", dict)() for callback in self.callbacks],
+        }
+
+    def restore(self, resume: bool) -> bool:
+        """Go on from the newest readable checkpoint; true if there is one."""
+        if self.stopper is not None:
+            self.stopper.restart()
+        if self.folder is None:
+            return False
+        if self.fabric.is_global_zero:
+            clear_checkpoints(self.folder, all=not resume)
+        self.fabric.barrier()
+        saved = load_checkpoint(self.folder) if resume else None
+        if saved is None:
+            return False
+        check_same(saved["settings"], self.settings, self.folder)
+        self._load_weights(saved)
+        self._load_rest(saved)
+        self.saved = (self.state.step, self.state.epoch)
+        return True
+
+    def _load_weights(self, saved: Mapping[str, Any]) -> None:
+        state, folder = self.state, self.folder
+        assert folder is not None
+        check_network(saved["module"], state.module.state_dict(), folder)
+        if is_sharded(self.fabric):
+            load_sharded_state(state.module, state.optimizer, saved["module"], saved["optimizer"])
+            return
+        state.module.load_state_dict(saved["module"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+
+    def _load_rest(self, saved: Mapping[str, Any]) -> None:
+        state = self.state
+        state.rule.load_state_dict(saved["rule"])
+        if state.scheduler is not None and saved["scheduler"] is not None:
+            state.scheduler.load_state_dict(saved["scheduler"])
+        self.fabric.strategy.precision.load_state_dict(saved["precision"])
+        state.epoch, state.step, state.position = saved["epoch"], saved["step"], saved["position"]
+        self.batches.load_state_dict(saved["batches"])
+        state.history.rows[:] = saved["history"]
+        self.scalars.load_state_dict(saved["scalars"])
+        self.seconds = saved["seconds"]
+        if self.stopper is not None and saved["stopper"] is not None:
+            self.stopper.load_state_dict(saved["stopper"])
+        for callback, kept in zip(self.callbacks, saved["callbacks"], strict=False):
+            if kept and hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(kept)  # pyright: ignore[reportFunctionMemberAccess]
+        now, self.epoch_random = saved["random"][self.fabric.global_rank]
+        set_random_state(now)

@@ -1,0 +1,118 @@
+"""What a training needs before its first step: processes, a prepared module, an optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from torchfolio.engine.checks import check_model
+from torchfolio.engine.loader import Batches, Data, tensors_of
+from torchfolio.engine.loop import place
+from torchfolio.engine.modes import undisturbed
+from torchfolio.engine.rules import Batch, LearningRule
+from torchfolio.engine.state import FitState
+from torchfolio.engine.sync import broadcast_module, is_sharded
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+EXAMPLES = 8  # of tensors in memory, for the batch that rules see before training
+
+
+def launch(given: Fabric | None, loggers: Any, devices: Any, num_nodes: int, **arguments: Any) -> Fabric:
+    """The user's Fabric or one of these arguments, with its processes started.
+
+    Raises:
+        ValueError: on a strategy that wraps the module.
+    """
+    if given is None:
+        if "TORCHELASTIC_RUN_ID" in os.environ and devices == 1:
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", num_nodes))
+        loggers = list(loggers) if isinstance(loggers, list | tuple) else [loggers]
+        given = Fabric(devices=devices, num_nodes=num_nodes, loggers=loggers or None, **arguments)
+    if not isinstance(given.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"{type(given.strategy).__name__} wraps the module, which learning rules cannot see through; "
+            "expected a single device, 'ddp', or a ModelParallelStrategy that applies fully_shard"
+        )
+    if not getattr(given, "_launched", False):
+        given.launch()
+    return given
+
+
+def prepare(
+    fabric: Fabric,
+    model: nn.Module,
+    train: Data,
+    batches: Batches,
+    rule: LearningRule,
+    optimizer: OptimizerFactory | Optimizer | None,
+    scheduler: SchedulerFactory | None,
+    epochs: int | None,
+) -> FitState:
+    """Move the model, let the rule build around it, share the weights, make optimizer and scheduler."""
+    convert = fabric.strategy.precision.convert_module
+    example = place(fabric, _example(train, batches))
+    model = convert(model.to(fabric.device))
+    if isinstance(example, list | tuple) and len(example) > 1:
+        check_model(model, example, train, rule)
+    model.train()
+    module = convert(rule.prepare(model, example).to(fabric.device))
+    if is_sharded(fabric):
+        module = fabric.strategy.setup_module(module)
+    elif fabric.world_size > 1:
+        broadcast_module(module)
+    made = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    return FitState(model, module, rule, made, epochs, scheduler(made) if scheduler is not None else None)
+
+
+def _example(train: Data, batches: Batches) -> Batch:
+    """A batch to look at, with no trace in the generators."""
+    tensors = tensors_of(train)
+    if tensors is not None:
+        return [t[:EXAMPLES] for t in tensors]
+    with undisturbed():
+        before = batches.state_dict()
+        share = next(batches.epoch(0), None)
+        batches.load_state_dict(before)
+    if share is None:
+        raise ValueError("train holds no batch")
+    return share.batch
+
+
+def make_optimizer(given: OptimizerFactory | Optimizer | None, trained: Mapping[str, nn.Parameter]) -> Optimizer:
+    """The optimizer of the trained parameters.
+
+    Raises:
+        ValueError: if nothing is trained, or an optimizer that was handed in misses some of it.
+        TypeError: if it is neither an optimizer nor makes one.
+    """
+    if not trained:
+        raise ValueError("the prepared module has no parameter that requires a gradient")
+    if given is None:
+        return torch.optim.AdamW(trained.values(), lr=1e-3)
+    if not isinstance(given, Optimizer) and not callable(given):
+        raise TypeError(f"expected an optimizer or a factory of one, got {type(given).__name__}")
+    made = given if isinstance(given, Optimizer) else given(list(trained.values()))
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"expected the optimizer factory to return an optimizer, got {type(made).__name__}")
+    if isinstance(made, LBFGS):
+        raise ValueError("LBFGS evaluates the loss several times a step, which a learning rule cannot")
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer misses {len(missing)} of {len(trained)} trained parameters, {missing[0]} first "
+            "(a learning rule may add networks of its own); give a factory in its place, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1), or freeze them by requires_grad_(False)"
+        )
+    return made
