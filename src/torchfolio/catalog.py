@@ -304,7 +304,7 @@ def _letters(text: str) -> list[str]:
 
 # Citation
 
-_JOURNALS = re.compile(r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|letters|nature|science|review", re.I)
+_JOURNALS = re.compile(r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|\bpnas\b|letters|nature|science|review", re.I)
 _SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_"}
 
 
