@@ -224,34 +224,8 @@ def _check_values(path: Path, table: dict[str, Any]) -> None:
 
 # Search
 
-_STOP = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "for",
-        "from",
-        "how",
-        "i",
-        "in",
-        "is",
-        "it",
-        "of",
-        "on",
-        "or",
-        "that",
-        "the",
-        "this",
-        "to",
-        "what",
-        "which",
-        "with",
-    ]
+_STOP = set(
+    "a an and are as at be by for from how i in is it of on or that the this to what which with".split()  # noqa: SIM905
 )
 
 
@@ -330,7 +304,7 @@ def _letters(text: str) -> list[str]:
 # Citation
 
 _JOURNALS = re.compile(
-    r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|letters|nature|science|review", re.I
+    r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|\bpnas\b|letters|nature|science|review", re.I
 )
 _SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_"}
 
@@ -339,6 +313,8 @@ def bibtex(found: Paper) -> str:
     """The BibTeX entry of a paper."""
     preprint = found.venue.lower().startswith(("arxiv", "preprint"))
     kind = "misc" if preprint else "article" if _JOURNALS.search(found.venue) else "inproceedings"
+    if "thesis" in found.venue.lower():
+        kind = "phdthesis"
     venue = re.sub(r"\s*\b(19|20)\d\d\b\s*", " ", found.venue).strip(" ,")
     fields = {
         "title": "{" + _tex(found.title) + "}",
@@ -346,7 +322,7 @@ def bibtex(found: Paper) -> str:
         "year": str(found.year),
     }
     if not preprint:
-        fields["journal" if kind == "article" else "booktitle"] = _tex(venue)
+        fields[{"article": "journal", "phdthesis": "school"}.get(kind, "booktitle")] = _tex(venue)
     if found.arxiv:
         fields |= {"eprint": found.arxiv, "archiveprefix": "arXiv", "url": f"https://arxiv.org/abs/{found.arxiv}"}
     body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ def digits() -> Raw:
     """1,797 handwritten digits as 8x8 grey images."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     x = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32))[:, None] / 16
     return Raw("digits", (x, _labels(bunch.target)), None, None, tuple(map(str, range(10))))
 
@@ -43,7 +45,7 @@ def diabetes() -> Raw:
     """442 patients, 10 features, disease progression after a year (regression)."""
     from sklearn.datasets import load_diabetes
 
-    bunch = load_diabetes()
+    bunch: Any = load_diabetes()
     x = torch.from_numpy(np.asarray(bunch.data, dtype=np.float32))
     return Raw("diabetes", (x, torch.from_numpy(np.asarray(bunch.target, dtype=np.float32))), None, None, ())
 

@@ -106,8 +106,19 @@ def split(
     if normalize:
         shape = (1, -1, *[1] * (parts[0][0].dim() - 2))
         parts = [((x - mean.view(shape)) / std.view(shape), y) for x, y in parts]
-    made = [TensorDataset(x.contiguous(), y) for x, y in parts]
-    return DataSplits(raw.name, *made, raw.classes, tuple(parts[0][0].shape[1:]), mean, std, normalize)
+    x_train = parts[0][0]
+    sets = [TensorDataset(x.contiguous(), y) for x, y in parts]
+    return DataSplits(
+        name=raw.name,
+        train=sets[0],
+        val=sets[1],
+        test=sets[2],
+        classes=raw.classes,
+        shape=tuple(x_train.shape[1:]),
+        mean=mean,
+        std=std,
+        normalized=normalize,
+    )
 
 
 def _take(part: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
