@@ -246,13 +246,18 @@ def search(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
         raise CatalogError("expected words to search for, got none")
     known = list(papers().values())
     vectorizers, matrix = _index()
+    import numpy as np
     from scipy.sparse import hstack
 
     query = hstack([weight * v.transform([words]) for v, weight in vectorizers])
-    scores = (matrix @ query.T).toarray().ravel()
     norm = max(float(query.multiply(query).sum()) ** 0.5, 1e-12)
-    ranked = sorted(zip(known, scores / norm, strict=True), key=lambda pair: -pair[1])
-    return [(found, round(float(score), 4)) for found, score in ranked[:limit] if score > 0.02]
+    scores = (matrix @ query.T).toarray().ravel() / norm
+    # A paper that speaks of all that was asked for goes before one that repeats a part of it.
+    asked = set(_stems(words))
+    share = [len(asked & set(_stems(_document(found)))) / max(len(asked), 1) for found in known]
+    scores = scores * (0.3 + 0.7 * np.asarray(share))
+    ranked = sorted(zip(known, scores, strict=True), key=lambda pair: -pair[1])
+    return [(found, round(float(score), 4)) for found, score in ranked[:limit] if score > 0.01]
 
 
 @cache
@@ -276,7 +281,10 @@ def _document(found: Paper) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return [w for w in re.findall(r"[a-z0-9]+", text.lower()) if w not in _STOP]
+    """Words in lower case; a hyphenated one is also its parts joined, since both spellings are common."""
+    found = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    parts = [part for word in found for part in ([*word.split("-"), word.replace("-", "")] if "-" in word else [word])]
+    return [word for word in parts if word not in _STOP]
 
 
 def _stems(text: str) -> list[str]:
