@@ -80,7 +80,7 @@ def test_a_slug_is_an_identifier(tmp_path):
         ("grokking", "xor_grokking"),
         ("binary weights", "biper"),
         ("knowledge distilation", "dhkd"),
-        ("hopfeild memory", "multitasking_hopfield"),
+        ("hopfield networks", "multitasking_hopfield"),
         ("graph neural network forward only", "forwardgnn"),
         ("predict clicks", "final_mlp"),
         ("finetune diffusion model", "sara"),

@@ -312,7 +312,8 @@ def _letters(text: str) -> list[str]:
 # Citation
 
 _JOURNALS = re.compile(
-    r"journal|transactions|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|\bpnas\b|letters|nature|science|review", re.I
+    r"journal|transactions|\baccess\b|\btpami\b|\btnnls\b|\btmlr\b|\bjmlr\b|\bpnas\b|letters|nature|science|review",
+    re.I,
 )
 _SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_"}
 

@@ -113,14 +113,13 @@ def _guard_fast_paths(model: nn.Module, new: set[int]) -> None:
     """Keep transformer layers with replaced parts off the fused path, and stacks off nested tensors."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(id(part) in new for part in module.modules()):
-            module.register_forward_pre_hook(_stay_off_the_fast_path)
+            # The layer asks for these before it looks into its norms, which may no longer be what it expects.
+            module.activation_relu_or_gelu = 0
+            if not hasattr(module.self_attn, "batch_first"):
+                module.self_attn.batch_first = False
         if isinstance(module, nn.TransformerEncoder) and any(id(part) in new for part in module.modules()):
             module.enable_nested_tensor = False
             module.use_nested_tensor = False
-
-
-def _stay_off_the_fast_path(module: nn.Module, arguments: tuple[object, ...]) -> None:
-    """A forward pre-hook that does nothing: a layer with hooks does not take the fused path."""
 
 
 class Features:
@@ -139,11 +138,14 @@ class Features:
             if name not in modules:
                 close = difflib.get_close_matches(name, list(modules), n=3) or list(modules)[1:6]
                 raise ValueError(f"the network has no module {name!r}; did you mean {', '.join(close)}?")
-        self._handles = [model.register_forward_pre_hook(lambda m, a: self._seen.clear())]
-        self._handles += [modules[name].register_forward_hook(self._keeper(name)) for name in names]
+        # A copy of the model takes its hooks along: they must only listen to the modules they were made for.
+        self._handles = [model.register_forward_pre_hook(lambda m, a: self._seen.clear() if m is model else None)]
+        self._handles += [modules[name].register_forward_hook(self._keeper(name, modules[name])) for name in names]
 
-    def _keeper(self, name: str) -> Callable[[nn.Module, object, object], None]:
+    def _keeper(self, name: str, watched: nn.Module) -> Callable[[nn.Module, object, object], None]:
         def keep(module: nn.Module, arguments: object, output: object) -> None:
+            if module is not watched:
+                return
             if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
                 output = output[0]  # attention and recurrent modules return their features first
             if not isinstance(output, Tensor):
@@ -186,10 +188,6 @@ class Features:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         self.close()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> None:
-        """A copied model keeps no reader: hooks of a copy would write into the original's features."""
-        return None
 
 
 def take_features(
