@@ -1,10 +1,11 @@
-"""The training loop: what it computes, what it refuses, and what survives a kill."""
+"""The training loop: what it computes, what it refuses, and what it keeps."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchfolio.engine import Backprop, EarlyStopping, NonFiniteLoss, StepRecorder, evaluate, fit
 from torchfolio.engine.checkpoint import checkpoints
+from torchfolio.engine.modes import seed_all
+from torchfolio.engine.scalars import Scalars
 
-WORKER = Path(__file__).with_name("worker.py")
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
@@ -69,24 +71,31 @@ def test_learns_and_reports():
     assert (result.steps, result.epochs, result.stopped) == (120, 40, None)
 
 
+def draws() -> tuple[float, ...]:
+    """A number of each global generator, from a known state."""
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
 def test_same_seed_same_weights_and_generators_are_left_alone():
-    random.seed(3)
-    np.random.seed(3)
-    torch.manual_seed(3)
-    before = random.random(), np.random.rand(), torch.rand(1).item()
-    random.seed(3)
-    np.random.seed(3)
-    torch.manual_seed(3)
     a, b, c = (nn.Sequential(nn.Dropout(0.5), *net()) for _ in range(3))
-    random.seed(3)
-    np.random.seed(3)
-    torch.manual_seed(3)
+    seed_all(3)
+    before = draws()
+    seed_all(3)
     fit(a, data(), seed=1, device="cpu")
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == before
+    assert draws() == before
     fit(b, data(), seed=1, device="cpu")
     fit(c, data(), seed=2, device="cpu")
     assert same(a, b)
     assert not same(a, c)
+
+
+def test_no_seed_takes_torchs():
+    models = [net() for _ in range(3)]
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        torch.manual_seed(seed)
+        fit(model, data(), batch_size=4, seed=None, device="cpu")
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
 
 
 def test_regression_is_the_default_for_float_targets():
@@ -117,12 +126,46 @@ def test_schedulers_step_by_step_or_epoch():
     assert result.history["lr"] == pytest.approx([0.1 * 0.5**3])
 
 
+def test_plateau_follows_the_validation_loss():
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0, threshold_mode="abs")
+    result = fit(net(), data(), val=data(), optimizer=SGD, scheduler=plateau, epochs=3, device="cpu")
+    assert result.history["lr"] == pytest.approx([0.1, 0.1, 0.01])
+
+
 def test_early_stopping():
     stopper = EarlyStopping("val_accuracy", patience=2, mode="max")
     frozen = partial(torch.optim.SGD, lr=0.0)
     result = fit(net(), data(), val=data(), optimizer=frozen, epochs=50, early_stopping=stopper, device="cpu")
     assert result.epochs == 3
     assert "val_accuracy" in (result.stopped or "")
+    with pytest.raises(ValueError, match="val or evaluate"):
+        fit(net(), data(), early_stopping=3, device="cpu")
+
+
+def test_best_weights_come_back(tmp_path):
+    scores = iter([3.0, 1.0, 2.0, 2.0, 2.0])
+    kept = []
+
+    def evaluate_by_list(model, val):
+        assert not model.training
+        kept.append(copy.deepcopy(model))
+        return {"score": next(scores)}
+
+    model = net()
+    stopper = EarlyStopping("val_score", patience=2, restore_best=True)
+    arguments = {
+        "early_stopping": stopper,
+        "evaluate": evaluate_by_list,
+        "checkpoint": tmp_path,
+        "device": "cpu",
+    }
+    result = fit(model, data(), epochs=9, **arguments)
+    assert result.epochs == 4
+    assert same(model, kept[1])
+    # A finished training that is asked for again is left as it is.
+    again = net()
+    assert fit(again, data(), epochs=9, **arguments).epochs == 4
+    assert same(again, kept[1])
 
 
 def test_callbacks_see_and_stop():
@@ -137,6 +180,13 @@ def test_callbacks_see_and_stop():
     assert result.steps == 4
     assert result.stopped == "enough"
     assert seen == [(1, False), (2, False), (3, False), (3, True), (4, False)]
+
+
+def test_a_number_of_steps_without_epochs():
+    result = fit(net(), data(), val=data(), max_steps=7, batch_size=10, device="cpu")
+    assert (result.steps, result.epochs, len(result.history)) == (7, 2, 3)
+    assert result.history["step"] == [3, 6, 7]
+    assert len(fit(net(), data(), max_steps=6, batch_size=10, device="cpu").history) == 2
 
 
 def test_clipping_bounds_the_step():
@@ -154,18 +204,50 @@ def test_clipping_bounds_the_step():
     assert moved.item() == pytest.approx(0.01, rel=1e-4)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_true_precision_converts(precision, dtype):
+    model = net()
+    result = fit(model, data(), val=data(), optimizer=SGD, precision=precision, epochs=2, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert result.history["val_loss"][-1] > 0
+
+
 def test_bfloat16_mixed_precision_trains():
     model = net()
     fit(model, data(), val=data(), optimizer=SGD, precision="bf16-mixed", epochs=2, device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def weight_norm(state):
+    return state.model.get_parameter("0.weight").norm()
+
+
 def test_recorder():
-    recorder = StepRecorder({"norm": lambda s: float(s.model[0].weight.detach().norm())}, per_decade=4)
+    recorder = StepRecorder({"norm": weight_norm}, per_decade=4)
     fit(net(), data(), epochs=10, batch_size=10, callbacks=[recorder], device="cpu")
     assert list(recorder.to_frame().index) == [1, 2, 3, 6, 10, 18]
     with pytest.raises(ValueError, match="either"):
         StepRecorder({})
+
+
+def test_recording_leaves_no_trace(tmp_path):
+    def meddle(state):
+        outputs = state.model(torch.randn(5, 4))
+        outputs.sum().backward()
+        return {"norm": weight_norm(state), "outputs": outputs}
+
+    plain = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+    recorded = copy.deepcopy(plain)
+    recorder = StepRecorder({"m": meddle}, every=2)
+    fit(plain, data(), epochs=2, batch_size=10, device="cpu")
+    fit(recorded, data(), epochs=2, batch_size=10, recorder=recorder, device="cpu", checkpoint=tmp_path)
+    assert same(plain, recorded)
+    frame = recorder.to_frame()
+    assert list(frame.index) == [0, 2, 4, 6]
+    assert list(frame.columns) == ["m_norm", "m_outputs"]
+    again = StepRecorder(recorder.measurements, every=2)
+    fit(recorded, data(), epochs=3, batch_size=10, recorder=again, device="cpu", checkpoint=tmp_path)
+    assert list(again.to_frame().index) == [0, 2, 4, 6, 8]
 
 
 def test_loggers(tmp_path):
@@ -188,6 +270,50 @@ def test_non_finite_loss_stops_at_its_step(tmp_path):
         assert all(v.isfinite().all() for v in saved["module"].values())
 
 
+def test_a_weight_that_is_not_finite_is_never_kept(tmp_path):
+    class Poison(Backprop):
+        def step(self, batch, backward):
+            scalars = super().step(batch, backward)
+            steps.append(len(steps) + 1)
+            if steps[-1] == 5:
+                model.get_parameter("0.weight").grad[0, 0] = float("nan")  # pyright: ignore[reportOptionalSubscript]
+            return scalars
+
+    model, steps = net(), []
+    with pytest.raises(NonFiniteLoss, match=r"weight 0\.weight is nan at step 5"):
+        fit(
+            model, data(), rule=Poison(), batch_size=10, epochs=9, checkpoint=tmp_path, checkpoint_every=1,
+            optimizer=SGD, device="cpu",
+        )  # fmt: skip
+    assert [path.stem for path in checkpoints(tmp_path)] == ["step-000000003", "step-000000004"]
+
+
+def test_scalars_that_are_read_late_name_their_step():
+    scalars = Scalars(torch.device("cpu"), world=1)
+    scalars.immediate = False
+    for step in range(1, 9):
+        scalars.add(step, {"loss": torch.tensor(1.0 * step), "aux": float("inf") if step == 5 else 0.0})
+    assert not scalars.due(8)
+    assert scalars.due(16)
+    with pytest.raises(NonFiniteLoss, match="aux is inf at step 5") as caught:
+        scalars.read([False])
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (error.step, error.name, str(error)) == (5, "aux", str(caught.value))
+    with pytest.raises(ValueError, match="'loss'"):
+        scalars.add(1, {"accuracy": 1.0})
+
+
+def test_progress_is_on_standard_error(capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    fit(net(), data(), epochs=2, progress=True, device="cpu")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "epoch 1/2" in shown.err or "epoch 2/2" in shown.err
+    fit(net(), data(), epochs=2, device="cpu")
+    assert capsys.readouterr() == ("", "")
+
+
 X, Y = data().tensors
 
 
@@ -201,7 +327,19 @@ X, Y = data().tensors
         ({"train": 3}, TypeError, "Dataset"),
         ({"train": (X, Y + 1)}, ValueError, "labels from 0 to 2"),
         ({"train": (X[:, :2], Y)}, ValueError, "cannot take a batch"),
+        ({"train": (X, Y.int())}, TypeError, "int64"),
+        ({"train": (X, Y[:, None])}, ValueError, r"shape \[N\]"),
+        ({"train": (X, X[:, :2])}, ValueError, r"output's shape \(8, 3\), got \(8, 2\)"),
+        ({"train": (X.double(), Y)}, ValueError, "torch.float64 .its weights are torch.float32"),
+        ({"train": (X.numpy(), Y.numpy())}, TypeError, "torch.as_tensor"),
+        ({"train": (X[:5], Y[:5]), "drop_last": True}, ValueError, "drop_last leaves nothing"),
+        ({"model": nn.Sequential(net(), nn.BatchNorm1d(3)), "batch_size": 29}, ValueError, "drop_last=True"),
         ({"val": (X[:0], Y[:0])}, ValueError, "val holds no"),
+        ({"callbacks": [3]}, TypeError, "callables"),
+        ({"optimizer": 3}, TypeError, "optimizer or a factory"),
+        ({"optimizer": lambda p: 3}, TypeError, "to return an optimizer"),
+        ({"optimizer": torch.optim.LBFGS}, ValueError, "LBFGS"),
+        ({"model": net().requires_grad_(False)}, ValueError, "requires a gradient"),
         ({"epochs": 0}, ValueError, "epochs"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"accumulate": 1.5}, ValueError, "accumulate"),
@@ -238,7 +376,7 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert same(again, whole)
     for path in checkpoints(tmp_path):
         path.write_bytes(b"no")
-    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match="none of the"):
+    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match="none of"):
         fit(net(), data(), checkpoint=tmp_path, device="cpu")
 
 
@@ -260,7 +398,61 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     other = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3))
     with pytest.raises(ValueError, match="another network"):
         fit(other, data(), checkpoint=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"optimizer\.lr 0\.001"):
+        fit(net(), data(), optimizer=partial(torch.optim.AdamW, lr=1.0), checkpoint=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="optimizer 'AdamW', now it is 'SGD'"):
+        fit(net(), data(), optimizer=SGD, checkpoint=tmp_path, device="cpu")
+    step = partial(torch.optim.lr_scheduler.StepLR, step_size=3)
+    with pytest.raises(ValueError, match="scheduler"):
+        fit(net(), data(), scheduler=step, checkpoint=tmp_path, device="cpu")
     fit(other, data(), checkpoint=tmp_path, resume=False, device="cpu")
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_arguments_of_the_rule_are_compared(tmp_path):
+    class Scaled(Backprop):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+    fit(net(), data(), rule=Scaled(1.0), checkpoint=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"rule\.scale 1\.0, now it is 2\.0"):
+        fit(net(), data(), rule=Scaled(2.0), checkpoint=tmp_path, device="cpu")
+
+
+def test_state_that_would_need_unpickling_is_refused(tmp_path):
+    class Odd(Backprop):
+        def state_dict(self):
+            return {"when": [object()]}
+
+    with pytest.raises(TypeError, match=r"checkpoint\['rule'\]\['when'\]\[0\] is a object"):
+        fit(net(), data(), rule=Odd(), checkpoint=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=9),
+        partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2, 4]),
+        partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.9**step),
+        partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0),
+    ],
+)
+def test_schedulers_and_adam_resume(scheduler, tmp_path):
+    whole, parts = net(), net()
+    fit(whole, data(), scheduler=scheduler, epochs=3, batch_size=10, device="cpu")
+    for epochs in (1, 2, 3):
+        parts = net()
+        fit(
+            parts,
+            data(),
+            scheduler=scheduler,
+            epochs=epochs,
+            batch_size=10,
+            checkpoint=tmp_path,
+            device="cpu",
+        )
+    assert same(whole, parts)
 
 
 def test_custom_datasets_and_loaders():

@@ -21,17 +21,17 @@ class EveryLayer(LearningRule):
     """Calls backward once for each layer, on a loss of that layer's own, and leaves the last bias alone."""
 
     def prepare(self, model, example):
-        self.model = model
+        self.layers = list(model.children())
         return model
 
     def step(self, batch, backward):
         h, y = batch
-        for layer in self.model[:-1]:
+        for layer in self.layers[:-1]:
             h = layer(h)
             if h.requires_grad:
                 backward((h - 1).square().mean())
             h = h.detach()
-        loss = F.cross_entropy(F.linear(h, self.model[-1].weight), y)
+        loss = F.cross_entropy(F.linear(h, self.layers[-1].get_parameter("weight")), y)
         backward(loss)
         return {"loss": loss.detach(), "share": len(y) / 2}
 
@@ -91,15 +91,11 @@ def train_and_save(kind, folder, out, pause):
 
 
 def train_in_several(kind, out):
+    rank = int(os.environ.get("RANK", "0"))
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 5, generator=generator), torch.randint(3, (50,), generator=generator)
-    torch.manual_seed(1 + int(os.environ.get("RANK", "0")))  # the first process's weights must win
+    torch.manual_seed(1 + rank)  # the first process's weights must win
     net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3))
-    torch.manual_seed(1)
-    if not int(os.environ.get("RANK", "0")):
-        for layer in net:
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
     train = DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True) if kind == "loader" else (x, y)
     result = fit(
         net,
@@ -115,13 +111,13 @@ def train_in_several(kind, out):
         checkpoint=f"{out}.checkpoints",
         device="cpu",
     )
-    if not int(os.environ.get("RANK", "0")):
+    if not rank:
         losses = [[row["loss"], row["val_loss"], row["val_accuracy"]] for row in result.history.rows]
         torch.save({"losses": torch.tensor(losses), **net.state_dict()}, out)
 
 
 def train_sharded(out):
-    """FSDP2 on two processes, against nothing at all on one."""
+    """Sharded over two processes, or plain in one."""
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
@@ -135,17 +131,17 @@ def train_sharded(out):
 
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(48, 6, generator=generator), torch.randint(4, (48,), generator=generator)
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     fabric = None
     if "RANK" in os.environ:
         strategy = ModelParallelStrategy(shard, data_parallel_size=2, tensor_parallel_size=1)
         fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     for epochs in (1, 2):  # the second call goes on from the checkpoint of the first
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
         fit(
-            net, (x, y), val=(x, y), optimizer=optimizer, epochs=epochs, batch_size=16, fabric=fabric, device="cpu",
-            checkpoint=f"{out}.checkpoints",
+            net, (x, y), val=(x, y), optimizer=optimizer, epochs=epochs, batch_size=16, fabric=fabric,
+            device="cpu", checkpoint=f"{out}.checkpoints",
         )  # fmt: skip
     state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in net.state_dict().items()}
     if not int(os.environ.get("RANK", "0")):
@@ -161,26 +157,28 @@ def stop_in_several(out):
         if rank == 1 and state.step == 5:
             state.stop("seen enough")
 
-    result = fit(
-        nn.Linear(3, 2),
-        (x, y),
-        epochs=100,
-        batch_size=4,
-        callbacks=[callback],
-        device="cpu",
-        checkpoint=f"{out}.checkpoints",
-    )
+    net, folder = nn.Linear(3, 2), f"{out}.checkpoints"
+    result = fit(net, (x, y), epochs=99, batch_size=4, callbacks=[callback], checkpoint=folder, device="cpu")
     torch.save({"steps": torch.tensor(result.steps)}, f"{out}{rank}")
+
+
+def several(job, folder):
+    """One of the jobs for several processes."""
+    out = f"{folder}/{job}"
+    if job == "sharded":
+        train_sharded(out)
+    elif job == "stop":
+        stop_in_several(out)
+    else:
+        train_in_several(job, out)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     command, *arguments = sys.argv[1:]
     if command == "train":
-        train_and_save(*arguments[:3], float(arguments[3]))
-    elif command == "several":
-        train_in_several(*arguments)
-    elif command == "sharded":
-        train_sharded(*arguments)
+        kind, folder, out, pause = arguments
+        train_and_save(kind, folder, out, float(pause))
     else:
-        stop_in_several(*arguments)
+        for job in arguments[1:]:
+            several(job, arguments[0])

@@ -256,9 +256,9 @@ def _agree(model: nn.Module, pieces: Sequence[nn.Module], example: Tensor) -> bo
 def _refuse(model: nn.Module, leaves: Sequence[str], why: str) -> NoReturn:
     shown = ", ".join(map(repr, leaves[:3]))
     raise ValueError(
-        f"the children of {type(model).__name__} do not run one after the other: {why}. Name the modules that start "
-        f"each block by hand, for example blocks(model, names=[{shown}]), and leave out those between which a cut is "
-        "not possible; or wrap the parts in an nn.Sequential"
+        f"the children of {type(model).__name__} do not run one after the other: {why}. Name the modules "
+        f"that start each block by hand, for example blocks(model, names=[{shown}]), and leave out those "
+        "before which a cut is not possible; or wrap the parts in an nn.Sequential"
     )
 
 

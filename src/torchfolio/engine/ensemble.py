@@ -267,6 +267,6 @@ def _check_members(models: Sequence[nn.Module]) -> None:
     for name, module in models[0].named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise ValueError(
-                f"{name or 'the network'} is a {type(module).__name__}, whose running statistics cannot be kept "
-                "for many networks at once; expected another norm, or track_running_stats=False"
+                f"{name or 'the network'} is a {type(module).__name__}, whose running statistics cannot be "
+                "kept for many networks at once; expected another norm, or track_running_stats=False"
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +27,9 @@ from torchfolio.engine.scalars import Scalars
 from torchfolio.engine.setup import OptimizerFactory, SchedulerFactory, launch, prepare
 from torchfolio.engine.state import Callback, EarlyStopping
 from torchfolio.engine.sync import data_rank
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def fit(

@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning_fabric import Fabric
-from lightning_fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -28,6 +26,10 @@ from torchfolio.engine.sync import (
     data_rank,
     is_sharded,
 )
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricOptimizer
 
 Evaluate = Callable[[nn.Module, Any], Mapping[str, float]]
 
@@ -61,7 +63,7 @@ class Training:
     def __init__(self, fabric: Fabric, keeper: Keeper, options: Options) -> None:
         self.fabric, self.keeper, self.options = fabric, keeper, options
         self.state, self.scalars, self.batches = keeper.state, keeper.scalars, keeper.batches
-        self.optimizer = cast(_FabricOptimizer, fabric.setup_optimizers(self.state.optimizer))
+        self.optimizer = cast("_FabricOptimizer", fabric.setup_optimizers(self.state.optimizer))
         self.trained = [p for p in self.state.module.parameters() if p.requires_grad]
         self.sharded = is_sharded(fabric)
         self.rank, self.shares = data_rank(fabric)

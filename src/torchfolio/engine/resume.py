@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,6 +19,9 @@ from torchfolio.engine.modes import random_state, set_random_state
 from torchfolio.engine.scalars import NonFiniteLoss, Scalars
 from torchfolio.engine.state import EarlyStopping, FitState
 from torchfolio.engine.sync import average_buffers, gather, is_sharded
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Plain = bool | int | float | str
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,6 +18,9 @@ from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.rules import Batch, LearningRule
 from torchfolio.engine.state import FitState
 from torchfolio.engine.sync import broadcast_module, is_sharded
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -33,6 +34,10 @@ def launch(given: Fabric | None, loggers: Any, devices: Any, num_nodes: int, **a
     Raises:
         ValueError: on a strategy that wraps the module.
     """
+    # Imported when it is needed: it takes longer to import than torch.
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
     if given is None:
         if "TORCHELASTIC_RUN_ID" in os.environ and devices == 1:
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -68,11 +73,19 @@ def prepare(
     model.train()
     module = convert(rule.prepare(model, example).to(fabric.device))
     if is_sharded(fabric):
-        module = fabric.strategy.setup_module(module)
+        module = _shard(fabric, module)
     elif fabric.world_size > 1:
         broadcast_module(module)
     made = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
     return FitState(model, module, rule, made, epochs, scheduler(made) if scheduler is not None else None)
+
+
+def _shard(fabric: Fabric, module: nn.Module) -> nn.Module:
+    """The module, sharded in place unless an earlier training did so."""
+    from torch.distributed.tensor import DTensor
+
+    done = any(isinstance(p, DTensor) for p in module.parameters())
+    return module if done else fabric.strategy.setup_module(module)
 
 
 def _example(train: Data, batches: Batches) -> Batch:

@@ -12,12 +12,14 @@ averaged before every evaluation and checkpoint. For statistics of the joint bat
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 BUCKET_BYTES = 25 * 2**20
 
