@@ -18,7 +18,7 @@ test: lint unit smoke
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 # Two workers with one thread each: tests are small, and threads that fight over two cores are slower than none.
