@@ -56,7 +56,9 @@ def mi_matrix(a: Tensor, b: Tensor, bins: int = 10, bias: Bias = "miller") -> Te
     if bins < 2:
         raise ValueError(f"expected at least 2 bins, got {bins}")
     if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or not len(a):
-        raise ValueError(f"expected activations [M, S] of the same M samples, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"expected activations [M, S] of the same M samples, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("the activations hold NaN or infinite values")
     samples = len(a)

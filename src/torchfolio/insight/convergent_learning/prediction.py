@@ -71,7 +71,8 @@ def sparse_prediction(
       = \\tfrac12 (1 - 2 r_j^\\top w + w^\\top G w), \\qquad
       \\min_w \\ell_j(w) + \\lambda \\lVert w \\rVert_1,$$
 
-    so that no data are needed any more. All units are solved at once by accelerated proximal gradient (FISTA with
+    so that no data are needed any more (on other samples than those that standardise the units, with their second
+    moments about the same means). All units are solved at once by accelerated proximal gradient (FISTA with
     restarts) to the optimality conditions of the lasso, which gives exact zeros; $\\lambda = 0$ by the
     pseudo-inverse. A unit that cannot be predicted has the loss 0.5, its match alone $\\tfrac12 (1 - c^2)$.
 
@@ -94,7 +95,7 @@ def sparse_prediction(
     train, test = blocks.halves if validate and blocks.halves else (blocks, blocks)
     a, b = blocks.alive_a, blocks.alive_b
     gram, cross = train.within_a[a][:, a], train.between[a][:, b]
-    held_gram, held_cross = test.within_a[a][:, a], test.between[a][:, b]
+    held = _second_moments(test, train)
     ordered = sorted(alphas)
     weights = torch.zeros(len(ordered), *blocks.sizes, dtype=torch.float64)
     loss = torch.full((len(ordered), blocks.sizes[1]), torch.nan, dtype=torch.float64)
@@ -102,14 +103,27 @@ def sparse_prediction(
     for k in reversed(range(len(ordered))):  # from sparse to dense: each solution starts the next
         start = lasso(gram, cross, ordered[k], start, tolerance, max_iterations)
         weights[k][a.nonzero(), b.nonzero().T] = start
-        loss[k, b] = prediction_loss(held_gram, held_cross, start)
+        loss[k, b] = _loss(*held, start)
     nonzeros = (weights != 0).sum(1)
     return SparsePrediction(torch.tensor(ordered, dtype=torch.float64), weights, loss, nonzeros)
 
 
-def prediction_loss(gram: Tensor, cross: Tensor, weights: Tensor) -> Tensor:
-    """Loss $\\tfrac12 (1 - 2 r_j^\\top w_j + w_j^\\top G w_j)$ of every column, `[S_2]`."""
-    return 0.5 * (1 - 2 * (cross * weights).sum(0) + (weights * (gram @ weights)).sum(0))
+def _second_moments(blocks: CorrelationBlocks, by: CorrelationBlocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Second moments of the living units, standardised by the means and deviations of other samples.
+
+    Returns:
+        Those within the first layer, between the layers, and of each unit of the second.
+    """
+    alive, first = blocks.alive, int(blocks.alive_a.sum())
+    scale = torch.where(by.std > 0, by.std, torch.inf)[alive]
+    spread, shift = blocks.std[alive] / scale, (blocks.mean - by.mean)[alive] / scale
+    moments = blocks.joint()[alive][:, alive] * spread * spread[:, None] + torch.outer(shift, shift)
+    return moments[:first, :first], moments[:first, first:], moments.diagonal()[first:]
+
+
+def _loss(gram: Tensor, cross: Tensor, power: Tensor, w: Tensor) -> Tensor:
+    """Loss of every column, `[S_2]`; `power` is 1 on the samples that standardise the units."""
+    return 0.5 * (power - 2 * (cross * w).sum(0) + (w * (gram @ w)).sum(0))
 
 
 def lasso(
