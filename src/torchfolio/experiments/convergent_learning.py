@@ -68,7 +68,7 @@ class Settings:
 
 
 SCALES = {
-    "smoke": Settings(data="digits", kernels=(3, 3), strides=(1, 2), padding=1, epochs=8, probe=360),
+    "smoke": Settings(data="digits", kernels=(3, 3), strides=(1, 2), padding=1, epochs=8, probe=300),
     "quick": Settings(),
     "full": Settings(
         data="cifar10",
