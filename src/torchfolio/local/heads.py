@@ -19,6 +19,7 @@ from torchfolio.local.local_model import (
     LocalHead,
     LocalRule,
     Loss,
+    MeanPool2d,
     Network,
     Shape,
     width,
@@ -53,10 +54,10 @@ def dgl_head(shape: Shape, classes: int, loss: Loss = F.cross_entropy) -> Classi
     if len(shape) == 3:
         side = [math.ceil(s / 4) for s in shape[1:]]
         final = [min(2, s) for s in side]
-        stem: list[nn.Module] = [nn.AdaptiveAvgPool2d(tuple(side))]
+        stem: list[nn.Module] = [MeanPool2d(tuple(side))]
         for _ in range(3):
             stem += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-        stem += [nn.AdaptiveAvgPool2d(tuple(final)), nn.Flatten()]
+        stem += [MeanPool2d(tuple(final)), nn.Flatten()]
         flat = channels * final[0] * final[1]
     else:
         stem = [GlobalPool()]
@@ -110,7 +111,7 @@ class PredSimHead(LocalHead):
             side = max(1, math.isqrt(2048 // channels))
             size = (min(side, shape[1]), min(side, shape[2]))
             self.predict = nn.Sequential(
-                nn.AdaptiveAvgPool2d(size), nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes)
+                MeanPool2d(size), nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes)
             )
         else:
             self.predict = nn.Sequential(GlobalPool(), nn.Linear(channels, classes))
