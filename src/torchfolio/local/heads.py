@@ -329,7 +329,9 @@ class LocalHeads(LocalRule):
         host: `"linear"`, `"dgl"`, `"predsim"`, `"infopro"`, or a callable `(shape, classes) -> LocalHead`.
         blocks: `None` takes every layer by itself; a number or names as in `LocalRule`.
         loss: criterion of the output and of the classifying hosts.
-        **options: of `HostHeads`: `mean`, `std`, `weights`, `last_weights`, `ratio`, `allow_negative`.
+        mean: constants of the input's normalisation; the host InfoPro needs them.
+        std: likewise.
+        **options: of `HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
     """
 
     def __init__(
@@ -338,10 +340,12 @@ class LocalHeads(LocalRule):
         *,
         blocks: int | Sequence[str] | None = None,
         loss: Loss = F.cross_entropy,
+        mean: Sequence[float] | Tensor | None = None,
+        std: Sequence[float] | Tensor | None = None,
         **options: object,
     ) -> None:
         super().__init__(blocks=blocks, loss=loss)
-        self.heads = HostHeads(host, loss=loss, **options)  # pyright: ignore[reportArgumentType]
+        self.heads = HostHeads(host, loss=loss, mean=mean, std=std, **options)  # pyright: ignore[reportArgumentType]
 
     def isolate(self, network: Network) -> tuple[list[nn.Module], list[LocalHead]]:
         shapes = [network.shapes[group[-1]] for group in network.groups[:-1]]
