@@ -243,13 +243,12 @@ class Guidance:
         return pairs if self.duplicates == "all" else list({j: (i, j) for i, j in pairs}.values())
 
     def align(self, pairs: Sequence[Pair], guide: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-        """The weighted term of those pairs whose target layer is in `target`; notes them in `per_layer`."""
+        """The weighted term of these pairs, which are noted in `per_layer`."""
         terms = []
         for i, j in pairs:
-            if j in target:
-                term = self._distance(target[j], guide[i].to(target[j].device), (i, j))
-                self.per_layer[i, j] = term.detach()
-                terms.append(term)
+            term = self._distance(target[j], guide[i].to(target[j].device), (i, j))
+            self.per_layer[i, j] = term.detach()
+            terms.append(term)
         total = torch.stack(terms).sum()
         return self.alpha * (total / len(pairs) if self.reduction == "mean" else total)
 
@@ -418,7 +417,7 @@ class Recorder:
     def __init__(self, network: nn.Module, layers: Select | None, side: str, batch_dim: int) -> None:
         self.network, self.side, self.batch_dim = network, side, batch_dim
         self.kinds = LAYERS if layers is None else _types(layers)
-        self.named = [layers] if isinstance(layers, str) else list(layers or ()) if self.kinds is None else []  # pyright: ignore[reportArgumentType]
+        self.names = _names(layers) if self.kinds is None else []
         self.features = None
         self.arm()  # finds unknown names and networks without a layer now
         self.close()
@@ -441,7 +440,13 @@ class Recorder:
     def take(self, n: int, *, required: bool = True) -> Maps:
         """Features `[n, ...]` recorded since the last pass began, or since they were taken; then forget them.
 
-        A name that ran before in the same pass gets `#2`, `#3`, ….
+        Args:
+            n: number of examples.
+            required: this is a whole pass: it must hold features, and those of the last layer found by type, the
+                logits, are left out.
+
+        Returns:
+            Features by name; a module that ran before in the same pass gets `#2`, `#3`, ….
         """
         if self.features is None:
             raise RuntimeError(
@@ -461,15 +466,13 @@ class Recorder:
                 maps[name if calls[name] == 1 else f"{name}#{calls[name]}"] = first
         self.features.clear()
         if required:
-            self._check(maps, ran=bool(calls))
-        return maps if self.kinds is None else self._without_last(maps, required)
+            self._check(maps)
+            if self.kinds is not None:
+                maps.popitem()  # the logits
+        return maps
 
-    def _without_last(self, maps: Maps, required: bool) -> Maps:
-        """All but the logits. Parts of a pass keep theirs: the pairs of the whole pass decide."""
-        return dict(list(maps.items())[:-1]) if required else maps
-
-    def _check(self, maps: Maps, ran: bool) -> None:
-        if not ran:
+    def _check(self, maps: Maps) -> None:
+        if not maps:
             raise RuntimeError(
                 f"no layer of the {self.side} was recorded with an axis of examples; run {self.side}(x) right before "
                 "guidance(x), on the same batch"
@@ -482,7 +485,7 @@ class Recorder:
 
     def _modules(self) -> list[str]:
         if self.kinds is None:
-            return list(dict.fromkeys(name.split("#")[0] for name in self.named))
+            return list(dict.fromkeys(name.split("#")[0] for name in self.names))
         found = [name for name, module in self.network.named_modules() if isinstance(module, self.kinds)]
         if not found:
             types_seen = _some(sorted({type(m).__name__ for m in self.network.modules()}))
@@ -530,11 +533,17 @@ def _tensors(module: nn.Module, output: object) -> list[Tensor]:
 
 
 def _types(layers: Select) -> tuple[type[nn.Module], ...] | None:
-    if isinstance(layers, type):
-        return (layers,)
-    if isinstance(layers, tuple) and layers and all(isinstance(kind, type) for kind in layers):
-        return layers  # pyright: ignore[reportReturnType]
-    return None
+    """The types asked for; `None` if layers are asked for by name."""
+    kinds = tuple(kind for kind in ([layers] if isinstance(layers, str | type) else layers) if isinstance(kind, type))
+    return kinds or None
+
+
+def _names(layers: Select | None) -> list[str]:
+    names = [layers] if isinstance(layers, str) else list(layers or ())  # pyright: ignore[reportArgumentType]
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None or not names:
+        raise ValueError(f"expected layers by name or by type, got {layers if wrong is None else wrong!r}")
+    return [str(name) for name in names]
 
 
 def _examples(inputs: Sequence[Any], batch_dim: int) -> int:
