@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from torchfolio.engine import Backprop, Batch, LearningRule
 from torchfolio.engine.modes import undisturbed
-from torchfolio.measure import linear_cka, rsa, untouched
+from torchfolio.measure import linear_cka, linear_cka_pairs, rsa, untouched
 from torchfolio.models import take_features
 
 __all__ = ["LAYERS", "Guidance", "GuidedRule", "layer_correspondence", "linear_cka", "rsa"]
@@ -244,23 +244,33 @@ class Guidance:
 
     def align(self, pairs: Sequence[Pair], guide: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
         """The weighted term of these pairs, which are noted in `per_layer`."""
-        terms = []
-        for i, j in pairs:
-            term = self._distance(target[j], guide[i].to(target[j].device), (i, j))
-            self.per_layer[i, j] = term.detach()
-            terms.append(term)
+        device = next(iter(target.values())).device
+        own = {j: target[j] for _, j in pairs}
+        other = {i: guide[i].to(device) for i, _ in pairs}
+        terms = [1 - value for value in self._similarities(own, other, [(j, i) for i, j in pairs])]
+        self.per_layer.update({pair: term.detach() for pair, term in zip(pairs, terms, strict=True)})
         total = torch.stack(terms).sum()
         return self.alpha * (total / len(pairs) if self.reduction == "mean" else total)
 
-    def _distance(self, x: Tensor, y: Tensor, pair: Pair) -> Tensor:
-        if not self.tokenwise or x.dim() == y.dim() == 2:
-            return 1 - self.similarity(x.flatten(1), y.flatten(1))
+    def _similarities(self, own: Maps, other: Maps, pairs: Sequence[Pair]) -> list[Tensor]:
+        """The similarity of every pair (target layer, guide layer)."""
+        if self.tokenwise:
+            return [self._by_token(own[j], other[i], (j, i)) for j, i in pairs]
+        if self.similarity is linear_cka:
+            return linear_cka_pairs(own, other, pairs)
+        return [self.similarity(own[j].flatten(1), other[i].flatten(1)) for j, i in pairs]
+
+    def _by_token(self, x: Tensor, y: Tensor, pair: Pair) -> Tensor:
+        """One minus the sum of distances over positions."""
+        if x.dim() == y.dim() == 2:
+            return self.similarity(x, y)
         if x.dim() != 3 or y.dim() != 3 or x.shape[1] != y.shape[1]:
             raise ValueError(
                 f"expected features [N, T, D] of equal T to compare by token, got {tuple(y.shape)} of the guide's "
-                f"{pair[0]} and {tuple(x.shape)} of the target's {pair[1]}"
+                f"{pair[1]} and {tuple(x.shape)} of the target's {pair[0]}"
             )
-        return torch.stack([1 - self.similarity(a, b) for a, b in zip(x.unbind(1), y.unbind(1), strict=True)]).sum()
+        tokens = zip(x.unbind(1), y.unbind(1), strict=True)
+        return 1 - torch.stack([1 - self.similarity(a, b) for a, b in tokens]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, and a checksum of the guide, which is not saved."""
