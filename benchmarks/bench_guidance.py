@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     x, y = torch.randn(arguments.batch, 3, 16, 16), torch.randint(10, (arguments.batch,))
-    steps = {
+    steps: dict[str, Any] = {
         "guided": guided(x, y),
         "straight": straight(x, y),
         "rule": by_rule(x, y),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import Backprop, evaluate, fit
+from torchfolio.engine import Backprop, FitResult, evaluate, fit
 from torchfolio.experiments._guidance_sequences import (
     PAD,
     SYMBOLS,
@@ -54,6 +54,7 @@ class Settings:
         lr: of the target's Adam.
         guide_epochs: of training the guide.
         guide_lr: of the guide's Adam.
+        guide_batch_size: images in a batch of the guide's training.
         alphas: weights of the alignment to choose from.
         early_steps: steps of guidance as initialisation.
         deep: also train a deep perceptron and a deep convolutional network without skip connections.
@@ -76,6 +77,7 @@ class Settings:
     lr: float = 1e-3
     guide_epochs: int = 8
     guide_lr: float = 3e-3
+    guide_batch_size: int = 64
     alphas: tuple[float, ...] = (3.0, 10.0, 30.0)
     early_steps: int = 100
     deep: bool = False
@@ -205,7 +207,8 @@ def _guided(
     net = make(run, data)  # first, so that every arm starts from the same weights
     guide = residual(run, data)
     if trained:
-        _fit(run, data, guide, None, run.settings.guide_epochs, run.settings.guide_lr)
+        settings = run.settings
+        _fit(run, data, guide, None, settings.guide_epochs, settings.guide_lr, settings.guide_batch_size)
     rule = GuidedRule(Guidance(net, guide, alpha=alpha, **options))
     outcome = _train(run, data, net, rule)
     if trained:
@@ -214,7 +217,8 @@ def _guided(
 
 
 def _train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: GuidedRule | None) -> dict[str, Any]:
-    result = _fit(run, data, net, rule, run.settings.epochs, run.settings.lr)
+    settings = run.settings
+    result = _fit(run, data, net, rule, settings.epochs, settings.lr, settings.batch_size)
     history = result.history.to_frame()
     test, val = evaluate(net, data.test), evaluate(net, data.val)
     outcome: dict[str, Any] = {
@@ -230,10 +234,18 @@ def _train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: GuidedRul
     return outcome
 
 
-def _fit(run: Run[Settings], data: DataSplits, net: nn.Module, rule: GuidedRule | None, epochs: int, lr: float) -> Any:
+def _fit(
+    run: Run[Settings],
+    data: DataSplits,
+    net: nn.Module,
+    rule: GuidedRule | None,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+) -> FitResult:
     return fit(
         net, data.train, val=data.val, rule=rule, optimizer=partial(Adam, lr=lr), epochs=epochs,
-        batch_size=run.settings.batch_size, drop_last=True, seed=run.seed, device=str(run.device),
+        batch_size=batch_size, drop_last=True, seed=run.seed, device=str(run.device),
     )  # fmt: skip
 
 
