@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop, FitResult, evaluate, fit
@@ -53,7 +54,7 @@ class Settings:
         batch_size: images in a batch; CKA depends on it.
         lr: of the target's Adam.
         guide_epochs: of training the guide.
-        guide_lr: of the guide's Adam.
+        guide_lr: of the guide's Adam, at the start of a cosine decay.
         guide_batch_size: images in a batch of the guide's training.
         alphas: weights of the alignment to choose from.
         early_steps: steps of guidance as initialisation.
@@ -178,8 +179,12 @@ def no_skips(run: Run[Settings], data: DataSplits) -> nn.Module:
 
 
 def residual(run: Run[Settings], data: DataSplits) -> nn.Module:
-    """The guide: a residual network whose stem, six convolutions and pooled features are compared."""
-    return ResNetCIFAR(8, run.settings.guide_widths, data.num_classes, data.shape[0])
+    """The guide: a small residual network."""
+    return ResNetCIFAR(8, run.settings.guide_widths, data.num_classes, data.shape[0], shortcut="B")
+
+
+# Its stem, the convolutions of its three blocks, its pooled features; not the shortcuts.
+GUIDE_LAYERS = ("stem.0", *(f"block{k}.conv{c}" for k in (1, 2, 3) for c in (1, 2)), "head.0")
 
 
 def _shuffled(x: Tensor) -> Tensor:
@@ -207,9 +212,8 @@ def _guided(
     net = make(run, data)  # first, so that every arm starts from the same weights
     guide = residual(run, data)
     if trained:
-        settings = run.settings
-        _fit(run, data, guide, None, settings.guide_epochs, settings.guide_lr, settings.guide_batch_size)
-    rule = GuidedRule(Guidance(net, guide, alpha=alpha, **options))
+        _train_guide(run, data, guide)
+    rule = GuidedRule(Guidance(net, guide, layers=GUIDE_LAYERS, alpha=alpha, **options))
     outcome = _train(run, data, net, rule)
     if trained:
         outcome["guide_accuracy"] = 100 * evaluate(guide, data.test)["accuracy"]
@@ -242,10 +246,20 @@ def _fit(
     epochs: int,
     lr: float,
     batch_size: int,
+    **options: Any,
 ) -> FitResult:
     return fit(
         net, data.train, val=data.val, rule=rule, optimizer=partial(Adam, lr=lr), epochs=epochs,
-        batch_size=batch_size, drop_last=True, seed=run.seed, device=str(run.device),
+        batch_size=batch_size, drop_last=True, seed=run.seed, device=str(run.device), **options,
+    )  # fmt: skip
+
+
+def _train_guide(run: Run[Settings], data: DataSplits, guide: nn.Module) -> None:
+    settings = run.settings
+    steps = settings.guide_epochs * (len(data.train) // settings.guide_batch_size)
+    _fit(
+        run, data, guide, None, settings.guide_epochs, settings.guide_lr, settings.guide_batch_size,
+        scheduler=partial(CosineAnnealingLR, T_max=steps),
     )  # fmt: skip
 
 
