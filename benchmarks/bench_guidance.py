@@ -73,11 +73,11 @@ def straight(x: Tensor, y: Tensor) -> Callable[[], None]:
 
     def maps(network: nn.Module) -> list[Tensor]:
         seen: list[Tensor] = []
-        handles = [
-            m.register_forward_hook(lambda m, i, output: seen.append(output))
-            for m in network.modules()
-            if isinstance(m, LAYERS)
-        ]
+
+        def keep(module: nn.Module, arguments: object, output: Tensor) -> None:
+            seen.append(output)
+
+        handles = [m.register_forward_hook(keep) for m in network.modules() if isinstance(m, LAYERS)]
         network(x)
         for handle in handles:
             handle.remove()
