@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -25,6 +26,7 @@ LinearSolver = Literal["auto", "woodbury", "dense", "cg", "rbcd"]
 
 LARGEST_FACTOR = 20_000  # a Cholesky factor of this side takes 3.2 GB in float64
 OBJECTIVE_EVERY = 10
+BALANCE_EVERY = 20
 
 
 def admm(
@@ -40,6 +42,7 @@ def admm(
     tol: float = 1e-4,
     linear_solver: LinearSolver = "auto",
     cones: bool = True,
+    balance: bool = False,
     start: tuple[Tensor, ...] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     generator: torch.Generator | None = None,
@@ -74,13 +77,15 @@ def admm(
             loss. `"auto"`: the smallest matrix to factor.
         cones: whether to keep the cone constraints. Without them this is the gated-ReLU relaxation, whose solution
             is not a ReLU network's.
+        balance: halve or double `rho` (and `gamma` with it) every twenty iterations while one relative residual is
+            over five times the other, in the first half of `max_iter`. Each change factors anew.
         start: `state` of an earlier solution with the same data and patterns.
         callback: called with the iteration and $[v, w]$ `[2, P, d]`.
         generator: of the blocks drawn by `"rbcd"`.
 
     Returns:
-        The solution, its network recovered from $v$. The record has the columns `primal`, `dual`, and `objective`
-        (of $v$, every ten iterations).
+        The solution, its network recovered from $v$. The record has the columns `primal`, `dual`,
+        `rho`, and `objective` (of $v$, every ten iterations).
 
     Warns:
         ConvergenceWarning: at `max_iter`.
@@ -101,7 +106,8 @@ def admm(
     M = D.T.to(X)
     E = 2 * M - 1 if cones else torch.zeros_like(M)
     gram = X.T @ X if cones else torch.zeros_like(X.T @ X)
-    step = _u_step(linear_solver, X, y, M, gram, loss, rho, generator)
+    make_step = partial(_u_step, linear_solver, X, y, M, gram, loss, generator=generator)
+    step = make_step(rho)
     v, s, lam, nu = _start(start, X, M)
     # G's transpose of the slacks and of their dual; the latter follows by recursion without touching n-vectors.
     Gs, Gnu = (E * s) @ X, (E * nu) @ X
@@ -117,15 +123,19 @@ def admm(
         lam = lam + pace * (u - v)
         nu = nu + pace * (Gu - s)
         Gnu = Gnu + pace * (u @ gram - Gs)
+        primal = _norm(u - v) + _norm(Gu - s), max(_norm(u) + _norm(Gu), _norm(v) + _norm(s))
+        dual = rho * (_norm(v - v_before) + _norm(Gs - Gs_before)), rho * (_norm(lam) + _norm(Gnu))
         progress.record(
-            {
-                "primal": (_norm(u - v) + _norm(Gu - s), max(_norm(u) + _norm(Gu), _norm(v) + _norm(s))),
-                "dual": (rho * (_norm(v - v_before) + _norm(Gs - Gs_before)), rho * (_norm(lam) + _norm(Gnu))),
-            },
-            **_objective_now_and_then(k, X, y, D, v, beta, loss),
+            {"primal": primal, "dual": dual}, rho=rho, **_objective_now_and_then(k, X, y, D, v, beta, loss)
         )
         if callback is not None:
             callback(k, v)
+        if balance and k % BALANCE_EVERY == 0 and k <= max_iter // 2:
+            factor = _balance(primal, dual)
+            if factor != 1:
+                rho *= factor
+                lam, nu, Gnu = lam / factor, nu / factor, Gnu / factor  # the duals are scaled by rho
+                step = make_step(rho)
     hidden, output = network_from_blocks(v[0], v[1])
     objective = float(convex_objective(X, y, D, v, beta, loss))
     return Solution(hidden, output, objective, progress, v, (v, s, lam, nu))
@@ -139,6 +149,12 @@ def _objective_now_and_then(
     k: int, X: Tensor, y: Tensor, D: Tensor, v: Tensor, beta: float, loss: Loss
 ) -> dict[str, float]:
     return {"objective": float(convex_objective(X, y, D, v, beta, loss))} if k % OBJECTIVE_EVERY == 0 else {}
+
+
+def _balance(primal: tuple[float, float], dual: tuple[float, float]) -> float:
+    """Factor on the penalty that brings the two residuals, relative to their scales, closer."""
+    ours, theirs = primal[0] * dual[1], dual[0] * primal[1]
+    return 2.0 if ours > 5 * theirs else 0.5 if theirs > 5 * ours else 1.0
 
 
 def _shrink(x: Tensor, by: float) -> Tensor:
