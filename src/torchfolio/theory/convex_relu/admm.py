@@ -125,9 +125,7 @@ def admm(
         Gnu = Gnu + pace * (u @ gram - Gs)
         primal = _norm(u - v) + _norm(Gu - s), max(_norm(u) + _norm(Gu), _norm(v) + _norm(s))
         dual = rho * (_norm(v - v_before) + _norm(Gs - Gs_before)), rho * (_norm(lam) + _norm(Gnu))
-        progress.record(
-            {"primal": primal, "dual": dual}, rho=rho, **_objective_now_and_then(k, X, y, D, v, beta, loss)
-        )
+        progress.record({"primal": primal, "dual": dual}, rho=rho, **_objective_now_and_then(k, X, y, D, v, beta, loss))
         if callback is not None:
             callback(k, v)
         if balance and k % BALANCE_EVERY == 0 and k <= max_iter // 2:
