@@ -215,7 +215,8 @@ class Woodbury:
     """
 
     def __init__(self, X: Tensor, y: Tensor, M: Tensor, gram: Tensor, loss: Loss, rho: float) -> None:
-        self.X, self.y, self.M, self.loss, self.rho = X, y, M, loss, rho
+        self.X, self.y, self.M, self.rho = X, y, M, rho
+        self.loss: Loss = loss
         eye = torch.eye(len(gram), dtype=X.dtype, device=X.device)
         self.B_inverse = torch.cholesky_inverse(torch.linalg.cholesky(eye + gram))
         self.XB = X @ self.B_inverse
@@ -343,7 +344,8 @@ class BlockDescent:
         rho: float,
         generator: torch.Generator | None,
     ) -> None:
-        self.X, self.y, self.loss, self.rho, self.generator = X, y, loss, rho, generator
+        self.X, self.y, self.rho, self.generator = X, y, rho, generator
+        self.loss: Loss = loss
         self.B = torch.eye(len(gram), dtype=X.dtype, device=X.device) + gram
         self.signed = torch.cat([M, -M])  # rows of F before X
         self.u = X.new_zeros(len(self.signed), X.shape[1])

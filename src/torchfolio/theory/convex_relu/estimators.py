@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,12 @@ SolverName = Literal["admm", "scp", "cvxpy"]
 class _ConvexReLU(BaseEstimator):
     """What the two estimators share: a network for each target column, of shared patterns or neurons."""
 
+    # Said here because an assignment would widen them to plain text.
+    solver: SolverName
+    loss: Loss
+    norm: Norm
+    linear_solver: LinearSolver
+
     def __init__(
         self,
         solver: SolverName = "admm",
@@ -40,6 +47,7 @@ class _ConvexReLU(BaseEstimator):
         norm: Norm = "inf",
         rho: float = 0.1,
         gamma: float | None = None,
+        balance: bool = False,
         max_iter: int = 2000,
         tol: float = 1e-4,
         fit_bias: bool = True,
@@ -55,6 +63,7 @@ class _ConvexReLU(BaseEstimator):
         self.norm = norm
         self.rho = rho
         self.gamma = gamma
+        self.balance = balance
         self.max_iter = max_iter
         self.tol = tol
         self.fit_bias = fit_bias
@@ -67,14 +76,14 @@ class _ConvexReLU(BaseEstimator):
             raise ValueError(f"expected solver to be one of {', '.join(get_args(SolverName))}, got {self.solver!r}")
         if self.loss not in get_args(Loss):
             raise ValueError(f"expected loss to be one of {', '.join(get_args(Loss))}, got {self.loss!r}")
-        whole = isinstance(self.n_patterns, Integral) and self.n_patterns >= 1
+        whole = isinstance(self.n_patterns, Integral) and int(self.n_patterns) >= 1
         if not whole and (self.n_patterns != "all" or self.solver == "scp"):
             raise ValueError(f"expected n_patterns to be a whole number of at least 1, got {self.n_patterns!r}")
         for name in ("beta", "rho", "tol"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not value > 0:
+            if not isinstance(value, Real) or not float(value) > 0:
                 raise ValueError(f"expected {name} above 0, got {value!r}")
-        if not isinstance(self.epsilon, Real) or not self.epsilon >= 0:
+        if not isinstance(self.epsilon, Real) or not float(self.epsilon) >= 0:
             raise ValueError(f"expected epsilon of at least 0, got {self.epsilon!r}")
         if self.epsilon > 0 and self.solver != "cvxpy":
             raise ValueError(
@@ -101,9 +110,8 @@ class _ConvexReLU(BaseEstimator):
         )
         self.n_iter_ = max(s.convergence.n_iter for s in solutions)
         self.converged_ = all(s.convergence.converged for s in solutions)
-        self.history_: pd.DataFrame = pd.concat(
-            {k: s.convergence.to_frame() for k, s in enumerate(solutions)}, names=["output"]
-        )
+        histories = [s.convergence.to_frame().reset_index().assign(output=k) for k, s in enumerate(solutions)]
+        self.history_ = pd.concat(histories).set_index(["output", "iteration"])
 
     def _design(
         self, data: Tensor, outputs: int, generator: torch.Generator
@@ -115,7 +123,7 @@ class _ConvexReLU(BaseEstimator):
         cold: list[tuple[Tensor, ...] | None] = [None] * outputs
         if self.solver == "scp":
             return sample_neurons(int(self.n_patterns), data.shape[1], generator), cold
-        count = self.n_patterns if isinstance(self.n_patterns, str) else int(self.n_patterns)
+        count = "all" if self.n_patterns == "all" else int(self.n_patterns)
         return activation_patterns(data, count, self.epsilon, generator, bias=self.fit_bias), cold
 
     def _solve(
@@ -142,6 +150,7 @@ class _ConvexReLU(BaseEstimator):
             design,
             rho=self.rho,
             gamma=self.gamma,
+            balance=self.balance,
             linear_solver=self.linear_solver,
             start=start,
             generator=generator,
@@ -155,7 +164,8 @@ class _ConvexReLU(BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """The networks' outputs `[n, K]`."""
         check_is_fitted(self)
-        data = self._with_bias(validate_data(self, X, reset=False, dtype=np.float64)).numpy()
+        checked: Any = validate_data(self, X, reset=False, dtype=np.float64)
+        data = self._with_bias(checked).numpy()
         return np.maximum(data @ self.hidden_weights_.T, 0) @ self.output_weights_
 
     def to_module(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -174,13 +184,13 @@ class _ConvexReLU(BaseEstimator):
         neurons, outputs = self.output_weights_.shape
         weights = torch.from_numpy(self.hidden_weights_)
         features = weights.shape[1] - int(self.fit_bias)
-        # Uninitialised, since a network without neurons has nothing to initialise.
-        make = nn.utils.skip_init
-        first = make(nn.Linear, features, neurons, bias=self.fit_bias, dtype=dtype)
-        second = make(nn.Linear, neurons, outputs, bias=False, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # a network may have no neurons
+            first = nn.Linear(features, neurons, bias=self.fit_bias, dtype=dtype)
+            second = nn.Linear(neurons, outputs, bias=False, dtype=dtype)
         with torch.no_grad():
             first.weight.copy_(weights[:, :features])
-            if self.fit_bias:
+            if first.bias is not None:
                 first.bias.copy_(weights[:, features])
             second.weight.copy_(torch.from_numpy(self.output_weights_.T))
         return nn.Sequential(first, nn.ReLU(), second)
@@ -204,6 +214,7 @@ class ConvexReLURegressor(RegressorMixin, _ConvexReLU):
         norm: of the perturbations, `"inf"`, `"2"` or `"1"`.
         rho: penalty $\\rho$ of ADMM; it decides how fast the first iterations are.
         gamma: its dual step; `rho` by default.
+        balance: let ADMM adapt `rho`, which often saves most of the iterations to a tight tolerance.
         max_iter: most iterations.
         tol: tolerance, see the solvers.
         fit_bias: add a column of ones, whose weights are decayed like the others.
@@ -287,6 +298,7 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
         norm: of the perturbations, `"inf"`, `"2"` or `"1"`.
         rho: penalty $\\rho$ of ADMM; it decides how fast the first iterations are.
         gamma: its dual step; `rho` by default.
+        balance: let ADMM adapt `rho`, which often saves most of the iterations to a tight tolerance.
         max_iter: most iterations.
         tol: tolerance, see the solvers.
         fit_bias: add a column of ones, whose weights are decayed like the others.
