@@ -33,6 +33,7 @@ from torchfolio.theory.convex_relu import (
     sample_neurons,
     sampled_convex_program,
 )
+from torchfolio.theory.convex_relu.admm import BlockDescent, Woodbury
 
 quiet = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -193,8 +194,8 @@ def test_no_network_found_by_descent_is_better():
     torch.manual_seed(0)
     hidden = torch.randn(40, 2, dtype=torch.float64, requires_grad=True)
     output = (torch.randn(40, dtype=torch.float64) / 6).requires_grad_()
-    optimizer = torch.optim.Adam([hidden, output], lr=0.01)
-    for _ in range(800):
+    optimizer = torch.optim.Adam([hidden, output], lr=0.02)
+    for _ in range(500):
         optimizer.zero_grad()
         value = nonconvex_objective(X, y, hidden, output, 0.1)
         value.backward()
@@ -204,9 +205,9 @@ def test_no_network_found_by_descent_is_better():
 
 @quiet
 def test_more_patterns_never_raise_the_optimum():
-    X, y, _ = table(20, 3)
+    X, y, _ = table(12, 3)
     D = activation_patterns(X, 40, generator=torch.Generator().manual_seed(0))
-    values = [admm(X, y, D[:, :n], beta=0.1, tol=1e-5, max_iter=1500, balance=True).objective for n in (5, 10, 20, 40)]
+    values = [admm(X, y, D[:, :n], beta=0.1, tol=1e-4, max_iter=500, balance=True).objective for n in (5, 15, 40)]
     assert all(b <= a + 1e-3 for a, b in zip(values, values[1:], strict=False))
 
 
@@ -219,17 +220,33 @@ def test_relaxation_is_lower_and_its_network_worse():
     assert nonconvex_objective(X, y, relaxed.hidden, relaxed.output, 0.1) > exact.objective
 
 
+@pytest.mark.parametrize("loss", ["squared", "bce"])
+def test_block_descent_finds_the_same_minimum(loss):
+    X, y, D = table(12, 3, 4)
+    M, gram, c = D.T.double(), X.T @ X, torch.ones(2, 4, 3, dtype=torch.float64)
+    descent = BlockDescent(X, y, M, gram, loss, 0.5, torch.Generator().manual_seed(0))
+    descent.limit, descent.most_sweeps = 1e-14, 500
+    u, Xu = descent(c)
+    exact, X_exact = Woodbury(X, y, M, gram, loss, 0.5)(c)
+    assert torch.allclose(u, exact, atol=1e-5)
+    assert torch.allclose(Xu, X_exact, atol=1e-5)
+    # What the step minimises is flat there.
+    exact.requires_grad_()
+    prediction = ((exact[0] - exact[1]) @ X.T * M).sum(0)
+    quadratic = (exact * (exact @ (torch.eye(3) + gram) - 2 * c)).sum() / 4
+    (gradient,) = torch.autograd.grad(data_loss(prediction, y, loss) + quadratic, exact)
+    assert gradient.abs().max() < 1e-8
+
+
 @quiet
-def test_cross_entropy_by_newton_and_by_block_descent():
+def test_cross_entropy_reaches_the_same_optimum_both_ways():
     X, y, D = table(20, 3, 4)
-    newton = admm(X, y, D, beta=0.1, loss="bce", tol=1e-5)
-    descent = admm(X, y, D, beta=0.1, loss="bce", linear_solver="rbcd", max_iter=100, tol=1e-9)
-    assert descent.convergence.n_iter == 100
+    newton = admm(X, y, D, beta=0.1, loss="bce", tol=1e-4, balance=True)
+    descent = admm(X, y, D, beta=0.1, loss="bce", linear_solver="rbcd", max_iter=60)
     assert newton.convergence.converged
-    same = admm(X, y, D, beta=0.1, loss="bce", max_iter=100, tol=1e-9)
-    assert descent.objective == pytest.approx(same.objective, rel=1e-3)
+    assert descent.objective == pytest.approx(newton.objective, rel=1e-2)
     network = nonconvex_objective(X, y, newton.hidden, newton.output, 0.1, "bce")
-    assert float(network) == pytest.approx(newton.objective, rel=1e-5)
+    assert float(network) == pytest.approx(newton.objective, rel=1e-3)
 
 
 def test_cap_warns_and_a_warm_start_goes_on():
