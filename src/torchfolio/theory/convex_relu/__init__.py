@@ -17,7 +17,9 @@ $$\\min_{v, w} \\ell\\Bigl(\\sum_i D_i X (v_i - w_i), y\\Bigr) + \\beta \\sum_i 
 
 Every nonzero block is a neuron of the optimal network. There is no learning rate, and no initialisation to be
 unlucky with. The number of patterns grows like $n^{\\operatorname{rank} X}$, so a random sample stands in for all of
-them; the optimum is then that over networks with these patterns.
+them; the optimum is then that over networks with these patterns. In many dimensions a few dozen random patterns are
+few: gradient descent, whose neurons choose their patterns, can fit the training data better than the sampled program
+does. With all patterns it cannot.
 
 Start with the estimators, `ConvexReLUClassifier` and `ConvexReLURegressor`. Their solvers are functions on tensors:
 

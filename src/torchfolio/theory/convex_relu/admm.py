@@ -222,7 +222,9 @@ class Woodbury:
         self.XB = X @ self.B_inverse
         self.K = 2 * (self.XB @ X.T) * (M.T @ M)
         if loss == "squared":
-            self.factor = torch.linalg.cholesky(self.K + rho * torch.eye(len(X), dtype=X.dtype, device=X.device))
+            # The inverse, since PyTorch's solve with a factor copies it every time.
+            shifted = self.K + rho * torch.eye(len(X), dtype=X.dtype, device=X.device)
+            self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         self.q = torch.zeros_like(y)
 
     def __call__(self, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +232,7 @@ class Woodbury:
         Xu = u @ self.X.T
         z = ((Xu[0] - Xu[1]) * self.M).sum(0)
         if self.loss == "squared":
-            self.q = self.rho * torch.cholesky_solve((z - self.y)[:, None], self.factor)[:, 0]
+            self.q = self.rho * (self.inverse @ (z - self.y))
         else:
             self.q = self._newton(z)
         # The correction of the two halves differs in sign only.
@@ -277,11 +279,12 @@ class Dense:
         matrix = torch.cat([half, -half], 1)
         blocks = torch.eye(2 * len(M), dtype=X.dtype, device=X.device)
         eye = torch.eye(len(matrix.T), dtype=X.dtype, device=X.device)
-        self.factor = torch.linalg.cholesky(eye + torch.kron(blocks, gram) + matrix.T @ matrix / rho)
+        A = eye + torch.kron(blocks, gram) + matrix.T @ matrix / rho
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
         self.shift = matrix.T @ y / rho
 
     def __call__(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        u = torch.cholesky_solve((c.flatten() + self.shift)[:, None], self.factor).view_as(c)
+        u = (self.inverse @ (c.flatten() + self.shift)).view_as(c)
         return u, u @ self.X.T
 
 
