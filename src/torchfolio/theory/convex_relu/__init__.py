@@ -28,6 +28,7 @@ Start with the estimators, `ConvexReLUClassifier` and `ConvexReLURegressor`. The
 - `conic_program`: through CVXPY, exactly, and against bounded perturbations of the data.
 
 Example:
+    >>> import torch
     >>> X = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
     >>> X = torch.cat([X, torch.ones_like(X)], 1)
     >>> y = torch.sin(3 * X[:, 0])
