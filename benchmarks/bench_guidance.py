@@ -7,7 +7,9 @@ $H = I - 11^\\top / n$ from both sides.
 
     python benchmarks/bench_guidance.py [--batch 256] [--rounds 15]
 
-Measured on one thread of a small cloud CPU: FIGURES
+Measured on one thread of a small cloud CPU that did other work too, medians of paired ratios: the peer takes 1.4 times as
+long (1.32 to 1.58). Cached guide features bring a guided step to 0.73 of its time, by the rule it takes 0.99; the plain
+step is 0.27 of a guided one. The Gram matrices of this small target's guide are what remains.
 """
 
 from __future__ import annotations
