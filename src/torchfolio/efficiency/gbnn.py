@@ -15,7 +15,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
@@ -143,8 +142,7 @@ def _newton(slope: float, curvature: float) -> float | None:
     return None if abs(curvature) < 1e-12 else float(slope / curvature)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A network of $J$ hidden units, $f(x) = W_2^\\top \\sigma(W_1^\\top x + b_1) + b_2$.
 
     Attributes:
@@ -161,14 +159,14 @@ class Block:
 
     def flat(self) -> Array:
         """All weights as one vector."""
-        return np.concatenate([part.ravel() for part in (self.W1, self.b1, self.W2, self.b2)])
+        return np.concatenate([part.ravel() for part in self])
 
     @staticmethod
     def views(theta: Array, n_features: int, n_units: int, n_outputs: int) -> Block:
         """A block that looks into a vector of its weights."""
         D, J, K = n_features, n_units, n_outputs
-        W1, b1, W2, b2 = np.split(theta, np.cumsum([D * J, J, J * K]))
-        return Block(W1.reshape(D, J), b1, W2.reshape(J, K), b2)
+        a, b, c = D * J, D * J + J, D * J + J + J * K
+        return Block(theta[:a].reshape(D, J), theta[a:b], theta[b:c].reshape(J, K), theta[c:])
 
     def __call__(self, X: Array, activation: Activation) -> Array:
         """Outputs `[N, K]` for inputs `[N, D]`."""
@@ -230,13 +228,13 @@ def block_objective(
         np.multiply(E, 1 / n, out=E)
         np.dot(A.T, E, out=d.W2)
         np.add(d.W2, alpha / n * w.W2, out=d.W2)
-        E.sum(0, out=d.b2)
+        np.add.reduce(E, 0, out=d.b2)
         _slope(A, activation, out=slope)
         np.dot(E, w.W2.T, out=G)
         np.multiply(G, slope, out=G)
         np.dot(X.T, G, out=d.W1)
         np.add(d.W1, alpha / n * w.W1, out=d.W1)
-        G.sum(0, out=d.b1)
+        np.add.reduce(G, 0, out=d.b1)
         return float(value), gradient.copy()  # the optimizer keeps what it is given
 
     return objective
@@ -587,7 +585,7 @@ class GBNNClassifier(ClassifierMixin, _GBNN):
         self.classes_ = encoder.classes_
         codes = np.asarray(encoder.transform(y))
         if len(self.classes_) < 2:
-            raise ValueError(f"expected examples of at least two classes, got only the class {self.classes_[0]!r}")
+            raise ValueError(f"expected examples of at least two classes, got one class: {self.classes_[0]!r}")
         if len(self.classes_) == 2:
             loss, Y = BinaryLoss(), 2.0 * codes[:, None] - 1
         else:
