@@ -198,7 +198,9 @@ def test_gradient_of_a_block(activation, n_outputs):
 def test_one_full_block_is_one_plain_network():
     X, y = subset(load_diabetes, 200)
     X = StandardScaler().fit_transform(X)
-    plain = MLPRegressor((5,), activation="logistic", solver="lbfgs", alpha=1e-2, max_iter=40, tol=0, random_state=7)
+    plain = MLPRegressor(
+        hidden_layer_sizes=(5,), activation="logistic", solver="lbfgs", alpha=1e-2, max_iter=40, tol=0, random_state=7
+    )
     with pytest.warns(UserWarning, match="lbfgs failed to converge"):
         plain.fit(X, y - y.mean())
     model = GBNNRegressor(

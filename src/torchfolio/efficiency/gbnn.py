@@ -55,6 +55,8 @@ __all__ = [
 Array = NDArray[np.float64]
 Activation = Literal["logistic", "tanh", "relu"]
 
+_validated: Any = validate_data  # scikit-learn's defaults for X and y are strings, which misleads type checkers
+
 MODULES: dict[str, type[nn.Module]] = {"logistic": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 
 
@@ -189,7 +191,8 @@ def initial_block(
         bound = np.sqrt(factor / (fan_in + fan_out))
         return rng.uniform(-bound, bound, (fan_in, fan_out)), rng.uniform(-bound, bound, fan_out)
 
-    return Block(*layer(n_features, n_units), *layer(n_units, n_outputs))
+    (W1, b1), (W2, b2) = layer(n_features, n_units), layer(n_units, n_outputs)
+    return Block(W1, b1, W2, b2)
 
 
 def block_objective(
@@ -344,9 +347,9 @@ class _GBNN(BaseEstimator):
         rng = check_random_state(self.random_state)
         held: tuple[Array, Array] | None = None
         if self.validation_fraction is not None:
-            X, X_held, Y, Y_held = train_test_split(
-                X, Y, test_size=self.validation_fraction, stratify=labels, random_state=rng
-            )
+            share = self.validation_fraction
+            parts: Any = train_test_split(X, Y, test_size=share, stratify=labels, random_state=rng)
+            X, X_held, Y, Y_held = parts
             held = X_held, Y_held
         mean, scale = np.zeros(X.shape[1]), np.ones(X.shape[1])
         if self.standardize:
@@ -438,9 +441,9 @@ class _GBNN(BaseEstimator):
 
     def _hidden(self, X: ArrayLike, n_blocks: int) -> Array:
         """Hidden activations `[N, units]` of the first blocks."""
-        X = validate_data(self, X, dtype=np.float64, reset=False)
+        features: Array = _validated(self, X, dtype=np.float64, reset=False)
         k = n_blocks * self._width
-        hidden = X @ self.coefs_[0][:, :k]
+        hidden = features @ self.coefs_[0][:, :k]
         hidden += self.intercepts_[0][:k]
         _activate(hidden, self.activation)
         return hidden
@@ -498,10 +501,9 @@ class _GBNN(BaseEstimator):
         W1, W2 = self.coefs_[0][:, :k], self.coefs_[1][:k]
 
         def linear(weight: Array, bias: Array) -> nn.Linear:
-            layer = nn.utils.skip_init(nn.Linear, *weight.shape, dtype=dtype)
-            with torch.no_grad():
-                layer.weight.copy_(torch.from_numpy(weight.T.copy()))
-                layer.bias.copy_(torch.from_numpy(bias.copy()))
+            layer = nn.Linear(*weight.shape, device="meta")  # draws no initial weights from the global generator
+            layer.weight = nn.Parameter(torch.tensor(weight.T, dtype=dtype))
+            layer.bias = nn.Parameter(torch.tensor(bias, dtype=dtype))
             return layer
 
         hidden, head = linear(W1, self.intercepts_[0][:k]), linear(W2, self.staged_intercepts_[n_blocks])
@@ -579,18 +581,18 @@ class GBNNClassifier(ClassifierMixin, _GBNN):
     def fit(self, X: ArrayLike, y: ArrayLike):
         """Grow the network on features `[N, D]` and labels `[N]`."""
         self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
-        encoder = LabelEncoder().fit(y)
-        self.classes_ = encoder.classes_
-        codes = np.asarray(encoder.transform(y))
+        features, labels = _validated(self, X, y, dtype=np.float64)
+        check_classification_targets(labels)
+        encoder = LabelEncoder().fit(labels)
+        self.classes_ = np.asarray(encoder.classes_)
+        codes = np.asarray(encoder.transform(labels))
         if len(self.classes_) < 2:
             raise ValueError(f"expected examples of at least two classes, got one class: {self.classes_[0]!r}")
         if len(self.classes_) == 2:
             loss, Y = BinaryLoss(), 2.0 * codes[:, None] - 1
         else:
             loss, Y = MulticlassLoss(), np.eye(len(self.classes_))[codes]
-        self._fit(X, Y, loss, codes)
+        self._fit(features, Y, loss, codes)
         return self
 
     def decision_function(self, X: ArrayLike, n_units: int | None = None) -> Array:
@@ -671,10 +673,10 @@ class GBNNRegressor(RegressorMixin, _GBNN):
     def fit(self, X: ArrayLike, y: ArrayLike):
         """Grow the network on features `[N, D]` and targets `[N]` or `[N, K]`."""
         self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, multi_output=True)
-        Y = np.asarray(y, dtype=np.float64)
+        features, targets = _validated(self, X, y, dtype=np.float64, y_numeric=True, multi_output=True)
+        Y = np.asarray(targets, dtype=np.float64)
         self._one_target = Y.ndim == 1
-        self._fit(X, Y.reshape(len(Y), -1), SquaredLoss(), None)
+        self._fit(features, Y.reshape(len(Y), -1), SquaredLoss(), None)
         return self
 
     def predict(self, X: ArrayLike, n_units: int | None = None) -> Array:
