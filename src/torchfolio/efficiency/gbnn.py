@@ -251,10 +251,11 @@ def fit_block(
     Returns:
         The fitted block and the iterations made; fewer than `max_iter` only where the line search finds no descent.
     """
-    objective = block_objective(X, R, initial.W1.shape[1], alpha, activation)
+    (D, J), K = initial.W1.shape, R.shape[1]
+    objective = block_objective(X, R, J, alpha, activation)
     options = {"maxiter": max_iter, "maxfun": 20 * max_iter, "ftol": 0.0, "gtol": 0.0}
     found = minimize(objective, initial.flat(), jac=True, method="L-BFGS-B", options=options)
-    return Block.views(found.x, *initial.W1.shape, initial.W2.shape[1]), int(found.nit)
+    return Block.views(found.x, D, J, K), int(found.nit)
 
 
 def _activate(Z: Array, activation: Activation) -> None:
