@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from numpy.random import RandomState
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
@@ -129,7 +131,7 @@ def _table(run: Run[Settings], name: str) -> Table:
     y = np.concatenate([y.numpy() for _, y in parts])
     labels = y if data.classes else None
     split: Any = train_test_split(X, y, test_size=0.3, stratify=labels, random_state=run.seed)
-    scaler = StandardScaler().fit(split[0])
+    scaler: Any = StandardScaler().fit(split[0])
     return scaler.transform(split[0]), scaler.transform(split[1]), split[2], split[3]
 
 
@@ -183,39 +185,38 @@ def _mlp(run: Run[Settings], solver: str, units: int, regression: bool) -> Any:
 
 
 def _train(run: Run[Settings], model: Any, arm: str, table: Table) -> Mapping[str, Any]:
-    rate: float | None = None
-    if arm in ("adam", "sgd"):
-        key = "regressor__learning_rate_init" if _is_regression(table) else "learning_rate_init"
-        rate = min(run.settings.rates, key=lambda r: _held_out_loss(clone(model).set_params(**{key: r}), table))
-        model.set_params(**{key: rate})
+    rate = _best_rate(run, model, table) if arm in ("adam", "sgd") else None
+    if rate is not None:
+        model = _with_rate(model, rate)
     start = time.perf_counter()
-    _quiet(model, table)
-    seconds = time.perf_counter() - start
-    outcome: dict[str, Any] = {"score": _score(model, table), "seconds": seconds}
+    _fit_all(model, table)
+    outcome: dict[str, Any] = {"seconds": time.perf_counter() - start, "score": _score(model, table)}
     if rate is not None:
         outcome["learning_rate"] = rate
-    if arm == "gbnn_searched":
-        outcome |= model.best_params_
-    return outcome
+    return outcome | (model.best_params_ if arm == "gbnn_searched" else {})
 
 
-def _held_out_loss(model: Any, table: Table) -> float:
-    """Error on a fifth of the training examples, of a model trained on the others."""
+def _with_rate(model: Any, rate: float) -> Any:
+    fresh: Any = clone(model)
+    nested = isinstance(model, TransformedTargetRegressor)
+    return fresh.set_params(**{"regressor__learning_rate_init" if nested else "learning_rate_init": rate})
+
+
+def _best_rate(run: Run[Settings], model: Any, table: Table) -> float:
+    """The learning rate that does best on a fifth of the training examples, trained on the others."""
     X, _, y, _ = table
     labels = None if _is_regression(table) else y
-    parts: Any = train_test_split(X, y, test_size=0.2, stratify=labels, random_state=0)
-    inner = (parts[0], parts[1], parts[2], parts[3])
-    _quiet(model, inner)
-    score = _score(model, inner)
-    return score if labels is None else -score
+    parts: Any = train_test_split(X, y, test_size=0.2, stratify=labels, random_state=run.seed)
+    scores = {}
+    for rate in run.settings.rates:
+        candidate = _with_rate(model, rate)
+        _fit_all(candidate, tuple(parts))
+        scores[rate] = _score(candidate, tuple(parts))
+    return min(scores, key=lambda r: scores[r]) if labels is None else max(scores, key=lambda r: scores[r])
 
 
-def _quiet(model: Any, table: Table) -> None:
-    """Fit without the warning that the iterations, which are what is compared, ran out."""
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
-
+def _fit_all(model: Any, table: Table) -> None:
+    """Fit without the warning that the iterations ran out, which they are meant to."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(table[0], table[2])
