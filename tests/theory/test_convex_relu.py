@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.estimator_checks import estimator_checks_generator
+from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
 from torchfolio.errors import MissingDependency
@@ -447,17 +447,8 @@ def test_convergence_stops_warns_and_refuses_infinity():
 # Estimators
 
 
-@pytest.mark.parametrize(
-    ("estimator", "check"),
-    [
-        (e, check)
-        for model in (
-            ConvexReLURegressor("scp", n_patterns=20, max_iter=50),
-            ConvexReLUClassifier(n_patterns=10, max_iter=20),
-        )
-        for e, check in estimator_checks_generator(model)
-    ],
-    ids=str,
+@parametrize_with_checks(
+    [ConvexReLURegressor("scp", n_patterns=20, max_iter=50), ConvexReLUClassifier(n_patterns=10, max_iter=20)]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_scikit_learn_conventions(estimator, check):

@@ -69,7 +69,7 @@ class Settings:
     clean_lr: float = 5e-4
     weight: float = 0.7
     steps: int = 120
-    alpha: float = 0.1
+    alpha: float = 0.05
     rate: float = 2e-2
     epsilon: float = 0.15
     batch_size: int = 32
