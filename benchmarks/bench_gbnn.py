@@ -54,12 +54,8 @@ def main() -> None:
     warnings.simplefilter("ignore", ConvergenceWarning)
     candidates = models(arguments.units)
     with threadpool_limits(1):
-        print(
-            alternate(
-                **{name: lambda make=make: make().fit(X, y) for name, make in candidates.items()},
-                repeats=arguments.rounds,
-            )
-        )
+        fits: dict[str, Any] = {name: lambda make=make: make().fit(X, y) for name, make in candidates.items()}
+        print(alternate(**fits, repeats=arguments.rounds))
         for name, make in candidates.items():
             accuracy = (make().fit(X, y).predict(X_test) == y_test).mean()
             print(f"{name:>9}: {100 * accuracy:.1f} % of test digits")
