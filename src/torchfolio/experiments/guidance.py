@@ -343,15 +343,14 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def _curves(results: Results) -> Figure:
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for k, (arm, label) in enumerate(ARMS.items()):
+    for k, arm in enumerate(ARMS):  # the bars' labels name the colours of both
         curves = results.values(arm, "val_losses")
         epochs = range(1, curves.shape[1] + 1)
-        left.plot(epochs, curves.mean(0), color=f"C{k}", marker=".", label=label)
+        left.plot(epochs, curves.mean(0), color=f"C{k}", marker=".")
         left.fill_between(epochs, curves.min(0), curves.max(0), color=f"C{k}", alpha=0.15)
         accuracy = results.values(arm, "accuracy")
         right.barh(k, accuracy.mean(), xerr=accuracy.std(), color=f"C{k}", capsize=3)
     left.set(xlabel="epoch", ylabel="validation loss (nats)")
-    left.legend()
     left.grid(alpha=0.3)
     right.set(xlabel="test accuracy (%)", yticks=range(len(ARMS)), yticklabels=list(ARMS.values()))
     right.invert_yaxis()
@@ -365,6 +364,8 @@ def _weights(results: Results) -> Figure:
     ax.errorbar(alphas, [v.mean() for v in losses], yerr=[v.std() for v in losses], marker="o", capsize=3)
     ax.axhline(results.values("plain", "val_loss").mean(), ls="--", c="grey", label="plain")
     ax.set(xscale="log", xlabel="weight α of the alignment", ylabel="validation loss (nats)")
+    ax.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+    ax.set_xticks([], minor=True)
     ax.legend()
     ax.grid(alpha=0.3)
     return fig
