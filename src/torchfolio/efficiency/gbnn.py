@@ -414,7 +414,8 @@ class _GBNN(BaseEstimator):
         self.n_iter_ = np.array(grown.iterations)
         self.n_units_ = W1.shape[1]
         # The parameters may be set anew after fitting.
-        self._width, self._sigma = self.units_per_step, self.activation
+        self._width = self.units_per_step
+        self._sigma: Activation = self.activation
         self.validation_loss_ = np.array(grown.validation_loss)
         if grown.validation_loss:
             self._cut(int(np.argmin(self.validation_loss_)) + 1)
