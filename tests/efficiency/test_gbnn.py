@@ -309,7 +309,8 @@ def test_copies_pickles_and_truncation_leave_the_model_alone():
     for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert np.array_equal(other.decision_function(X), before)
     assert small.n_units_ == 6
-    assert model.set_params(units_per_step=5).predict(X, n_units=9).shape == y.shape  # as fitted, not as set since
+    model.set_params(units_per_step=5, activation="relu")
+    assert np.array_equal(model.decision_function(X, n_units=12), before)  # as fitted, not as set since
 
 
 def test_grid_search():

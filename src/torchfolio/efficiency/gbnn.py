@@ -413,9 +413,11 @@ class _GBNN(BaseEstimator):
         self.train_loss_ = np.array(grown.train_loss)
         self.n_iter_ = np.array(grown.iterations)
         self.n_units_ = W1.shape[1]
-        self._width = self.units_per_step  # the parameter may be set anew after fitting
+        # The parameters may be set anew after fitting.
+        self._width = self.units_per_step
+        self._sigma: Activation = self.activation
+        self.validation_loss_ = np.array(grown.validation_loss)
         if grown.validation_loss:
-            self.validation_loss_ = np.array(grown.validation_loss)
             self._cut(int(np.argmin(self.validation_loss_)) + 1)
 
     def _cut(self, n_blocks: int) -> None:
@@ -446,7 +448,7 @@ class _GBNN(BaseEstimator):
         k = n_blocks * self._width
         hidden = features @ self.coefs_[0][:, :k]
         hidden += self.intercepts_[0][:k]
-        _activate(hidden, self.activation)
+        _activate(hidden, self._sigma)
         return hidden
 
     def _logits(self, X: ArrayLike, n_units: int | None) -> Array:
@@ -508,7 +510,7 @@ class _GBNN(BaseEstimator):
             return layer
 
         hidden, head = linear(W1, self.intercepts_[0][:k]), linear(W2, self.staged_intercepts_[n_blocks])
-        return nn.Sequential(OrderedDict(hidden=hidden, activation=MODULES[self.activation](), head=head))
+        return nn.Sequential(OrderedDict(hidden=hidden, activation=MODULES[self._sigma](), head=head))
 
 
 class GBNNClassifier(ClassifierMixin, _GBNN):
@@ -549,7 +551,7 @@ class GBNNClassifier(ClassifierMixin, _GBNN):
         staged_intercepts_: `[T + 1, K]`; row $t$ is the output bias of the first $t$ blocks.
         steps_: $\\eta \\rho_t$, `[T]`.
         train_loss_: mean loss of $F_0, \\dots, F_T$ on the training examples, `[T + 1]`.
-        validation_loss_: likewise on the held-out ones, for each block that was trained.
+        validation_loss_: likewise on the held-out ones, for each block that was trained; empty without them.
         n_iter_: L-BFGS iterations of each block.
         n_units_: hidden units there are.
 

@@ -55,7 +55,7 @@ class Settings:
     rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     images: str = "mnist10k"
     train_size: int = 3000
-    epochs: int = 3
+    epochs: int = 8
     head_units: int = 100
     search: bool = False
     timed_units: tuple[int, ...] = ()
