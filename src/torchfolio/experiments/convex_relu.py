@@ -88,10 +88,10 @@ SCALES = {
     "smoke": Settings(
         problems=2,
         starts=4,
-        adam_steps=500,
-        admm_steps=2_000,
+        adam_steps=300,
+        admm_steps=1_000,
         neurons=(20, 100),
-        scp_steps=2_000,
+        scp_steps=500,
         train_size=200,
         patterns=20,
         robust_size=30,
