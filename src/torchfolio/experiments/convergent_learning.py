@@ -148,7 +148,8 @@ def run(run: Run[Settings]) -> None:
 
 def _run(run: Run[Settings]) -> None:
     settings, layers = run.settings, run.settings.layers
-    data = run.data(settings.data, test_size=settings.probe)
+    # Raw pixels: standardised ones leave fewer units dead and make untrained first layers alike.
+    data = run.data(settings.data, test_size=settings.probe, normalize=False)
     probe = data.test.tensors[0]
     net = cache(partial(trained, run, data))
     pair = run.arm("trained", _trained, run, data, probe, net)
@@ -198,8 +199,8 @@ def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> d
         reports.append(report)
         if (a, b) == (0, 1):
             run.figure("units", report.plot(), "Matched units, prediction and clusters of two trained networks")
-            weights = [net(k).get_submodule("conv1.0").weight for k in (a, b)]
-            pairs = plot_filter_pairs(*weights, report["conv1"].match)
+            first, second = (net(k).get_parameter("conv1.0.weight") for k in (a, b))
+            pairs = plot_filter_pairs(first, second, report["conv1"].match)
             run.figure("filters", pairs, "Filters of the first layer above their matches")
     result: dict[str, Any] = {"accuracy": float(np.mean([_accuracy(net(k), data) for k in range(run.settings.nets)]))}
     for k, layer in enumerate(run.settings.layers):

@@ -42,9 +42,9 @@ class Clusters:
     @property
     def mixed(self) -> float:
         """Share of the clusters of two units or more that hold units of both layers; NaN if there are none."""
-        frame = self.to_frame()
-        frame = frame[frame["size_a"] + frame["size_b"] >= 2]
-        return float(((frame["size_a"] > 0) & (frame["size_b"] > 0)).mean()) if len(frame) else float("nan")
+        sizes = self.to_frame()[["size_a", "size_b"]].to_numpy()
+        sizes = sizes[sizes.sum(1) >= 2]
+        return float((sizes > 0).all(1).mean()) if len(sizes) else float("nan")
 
     def contrast(self, seed: int | None = None) -> float:
         """Mean $|c|$ of pairs of units in one cluster over that of pairs in two.
@@ -115,7 +115,8 @@ def spectral_clusters(
     else:
         from sklearn.cluster import KMeans
 
-        found = torch.from_numpy(KMeans(k, n_init=10, random_state=random_state).fit_predict(embedding.numpy())).long()
+        means = KMeans(k, n_init=10, random_state=random_state)  # pyright: ignore[reportArgumentType]
+        found = torch.from_numpy(means.fit_predict(embedding.numpy())).long()
         position = found.argsort(stable=True)
     labels = torch.full((len(affinity),), -1)
     labels[alive] = found

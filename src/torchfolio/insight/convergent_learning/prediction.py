@@ -50,8 +50,8 @@ class SparsePrediction:
 
     def fewest(self, tolerance: float = 0.02) -> float:
         """Fewest units a prediction, on average, that come within `tolerance` of the least penalised loss."""
-        curve = self.curve()
-        return float(curve["nonzeros"][curve["loss"] <= curve["loss"].iloc[0] + tolerance].min())
+        loss, nonzeros = self.curve()[["loss", "nonzeros"]].to_numpy().T
+        return float(nonzeros[loss <= loss[0] + tolerance].min())
 
 
 def sparse_prediction(

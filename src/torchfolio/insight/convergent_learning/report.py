@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -200,10 +201,11 @@ class ConvergenceReport:
         """A row for every pair of the one-to-one matchings: `layer_a`, `layer_b`, `unit_a`, `unit_b`, `value`."""
         import pandas as pd
 
-        return pd.concat(
-            [one.match.to_frame().assign(layer_a=one.layer_a, layer_b=one.layer_b) for one in self.layers],
-            ignore_index=True,
-        )[["layer_a", "layer_b", "unit_a", "unit_b", "value"]]
+        frames = [
+            pd.DataFrame({"layer_a": one.layer_a, "layer_b": one.layer_b, **one.match.to_frame()})
+            for one in self.layers
+        ]
+        return pd.concat(frames, ignore_index=True)
 
     def plot(self) -> Figure:
         """Matched correlations, loss against the number of units, and the clustered correlations of every layer."""
@@ -211,7 +213,7 @@ class ConvergenceReport:
 
         columns = max(2, len(self.layers))
         figure = plt.figure(figsize=(max(9.0, 3.6 * columns), 7.5), layout="constrained")
-        top, bottom = figure.subfigures(2, 1)
+        top, bottom = np.ravel(figure.subfigures(2, 1))
         curves, losses = top.subplots(1, 2)
         _draw_matches(curves, self.layers)
         _draw_losses(losses, self.layers)

@@ -70,15 +70,9 @@ class CorrelationBlocks:
 
     def swapped(self) -> CorrelationBlocks:
         """The same with the layers exchanged."""
-        first = self.sizes[0]
-        return CorrelationBlocks(
-            self.within_b,
-            self.within_a,
-            self.between.T,
-            *(torch.cat([t[first:], t[:first]]) for t in (self.mean, self.std, self.alive)),
-            self.count,
-            None if self.halves is None else (self.halves[0].swapped(), self.halves[1].swapped()),
-        )
+        mean, std, alive = (t.roll(-self.sizes[0]) for t in (self.mean, self.std, self.alive))
+        halves = None if self.halves is None else (self.halves[0].swapped(), self.halves[1].swapped())
+        return CorrelationBlocks(self.within_b, self.within_a, self.between.T, mean, std, alive, self.count, halves)
 
 
 class PairStatistics:
@@ -172,8 +166,9 @@ def _blocks(moments: StreamingMoments, sizes: tuple[int, int], alive: Tensor | N
     correlation[~alive] = torch.nan
     correlation[:, ~alive] = torch.nan
     a, b = slice(0, first), slice(first, None)
-    parts = correlation[a, a], correlation[b, b], correlation[a, b]
-    return CorrelationBlocks(*parts, moments.mean.cpu(), std, alive, moments.count)
+    return CorrelationBlocks(
+        correlation[a, a], correlation[b, b], correlation[a, b], moments.mean.cpu(), std, alive, moments.count
+    )
 
 
 class ActivationStatistics(PairStatistics):
