@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -213,7 +212,7 @@ class ConvergenceReport:
 
         columns = max(2, len(self.layers))
         figure = plt.figure(figsize=(max(9.0, 3.6 * columns), 7.5), layout="constrained")
-        top, bottom = np.ravel(figure.subfigures(2, 1))
+        top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
         curves, losses = top.subplots(1, 2)
         _draw_matches(curves, self.layers)
         _draw_losses(losses, self.layers)
