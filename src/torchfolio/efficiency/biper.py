@@ -40,6 +40,8 @@ from torch.nn import functional as F
 
 from torchfolio.efficiency.binary import (
     BinaryLayer,
+    PackedConv2d,
+    PackedLinear,
     SignSTEConv2d,
     SignSTELinear,
     conv_arguments,
@@ -257,7 +259,8 @@ def _choose(model: nn.Module, where: Where | None) -> set[str]:
     """Names of the layers to make binary."""
     modules = dict(model.named_modules())
     if where is None:
-        convs = [n for n, m in modules.items() if isinstance(m, nn.Conv2d) and not isinstance(m, BinaryLayer)]
+        binary = BinaryLayer, PackedConv2d, PackedLinear
+        convs = [n for n, m in modules.items() if isinstance(m, nn.Conv2d) and not isinstance(m, binary)]
         chosen = {n for n in convs[1:] if tuple(modules[n].kernel_size) != (1, 1)}  # pyright: ignore[reportArgumentType]
     elif callable(where):
         chosen = {n for n, m in modules.items() if _weighs(m) and where(n, m)}
@@ -479,7 +482,7 @@ class BiPer(Compression):
 
     def operations(self, model: nn.Module, example: Tensor) -> dict[str, int]:
         rows = flops_by_module(model, example)
-        binary = rows["type"].isin(["PackedConv2d", "PackedLinear"])
+        binary = rows["type"].isin([PackedConv2d.__name__, PackedLinear.__name__])
         # A product with a weight of +1 or -1 is a change of sign; where the input is binary too, it is an XNOR.
         kind = "binary_operations" if self.binary_input else "sign_operations"
         return {"flops": int(rows["flops"][~binary].sum()), kind: int(rows["flops"][binary].sum())}
