@@ -26,7 +26,7 @@ def call(*arguments: object):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("networks") / "net"
-    done = call("train", "--model", "convnet", "--data", "digits", "--model-set", "widths=(8,16)", "--epochs", 3, "-o",
+    done = call("train", "--model", "convnet", "--data", "digits", "--model-set", "widths=(8,16)", "--epochs", 6, "-o",
                 folder, "--device", "cpu")  # fmt: skip
     assert done.exit_code == 0, done.output
     return folder
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory) -> Path:
 
 def test_compress_and_eval(bundle, tmp_path):
     small = tmp_path / "small"
-    done = call("compress", bundle, "--method", "biper", "--data", "digits", "--epochs", 3, "-o", small, "--device",
+    done = call("compress", bundle, "--method", "biper", "--data", "digits", "--epochs", 12, "-o", small, "--device",
                 "cpu", "--json")  # fmt: skip
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)

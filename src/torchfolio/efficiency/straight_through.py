@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["polynomial_sign", "round_ste", "sign", "sign_ste", "square_wave", "surrogate"]
 
@@ -31,8 +30,9 @@ class _Surrogate(torch.autograd.Function):
         return quantize(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():  # only where a graph of the backward pass is wanted
+            raise RuntimeError("a straight-through gradient has no second derivative; do not ask for create_graph=True")
         (gradient,) = gradients
         return gradient if ctx.slope is None else gradient * ctx.slope(*ctx.saved_tensors), None, None
 
@@ -46,7 +46,7 @@ def surrogate(x: Tensor, quantize: Elementwise, slope: Elementwise | None = None
         slope: element-wise factor of the gradient; `None` passes the gradient straight through.
 
     Raises:
-        RuntimeError: in the backward pass, if a second derivative is asked for.
+        RuntimeError: in the backward pass, if a second derivative is asked for (`create_graph=True`).
     """
     made = _Surrogate.apply(x, quantize, slope)
     assert isinstance(made, Tensor)
