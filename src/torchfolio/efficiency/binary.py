@@ -172,7 +172,6 @@ class _Packed(nn.Module):
 
     bits: Tensor
     alpha: Tensor
-    bias: nn.Parameter | None
 
     def _start(self, shape: tuple[int, ...], binary_input: bool, like: Tensor) -> None:
         self.shape, self.binary_input = shape, binary_input
@@ -237,7 +236,7 @@ def _packed(layer: nn.Module) -> nn.Module:
         made = PackedLinear(**linear_arguments(layer), binary_input=layer.binary_input)  # pyright: ignore[reportArgumentType]
     if isinstance(layer, BinaryLayer):
         _fill(made, pack_bits(layer.binary_weight()), layer.alpha.detach())
-    made.bias = layer.bias
+    made.register_parameter("bias", layer.bias)
     return made
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -324,6 +324,12 @@ def sine_decay(model: nn.Module) -> Tensor:
     return torch.stack([(m.frequency * m.weight).sin().square().mean() for m in _layers(model).values()]).sum()
 
 
+@overload
+def quantization_error(model_or_weight: Tensor, frequency: float | None = None) -> dict[str, float]: ...
+@overload
+def quantization_error(model_or_weight: nn.Module, frequency: None = None) -> dict[str, dict[str, float]]: ...
+
+
 def quantization_error(
     model_or_weight: nn.Module | Tensor, frequency: float | None = None
 ) -> dict[str, float] | dict[str, dict[str, float]]:
@@ -482,7 +488,8 @@ class BiPer(Compression):
 
     def operations(self, model: nn.Module, example: Tensor) -> dict[str, int]:
         rows = flops_by_module(model, example)
-        binary = rows["type"].isin([PackedConv2d.__name__, PackedLinear.__name__])
+        flops = rows["flops"].to_numpy()
+        binary = rows["type"].isin([PackedConv2d.__name__, PackedLinear.__name__]).to_numpy()
         # A product with a weight of +1 or -1 is a change of sign; where the input is binary too, it is an XNOR.
         kind = "binary_operations" if self.binary_input else "sign_operations"
-        return {"flops": int(rows["flops"][~binary].sum()), kind: int(rows["flops"][binary].sum())}
+        return {"flops": int(flops[~binary].sum()), kind: int(flops[binary].sum())}

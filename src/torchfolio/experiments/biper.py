@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,7 +189,7 @@ def train(
     )
 
 
-def _sgd(parameters: list[nn.Parameter], weight_decay: float, lr: float, momentum: float) -> Optimizer:
+def _sgd(parameters: Iterable[nn.Parameter], weight_decay: float, lr: float, momentum: float) -> Optimizer:
     return SGD(without_decay_of_vectors(parameters, weight_decay), lr=lr, momentum=momentum)
 
 
@@ -234,11 +234,10 @@ def train_sign(run: Run[Settings], data: DataSplits) -> dict[str, object]:
 
 
 def _errors(net: nn.Module) -> dict[str, object]:
-    errors = list(quantization_error(net).values())
-    return {
-        f"{'normalized_qe' if key == 'normalized' else key}": [e[key] for e in errors]
-        for key in ("qe", "normalized", "u")
-    }  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
+    """Quantisation errors, a list over binary layers each."""
+    layers = quantization_error(net).values()
+    columns = {"qe": "qe", "normalized_qe": "normalized", "u": "u"}
+    return {name: [layer[key] for layer in layers] for name, key in columns.items()}
 
 
 def _packed(net: nn.Module, data: DataSplits) -> dict[str, float]:
