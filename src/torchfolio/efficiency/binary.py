@@ -236,7 +236,7 @@ def _packed(layer: nn.Module) -> nn.Module:
         made = PackedLinear(**linear_arguments(layer), binary_input=layer.binary_input)  # pyright: ignore[reportArgumentType]
     if isinstance(layer, BinaryLayer):
         _fill(made, pack_bits(layer.binary_weight()), layer.alpha.detach())
-    made.register_parameter("bias", layer.bias)
+    made.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
     return made
 
 
