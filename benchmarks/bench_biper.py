@@ -84,7 +84,9 @@ def main() -> None:
     print("inference")
     print(alternate(**{name: caller(net, x) for name, net in small.items()}, repeats=arguments.rounds))
     for name, net in small.items():
-        print(f"{name:>20}: {tensor_bytes(net):9,} bytes, {tensor_bytes(small['float']) / tensor_bytes(net):.1f} x smaller")
+        print(
+            f"{name:>20}: {tensor_bytes(net):9,} bytes, {tensor_bytes(small['float']) / tensor_bytes(net):.1f} x smaller"
+        )
 
 
 if __name__ == "__main__":
