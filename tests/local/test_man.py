@@ -10,7 +10,7 @@ from torch import nn
 
 from torchfolio.engine import Backprop, fit
 from torchfolio.local.heads import LocalHeads, interpolate_weights, stages
-from torchfolio.local.local_model import partition
+from torchfolio.local.local_model import MeanPool2d, partition
 from torchfolio.local.man import MAN, MomentumAuxiliary
 from torchfolio.measure import saved_bytes
 from torchfolio.models import MLP, ResNetCIFAR
@@ -216,3 +216,17 @@ def test_bad_networks():
         MAN(20).prepare(resnet(), batch())
     with pytest.raises(ValueError, match="mean and std"):
         MAN(host="infopro").prepare(resnet(), batch())
+
+
+@pytest.mark.parametrize(("size", "output"), [((8, 8), (2, 4)), ((7, 5), (2, 2))])
+def test_mean_pool_is_adaptive_pooling(size, output):
+    x = torch.randn(3, 2, *size, dtype=torch.float64, requires_grad=True)
+    ours, wanted = MeanPool2d(output)(x), nn.AdaptiveAvgPool2d(output)(x)
+    torch.testing.assert_close(ours, wanted)
+    weight = torch.randn_like(wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(z, x, weight)[0] for z in (ours, wanted)))
+
+
+def test_mean_pool_saves_nothing():
+    x = torch.randn(3, 2, 8, 8, requires_grad=True)
+    assert saved_bytes(lambda: MeanPool2d((2, 2))(x)).peak == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchfolio.measure import StreamingCKA, cka_from_kernels, hsic, linear_cka, rbf_cka, rsa
+from torchfolio.measure import StreamingCKA, cka_from_kernels, hsic, linear_cka, linear_cka_pairs, rbf_cka, rsa
 
 F64 = torch.float64
 
@@ -196,3 +196,19 @@ def test_unbiased_needs_four_examples() -> None:
         linear_cka(features(3, 2), features(3, 2), unbiased=True)
     with pytest.raises(ValueError, match="two kernels"):
         cka_from_kernels(features(3, 2), features(3, 2))
+
+
+def test_pairs_of_layers_equal_each_by_itself() -> None:
+    xs = {"a": features(12, 5).requires_grad_(), "b": features(12, 40).float(), "c": torch.ones(12, 3)}
+    ys = {"d": features(12, 6) ** 2, "e": features(12, 50) ** 2}
+    pairs = [("a", "d"), ("a", "e"), ("b", "d"), ("b", "e")]
+    values = linear_cka_pairs(xs, ys, pairs)
+    for value, (i, j) in zip(values, pairs, strict=True):
+        torch.testing.assert_close(value, linear_cka(xs[i], ys[j]))
+    torch.stack(values).sum().backward()
+    got = xs["a"].grad.clone()
+    xs["a"].grad = None
+    (linear_cka(xs["a"], ys["d"]) + linear_cka(xs["a"], ys["e"])).backward()
+    torch.testing.assert_close(got, xs["a"].grad)
+    with pytest.warns(UserWarning, match="do not vary"):
+        assert linear_cka_pairs(xs, ys, [("c", "d")])[0] == 0

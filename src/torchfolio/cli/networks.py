@@ -120,7 +120,7 @@ def train(
     )
     save_bundle(net, output, manifest)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    _show({"bundle": str(output), **scores}, as_json)
+    show_result({"bundle": str(output), **scores}, as_json)
 
 
 def evaluate(
@@ -144,7 +144,7 @@ def evaluate(
     from torchfolio.bundle import load_bundle
     from torchfolio.data import load
 
-    allow = _here(allow or [])
+    allow = importable(allow or [])
     loaded = load_bundle(bundle, allow=allow)
     if split not in ("train", "val", "test"):
         raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
@@ -160,7 +160,7 @@ def evaluate(
         )
     examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
     scores = engine.evaluate(loaded.model, examples, device=device)
-    _show({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
+    show_result({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
 
 
 def normalized(examples: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -223,7 +223,7 @@ def find_rule(name: str) -> Callable[..., LearningRule]:
     if name == "backprop":
         return Backprop
     if ":" in name:
-        _here([name])
+        importable([name])
         module_name, _, attribute = name.partition(":")
         try:
             found = getattr(importlib.import_module(module_name), attribute)
@@ -256,7 +256,7 @@ def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) 
     from torchfolio import models
     from torchfolio.bundle import resolve
 
-    path = _here([model])[0] if ":" in model else models.spec(model)
+    path = importable([model])[0] if ":" in model else models.spec(model)
     factory = resolve(path, allow=[path])
     outputs = len(splits.classes) or (splits.train.tensors[1].shape[1] if splits.train.tensors[1].dim() > 1 else 1)
     features = 1
@@ -286,7 +286,7 @@ def _parameters(factory: Callable[..., nn.Module], signature: Any) -> set[str]:
     return names
 
 
-def _here(paths: list[str]) -> list[str]:
+def importable(paths: list[str]) -> list[str]:
     """Let import paths that the user names be found in the working directory too."""
     import os
     import sys
@@ -337,7 +337,7 @@ def _scheduler(name: str, lr: float, steps: int) -> Any:
     raise typer.BadParameter(f"expected onecycle, cosine or constant, got {name!r}", param_hint="--schedule")
 
 
-def _show(result: Mapping[str, Any], as_json: bool) -> None:
+def show_result(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return

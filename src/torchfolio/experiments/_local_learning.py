@@ -95,9 +95,8 @@ def network(task: Task, data: DataSplits, depth: int | None = None) -> nn.Module
     return initialize(net)
 
 
-def train(run: Run, data: DataSplits, rule: LearningRule) -> dict[str, object]:
-    """Train the task's network by one rule: accuracies in percent, cost of a step, probes where asked for."""
-    task: Task = run.settings
+def train(task: Task, data: DataSplits, rule: LearningRule, *, seed: int = 0, device: str = "cpu") -> dict[str, object]:
+    """Train the task's network by one rule: accuracies in percent, probes where asked for."""
     net = network(task, data)
     before = [p.detach().clone() for p in net.parameters()]
     photographs = data.shape[0] == 3
@@ -112,8 +111,8 @@ def train(run: Run, data: DataSplits, rule: LearningRule) -> dict[str, object]:
         epochs=task.epochs,
         batch_size=task.batch_size,
         augment=CropFlip(padding=task.crop, flip=True) if photographs else None,
-        seed=run.seed,
-        device=str(run.device),
+        seed=seed,
+        device=device,
     )
     moved = [not torch.equal(a, b.detach().cpu()) for a, b in zip(before, net.parameters(), strict=True)]
     outcome: dict[str, object] = {

@@ -60,7 +60,9 @@ def run(run: Run[Settings]) -> None:
         rules["branch_only"] = lambda: MAN(**own, ema=False)
     accuracy = {}
     for name, rule in rules.items():
-        accuracy[name] = run.arm(name, lambda rule=rule: train(run, data, rule()))["accuracy"]
+        accuracy[name] = run.arm(
+            name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=str(run.device))
+        )["accuracy"]
     run.claim(
         "accuracy",
         {name: accuracy[name] for name in ("man", "host", "backprop")},

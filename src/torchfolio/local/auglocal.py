@@ -28,6 +28,7 @@ from torchfolio.local.local_model import (
     LocalHead,
     LocalRule,
     Loss,
+    MeanPool2d,
     Network,
     Shape,
     trace_shapes,
@@ -369,7 +370,7 @@ def _adapter(in_shape: Shape, wanted: Shape) -> nn.Module:
         )
     if len(wanted) == 3:
         project = nn.Conv2d(in_shape[0], wanted[0], 1, bias=False)
-        return project if in_shape[1:] == wanted[1:] else nn.Sequential(nn.AdaptiveAvgPool2d(wanted[1:]), project)
+        return project if in_shape[1:] == wanted[1:] else nn.Sequential(MeanPool2d(wanted[1:]), project)
     return nn.Linear(in_shape[-1], wanted[-1], bias=False)
 
 

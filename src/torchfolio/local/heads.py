@@ -19,6 +19,7 @@ from torchfolio.local.local_model import (
     LocalHead,
     LocalRule,
     Loss,
+    MeanPool2d,
     Network,
     Shape,
     width,
@@ -53,10 +54,10 @@ def dgl_head(shape: Shape, classes: int, loss: Loss = F.cross_entropy) -> Classi
     if len(shape) == 3:
         side = [math.ceil(s / 4) for s in shape[1:]]
         final = [min(2, s) for s in side]
-        stem: list[nn.Module] = [nn.AdaptiveAvgPool2d(tuple(side))]
+        stem: list[nn.Module] = [MeanPool2d(tuple(side))]
         for _ in range(3):
             stem += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-        stem += [nn.AdaptiveAvgPool2d(tuple(final)), nn.Flatten()]
+        stem += [MeanPool2d(tuple(final)), nn.Flatten()]
         flat = channels * final[0] * final[1]
     else:
         stem = [GlobalPool()]
@@ -110,7 +111,7 @@ class PredSimHead(LocalHead):
             side = max(1, math.isqrt(2048 // channels))
             size = (min(side, shape[1]), min(side, shape[2]))
             self.predict = nn.Sequential(
-                nn.AdaptiveAvgPool2d(size), nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes)
+                MeanPool2d(size), nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes)
             )
         else:
             self.predict = nn.Sequential(GlobalPool(), nn.Linear(channels, classes))
@@ -328,7 +329,9 @@ class LocalHeads(LocalRule):
         host: `"linear"`, `"dgl"`, `"predsim"`, `"infopro"`, or a callable `(shape, classes) -> LocalHead`.
         blocks: `None` takes every layer by itself; a number or names as in `LocalRule`.
         loss: criterion of the output and of the classifying hosts.
-        **options: of `HostHeads`: `mean`, `std`, `weights`, `last_weights`, `ratio`, `allow_negative`.
+        mean: constants of the input's normalisation; the host InfoPro needs them.
+        std: likewise.
+        **options: of `HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
     """
 
     def __init__(
@@ -337,10 +340,12 @@ class LocalHeads(LocalRule):
         *,
         blocks: int | Sequence[str] | None = None,
         loss: Loss = F.cross_entropy,
+        mean: Sequence[float] | Tensor | None = None,
+        std: Sequence[float] | Tensor | None = None,
         **options: object,
     ) -> None:
         super().__init__(blocks=blocks, loss=loss)
-        self.heads = HostHeads(host, loss=loss, **options)  # pyright: ignore[reportArgumentType]
+        self.heads = HostHeads(host, loss=loss, mean=mean, std=std, **options)  # pyright: ignore[reportArgumentType]
 
     def isolate(self, network: Network) -> tuple[list[nn.Module], list[LocalHead]]:
         shapes = [network.shapes[group[-1]] for group in network.groups[:-1]]

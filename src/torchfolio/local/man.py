@@ -164,8 +164,9 @@ class MAN(LocalRule):
         source: index of the layer that block j's average follows, `(j, index of N_j) -> index`; the default
             follows $N_j$ itself. For ablations: the layer must have $N_j$'s architecture.
         loss: criterion of the output and of the classifying hosts.
-        **options: of `torchfolio.local.heads.HostHeads`: `mean`, `std`, `weights`, `last_weights`, `ratio`,
-            `allow_negative`.
+        mean: constants of the input's normalisation; the host InfoPro needs them.
+        std: likewise.
+        **options: of `torchfolio.local.heads.HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
 
     Raises:
         ValueError: on settings out of range, and in `prepare` on fewer than two blocks, more blocks than layers,
@@ -193,6 +194,8 @@ class MAN(LocalRule):
         init: Literal["copy", "random"] = "copy",
         source: Callable[[int, int], int] | None = None,
         loss: Loss = F.cross_entropy,
+        mean: Sequence[float] | Tensor | None = None,
+        std: Sequence[float] | Tensor | None = None,
         **options: object,
     ) -> None:
         super().__init__(blocks=blocks, loss=loss)
@@ -202,7 +205,7 @@ class MAN(LocalRule):
             raise ValueError(f"expected momentum between 0 and 1, got {momentum!r}")
         if bias not in ("branch", "vector", None):
             raise ValueError(f"expected bias to be 'branch', 'vector' or None, got {bias!r}")
-        self.host = HostHeads(host, loss=loss, **options)  # pyright: ignore[reportArgumentType]
+        self.host = HostHeads(host, loss=loss, mean=mean, std=std, **options)  # pyright: ignore[reportArgumentType]
         self.momentum = momentum
         self.bias: Bias = bias
         self.ema = ema

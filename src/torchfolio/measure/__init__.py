@@ -30,7 +30,15 @@ from torchfolio.measure.scores import (
     threshold_at_fpr,
     tpr_at_fpr,
 )
-from torchfolio.measure.similarity import StreamingCKA, cka_from_kernels, hsic, linear_cka, rbf_cka, rsa
+from torchfolio.measure.similarity import (
+    StreamingCKA,
+    cka_from_kernels,
+    hsic,
+    linear_cka,
+    linear_cka_pairs,
+    rbf_cka,
+    rsa,
+)
 from torchfolio.measure.uncertainty import Interval, bootstrap_interval, confidence_interval, standard_error
 from torchfolio.measure.untouched import untouched
 
@@ -64,6 +72,7 @@ __all__ = [
     "knn_accuracy",
     "lanczos",
     "linear_cka",
+    "linear_cka_pairs",
     "linear_probe",
     "loss_gradients",
     "per_example_gradients",

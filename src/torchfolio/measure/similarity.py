@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,13 +43,39 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     """
     a, b = _rows(x, y, 4 if unbiased else 2)
     with torch.autocast(a.device.type, enabled=False):
-        a, b, varied = _centred_features(a, b)
-        if not varied:
-            return _nothing_to_compare(a, b)
-        n, p, q = len(a), a.shape[1], b.shape[1]
-        if unbiased or n * (p + q) < p * p + q * q + p * q:
-            return _alignment(a @ a.T, b @ b.T, unbiased)
-        return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
+        a, b = _Centred(a), _Centred(b)
+        if not unbiased or not (a.varies and b.varies):
+            return _linear_alignment(a, b)
+        return _alignment(a.rows @ a.rows.T, b.rows @ b.rows.T, unbiased)
+
+
+def linear_cka_pairs(
+    xs: Mapping[str, Tensor], ys: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]
+) -> list[Tensor]:
+    """`linear_cka` of several pairs of layers; what belongs to one layer is computed once.
+
+    Args:
+        xs: features `[N, ...]` by name.
+        ys: features of the same examples by name.
+        pairs: (name in `xs`, name in `ys`).
+
+    Returns:
+        A scalar for each pair, differentiable.
+
+    Raises:
+        ValueError: see `linear_cka`.
+    """
+    left: dict[tuple[str, torch.dtype], _Centred] = {}
+    right: dict[tuple[str, torch.dtype], _Centred] = {}
+    values = []
+    for i, j in pairs:
+        x, y = _rows(xs[i], ys[j], 2)
+        with torch.autocast(x.device.type, enabled=False):
+            for known, name, side in ((left, i, x), (right, j, y)):
+                if (name, side.dtype) not in known:
+                    known[name, side.dtype] = _Centred(side)
+            values.append(_linear_alignment(left[i, x.dtype], right[j, y.dtype]))
+    return values
 
 
 def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 0.5, unbiased: bool = False) -> Tensor:
@@ -76,10 +104,10 @@ def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 0.5, unbiased: bool = Fa
         raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
     a, b = _rows(x, y, 4 if unbiased else 2)
     with torch.autocast(a.device.type, enabled=False):
-        a, b, varied = _centred_features(a, b)
-        if not varied:
-            return _nothing_to_compare(a, b)
-        return _alignment(_rbf(a, bandwidth), _rbf(b, bandwidth), unbiased)
+        a, b = _Centred(a), _Centred(b)
+        if not (a.varies and b.varies):
+            return _nothing_to_compare(a.rows, b.rows)
+        return _alignment(_rbf(a.rows, bandwidth), _rbf(b.rows, bandwidth), unbiased)
 
 
 def cka_from_kernels(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
@@ -203,21 +231,43 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _centred_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both minus their means, at a size that can be squared, and whether both vary over the examples."""
-    centred, varied = [], True
-    for side in (x, y):
-        mean = side.mean(0)
-        a = side - mean
-        size, level = a.detach().norm(), len(a) ** 0.5 * mean.detach().norm()
+class _Centred:
+    """Features minus their mean, at a size that can be squared twice.
+
+    Attributes:
+        rows: `[N, d]`.
+        varies: whether they differ between examples by more than rounding.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        mean = features.mean(0)
+        self.rows = features - mean
+        size, level = self.rows.detach().norm(), len(features) ** 0.5 * mean.detach().norm()
         if not size.isfinite():
             raise ValueError("the features, or their squares, are not finite")
-        if size <= _ROUNDING * torch.finfo(a.dtype).eps * level:
-            varied = False
-        elif not 1e-8 < size < 1e8:
-            a = a / size  # a constant: the similarity does not depend on the scale
-        centred.append(a)
-    return centred[0], centred[1], varied
+        self.varies = bool(size > _ROUNDING * torch.finfo(features.dtype).eps * level)
+        if self.varies and not 1e-4 < size < 1e4:
+            self.rows = self.rows / size  # a constant: the similarity does not depend on the scale
+
+    @cached_property
+    def kernel(self) -> Tensor:
+        """The linear kernel `[N, N]`, of norm 1."""
+        k = self.rows @ self.rows.T
+        return k / k.norm()
+
+    @cached_property
+    def covariance_norm(self) -> Tensor:
+        """The norm of the kernel, from the `[d, d]` side."""
+        return (self.rows.T @ self.rows).norm()
+
+
+def _linear_alignment(a: _Centred, b: _Centred) -> Tensor:
+    if not (a.varies and b.varies):
+        return _nothing_to_compare(a.rows, b.rows)
+    n, p, q = len(a.rows), a.rows.shape[1], b.rows.shape[1]
+    if n * (p + q) < p * p + q * q + p * q:
+        return (a.kernel * b.kernel).sum()
+    return (a.rows.T @ b.rows).square().sum() / (a.covariance_norm * b.covariance_norm)
 
 
 def _vanished(centred: Tensor, x: Tensor) -> bool:

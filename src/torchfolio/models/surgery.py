@@ -6,13 +6,14 @@ import difflib
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Predicate = Callable[[str, nn.Module], bool] | type[nn.Module] | tuple[type[nn.Module], ...]
 Flatten = Literal[False, "all", "pool"]
+Reader = Callable[[nn.Module, object], Sequence[Tensor]]
 
 
 def _matcher(predicate: Predicate) -> Callable[[str, nn.Module], bool]:
@@ -122,16 +123,33 @@ def _guard_fast_paths(model: nn.Module, new: set[int]) -> None:
             module.use_nested_tensor = False
 
 
+class Feature(NamedTuple):
+    """One output of one module.
+
+    Attributes:
+        name: of the module.
+        value: the output.
+        version: its version counter when it was seen; another one now means that it was overwritten in place.
+    """
+
+    name: str
+    value: Tensor
+    version: int
+
+
 class Features:
     """Outputs of named modules, filled at every forward pass of the model.
 
     Index it by name. `close` (or leaving the `with` block) removes the hooks.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], flatten: Flatten, detach: bool) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], flatten: Flatten, detach: bool, read: Reader | None = None
+    ) -> None:
         self._flatten: Flatten = flatten
         self._detach = detach
-        self._seen: dict[str, list[Tensor]] = {}
+        self._read = read
+        self._seen: list[Feature] = []
         self.names = tuple(names)
         modules = dict(model.named_modules())
         for name in names:
@@ -146,30 +164,34 @@ class Features:
         def keep(module: nn.Module, arguments: object, output: object) -> None:
             if module is not watched:
                 return
-            if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-                output = output[0]  # attention and recurrent modules return their features first
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"{name} returns a {type(output).__name__}, expected a tensor (or a tuple that starts with one)"
-                )
-            kept = flatten_features(output, self._flatten)
-            self._seen.setdefault(name, []).append(kept.detach() if self._detach else kept)
+            for value in self._read(module, output) if self._read is not None else [_first_tensor(name, output)]:
+                kept = flatten_features(value, self._flatten)
+                kept = kept.detach() if self._detach else kept
+                self._seen.append(Feature(name, kept, 0 if kept.is_inference() else kept._version))
 
         return keep
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(f"{name!r} was not asked for; there are {', '.join(self.names)}")
-        if name not in self._seen:
+        outputs = self.calls(name)
+        if not outputs:
             raise RuntimeError(f"{name} has not run; call the model first")
-        outputs = self._seen[name]
         if len(outputs) > 1:
             raise RuntimeError(f"{name} ran {len(outputs)} times in one pass; use calls({name!r})")
         return outputs[0]
 
     def calls(self, name: str) -> list[Tensor]:
         """Outputs of every call of a module in the last pass."""
-        return list(self._seen.get(name, []))
+        return [feature.value for feature in self._seen if feature.name == name]
+
+    def in_order(self) -> list[Feature]:
+        """All outputs of the last pass in running order; a module that ran twice is there twice."""
+        return list(self._seen)
+
+    def clear(self) -> None:
+        """Forget what was seen. The model's own forward pass does so by itself."""
+        self._seen.clear()
 
     def items(self) -> list[tuple[str, Tensor]]:
         """Names and features, in the order asked for."""
@@ -190,8 +212,23 @@ class Features:
         self.close()
 
 
+def _first_tensor(name: str, output: object) -> Tensor:
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]  # attention and recurrent modules return their features first
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name} returns a {type(output).__name__}, expected a tensor (or a tuple that starts with one)"
+        )
+    return output
+
+
 def take_features(
-    model: nn.Module, names: Sequence[str] | str, *, flatten: Flatten = False, detach: bool = False
+    model: nn.Module,
+    names: Sequence[str] | str,
+    *,
+    flatten: Flatten = False,
+    detach: bool = False,
+    read: Reader | None = None,
 ) -> Features:
     """Read inner features during the model's own forward pass.
 
@@ -200,6 +237,8 @@ def take_features(
         names: dotted names of modules.
         flatten: `False` keeps all axes, `"all"` gives `[B, features]`, `"pool"` averages over positions or tokens.
         detach: cut the features from the graph.
+        read: `(module, output) -> tensors`, what to keep of an output that is not one tensor; by default the tensor
+            that a tuple starts with.
 
     Returns:
         A `Features` to be used in a `with` block and indexed by name.
@@ -212,7 +251,7 @@ def take_features(
         ...     logits = net(x)
         ...     loss = similarity(features["block3"], features["block6"])
     """
-    return Features(model, [names] if isinstance(names, str) else list(names), flatten, detach)
+    return Features(model, [names] if isinstance(names, str) else list(names), flatten, detach, read)
 
 
 def flatten_features(x: Tensor, flatten: Flatten = "all") -> Tensor:

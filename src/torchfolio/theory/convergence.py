@@ -1,0 +1,92 @@
+"""The record that an iterative solver keeps: its residuals, whether they met the tolerance, and in how many steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+from sklearn.exceptions import ConvergenceWarning
+
+__all__ = ["Convergence"]
+
+
+class Convergence:
+    """Runs the loop of a solver and remembers what happened in it.
+
+    Iterating gives 1, 2, ... and ends when every residual that the last `record` named is within its limit, or at
+    `max_iter` with a `ConvergenceWarning` that says which residual is how far off.
+
+    Args:
+        solver: its name, for messages.
+        tol: relative tolerance; a residual $r$ of scale $c$ is within it when $r \\le \\mathrm{tol}\\,(1 + c)$.
+        max_iter: most iterations.
+
+    Attributes:
+        converged: whether the residuals met the tolerance.
+        n_iter: iterations made.
+        rows: what was recorded, a mapping for each iteration.
+
+    Raises:
+        ValueError: if `tol` is negative or `max_iter` is below 1.
+        FloatingPointError: from `record`, when a residual is not finite.
+
+    Example:
+        >>> progress, x = Convergence("halving", tol=1e-3, max_iter=50), 1.0
+        >>> for _ in progress:
+        ...     x /= 2
+        ...     progress.record({"size": (x, 0.0)})
+        >>> progress.converged, progress.n_iter
+        (True, 10)
+    """
+
+    def __init__(self, solver: str, *, tol: float, max_iter: int) -> None:
+        if not tol >= 0:
+            raise ValueError(f"expected tol to be at least 0, got {tol!r}")
+        if max_iter < 1:
+            raise ValueError(f"expected max_iter to be at least 1, got {max_iter!r}")
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.converged = False
+        self.rows: list[dict[str, float]] = []
+        self._excess = ""
+
+    @property
+    def n_iter(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        for iteration in range(1, self.max_iter + 1):
+            yield iteration
+            if self.converged:
+                return
+        warnings.warn(
+            f"{self.solver} stopped at max_iter={self.max_iter} with {self._excess}; raise max_iter or tol, or scale "
+            "the features so that examples have a norm of about 1",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+
+    def record(self, residuals: Mapping[str, tuple[float, float]], **values: float) -> None:
+        """Add an iteration.
+
+        Args:
+            residuals: a value and its scale by name; all must be within tolerance for convergence.
+            **values: further numbers to keep.
+        """
+        self.rows.append({**{name: value for name, (value, _) in residuals.items()}, **values})
+        excess = []
+        for name, (value, scale) in residuals.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} residual of {self.solver} is {value} at iteration {self.n_iter}")
+            limit = self.tol * (1 + scale)
+            if value > limit:
+                excess.append(f"a {name} residual of {value:.2g} (allowed {limit:.2g})")
+        self._excess = " and ".join(excess)
+        self.converged = not excess
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each iteration (index `iteration`, from 1), a column for each number recorded."""
+        return pd.DataFrame(self.rows, index=pd.RangeIndex(1, self.n_iter + 1, name="iteration"))

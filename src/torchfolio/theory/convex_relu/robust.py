@@ -1,0 +1,134 @@
+"""The convex program, plain or robust to perturbed data, handed to a conic solver through CVXPY (section 5)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from torchfolio.errors import require
+from torchfolio.theory.convergence import Convergence
+from torchfolio.theory.convex_relu.program import Loss, Solution, check_problem, network_from_blocks
+
+__all__ = ["Norm", "conic_program"]
+
+Norm = Literal["inf", "2", "1"]
+DUAL: dict[str, Any] = {"inf": 1, "2": 2, "1": "inf"}
+
+
+def conic_program(
+    X: Tensor,
+    y: Tensor,
+    D: Tensor,
+    *,
+    beta: float = 1e-3,
+    loss: Loss = "squared",
+    epsilon: float = 0.0,
+    norm: Norm = "inf",
+    bias: bool = False,
+    max_iter: int = 2000,
+    tol: float = 1e-8,
+    solver: str = "CLARABEL",
+) -> Solution:
+    """Train against the worst perturbation of every example by a convex program.
+
+    With $g_k = \\sum_i D_{ki} (v_i - w_i)$ the network is $x^\\top g_k$ on the whole ball around $x_k$ as long as no
+    neuron changes its pattern there, which the robust cones demand:
+    $(2D_i - I) X v_i \\ge \\epsilon \\|v_i\\|_*$, and the same for $w_i$. Then the worst case over
+    $\\|\\delta\\| \\le \\epsilon$ is known in closed form, and the program minimises it:
+
+    - `"hinge"`: $\\frac1n \\sum_k (1 - y_k x_k^\\top g_k + \\epsilon \\|g_k\\|_*)_+$;
+    - `"squared"`: $\\frac12 \\sum_k (|x_k^\\top g_k - y_k| + \\epsilon \\|g_k\\|_*)^2$;
+    - `"bce"`: $\\sum_k \\log(1 + e^{-2 y_k x_k^\\top g_k + 2 \\epsilon \\|g_k\\|_*})$;
+
+    plus $\\beta \\sum_i (\\|v_i\\|_2 + \\|w_i\\|_2)$. Its value is that of the recovered network under the worst
+    perturbation, and bounds what non-convex adversarial training can reach from above. With `epsilon=0` it is the
+    ordinary program.
+
+    Args:
+        X: data `[n, d]`. Up to about $nP = 10^5$ is practical.
+        y: targets `[n]`; -1 and +1 for `"bce"` and `"hinge"`.
+        D: patterns `[n, P]`, from `activation_patterns` with the same `epsilon`.
+        beta: regularisation.
+        loss: see above.
+        epsilon: radius of the ball.
+        norm: of the ball, `"inf"`, `"2"` or `"1"`; $\\|\\cdot\\|_*$ is its dual.
+        bias: whether the last column of `X` is a constant, which no one perturbs.
+        max_iter: most iterations of the solver (of Clarabel and SCS).
+        tol: its tolerance (of Clarabel and SCS).
+        solver: one of CVXPY's.
+
+    Returns:
+        The solution, with blocks. The record has one row, the solver's last.
+
+    Raises:
+        MissingDependency: without CVXPY (extra `convex`).
+        ValueError: on data that are not finite or settings out of range.
+        RuntimeError: if the solver fails.
+
+    Warns:
+        ConvergenceWarning: if the solver stops short of its tolerance.
+
+    Reference:
+        Bai et al., section 5 and Alg. 5.1.
+    """
+    X, y = check_problem(X, y, beta, loss, D)
+    if not epsilon >= 0:
+        raise ValueError(f"expected epsilon of at least 0, got {epsilon!r}")
+    if norm not in get_args(Norm):
+        raise ValueError(f"expected norm to be one of {', '.join(get_args(Norm))}, got {norm!r}")
+    cp = require("cvxpy", "convex")
+    v, w, problem = _problem(cp, X, y, D, beta, loss, epsilon, DUAL[norm], bias)
+    options = {
+        "CLARABEL": {"max_iter": max_iter, "tol_gap_abs": tol, "tol_gap_rel": tol, "tol_feas": tol},
+        "SCS": {"max_iters": max_iter, "eps_abs": tol, "eps_rel": tol},
+    }
+    try:
+        problem.solve(solver=solver, **options.get(solver, {}))
+    except cp.SolverError as error:
+        raise RuntimeError(f"{solver} failed on the convex program: {error}") from error
+    if v.value is None:
+        raise RuntimeError(f"{solver} ended with the status {problem.status!r} and no solution")
+    progress = Convergence(solver, tol=0.0, max_iter=1)
+    for _ in progress:
+        # CVXPY gives no residuals: the status says whether they are within tolerance.
+        short = float(problem.status != cp.OPTIMAL)
+        progress.record({"shortfall": (short, 0.0)}, objective=float(problem.value))
+    blocks = torch.stack([torch.as_tensor(v.value), torch.as_tensor(w.value)]).to(X)
+    hidden, output = network_from_blocks(blocks[0], blocks[1], threshold=1e-6)
+    return Solution(hidden, output, float(problem.value), progress, blocks)
+
+
+def _problem(
+    cp: Any, X: Tensor, y: Tensor, D: Tensor, beta: float, loss: Loss, epsilon: float, dual: Any, bias: bool
+) -> tuple[Any, Any, Any]:
+    """The two variables, `[P, d]` each, and the problem in them."""
+    data, target, active = (t.detach().cpu().double().numpy() for t in (X, y, D))
+    n, d = data.shape
+    perturbed = d - int(bias)
+    v, w = (cp.Variable((active.shape[1], d)) for _ in range(2))
+    constraints = []
+    for block in (v, w):
+        reach = (2 * active - 1).T
+        margin = cp.multiply(reach, block @ data.T)  # [P, n]
+        if epsilon > 0:
+            sizes = cp.norm(block[:, :perturbed], dual, axis=1)
+            constraints.append(margin >= epsilon * cp.reshape(sizes, (len(reach), 1), order="C") @ _ones(1, n))
+        else:
+            constraints.append(margin >= 0)
+    g = active @ (v - w)  # [n, d]
+    prediction = cp.sum(cp.multiply(data, g), axis=1)
+    worst = epsilon * cp.norm(g[:, :perturbed], dual, axis=1) if epsilon > 0 else 0
+    if loss == "hinge":
+        fit = cp.sum(cp.pos(1 - cp.multiply(target, prediction) + worst)) / n
+    elif loss == "bce":
+        fit = cp.sum(cp.logistic(-2 * cp.multiply(target, prediction) + 2 * worst))
+    else:
+        fit = cp.sum_squares(cp.abs(prediction - target) + worst) / 2
+    size = cp.sum(cp.norm(v, 2, axis=1)) + cp.sum(cp.norm(w, 2, axis=1))
+    return v, w, cp.Problem(cp.Minimize(fit + beta * size), constraints)
+
+
+def _ones(*shape: int) -> Any:
+    return torch.ones(shape, dtype=torch.float64).numpy()
