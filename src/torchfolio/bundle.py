@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from torchfolio.catalog import FAMILIES
 from torchfolio.errors import TorchfolioError
 
 FORMAT = 1
@@ -40,7 +42,8 @@ class Manifest:
 
     Attributes:
         build: import path of the class or factory, `"package.module:name"`.
-        arguments: its keyword arguments, JSON values.
+        arguments: its keyword arguments, JSON values. An argument `{"build": ..., "arguments": {...}}` is a network
+            of its own, which is built first: so a method that converts networks is written around what it converts.
         input_shape: shape of one input, without the batch.
         classes: names of the outputs; empty for regression.
         mean: constants the inputs are normalised with, per channel or feature; empty when they are not.
@@ -135,16 +138,22 @@ def build(path: str, arguments: Mapping[str, Any], *, allow: Sequence[str] = ())
     """Build a module from an import path and keyword arguments.
 
     Args:
-        path: `"package.module:name"`. Torchfolio's reference networks and module classes are always allowed.
-        arguments: keyword arguments.
+        path: `"package.module:name"`. Torchfolio's reference networks, module classes, and the functions by which
+            its methods convert a network are always allowed.
+        arguments: keyword arguments; `{"build": ..., "arguments": {...}}` among them stands for a network.
         allow: further paths that may be imported.
 
     Raises:
         BundleError: if the path is not allowed, cannot be imported, or does not give an `nn.Module`.
     """
     factory = resolve(path, allow=allow)
+    inner = {
+        name: build(value["build"], value["arguments"], allow=allow)
+        for name, value in arguments.items()
+        if isinstance(value, Mapping) and set(value) == {"build", "arguments"}
+    }
     try:
-        model = factory(**arguments)
+        model = factory(**{**arguments, **inner})
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path} cannot be built with the arguments {dict(arguments)}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -166,11 +175,29 @@ def resolve(path: str, *, allow: Sequence[str] = ()) -> Any:
         raise BundleError(f"cannot import {path}: {error}") from error
     is_module = inspect.isclass(target) and issubclass(target, nn.Module)
     # A stranger's manifest must not call whichever of our functions it likes with arguments of its own.
-    if ours and path not in allow and not (is_module or module_name.startswith("torchfolio.models")):
-        raise BundleError(f"{path} is not a network; a bundle may only name classes of modules and reference networks")
+    harmless = is_module or module_name.startswith("torchfolio.models") or _converts_networks(target)
+    if ours and path not in allow and not harmless:
+        raise BundleError(
+            f"{path} is not a network; a bundle may only name classes of modules, reference networks and functions "
+            "that convert one"
+        )
     if not callable(target):
         raise BundleError(f"{path} is a {type(target).__name__}, expected a class or factory of a torch.nn.Module")
     return target
+
+
+def _converts_networks(target: Any) -> bool:
+    """Whether this is a function of a method's own module, from a network (its first argument) to a network."""
+    home = getattr(target, "__module__", "").split(".")
+    if not inspect.isfunction(target) or home[0] != "torchfolio" or len(home) < 3 or home[1] not in FAMILIES:
+        return False
+    try:
+        hints = typing.get_type_hints(target)
+    except NameError:  # a name known to type checkers alone
+        return False
+    first = next(iter(inspect.signature(target).parameters), "")
+    ends = hints.get(first), hints.get("return")
+    return all(inspect.isclass(end) and issubclass(end, nn.Module) for end in ends)
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:

@@ -40,7 +40,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_full_batch_is_plain_gradient_descent():
     model, reference = net(), net()
     x, y = data().tensors
-    fit(model, (x, y), optimizer=SGD, epochs=3, batch_size=30, device="cpu")
+    fit(model, (x, y), optimizer=SGD, epochs=3, batch_size=30, device=torch.device("cpu"))
     optimizer = SGD(reference.parameters())
     for _ in range(3):
         optimizer.zero_grad()
@@ -465,3 +465,8 @@ def test_custom_datasets_and_loaders():
 
     fit(net(), Pairs(), val=Pairs(), epochs=1, batch_size=7, device="cpu")
     fit(net(), DataLoader(Pairs(), batch_size=5), rule=Backprop(), epochs=1, device="cpu")
+
+
+def test_device_index_contradicts_several_devices() -> None:
+    with pytest.raises(ValueError, match="expected device 'cuda' with devices=2, got 'cuda:1'"):
+        fit(nn.Linear(3, 2), data(), device="cuda:1", devices=2)

@@ -118,6 +118,14 @@ def test_perturbed_patterns_include_those_of_the_perturbed_data():
     assert (True, True) in {tuple(c.tolist()) for c in D.T}
 
 
+def test_with_a_bias_the_first_pattern_is_active_everywhere():
+    X, _ = sine()
+    D = activation_patterns(X, 5, 0.1, torch.Generator().manual_seed(0), bias=True)
+    assert D.shape == (10, 5)
+    assert D[:, 0].all()
+    assert len(torch.unique(D, dim=1).T) == 5
+
+
 def test_counts():
     assert pattern_count_bound(20, 3) == 2 * (1 + 19 + 171)
     assert pattern_count_bound(3, 10) == 8

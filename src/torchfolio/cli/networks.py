@@ -1,4 +1,4 @@
-"""Commands on a network: train one into a bundle, evaluate it."""
+"""Commands on a network: train one into a bundle, evaluate it; and what every command on networks needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,23 @@ from torchfolio.errors import TorchfolioError
 if TYPE_CHECKING:
     from torch import nn
 
+    from torchfolio.bundle import Manifest
     from torchfolio.data import DataSplits
     from torchfolio.engine import LearningRule
 
 ALLOW_HELP = "Import path (package.module:name) outside torchfolio that the bundle may use; may be repeated."
+
+# Options that several commands have.
+Allow = Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side that images are resized to; of a bundle as in training.")]
+ModelSet = Annotated[list[str] | None, typer.Option(help="Argument of the network, key=value.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")]
+Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed.")]
+TestSize = Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")]
+TrainSize = Annotated[int | None, typer.Option(help="Train on so many examples.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -30,27 +43,27 @@ def register(app: typer.Typer) -> None:
 def train(
     model: Annotated[str, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")],
     data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    output: Output,
     rule: Annotated[
         str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")
     ] = "backprop",
     rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
-    model_set: Annotated[list[str] | None, typer.Option(help="Argument of the network, key=value.")] = None,
+    model_set: ModelSet = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 128,
+    batch_size: BatchSize = 128,
     optimizer: Annotated[str, typer.Option(help="sgd (Nesterov momentum 0.9) or adamw.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate, the peak of the schedule.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 1e-4,
     schedule: Annotated[str, typer.Option(help="onecycle, cosine or constant.")] = "onecycle",
     augment: Annotated[bool, typer.Option(help="Random crops and flips of colour images.")] = True,
-    image_size: Annotated[int | None, typer.Option(help="Side that images are resized to.")] = None,
-    train_size: Annotated[int | None, typer.Option(help="Train on so many examples.")] = None,
-    test_size: Annotated[int | None, typer.Option(help="Test on so many examples.")] = None,
+    image_size: ImageSize = None,
+    train_size: TrainSize = None,
+    test_size: TestSize = None,
     seed: Annotated[int, typer.Option(help="Seed of data, network and order.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed.")] = "32-true",
+    device: Device = "auto",
+    precision: Precision = "32-true",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a network by any learning rule and write it as a bundle.
 
@@ -86,7 +99,7 @@ def train(
         scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
         epochs=epochs,
         batch_size=batch_size,
-        augment=_augmentation(splits) if augment else None,
+        augment=augmentation(splits) if augment else None,
         seed=seed,
         device=device,
         precision=precision,
@@ -127,14 +140,12 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that images are resized to; default as in training.")
-    ] = None,
-    test_size: Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")] = None,
+    allow: Allow = None,
+    image_size: ImageSize = None,
+    test_size: TestSize = None,
     seed: Annotated[int, typer.Option(help="Seed of subsets.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Read a bundle back and measure it on a data set.
 
@@ -142,25 +153,46 @@ def evaluate(
     """
     from torchfolio import engine
     from torchfolio.bundle import load_bundle
-    from torchfolio.data import load
 
     allow = importable(allow or [])
     loaded = load_bundle(bundle, allow=allow)
     if split not in ("train", "val", "test"):
         raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
-    size = image_size or loaded.manifest.training.get("image_size")
-    splits = load(data, seed=seed, image_size=size, test_size=test_size, normalize=False)
-    if splits.shape != loaded.manifest.input_shape:
-        raise TorchfolioError(
-            f"{bundle} takes inputs of shape {loaded.manifest.input_shape}, {data} has {splits.shape}"
-        )
-    if splits.classes and loaded.manifest.classes and len(splits.classes) != len(loaded.manifest.classes):
-        raise TorchfolioError(
-            f"{bundle} tells {len(loaded.manifest.classes)} classes apart, {data} has {len(splits.classes)}"
-        )
+    splits = fitting_splits(loaded.manifest, str(bundle), data, seed=seed, image_size=image_size, test_size=test_size)
     examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
     scores = engine.evaluate(loaded.model, examples, device=device)
     show_result({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
+
+
+def fitting_splits(
+    manifest: Manifest, name: str, data: str, *, image_size: int | None = None, **options: Any
+) -> DataSplits:
+    """The data for a bundle, not normalised yet, with a sentence where they do not fit it.
+
+    Args:
+        manifest: of the bundle.
+        name: of the bundle, for messages.
+        data: name of the data set.
+        image_size: side of the images; as in training by default.
+        **options: of `torchfolio.data.load`.
+    """
+    from torchfolio.data import load
+
+    size = image_size or manifest.training.get("image_size")
+    splits = load(data, image_size=size, normalize=False, **options)
+    if splits.shape != manifest.input_shape:
+        raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {data} has {splits.shape}")
+    if splits.classes and manifest.classes and len(splits.classes) != len(manifest.classes):
+        raise TorchfolioError(f"{name} tells {len(manifest.classes)} classes apart, {data} has {len(splits.classes)}")
+    return splits
+
+
+def normalized_splits(splits: DataSplits, mean: Sequence[float], std: Sequence[float]) -> DataSplits:
+    """Data whose three splits are normalised by the constants of a bundle."""
+    from dataclasses import replace
+
+    parts = {part: normalized(getattr(splits, part), mean, std) for part in ("train", "val", "test")}
+    return replace(splits, **parts, normalized=bool(mean))
 
 
 def normalized(examples: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -232,17 +264,41 @@ def find_rule(name: str) -> Callable[..., LearningRule]:
         if not (inspect.isclass(found) and issubclass(found, LearningRule)):
             raise TorchfolioError(f"{name} is not a class of torchfolio.engine.LearningRule")
         return found
+    return method_class(name, LearningRule, "a learning rule")
+
+
+def method_class(slug: str, kind: type[Any], what: str) -> type[Any]:
+    """The class of some kind that the module of a method holds: its learning rule, its compression.
+
+    Args:
+        slug: of the method.
+        kind: abstract class that it is a subclass of.
+        what: says in an error what the method is not.
+
+    Raises:
+        TorchfolioError: if there is no such method, it is not in, or is of another kind; with those that are.
+    """
+    import importlib
+    import inspect
+
     from torchfolio import catalog
 
-    paper = catalog.paper(name)
+    def find(paper: catalog.Paper) -> type[Any] | None:
+        module = importlib.import_module(paper.module)
+        members = [getattr(module, name) for name in getattr(module, "__all__", dir(module))]
+        wanted = (m for m in members if inspect.isclass(m) and issubclass(m, kind) and not inspect.isabstract(m))
+        return next(wanted, None)
+
+    paper = catalog.paper(slug)
     if not paper.is_in:
-        raise TorchfolioError(f"{name} is in the catalogue but its method is not in yet")
-    module = importlib.import_module(paper.module)
-    for attribute in getattr(module, "__all__", dir(module)):
-        found = getattr(module, attribute)
-        if inspect.isclass(found) and issubclass(found, LearningRule) and not inspect.isabstract(found):
-            return found
-    raise TorchfolioError(f"{name} is not a learning rule; see: torchfolio show {name}")
+        raise TorchfolioError(f"{slug} is in the catalogue but its method is not in yet")
+    found = find(paper)
+    if found is None:
+        family = kind.__module__.split(".")[1]
+        others = [p.slug for p in catalog.papers().values() if p.is_in and p.family == family and find(p) is not None]
+        hint = f"; these are: {', '.join(others)}" if others else ""
+        raise TorchfolioError(f"{slug} is not {what}{hint}; see: torchfolio show {slug}")
+    return found
 
 
 def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) -> tuple[str, dict[str, Any]]:
@@ -304,7 +360,7 @@ def _statistics(rule: Callable[..., Any], splits: DataSplits) -> dict[str, Any]:
     return {k: getattr(splits, k).flatten().tolist() for k in ("mean", "std") if k in takes}
 
 
-def _augmentation(splits: DataSplits) -> Any:
+def augmentation(splits: DataSplits) -> Any:
     from torchfolio.data.augment import CropFlip
 
     colour_images = len(splits.shape) == 3 and splits.shape[0] == 3

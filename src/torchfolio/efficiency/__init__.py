@@ -1,1 +1,5 @@
-"""Smaller, growing and switchable networks."""
+"""Smaller, growing and switchable networks.
+
+Methods that make a trained network cheaper to keep or to run are classes of `Compression` (see `compression`), which
+`torchfolio compress` offers by the slug of their module.
+"""

@@ -49,7 +49,7 @@ def fit(
     clip_norm: float | None = None,
     accumulate: int = 1,
     precision: Any = "32-true",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     devices: int | str | list[int] = 1,
     num_nodes: int = 1,
     strategy: Any = "auto",
@@ -96,7 +96,7 @@ def fit(
         accumulate: batches whose mean gradient makes one step.
         precision: of Fabric: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"64-true"`. The
             `true` ones other than 32 bits convert the model for good.
-        device: `"auto"`, `"cpu"`, `"cuda"`, `"mps"`: Fabric's accelerator.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or a `torch.device`.
         devices: number of devices of this machine, or their indices. Under `torchrun` its processes are
             taken.
         num_nodes: number of machines.
@@ -153,7 +153,7 @@ def fit(
     check_callables((*callbacks, *recorders))
     stopper = EarlyStopping(patience=early_stopping) if isinstance(early_stopping, int) else early_stopping
     check_monitor(stopper, val is not None or evaluate is not None)
-    fabric = launch(fabric, loggers, devices, num_nodes, accelerator=device, strategy=strategy, precision=precision)
+    fabric = launch(fabric, loggers, device, devices, num_nodes, strategy=strategy, precision=precision)
     if seed is None:
         seed = int(fabric.broadcast(int(torch.randint(2**31, ()))))
     rank, world = data_rank(fabric)

@@ -28,22 +28,32 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 EXAMPLES = 8  # of tensors in memory, for the batch that rules see before training
 
 
-def launch(given: Fabric | None, loggers: Any, devices: Any, num_nodes: int, **arguments: Any) -> Fabric:
+def launch(
+    given: Fabric | None, loggers: Any, device: str | torch.device, devices: Any, num_nodes: int, **arguments: Any
+) -> Fabric:
     """The user's Fabric or one of these arguments, with its processes started.
 
     Raises:
-        ValueError: on a strategy that wraps the module.
+        ValueError: on a strategy that wraps the module, or on one device with an index and several `devices`.
     """
     # Imported when it is needed: it takes longer to import than torch.
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
     if given is None:
+        # Fabric wants the kind of device and the indices apart.
+        accelerator, _, index = str(device).partition(":")
+        if index and accelerator != "cpu":
+            if devices != 1:
+                raise ValueError(f"expected device {accelerator!r} with devices={devices!r}, got {str(device)!r}")
+            devices = [int(index)]
         if "TORCHELASTIC_RUN_ID" in os.environ and devices == 1:
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", num_nodes))
         loggers = list(loggers) if isinstance(loggers, list | tuple) else [loggers]
-        given = Fabric(devices=devices, num_nodes=num_nodes, loggers=loggers or None, **arguments)
+        given = Fabric(
+            devices=devices, num_nodes=num_nodes, loggers=loggers or None, accelerator=accelerator, **arguments
+        )
     if not isinstance(given.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise ValueError(
             f"{type(given.strategy).__name__} wraps the module, which learning rules cannot see through; "

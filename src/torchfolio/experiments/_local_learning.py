@@ -95,7 +95,9 @@ def network(task: Task, data: DataSplits, depth: int | None = None) -> nn.Module
     return initialize(net)
 
 
-def train(task: Task, data: DataSplits, rule: LearningRule, *, seed: int = 0, device: str = "cpu") -> dict[str, object]:
+def train(
+    task: Task, data: DataSplits, rule: LearningRule, *, seed: int = 0, device: str | torch.device = "cpu"
+) -> dict[str, object]:
     """Train the task's network by one rule: accuracies in percent, probes where asked for."""
     net = network(task, data)
     before = [p.detach().clone() for p in net.parameters()]

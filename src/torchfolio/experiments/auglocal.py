@@ -85,9 +85,7 @@ def run(run: Run[Settings]) -> None:
         rules[f"depth_{depth}"] = lambda depth=depth: AugLocal(**{**own, "aux_depth": depth})
     accuracy, done = {}, {}
     for name, rule in rules.items():
-        done[name] = run.arm(
-            name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=str(run.device))
-        )
+        done[name] = run.arm(name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=run.device))
         accuracy[name] = done[name]["accuracy"]
     run.claim(
         "accuracy",

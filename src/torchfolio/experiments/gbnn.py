@@ -293,7 +293,7 @@ def _deep(run: Run[Settings]) -> dict[str, Any]:
     data = run.data(settings.images, train_size=settings.train_size)
     net = ConvNet(data.num_classes, data.shape[0], widths=(16, 32, 64))
     adam = partial(torch.optim.Adam, lr=3e-3)
-    fit(net, data.train, optimizer=adam, epochs=settings.epochs, batch_size=64, seed=run.seed, device=str(run.device))
+    fit(net, data.train, optimizer=adam, epochs=settings.epochs, batch_size=64, seed=run.seed, device=run.device)
     *layers, head = net.children()
     backbone = nn.Sequential(*layers, *list(head.children())[:-1])
     own = {**OWN["digits"], "total_units": settings.head_units, "max_iter": settings.max_iter}

@@ -250,7 +250,7 @@ def _fit(
 ) -> FitResult:
     return fit(
         net, data.train, val=data.val, rule=rule, optimizer=partial(Adam, lr=lr), epochs=epochs,
-        batch_size=batch_size, drop_last=True, seed=run.seed, device=str(run.device), **options,
+        batch_size=batch_size, drop_last=True, seed=run.seed, device=run.device, **options,
     )  # fmt: skip
 
 
@@ -316,7 +316,7 @@ def _sequence(
 
     def learn(model: nn.Module, rule: Any) -> float:
         fit(model, train, rule=rule, optimizer=partial(Adam, lr=settings.lr), epochs=settings.sequence_epochs,
-            batch_size=settings.batch_size, drop_last=True, seed=run.seed, device=str(run.device), clip_norm=1.0)  # fmt: skip
+            batch_size=settings.batch_size, drop_last=True, seed=run.seed, device=run.device, clip_norm=1.0)  # fmt: skip
         return token_accuracy(model, *(t.to(run.device) for t in test))
 
     task_rule = Backprop(token_loss)

@@ -61,7 +61,7 @@ def run(run: Run[Settings]) -> None:
     accuracy = {}
     for name, rule in rules.items():
         accuracy[name] = run.arm(
-            name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=str(run.device))
+            name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=run.device)
         )["accuracy"]
     run.claim(
         "accuracy",

@@ -71,7 +71,9 @@ def activation_patterns(
             are enumerated by sorting angles, with more by a linear program for each.
         epsilon: radius of the perturbation.
         generator: of the directions; PyTorch's global one by default.
-        bias: whether the last column of `X` is a constant, which is not perturbed.
+        bias: whether the last column of `X` is a positive constant. It is not perturbed, and the pattern of its own
+            direction, active on every example, comes first: with it the network can always be an affine function,
+            and robust cones, which few random patterns admit, are not all empty.
         variants: perturbed copies of the data for each direction (with `epsilon` above 0).
 
     Returns:
@@ -106,6 +108,9 @@ def _sample(X: Tensor, n: int, epsilon: float, generator: torch.Generator | None
     # More than this many cannot be found, so that a small data set does not exhaust the draws.
     most = pattern_count_bound(*X.shape) if epsilon == 0 else 2 ** min(len(X), 62)
     found: dict[bytes, Tensor] = {}
+    if bias:
+        everything = torch.ones(len(X), dtype=torch.bool)
+        found[everything.numpy().tobytes()] = everything
     draws = 0
     while len(found) < min(n, most) and draws < DRAWS_PER_PATTERN * n:
         directions = torch.randn(X.shape[1], n, generator=generator, dtype=torch.float64)

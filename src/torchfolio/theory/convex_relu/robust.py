@@ -96,6 +96,7 @@ def conic_program(
         short = float(problem.status != cp.OPTIMAL)
         progress.record({"shortfall": (short, 0.0)}, objective=float(problem.value))
     blocks = torch.stack([torch.as_tensor(v.value), torch.as_tensor(w.value)]).to(X)
+    blocks[blocks.norm(dim=-1) <= 10 * tol] = 0  # an interior-point solver never gives exact zeros
     hidden, output = network_from_blocks(blocks[0], blocks[1], threshold=1e-6)
     return Solution(hidden, output, float(problem.value), progress, blocks)
 

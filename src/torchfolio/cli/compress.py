@@ -1,0 +1,173 @@
+"""The command that makes a trained network smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torchfolio.cli.networks import (
+    Allow,
+    AsJson,
+    BatchSize,
+    Device,
+    ImageSize,
+    ModelSet,
+    Output,
+    Precision,
+    TestSize,
+    TrainSize,
+    augmentation,
+    call_with,
+    fitting_splits,
+    importable,
+    method_class,
+    network_recipe,
+    normalized_splits,
+    parse_settings,
+    show_result,
+)
+from torchfolio.errors import TorchfolioError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from torchfolio.bundle import Bundle, Manifest
+    from torchfolio.data import DataSplits
+    from torchfolio.efficiency.compression import Compression
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(compress)
+
+
+def compress(
+    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    output: Output,
+    bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle; or name --model and --weights.")] = None,
+    method: Annotated[str, typer.Option(help="Slug of a method that compresses networks.")] = "biper",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
+    model: Annotated[str | None, typer.Option(help="Reference network or package.module:factory.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its weights, a safetensors file.")] = None,
+    model_set: ModelSet = None,
+    allow: Allow = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data, of all phases together.")] = 9,
+    batch_size: BatchSize = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate of the first phase.")] = 0.02,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 5e-4,
+    augment: Annotated[bool, typer.Option(help="Random crops and flips of colour images.")] = True,
+    image_size: ImageSize = None,
+    train_size: TrainSize = None,
+    test_size: TestSize = None,
+    seed: Annotated[int, typer.Option(help="Seed of subsets and order.")] = 0,
+    device: Device = "auto",
+    precision: Precision = "32-true",
+    as_json: AsJson = False,
+) -> None:
+    """Make a trained network smaller, fine-tune it, and write it as a bundle that eval reads.
+
+    Shows bytes of all tensors, operations for one example and scores on the test split, before and after; those
+    after are of the bundle as it is read back.
+
+    Example: torchfolio compress net/ --method biper --data cifar10 --epochs 9 -o small/
+    """
+    from torchfolio.bundle import load_bundle, save_bundle
+    from torchfolio.efficiency.compression import Compression
+    from torchfolio.efficiency.compression import compress as compress_network
+
+    factory = method_class(method, Compression, "a method that compresses networks")
+    settings = parse_settings(setting)
+    compression = call_with(factory, settings, f"the method {method}")
+    allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
+    sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
+    if bundle is not None and model is None and weights is None:
+        source = load_bundle(bundle, allow=allow)
+        splits = fitting_splits(source.manifest, str(bundle), data, image_size=image_size, **sizes)
+    elif bundle is None and model is not None and weights is not None:
+        source, splits = _from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
+    else:
+        raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
+    splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
+    example = splits.train.tensors[0][:2].clone()
+    before = {**_measure(source.model, splits, device), **_flops(source.model, example)}
+    made = compress_network(
+        source.model,
+        compression,
+        splits.train,
+        val=splits.val,
+        example=example,
+        epochs=epochs,
+        lr=lr,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        augment=augmentation(splits) if augment else None,
+        seed=seed,
+        device=device,
+        precision=precision,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    record = {"method": method, "settings": settings, "data": data, "epochs": made.epochs, "lr": lr,
+              "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed, "before": before}  # fmt: skip
+    save_bundle(made.model, output, _manifest(source.manifest, compression, record))
+    written = load_bundle(output, allow=allow).model
+    after = {**_measure(written, splits, device), **compression.operations(written.cpu(), example[:1])}
+    _show(str(output), method, before, after, as_json)
+
+
+def _from_weights(
+    model: str, weights: Path, arguments: dict[str, Any], data: str, image_size: int | None, sizes: dict[str, Any]
+) -> tuple[Bundle, DataSplits]:
+    """A network from a factory and a safetensors file, as if it came from a bundle; and its data."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from torchfolio.bundle import Bundle, Manifest, build
+    from torchfolio.data import load
+
+    if not weights.is_file():
+        raise FileNotFoundError(f"there is no file {weights}")
+    splits = load(data, image_size=image_size, normalize=False, **sizes)
+    path, arguments = network_recipe(model, arguments, splits)
+    net = build(path, arguments, allow=[path])
+    try:
+        net.load_state_dict(load_file(weights))
+    except SafetensorError as error:
+        raise TorchfolioError(f"{weights} is not a readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise TorchfolioError(f"the weights in {weights} do not fit {model}: {detail}") from error
+    mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
+    shape, classes = tuple(splits.shape), tuple(splits.classes)
+    return Bundle(net.eval(), Manifest(path, arguments, shape, classes, mean, std, {"image_size": image_size})), splits
+
+
+def _manifest(source: Manifest, compression: Compression, record: dict[str, Any]) -> Manifest:
+    from dataclasses import replace
+
+    recipe = compression.recipe({"build": source.build, "arguments": source.arguments})
+    return replace(source, **recipe, training={**source.training, "compressed": record}, tied={})
+
+
+def _measure(model: nn.Module, splits: DataSplits, device: str) -> dict[str, float]:
+    from torchfolio import engine
+    from torchfolio.efficiency.compression import tensor_bytes
+
+    return {"bytes": tensor_bytes(model), **engine.evaluate(model, splits.test, device=device)}
+
+
+def _flops(model: nn.Module, example: Tensor) -> dict[str, int]:
+    from torchfolio.measure import count_flops
+
+    return {"flops": count_flops(model.cpu(), example[:1])}
+
+
+def _show(bundle: str, method: str, before: dict[str, Any], after: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        show_result({"bundle": bundle, "method": method, "before": before, "after": after}, True)
+        return
+    typer.echo(f"{'bundle':>18}  {bundle}")
+    for key in dict.fromkeys([*before, *after]):
+        values = [f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in (before.get(key, 0), after.get(key, 0))]
+        typer.echo(f"{key.replace('_', ' '):>18}  {values[0]} -> {values[1]}")

@@ -1,0 +1,187 @@
+"""What a method says to make trained networks smaller, and the one function that does it.
+
+A method's module holds one class of `Compression`, which `torchfolio compress --method SLUG` finds there: how to
+convert a network, in which phases to train it, how to finish it, and how to build its like again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from torchfolio.engine import LearningRule, fit
+from torchfolio.engine.loader import Data
+from torchfolio.measure import count_flops
+
+__all__ = ["Compressed", "Compression", "Phase", "compress", "tensor_bytes", "without_decay_of_vectors"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of a converted network.
+
+    Attributes:
+        name: shown to the user.
+        share: of all epochs.
+        lr: factor on the learning rate.
+        weight_decay: factor on the weight decay.
+        rule: learning rule; backprop by default.
+    """
+
+    name: str
+    share: float = 1.0
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    rule: LearningRule | None = None
+
+
+class Compression(ABC):
+    """A way to make a trained network smaller. Settings are the keyword arguments of its class."""
+
+    @abstractmethod
+    def convert(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """Change the network in place, or make another, that is trained further.
+
+        Args:
+            model: the trained network, which may be changed.
+            example: a few inputs.
+        """
+
+    @abstractmethod
+    def phases(self, model: nn.Module) -> Iterator[Phase]:
+        """The trainings of the converted network, in order.
+
+        Each is done when the next is asked for, so that what stands between two `yield`s sees its result.
+        """
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The network that is kept after training; by default as it is."""
+        return model
+
+    @abstractmethod
+    def recipe(self, network: dict[str, Any]) -> dict[str, Any]:
+        """What builds a network of the finished structure, given what builds the original.
+
+        Args:
+            network: `{"build": import path, "arguments": {...}}`, the form that `torchfolio.bundle.build` takes.
+
+        Returns:
+            The same form, around `network`.
+        """
+
+    def operations(self, model: nn.Module, example: Tensor) -> dict[str, int]:
+        """Operations of the finished network on an example, by kind; FLOPs by default."""
+        return {"flops": count_flops(model, example)}
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed network.
+
+    Attributes:
+        model: the finished network, in evaluation mode.
+        epochs: that every phase took, by name.
+    """
+
+    model: nn.Module
+    epochs: dict[str, int]
+
+
+def compress(
+    model: nn.Module,
+    method: Compression,
+    train: Data,
+    *,
+    example: Tensor,
+    val: Data | None = None,
+    epochs: int = 9,
+    lr: float = 0.02,
+    weight_decay: float = 5e-4,
+    batch_size: int = 128,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "32-true",
+    say: Callable[[str], None] = lambda text: None,
+) -> Compressed:
+    """Convert a copy of a trained network, train it phase by phase, and finish it.
+
+    Every phase is SGD with momentum 0.9 and a cosine from the learning rate to zero. Norms, scales and biases are
+    not decayed.
+
+    Args:
+        model: the network; it is left as it is.
+        method: such as `torchfolio.efficiency.biper.BiPer()`.
+        train: see `torchfolio.engine.fit`.
+        example: a few inputs `[B, ...]`.
+        val: evaluated after every epoch.
+        epochs: of all phases together; each phase gets at least one.
+        lr: learning rate, times the phase's factor.
+        weight_decay: likewise.
+        batch_size: examples of a batch.
+        augment: applied to every batch of inputs.
+        seed: of order, augmentation and new parameters.
+        device: as in `fit`.
+        precision: as in `fit`.
+        say: called with a line about each phase.
+
+    Returns:
+        The finished network and how long each phase was.
+
+    Raises:
+        ValueError: if there are no epochs, or the method cannot convert the network.
+    """
+    if epochs < 1:
+        raise ValueError(f"expected at least one epoch, got {epochs}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = method.convert(copy.deepcopy(model), example)
+    done: dict[str, int] = {}
+    for k, phase in enumerate(method.phases(net)):
+        done[phase.name] = max(1, round(epochs * phase.share))
+        say(f"phase {phase.name}: {done[phase.name]} epochs")
+        fit(
+            net,
+            train,
+            val=val,
+            rule=phase.rule,
+            optimizer=_sgd(lr * phase.lr, weight_decay * phase.weight_decay),
+            scheduler=lambda o, n=done[phase.name]: CosineAnnealingLR(o, T_max=n),
+            schedule="epoch",
+            epochs=done[phase.name],
+            batch_size=batch_size,
+            augment=augment,
+            seed=seed + k,
+            device=device,
+            precision=precision,
+        )
+    return Compressed(method.finish(net).eval(), done)
+
+
+def _sgd(lr: float, weight_decay: float) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    return lambda parameters: SGD(without_decay_of_vectors(parameters, weight_decay), lr=lr, momentum=0.9)
+
+
+def without_decay_of_vectors(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices and filters are decayed, vectors (norms, scales, biases) are not."""
+    kept = list(parameters)
+    groups = [
+        {"params": [p for p in kept if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in kept if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a network's parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr() or -k: t for k, t in enumerate(model.state_dict().values(), start=1)}
+    return sum(math.prod(t.shape) * t.element_size() for t in tensors.values())

@@ -1,0 +1,302 @@
+"""Measures what two networks from different initialisations have in common, unit by unit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import combinations, pairwise
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.data import DataSplits
+from torchfolio.engine import evaluate, fit, seeded
+from torchfolio.insight.activations import unit_rows
+from torchfolio.insight.convergent_learning import (
+    ConvergenceReport,
+    bipartite_match,
+    correlation_blocks,
+    plot_filter_pairs,
+    sparse_prediction,
+)
+from torchfolio.models import collect_features
+from torchfolio.runs import Results, Run, threads
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Knobs of the comparison.
+
+    Attributes:
+        data: name of the data set.
+        channels: of the convolutions.
+        kernels: their sides.
+        strides: of the convolutions.
+        padding: of the convolutions.
+        hidden: units of the fully connected layer.
+        nets: networks trained for each seed; all their pairs are compared.
+        epochs: of Adam.
+        lr: its step size.
+        batch_size: of training.
+        probe: test images that the comparison sees.
+        shuffled: most samples of the negative control.
+    """
+
+    data: str = "mnist10k"
+    channels: tuple[int, ...] = (16, 32)
+    kernels: tuple[int, ...] = (5, 3)
+    strides: tuple[int, ...] = (2, 2)
+    padding: int = 0
+    hidden: int = 64
+    nets: int = 2
+    epochs: int = 4
+    lr: float = 1e-3
+    batch_size: int = 64
+    probe: int = 2000
+    shuffled: int = 50_000
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the compared layers."""
+        return (*(f"conv{k}" for k in range(1, len(self.channels) + 1)), "fc1")
+
+
+SCALES = {
+    "smoke": Settings(data="digits", kernels=(3, 3), strides=(1, 2), padding=1, epochs=8, probe=300),
+    "quick": Settings(),
+    "full": Settings(
+        data="cifar10",
+        channels=(32, 48, 64, 64),
+        kernels=(5, 3, 3, 3),
+        strides=(2, 1, 2, 1),
+        padding=1,
+        hidden=128,
+        nets=4,
+        epochs=20,
+    ),
+}
+KEPT = ("bipartite", "semi", "one_to_one_loss", "dense_loss", "sparse_loss", "sparse_units", "few_units")
+GROUPS = ("mixed_clusters", "contrast", "random_contrast")
+
+
+def network(settings: Settings, data: DataSplits) -> nn.Sequential:
+    """Convolutions, a fully connected layer and a classifier; every child ends in its ReLU."""
+    net = nn.Sequential()
+    width = data.shape[0]
+    for k, (channels, side, stride) in enumerate(
+        zip(settings.channels, settings.kernels, settings.strides, strict=True), start=1
+    ):
+        conv = nn.Conv2d(width, channels, side, stride, settings.padding)
+        net.add_module(f"conv{k}", nn.Sequential(conv, nn.ReLU()))
+        width = channels
+    features = net(torch.zeros(1, *data.shape)).numel()
+    net.add_module("fc1", nn.Sequential(nn.Flatten(), nn.Linear(features, settings.hidden), nn.ReLU()))
+    net.add_module("head", nn.Linear(settings.hidden, data.num_classes))
+    return net
+
+
+def fresh(run: Run[Settings], data: DataSplits, index: int) -> nn.Sequential:
+    """The network of this index before training; no two of any seeds begin alike."""
+    with seeded(1000 * run.seed + index):
+        return network(run.settings, data).to(run.device)
+
+
+def trained(run: Run[Settings], data: DataSplits, index: int) -> nn.Sequential:
+    net, settings = fresh(run, data, index), run.settings
+    fit(
+        net,
+        data.train,
+        optimizer=partial(torch.optim.Adam, lr=settings.lr),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seed=1000 * run.seed + index,
+        device=run.device,
+        progress=False,
+    )
+    return net
+
+
+def permuted_copy(net: nn.Sequential, generator: torch.Generator) -> tuple[nn.Sequential, list[Tensor]]:
+    """The same function with the units of every hidden layer in another order, and those orders."""
+    other = copy.deepcopy(net)
+    weighted: list[Any] = [m for m in other.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    orders: list[Tensor] = []
+    with torch.no_grad():
+        for layer, following in pairwise(weighted):
+            order = torch.randperm(len(layer.weight), generator=generator)
+            layer.weight.copy_(layer.weight[order])
+            layer.bias.copy_(layer.bias[order])
+            # A linear layer on flattened maps has all positions of one channel side by side.
+            w = following.weight
+            grouped = w.view(len(w), len(order), -1)
+            following.weight.copy_(grouped[:, order].reshape(w.shape))
+            orders.append(order)
+    return other, orders
+
+
+def run(run: Run[Settings]) -> None:
+    """Compare trained networks with each other, with untrained ones, with a permuted copy, and shuffled."""
+    with threads(1):
+        _run(run)
+
+
+def _run(run: Run[Settings]) -> None:
+    settings, layers = run.settings, run.settings.layers
+    # Raw pixels: standardised ones leave fewer units dead and make untrained first layers alike.
+    data = run.data(settings.data, test_size=settings.probe, normalize=False)
+    probe = data.test.tensors[0]
+    net = cache(partial(trained, run, data))
+    pair = run.arm("trained", _trained, run, data, probe, net)
+    untrained = run.arm("untrained", _untrained, run, data, probe, net)
+    copied = run.arm("permuted", _permuted, run, probe, net)
+    shuffled = run.arm("shuffled", _shuffled, run, probe, net)
+
+    run.claim("permuted_copy", copied, "recovered == 1 and least_value >= 1 - 1e-6 and most_units == 1")
+    matched = {layer: pair[f"{layer}_bipartite"] for layer in layers}
+    values = {**matched, **{f"{layer}_untrained": untrained[layer] for layer in layers}}
+    margins = [f"{layer} >= {layer}_untrained + 0.15" for layer in layers]
+    order = [f"{a} > {b}" for a, b in pairwise(layers)]
+    run.claim("shared_features", values, " and ".join(margins + order))
+    gaps = {f"{layer}_gap": pair[f"{layer}_gap"] for layer in layers}
+    somewhere = " or ".join(f"{name} > 0" for name in gaps)
+    run.claim("not_one_to_one", gaps, " and ".join(f"{name} >= 0" for name in gaps) + f" and ({somewhere})")
+    _claim_few(run, pair)
+    clusters = {f"{layer}_{key}": pair[f"{layer}_{key}"] for layer in layers for key in GROUPS}
+    conditions = [f"{l}_contrast >= 1.5 and {l}_random_contrast <= 1.3 and {l}_mixed_clusters >= 0.6" for l in layers]
+    run.claim("clusters", clusters, " and ".join(conditions))
+    run.claim(
+        "negative_control",
+        {key: shuffled[key] for key in ("largest_match", "least_loss", "largest_loss")},
+        "largest_match < 0.1 and least_loss >= 0.49 and largest_loss <= 0.51",
+    )
+
+
+def _claim_few(run: Run[Settings], pair: dict[str, Any]) -> None:
+    values, conditions = {}, []
+    for layer in run.settings.layers[:-1]:
+        alone = pair[f"{layer}_one_to_one_loss"]
+        values[f"{layer}_dense"] = pair[f"{layer}_dense_loss"] / alone
+        values[f"{layer}_few"] = pair[f"{layer}_sparse_loss"] / alone
+        values[f"{layer}_units"] = pair[f"{layer}_sparse_units"]
+        conditions.append(f"{layer}_dense <= 0.35 and {layer}_few <= 0.5 and {layer}_units <= 7")
+    run.claim("few_to_one", values, " and ".join(conditions))
+
+
+Net = Callable[[int], nn.Sequential]
+
+
+def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, Any]:
+    """All pairs of trained networks; figures are means over the pairs."""
+    reports = []
+    for a, b in combinations(range(run.settings.nets), 2):
+        report = ConvergenceReport.from_modules(net(a), net(b), probe, run.settings.layers)
+        reports.append(report)
+        if (a, b) == (0, 1):
+            run.figure("units", report.plot(), "Matched units, prediction and clusters of two trained networks")
+            first, second = (net(k).get_parameter("conv1.0.weight") for k in (a, b))
+            pairs = plot_filter_pairs(first, second, report["conv1"].match)
+            run.figure("filters", pairs, "Filters of the first layer above their matches")
+    result: dict[str, Any] = {"accuracy": float(np.mean([_accuracy(net(k), data) for k in range(run.settings.nets)]))}
+    for k, layer in enumerate(run.settings.layers):
+        for key in (*KEPT, *GROUPS, "dead_a", "dead_b"):
+            result[f"{layer}_{key}"] = float(np.mean([r.layers[k].summary()[key] for r in reports]))
+        result[f"{layer}_gap"] = float(np.mean([_gap(r, k) for r in reports]))
+        curves = [r.layers[k].prediction.curve() for r in reports]
+        result[f"{layer}_curve"] = np.mean([c.to_numpy() for c in curves], axis=0)
+    return result
+
+
+def _accuracy(net: nn.Module, data: DataSplits) -> float:
+    return float(evaluate(net, data.test)["accuracy"])
+
+
+def _gap(report: ConvergenceReport, layer: int) -> float:
+    """How much better the best partner is than the match, over the matched units."""
+    one = report.layers[layer]
+    best = dict(zip(one.semi.row.tolist(), one.semi.value.tolist(), strict=True))
+    return float(np.mean([best[row] for row in one.match.row.tolist()]) - one.match.mean)
+
+
+def _untrained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, float]:
+    other = fresh(run, data, run.settings.nets)
+    report = ConvergenceReport.from_modules(net(0), other, probe, run.settings.layers)
+    return {one.layer_a: one.match.mean for one in report.layers}
+
+
+def _permuted(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
+    other, orders = permuted_copy(net(0), torch.Generator().manual_seed(run.seed))
+    report = ConvergenceReport.from_modules(net(0), other, probe, run.settings.layers, alphas=(1e-3,))
+    right, values, units = [], [], []
+    for one, order in zip(report.layers, orders, strict=True):
+        right.append((order[one.match.col] == one.match.row).double())
+        values.append(one.match.value)
+        units.append(one.prediction.nonzeros[0][one.blocks.alive_b])
+    return {
+        "recovered": float(torch.cat(right).mean()),
+        "least_value": float(torch.cat(values).min()),
+        "most_units": float(torch.cat(units).max()),
+    }
+
+
+def _shuffled(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
+    """Every layer of two networks with the samples of the second in another order."""
+    features = [collect_features(net(k), probe, run.settings.layers, flatten=False) for k in (0, 1)]
+    generator = torch.Generator().manual_seed(run.seed)
+    matches, losses = {}, {}
+    for layer in run.settings.layers:
+        a, b = (unit_rows(f[layer]).flatten(0, 1) for f in features)
+        kept = torch.randperm(len(a), generator=generator)[: run.settings.shuffled]
+        broken = kept[torch.randperm(len(kept), generator=generator)]
+        blocks = correlation_blocks(a[kept], b[broken])
+        matches[layer] = bipartite_match(blocks.between).mean
+        losses[layer] = float(sparse_prediction(blocks, [3e-2]).curve()["loss"].iloc[0])
+    return {
+        **{f"{layer}_match": value for layer, value in matches.items()},
+        "largest_match": max(matches.values()),
+        "least_loss": min(losses.values()),
+        "largest_loss": max(losses.values()),
+    }
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Matching by layer, and prediction by the number of units."""
+    return {"matching by layer": _matching(results), "prediction by units": _prediction(results)}
+
+
+def _matching(results: Results) -> Figure:
+    layers = results.settings.layers
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    bars = {
+        "best partner": [results.values("trained", f"{layer}_semi") for layer in layers],
+        "one to one": [results.values("trained", f"{layer}_bipartite") for layer in layers],
+        "with an untrained net": [results.values("untrained", layer) for layer in layers],
+        "shuffled samples": [results.values("shuffled", f"{layer}_match") for layer in layers],
+    }
+    for k, (label, values) in enumerate(bars.items()):
+        position = np.arange(len(layers)) + (k - 1.5) * 0.2
+        ax.bar(position, [v.mean() for v in values], 0.2, yerr=[v.std() for v in values], capsize=2, label=label)
+    ax.set(ylabel="mean correlation of matched units", ylim=(0, 1))
+    ax.set_xticks(range(len(layers)), layers)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3, axis="y")
+    return fig
+
+
+def _prediction(results: Results) -> Figure:
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for k, layer in enumerate(results.settings.layers):
+        _, loss, units = results.values("trained", f"{layer}_curve").mean(0).T
+        ax.plot(units, loss, "o-", c=f"C{k}", label=layer)
+        ax.plot([1], [results.values("trained", f"{layer}_one_to_one_loss").mean()], "*", c=f"C{k}", ms=11)
+    ax.plot([], [], "*", c="grey", ms=11, label="its match alone")
+    ax.axhline(0.5, ls="--", c="grey", lw=1, label="its mean alone")
+    ax.set(xlabel="units used for one prediction", ylabel="held-out loss", xscale="log", ylim=(0, None))
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return fig
