@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -20,8 +22,8 @@ from torchfolio.engine import fit
 from torchfolio.measure import alternate, saved_bytes
 from torchfolio.runs import Results, Run
 from torchfolio.spiking.bptt import BPTT, SequenceRule
-from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
+from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.sequence import run_sequence
 from torchfolio.spiking.sltt import SLTT, gradient_agreement
 from torchfolio.spiking.state import reset_state
@@ -224,9 +226,9 @@ def step_time(run: Run[Settings], data: DataSplits) -> dict[str, float]:
         return step
 
     names = ("bptt", "sltt", "sltt_2", "sltt_1")
-    timed = alternate(**{name: stepper(name) for name in names}, repeats=settings.rounds)
-    frame = timed.to_frame()
-    times = {f"{name}_ms": 1e3 * float(frame["seconds"][name]) for name in names}
+    steppers: dict[str, Any] = {name: stepper(name) for name in names}
+    timed = alternate(**steppers, repeats=settings.rounds)
+    times = {f"{name}_ms": 1e3 * median(timed.seconds[name]) for name in names}
     return times | {f"{name}_ratio": timed.ratio(name) for name in names[1:]}
 
 

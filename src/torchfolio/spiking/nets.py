@@ -112,9 +112,7 @@ class SpikingResNet18(nn.Sequential):
         super().__init__(children)
 
 
-def spiking_vgg11(
-    num_classes: int = 10, in_channels: int = 2, width: float = 1.0, neuron: Neuron = LIF
-) -> nn.Module:
+def spiking_vgg11(num_classes: int = 10, in_channels: int = 2, width: float = 1.0, neuron: Neuron = LIF) -> nn.Module:
     """VGG-11 with batch norm, neurons in the place of ReLUs, and average pooling; for event cameras by default.
 
     Args:

@@ -110,7 +110,8 @@ class Unrolled(nn.Module):
         if timesteps < 1:
             raise ValueError(f"expected at least one time step, got {timesteps}")
         find_neurons(model)
-        self.model, self.timesteps, self.encode = model, timesteps, encode
+        self.model, self.timesteps = model, timesteps
+        self.encode: Encode = encode
 
     def forward(self, x: Tensor) -> Tensor:
         x_seq = encode_input(x, self.timesteps, self.encode)
