@@ -1,1 +1,14 @@
-"""Spiking neural networks and the rules that train them."""
+"""Spiking neural networks and the rules that train them.
+
+A spiking network is an ordinary module that is called once for every time step, with neurons in the place of
+activations. The parts, one module each:
+
+- `surrogates`: derivatives that stand in for the spike's: `Rectangle`, `Triangle`, `Sigmoid`, `ATan`.
+- `neurons`: `LIF` and `IF`, which carry their potential from call to call.
+- `state`: `reset_state` between sequences, `detach_state`, `SequenceDropout`.
+- `encoders`: from static inputs to sequences: `repeat`, `poisson`, `latency`, `frames`.
+- `sequence`: `run_sequence`, `multi_step`, and `Unrolled`, which makes an ordinary network of a spiking one.
+- `conversion`: `to_spiking`, from ReLUs to neurons.
+- `nets`: small reference networks.
+- `bptt`: backpropagation through time, the rule that others are measured against.
+"""
