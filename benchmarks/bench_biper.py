@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +76,16 @@ def main() -> None:
     arguments = parser.parse_args()
     x, y = torch.randn(arguments.batch, 3, 32, 32), torch.randint(10, (arguments.batch,))
     print("training step")
-    print(alternate(**{name: stepper(net, x, y) for name, net in networks().items()}, repeats=arguments.rounds))
+    steppers: dict[str, Any] = {name: stepper(net, x, y) for name, net in networks().items()}
+    print(alternate(**steppers, repeats=arguments.rounds))
     small = {
         "float": resnet20(),
         "packed": pack(binarize(resnet20(), binary_input=False)),
         "packed_binary_input": pack(binarize(resnet20())),
     }
     print("inference")
-    print(alternate(**{name: caller(net, x) for name, net in small.items()}, repeats=arguments.rounds))
+    callers: dict[str, Any] = {name: caller(net, x) for name, net in small.items()}
+    print(alternate(**callers, repeats=arguments.rounds))
     for name, net in small.items():
         print(
             f"{name:>20}: {tensor_bytes(net):9,} bytes, {tensor_bytes(small['float']) / tensor_bytes(net):.1f} x smaller"

@@ -2,6 +2,7 @@
 
 A small residual network on the common local learning task (16x16 CIFAR-10, 6,000 images, 8 passes), the same
 initial weights and the same order of batches for every rule; time is the median step in alternation with backprop.
+Rules for spiking networks train the same network with neurons in the place of its ReLUs, over four time steps.
 It prints a table and writes a picture. Run it with
 
     python benchmarks/trade_off.py [--data cifar10] [--seeds 3] [--output trade_off.png]
@@ -10,15 +11,16 @@ It prints a table and writes a picture. Run it with
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchfolio.data import DataSplits, load
 from torchfolio.engine import Backprop, LearningRule
@@ -27,6 +29,28 @@ from torchfolio.local.auglocal import AugLocal
 from torchfolio.local.heads import LocalHeads
 from torchfolio.local.man import MAN
 from torchfolio.measure import alternate
+from torchfolio.spiking.bptt import BPTT, SequenceRule
+from torchfolio.spiking.conversion import to_spiking
+from torchfolio.spiking.neurons import LIF
+from torchfolio.spiking.sltt import SLTT
+
+TIMESTEPS = 4
+
+
+class Converting(SequenceRule):
+    """Turns the ReLUs of the network that it is given into neurons."""
+
+    def prepare(self, model: nn.Module, example: Sequence[Tensor]) -> nn.Module:
+        return super().prepare(to_spiking(model, partial(LIF, tau=1.1)), example)
+
+
+class SpikingBPTT(Converting, BPTT):
+    """Backpropagation through time on the converted network."""
+
+
+class SpikingSLTT(Converting, SLTT):
+    """SLTT on the converted network."""
+
 
 RULES: dict[str, Callable[[], LearningRule]] = {
     "backprop": Backprop,
@@ -36,6 +60,9 @@ RULES: dict[str, Callable[[], LearningRule]] = {
     "AugLocal, depth 1": lambda: AugLocal(1),
     "AugLocal, depth 3": lambda: AugLocal(3),
     "MAN on DGL": lambda: MAN(momentum=0.98),
+    "spiking, BPTT": lambda: SpikingBPTT(timesteps=TIMESTEPS),
+    "spiking, SLTT": lambda: SpikingSLTT(timesteps=TIMESTEPS),
+    "spiking, SLTT-1": lambda: SpikingSLTT(timesteps=TIMESTEPS, k=1, rescale=True),
 }
 
 

@@ -319,6 +319,21 @@ class Twice(nn.Module):
         return self.relu(self.b(self.relu(self.a(x))))
 
 
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(3, 3), nn.ReLU()
+
+    def forward(self, x):
+        return torch.relu(self.act(self.linear(x)))
+
+
+def test_conversion_of_a_residual_network():
+    net = to_spiking(ResNetCIFAR(8))
+    assert not any(isinstance(m, nn.ReLU) for m in net.modules())
+    assert torch.isfinite(net(torch.rand(2, 3, 16, 16))).all()
+
+
 def test_conversion_refuses_what_would_share_state():
     with pytest.raises(ValueError, match="used 2 times"):
         to_spiking(Twice())
@@ -330,7 +345,7 @@ def test_conversion_refuses_what_would_share_state():
     with pytest.raises(ValueError, match="used 2 times"):
         to_spiking(nn.Sequential(nn.Linear(3, 3), shared, nn.Linear(3, 3), shared))
     with pytest.raises(ValueError, match="as a function"):
-        to_spiking(ResNetCIFAR(8))
+        to_spiking(Functional())
     with pytest.raises(ValueError, match="activations"):
         to_spiking(nn.Linear(3, 3))
 
