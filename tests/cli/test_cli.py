@@ -75,6 +75,8 @@ def test_errors_are_one_sentence():
         ["train", "--model", "mlp", "--data", "digits", "--rule", "auglocal", "--rule-set", "nosuch=1", "-o", "x"],
         ["train", "--model", "mlp", "--data", "digits", "--model-set", "nosuch=1", "-o", "x"],
         ["train", "--model", "mlp", "--data", "digits", "--resume", "-o", "x"],
+        ["train", "--data", "digits", "-o", "x"],
+        ["train", "--model", "mlp", "--start", "net", "--data", "digits", "-o", "x"],
         ["eval", "no/such/bundle", "--data", "digits"],
     ],
 )
@@ -109,6 +111,19 @@ def test_train_eval_and_your_own_network(tmp_path, monkeypatch):
     assert "--allow mynet:make" in refused.stderr
     scores = json.loads(call("eval", "net", "--data", "photos/", "--allow", "mynet:make", "--json").stdout)
     assert scores["accuracy"] == pytest.approx(json.loads(done.stdout)["accuracy"])
+
+
+def test_training_goes_on_from_a_bundle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ("--data", "digits", "--epochs", "1", "--json")
+    done = call("train", "--model", "mlp", *short, "-o", "net")
+    assert done.exit_code == 0, done.output
+    tuned = call("train", "--start", "net", *short, "--lr", "0", "--schedule", "constant", "-o", "tuned")
+    assert tuned.exit_code == 0, tuned.output
+    assert json.loads(tuned.stdout)["accuracy"] == json.loads(done.stdout)["accuracy"]
+    manifest, start = (json.loads((tmp_path / name / "bundle.json").read_text()) for name in ("tuned", "net"))
+    assert manifest["training"]["start"] == "net"
+    assert {k: manifest[k] for k in ("build", "mean", "std")} == {k: start[k] for k in ("build", "mean", "std")}
 
 
 def make_photos(folder):

@@ -41,14 +41,18 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    model: Annotated[str, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")],
     data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
     output: Output,
+    model: Annotated[
+        str | None, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")
+    ] = None,
+    start: Annotated[Path | None, typer.Option(help="Bundle to fine-tune, in the place of --model.")] = None,
     rule: Annotated[
         str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")
     ] = "backprop",
     rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
     model_set: ModelSet = None,
+    allow: Allow = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
     batch_size: BatchSize = 128,
     optimizer: Annotated[str, typer.Option(help="sgd (Nesterov momentum 0.9) or adamw.")] = "sgd",
@@ -70,10 +74,10 @@ def train(
     Example: torchfolio train --model resnet20 --data cifar10 --rule auglocal --rule-set aux_depth=3 --epochs 5 -o net/
     """
     import shutil
+    from dataclasses import replace
 
     from torchfolio import engine
-    from torchfolio.bundle import Manifest, build, save_bundle
-    from torchfolio.data import load
+    from torchfolio.bundle import save_bundle
 
     # The checkpoints stand beside the bundle, which holds safe weights alone.
     checkpoints = output.parent / f"{output.name}.training"
@@ -81,12 +85,13 @@ def train(
         raise TorchfolioError(f"{checkpoints} holds an interrupted training; pass --resume to go on, or remove it")
     if resume and not checkpoints.exists():
         raise TorchfolioError(f"there is nothing to resume: {checkpoints} does not exist")
-    splits = load(data, seed=seed, image_size=image_size, train_size=train_size, test_size=test_size)
-    path, arguments = network_recipe(model, parse_settings(model_set), splits)
-    import torch
-
-    torch.manual_seed(seed)
-    net = build(path, arguments, allow=[path])
+    sizes = {"seed": seed, "image_size": image_size, "train_size": train_size, "test_size": test_size}
+    if model is not None and start is None:
+        net, manifest, splits = _new_network(model, parse_settings(model_set), data, sizes)
+    elif start is not None and model is None and not model_set:
+        net, manifest, splits = _started(start, importable(allow or []), data, sizes)
+    else:
+        raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
     make_rule = find_rule(rule)
     settings = parse_settings(rule_set)
     learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **settings}, f"the rule {rule}")
@@ -118,22 +123,45 @@ def train(
         "weight_decay": weight_decay,
         "schedule": schedule,
         "seed": seed,
-        "image_size": image_size,
+        "image_size": image_size or manifest.training.get("image_size"),
+        "start": str(start) if start else None,
         "steps": result.steps,
         "test": scores,
     }
-    manifest = Manifest(
-        path,
-        arguments,
-        tuple(splits.shape),
-        tuple(splits.classes),
-        tuple(splits.mean.flatten().tolist()),
-        tuple(splits.std.flatten().tolist()),
-        record,
-    )
-    save_bundle(net, output, manifest)
+    save_bundle(net, output, replace(manifest, training=record))
     shutil.rmtree(checkpoints, ignore_errors=True)
     show_result({"bundle": str(output), **scores}, as_json)
+
+
+def _new_network(
+    model: str, arguments: dict[str, Any], data: str, sizes: dict[str, Any]
+) -> tuple[nn.Module, Manifest, DataSplits]:
+    """A network with random weights that fits the data, which is normalised by its own constants."""
+    import torch
+
+    from torchfolio.bundle import Manifest, build
+    from torchfolio.data import load
+
+    splits = load(data, **sizes)
+    path, arguments = network_recipe(model, arguments, splits)
+    torch.manual_seed(sizes["seed"])
+    net = build(path, arguments, allow=[path])
+    mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
+    return net, Manifest(path, arguments, tuple(splits.shape), tuple(splits.classes), mean, std), splits
+
+
+def _started(
+    folder: Path, allow: list[str], data: str, sizes: dict[str, Any]
+) -> tuple[nn.Module, Manifest, DataSplits]:
+    """The network of a bundle, and data normalised by its constants."""
+    import torch
+
+    from torchfolio.bundle import load_bundle
+
+    loaded = load_bundle(folder, allow=allow)
+    splits = fitting_splits(loaded.manifest, str(folder), data, **sizes)
+    torch.manual_seed(sizes["seed"])
+    return loaded.model, loaded.manifest, normalized_splits(splits, loaded.manifest.mean, loaded.manifest.std)
 
 
 def evaluate(
