@@ -27,7 +27,6 @@ from torchfolio.spiking.nets import SpikingConvNet
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.sltt import SLTT
 
-
 NEURON = partial(LIF, tau=1.1)
 
 
