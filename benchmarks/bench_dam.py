@@ -29,7 +29,7 @@ from torchfolio.measure import alternate
 ALPHA, EPSILON, RATE, INNER, WEIGHT = 0.05, 0.15, 2e-2, 0.05, 0.7
 
 
-def networks() -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:
+def networks() -> tuple[nn.Module, Sequence[nn.Module], Sequence[nn.Module]]:
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 128),

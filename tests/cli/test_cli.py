@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from torchfolio.bundle import load_bundle
 from torchfolio.cli import app
 
 runner = CliRunner()
@@ -126,15 +128,35 @@ def test_training_goes_on_from_a_bundle(tmp_path, monkeypatch):
     assert {k: manifest[k] for k in ("build", "mean", "std")} == {k: start[k] for k in ("build", "mean", "std")}
 
 
-def make_photos(folder):
+def test_other_classes_get_a_classifier_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos")
+    make_photos(tmp_path / "more", ("a", "b", "c"))
+    image = ("--image-size", "12", "--epochs", "1", "--batch-size", "8")
+    net = ("--model", "convnet", "--model-set", "widths=[4,4]")
+    done = call("train", *net, "--data", "photos/", *image, "-o", "net")
+    assert done.exit_code == 0, done.output
+    short = ("--lr", "0", "--schedule", "constant")
+    tuned = call("train", "--start", "net", "--data", "more/", *image, *short, "-o", "tuned")
+    assert tuned.exit_code == 0, tuned.output
+    states = [load_bundle(tmp_path / name).model.state_dict() for name in ("net", "tuned")]
+    changed = [k for k in states[0] if "running" not in k and "tracked" not in k and not same(states, k)]
+    assert [states[1][k].shape[0] for k in changed] == [3, 3]
+
+
+def same(states, key):
+    return states[0][key].shape == states[1][key].shape and torch.equal(states[0][key], states[1][key])
+
+
+def make_photos(folder, names=("dark", "light")):
     import numpy as np
     from PIL import Image
 
     generator = np.random.default_rng(0)
-    for k, name in enumerate(("dark", "light")):
+    for k, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(20):
-            pixels = generator.integers(100 * k, 100 * k + 120, (14 + i % 3, 16, 3), dtype=np.uint8)
+            pixels = generator.integers(60 * k, 60 * k + 120, (14 + i % 3, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
 
 

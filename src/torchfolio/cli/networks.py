@@ -153,15 +153,34 @@ def _new_network(
 def _started(
     folder: Path, allow: list[str], data: str, sizes: dict[str, Any]
 ) -> tuple[nn.Module, Manifest, DataSplits]:
-    """The network of a bundle, and data normalised by its constants."""
+    """The network of a bundle, and data normalised by its constants.
+
+    Where the data have another number of classes the network gets a new classifier.
+    """
+    from dataclasses import replace
+
     import torch
 
-    from torchfolio.bundle import load_bundle
+    from torchfolio.bundle import build, load_bundle
+    from torchfolio.data import load
 
-    loaded = load_bundle(folder, allow=allow)
-    splits = fitting_splits(loaded.manifest, str(folder), data, **sizes)
+    net, manifest = (loaded := load_bundle(folder, allow=allow)).model, loaded.manifest
+    sizes = {**sizes, "image_size": sizes["image_size"] or manifest.training.get("image_size")}
+    classes = tuple(load(data, normalize=False, **sizes).classes)
     torch.manual_seed(sizes["seed"])
-    return loaded.model, loaded.manifest, normalized_splits(splits, loaded.manifest.mean, loaded.manifest.std)
+    if classes and manifest.classes and len(classes) != len(manifest.classes):
+        width = next((k for k in ("num_classes", "out_features") if k in manifest.arguments), None)
+        if width is None:
+            raise TorchfolioError(
+                f"{folder} tells {len(manifest.classes)} classes apart, {data} has {len(classes)}, and {manifest.build} "
+                "takes no num_classes to make another classifier by"
+            )
+        manifest = replace(manifest, arguments={**manifest.arguments, width: len(classes)}, classes=classes)
+        old, net = net.state_dict(), build(manifest.build, manifest.arguments, allow=allow)
+        fitting = {k: v for k, v in old.items() if v.shape == net.state_dict()[k].shape}
+        net.load_state_dict(fitting, strict=False)
+    splits = fitting_splits(manifest, str(folder), data, **sizes)
+    return net, manifest, normalized_splits(splits, manifest.mean, manifest.std)
 
 
 def evaluate(
