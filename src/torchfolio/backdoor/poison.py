@@ -11,10 +11,11 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.triggers import Trigger
+from torchfolio.engine.loader import tensors_of
 
 __all__ = ["PoisonedDataset", "load", "poison", "poisoned_test"]
 
@@ -310,7 +311,7 @@ def load(folder: str | Path, base: Base, **modules: nn.Module) -> PoisonedDatase
         arrays = dict(file)
     for field in ("index", "x"):
         _same_hash(field, arrays[field].tobytes(), meta, folder)
-    length = len(cast(Sized, base[0] if not isinstance(base, Dataset) else base))
+    length = len(_labels(base))
     if length != meta["length"]:
         raise ValueError(f"expected a base of length {meta['length']}, got {length}")
     triggers: dict[str, Trigger | None] = {"trigger": None, "cover_trigger": None}
@@ -335,8 +336,8 @@ def _sha256(content: bytes) -> str:
 
 def _labels(dataset: Base) -> np.ndarray:
     """Labels int64 `[N]` of a data set."""
-    pair = dataset.tensors if isinstance(dataset, TensorDataset) else dataset
-    if isinstance(pair, list | tuple):
+    pair = tensors_of(dataset)
+    if pair is not None:
         if len(pair) != 2 or len(pair[0]) != len(pair[1]):
             raise ValueError("expected a pair of tensors (images, labels) of equal length")
         x = pair[0]
@@ -359,8 +360,8 @@ def _labels(dataset: Base) -> np.ndarray:
 
 def _images(dataset: Base, index: np.ndarray) -> Tensor:
     """Images of some samples, `[len(index), C, H, W]`."""
-    pair: Any = dataset.tensors if isinstance(dataset, TensorDataset) else dataset
-    if isinstance(pair, list | tuple):
+    pair = tensors_of(dataset)
+    if pair is not None:
         return pair[0][torch.from_numpy(index)]
     return torch.stack([torch.as_tensor(dataset[int(i)][0]) for i in index])
 
