@@ -397,7 +397,7 @@ def _eligible(y: np.ndarray, label_map: LabelMap, include_target: bool) -> list[
     if include_target and not label_map.clean:
         if len(label_map.targets) > 1:
             raise ValueError("include_target is for attacks with one target")
-        sources.append(label_map.targets[0])
+        sources += label_map.targets
     return [np.flatnonzero(y == c) for c in sources]
 
 
