@@ -42,6 +42,7 @@ __all__ = ["SCORES", "BaDExpert", "extract_backdoor_expert", "suspicion", "trian
 Mislabel = Literal["shift", "random", "none"] | Callable[[Tensor, int], Tensor]
 Score = Literal["triangle", "expert", "auxiliary", "ratio", "diff", "radius", "rectangle"]
 EPS = 1e-8
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def triangle_score(b: Tensor, m: Tensor, kappa: float = 0.5) -> Tensor:
@@ -106,7 +107,8 @@ class BaDExpert:
             and $C$. (`"none"`, the right ones, makes the control of an experiment.)
         unlearn_lr: of Adam, on all weights. The delicate setting: too small and the expert remembers the task, too
             large and it forgets the backdoor; the stop makes it less so. The authors take 8e-5 for VGG, 5e-5 for
-            MobileNetV2, 1e-6 for ViT.
+            MobileNetV2, 1e-6 for ViT. `"auto"` begins at 1e-6 and goes up in steps of about 3 to the first rate at
+            which the stop is reached.
         unlearn_batch: batch size.
         unlearn_epochs: passes over the examples, at most.
         stop_acc: end unlearning at the first step where the expert gets no more than this share of half of the
@@ -127,6 +129,7 @@ class BaDExpert:
         auxiliary_: $M'$, or `None`.
         threshold_: at `fpr`.
         history_: `(step, accuracy)` of the expert at every look.
+        unlearn_lr_: rate that the expert was trained at.
         calibration_: scores of the calibration examples `[n]`.
         accuracy_: of network, expert and auxiliary network on the calibration examples.
 
@@ -145,7 +148,7 @@ class BaDExpert:
         kappa: float = 0.5,
         fpr: float = 0.01,
         mislabel: Mislabel = "shift",
-        unlearn_lr: float = 1e-4,
+        unlearn_lr: float | Literal["auto"] = 1e-4,
         unlearn_batch: int = 128,
         unlearn_epochs: int = 1,
         stop_acc: float | None = None,
@@ -163,7 +166,7 @@ class BaDExpert:
         if not (isinstance(mislabel, str) and mislabel in ("shift", "random", "none")) and not callable(mislabel):
             raise ValueError(f"expected mislabel to be 'shift', 'random' or a function, got {mislabel!r}")
         for name, value in {"kappa": kappa, "unlearn_lr": unlearn_lr, "finetune_lr": finetune_lr}.items():
-            if not value > 0:
+            if value != "auto" and not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"expected {name} above 0, got {value}")
         for name, value in {"fpr": fpr, "calib_frac": calib_frac}.items():
             if not 0 < value < 1:
@@ -228,26 +231,45 @@ class BaDExpert:
         watched = x[: max(1, len(x) // 2)], y[: max(1, len(x) // 2)]
         start = float((labels_of(model, watched[0]) == watched[1]).double().mean())
         stop = 0.5 * start if self.stop_acc is None else self.stop_acc
-        history = [(0, start)]
+        expert, history = model, [(0, start)]
+        for rate in RATES if isinstance(self.unlearn_lr, str) else (self.unlearn_lr,):
+            expert, seen = self._wrongly(model, examples, classes, watched, stop, rate)
+            history, self.unlearn_lr_ = [(0, start), *seen], rate
+            if history[-1][1] <= stop:
+                break
+        self._judge(history[-1][1], stop, classes)
+        return expert, history
+
+    def _wrongly(
+        self,
+        model: nn.Module,
+        examples: tuple[Tensor, Tensor],
+        classes: int,
+        watched: tuple[Tensor, Tensor],
+        stop: float,
+        lr: float,
+    ) -> tuple[nn.Module, list[tuple[int, float]]]:
+        """A copy, finetuned on wrong labels until its accuracy on the watched examples falls to `stop`."""
+        seen: list[tuple[int, float]] = []
 
         def look(state: FitState) -> None:
             if state.epoch_end or state.step % self.check_every:
                 return
             with undisturbed():
                 found = float((labels_of(state.model, watched[0]) == watched[1]).double().mean())
-            history.append((state.step, found))
+            seen.append((state.step, found))
             if found <= stop and self.stop_acc != 0:
                 state.stop(f"the expert gets {found:.3f} right")
 
+        x, y = examples
         expert = copy.deepcopy(model).requires_grad_(True)
         size = min(self.unlearn_batch, len(x))
         fit(
-            expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=self.unlearn_lr),
+            expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=lr),
             epochs=self.unlearn_epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
             augment=self.augment, seed=self.seed, device=self._device(model), progress=False,
         )  # fmt: skip
-        self._judge(history[-1][1], stop, classes)
-        return expert, history
+        return expert, seen
 
     def _judge(self, accuracy: float, stop: float, classes: int) -> None:
         if self.mislabel == "none":

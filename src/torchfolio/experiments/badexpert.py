@@ -43,7 +43,7 @@ class Settings:
         lr: of the victims.
         rate: share of the training images that is poisoned.
         clean_size: trusted images, from the test part; they are not reported on.
-        unlearn_lr: of the expert.
+        unlearn_lr: of the expert; `"auto"` finds one on the trusted images.
         unlearn_batch: of the expert.
         finetune_lr: of the auxiliary network.
         kappa: of the score.
@@ -60,7 +60,7 @@ class Settings:
     lr: float = 0.05
     rate: float = 0.1
     clean_size: int = 500
-    unlearn_lr: float = 3e-4
+    unlearn_lr: float | str = "auto"
     unlearn_batch: int = 32
     finetune_lr: float = 0.1
     kappa: float = 0.5
@@ -162,14 +162,14 @@ def measure(
         **before.as_dict(), "expert_acc": expert.acc, "expert_asr": expert.asr, **aurocs, "tpr": report.tpr_held_out,
         "fpr": report.fpr_held_out, "filtered_asr": report.filter.filtered_asr, "filtered_acc": report.filter.psr,
         "auroc_strip": auroc(strip(net, test[0][right], trusted[0]), strip(net, triggered[reached], trusted[0])),
-        "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "fit_seconds": seconds,
+        "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "unlearn_lr": detector.unlearn_lr_, "fit_seconds": seconds,
         "score_seconds_per_1000": (time.perf_counter() - started) / min(1.0, len(test[0]) / 1000),
         "points": np.stack([np.r_[b[right][:400], b_bad[reached][:400]], np.r_[m[right][:400], m_bad[reached][:400]]]).tolist(),
         "clean_points": int(min(400, right.sum())),
     }  # fmt: skip
     if name == "badnets" and rate is None:
-        found |= control(run, net, trusted, test, attacked)
-        found |= trace(run, net, trusted, test, attacked)
+        found |= control(run, net, trusted, test, attacked, detector)
+        found |= trace(run, net, trusted, test, attacked, detector.unlearn_lr_)
     return found
 
 
@@ -185,15 +185,19 @@ def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) ->
         return BaDExpert(**chosen).fit(net, trusted)
 
 
-def control(run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any) -> dict[str, float]:
-    """The same steps on right labels: confidence of that network in the predicted label as a score."""
-    detector = fitted(run, net, trusted, mislabel="none", score="expert", stop_acc=0.0)
+def control(
+    run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, expert: BaDExpert
+) -> dict[str, float]:
+    """An epoch at the same rate on right labels: confidence of that network in the predicted label as a score."""
+    detector = fitted(run, net, trusted, mislabel="none", score="expert", stop_acc=0.0, unlearn_lr=expert.unlearn_lr_)
     triggered, target = attacked.tensors()
     right, reached = labels_of(net, test[0]) == test[1], labels_of(net, triggered) == target
     return {"auroc_control": auroc(detector.score(test[0][right]), detector.score(triggered[reached]))}
 
 
-def trace(run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any) -> dict[str, list[float]]:
+def trace(
+    run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, lr: float
+) -> dict[str, list[float]]:
     """Accuracy and attack success of the expert, step by step, without a stop."""
     settings = run.settings
     x, y = (t[: settings.traced] for t in test)
@@ -209,7 +213,7 @@ def trace(run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacke
 
     wrong = (trusted[1] + 1) % int(outputs_of(net, x[:1]).shape[1])
     fit(
-        copy.deepcopy(net), (trusted[0], wrong), optimizer=partial(torch.optim.Adam, lr=settings.unlearn_lr), epochs=2,
+        copy.deepcopy(net), (trusted[0], wrong), optimizer=partial(torch.optim.Adam, lr=lr), epochs=2,
         batch_size=settings.unlearn_batch, recorder=[look], seed=run.seed, device=str(run.device), progress=False,
     )  # fmt: skip
     return {"trace_acc": [a for a, _ in rows], "trace_asr": [s for _, s in rows]}
