@@ -158,12 +158,13 @@ def measure(
     }
     started = time.perf_counter()
     detector.score(test[0][:1000])
+    scoring = (time.perf_counter() - started) / min(1.0, len(test[0]) / 1000)
     found = {
         **before.as_dict(), "expert_acc": expert.acc, "expert_asr": expert.asr, **aurocs, "tpr": report.tpr_held_out,
         "fpr": report.fpr_held_out, "filtered_asr": report.filter.filtered_asr, "filtered_acc": report.filter.psr,
         "auroc_strip": auroc(strip(net, test[0][right], trusted[0]), strip(net, triggered[reached], trusted[0])),
         "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "unlearn_lr": detector.unlearn_lr_, "fit_seconds": seconds,
-        "score_seconds_per_1000": (time.perf_counter() - started) / min(1.0, len(test[0]) / 1000),
+        "score_seconds_per_1000": scoring,
         "points": np.stack([np.r_[b[right][:400], b_bad[reached][:400]], np.r_[m[right][:400], m_bad[reached][:400]]]).tolist(),
         "clean_points": int(min(400, right.sum())),
     }  # fmt: skip
