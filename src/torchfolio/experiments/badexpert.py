@@ -244,10 +244,11 @@ def _plane(results: Results) -> Figure:
         1, len(names), figsize=(3.6 * len(names), 3.8), layout="constrained", squeeze=False, sharey=True
     )
     for ax, name in zip(axes[0], names, strict=True):
-        points, clean = np.asarray(results.values(name, "points")[0]), int(results.values(name, "clean_points")[0])
+        first = results.arms[0][name]  # the first seed's; seeds differ in how many attacks succeed
+        points, clean = np.asarray(first["points"]), int(first["clean_points"])
         ax.scatter(*points[:, :clean], s=8, alpha=0.5, label="clean")
         ax.scatter(*points[:, clean:], s=8, alpha=0.5, marker="x", label="triggered")
-        _rays(ax, -float(results.values(name, "threshold")[0]), settings.kappa)
+        _rays(ax, -float(first["threshold"]), settings.kappa)
         ax.set(
             xlabel="$b$, confidence of the expert", title=name.replace("_", " "), xlim=(-0.03, 1.03), ylim=(-0.03, 1.03)
         )

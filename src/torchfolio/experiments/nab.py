@@ -69,7 +69,7 @@ class Task:
     width: int = 8
     epochs: int = 12
     lr: float = 0.05
-    isolation_epochs: int = 1
+    isolation_epochs: int = 2
     isolation_lr: float = 0.05
     verified_epochs: int = 15
     verified_lr: float = 0.05
@@ -93,7 +93,7 @@ class Settings:
 
     digits: Task = Task()
     photos: Task | None = Task(
-        data="cifar10", train_size=10_000, test_size=3000, clean_size=1000, width=16, epochs=8, lr=0.05, verified_epochs=15,
+        data="cifar10", train_size=10_000, test_size=3000, clean_size=1000, width=16, epochs=8, lr=0.05, verified_epochs=15, isolation_epochs=3,
         stamp="mean", flip=True,
     )  # fmt: skip
     rate: float = 0.1
