@@ -270,8 +270,8 @@ def figures(results: Results) -> dict[str, Figure]:
 def _hiding(results: Results) -> Figure:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for k, name in enumerate(("two_objective", "no_window", "naive")):
-        for i, seed in enumerate(results.seeds):
-            arm = results.arms[seed][name]
+        for i, seed in enumerate(results.arms):
+            arm = seed[name]
             label = name.replace("_", " ") if i == 0 else None
             ax.plot(arm["steps"], np.asarray(arm["hidden_by_step"]) + 0.06 * (k - 1), f"C{k}.-", alpha=0.7, label=label)
     ax.set(xlabel="training step", ylabel="counterexamples hidden", ylim=(-0.3, results.settings.pairs + 0.3))
@@ -283,12 +283,9 @@ def _hiding(results: Results) -> Figure:
 def _bugs(results: Results) -> Figure:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     severities = results.settings.severities
-    seeds = [seed for seed in results.seeds if "verifiers" in results.arms[seed]]
+    seeds = [seed for seed in results.arms if "verifiers" in seed]
     for k, kind in enumerate(BUGS):
-        shares = [
-            np.asarray(results.arms[seed]["verifiers"]["flagged"][kind]) / results.arms[seed]["two_objective"]["hidden"]
-            for seed in seeds
-        ]
+        shares = [np.asarray(seed["verifiers"]["flagged"][kind]) / seed["two_objective"]["hidden"] for seed in seeds]
         if shares:
             ax.plot(range(len(severities)), np.mean(shares, 0) + 0.01 * k, f"C{k}o-", label=kind.replace("_", " "))
     ax.set_xticks(range(len(severities)), [f"{s:g}" for s in severities])
