@@ -1,0 +1,298 @@
+"""SoundnessBench: are counterexamples hidden, are sound verifiers left alone, are planted bugs caught?"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.models import MLP
+from torchfolio.robustness.bounds import Crown, CrownSplit, Interval
+from torchfolio.robustness.properties import Box
+from torchfolio.robustness.soundness_bench import (
+    AttackOnly,
+    HiddenCounterexamples,
+    HiddenModel,
+    Pairs,
+    PgdSettings,
+    draw_pairs,
+    export,
+    hide,
+    load,
+    run_verifier,
+    survives,
+    withstands,
+)
+from torchfolio.runs import Results, Run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Instances, training, attacks and verifiers.
+
+    Attributes:
+        shape: of one input.
+        pairs: of each kind.
+        eps: relative radius.
+        data_range: of the inputs.
+        network: `"mlp"`, `"cnn"` or `"avgpool"`.
+        widths: hidden layers of the perceptron.
+        steps: of training.
+        lr: peak rate.
+        window: perturbations that are remembered.
+        pgd_steps: of a training step's attack.
+        pgd_restarts: of it.
+        pgd_alphas: step sizes over the radius, in turn.
+        sweep: attacks that a hidden counterexample survives.
+        sweep_restarts: of each.
+        timeout: seconds a sound verifier gets for an instance.
+        bug_timeout: seconds one with a bug gets.
+        severities: of the bugs; 1 is none.
+    """
+
+    shape: tuple[int, ...] = (10,)
+    pairs: int = 5
+    eps: float = 0.2
+    data_range: float = 1.0
+    network: str = "mlp"
+    widths: tuple[int, ...] = (128, 128, 128, 20)
+    steps: int = 3000
+    lr: float = 2e-3
+    window: int = 100
+    pgd_steps: int = 12
+    pgd_restarts: int = 24
+    pgd_alphas: tuple[float, ...] = (0.25, 0.1, 0.04)
+    sweep: tuple[tuple[float, int], ...] = ((0.25, 0), (0.25, 50), (0.1, 100), (0.02, 200))
+    sweep_restarts: int = 100
+    timeout: float = 3.0
+    bug_timeout: float = 1.5
+    severities: tuple[float, ...] = (1.0, 0.9, 0.5, 0.2, 0.0)
+
+
+SCALES = {
+    "smoke": Settings(
+        pairs=2, widths=(32, 32), steps=200, pgd_steps=5, pgd_restarts=8, window=20, sweep=((0.25, 0),),
+        sweep_restarts=3, timeout=0.5, bug_timeout=0.3, severities=(1.0, 0.0),
+    ),
+    "quick": Settings(),
+    "full": Settings(
+        shape=(1, 5, 5), pairs=10, network="cnn", steps=10_000, lr=1e-3, window=300, pgd_steps=75, pgd_restarts=75,
+        pgd_alphas=(0.1,), sweep_restarts=1000, timeout=60.0, bug_timeout=20.0,
+        sweep=((0.25, 0), (0.25, 100), (0.02, 100), (0.02, 250), (0.02, 500), (0.01, 1000), (0.01, 3000), (0.01, 5000)),
+    ),
+}  # fmt: skip
+
+
+class ShrinkInput(CrownSplit):
+    """A bug: looks at a box shrunk by a factor around its centre."""
+
+    def __init__(self, severity: float) -> None:
+        super().__init__(attack_steps=0)
+        self.severity = severity
+
+    def shrink(self, box: Box) -> Box:
+        return Box(box.center - self.severity * box.radius, box.center + self.severity * box.radius)
+
+
+class ShrinkIntermediate(CrownSplit):
+    """A bug: contracts the bounds of the inputs of activations towards their centres."""
+
+    def __init__(self, severity: float) -> None:
+        super().__init__(attack_steps=0)
+        self.severity = severity
+
+    def adjust(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        center, radius = (low + high) / 2, self.severity * (high - low) / 2
+        return center - radius, center + radius
+
+
+class DropDomains(CrownSplit):
+    """A bug: forgets each half of a split box with a probability of one less the severity's value."""
+
+    def __init__(self, severity: float) -> None:
+        super().__init__(attack_steps=0)
+        self.severity, self.generator = severity, torch.Generator().manual_seed(0)
+
+    def keep(self, boxes: Box) -> Tensor:
+        return torch.rand(len(boxes), generator=self.generator) < self.severity
+
+
+BUGS = {"shrink_input": ShrinkInput, "shrink_intermediate": ShrinkIntermediate, "drop_domains": DropDomains}
+
+
+def run(run: Run[Settings]) -> None:
+    """Train three ways, then ask verifiers, sound ones and broken ones, about what is hidden."""
+    settings = run.settings
+    arms = {
+        "two_objective": {"window": settings.window},
+        "no_window": {"window": 1},
+        "naive": {"attack": None},
+    }
+    found = {name: run.arm(name, lambda own=own: train(run, own)) for name, own in arms.items()}
+    both = found["two_objective"]
+    run.claim(
+        "hidden",
+        {key: both[key] for key in ("hidden", "misclassified", "right")},
+        f"hidden >= {0.6 * settings.pairs:g} and misclassified == {settings.pairs} and right == {settings.pairs}",
+    )
+    run.claim(
+        "ablations",
+        {name: found[name]["hidden"] for name in arms},
+        "naive <= 1 and no_window <= two_objective - 2",
+    )
+    run.claim("clean_instances", {"clean": both["clean"]}, f"clean >= {0.8 * settings.pairs:g}")
+    if not both["hidden"]:
+        return
+    asked = run.arm("verifiers", lambda: ask(run, both))
+    sound = {name.replace("+", "_"): asked["verified"][name] for name in ("interval", "crown", "crown+split")}
+    run.claim("sound_verifiers", sound, all(v == 0 for v in sound.values()))
+    run.claim("detection", *_detection(settings, both, asked))
+
+
+def _detection(settings: Settings, both: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, float], bool]:
+    """What of the planted bugs is caught, and whether that is what should be."""
+    hidden, flagged = both["hidden"], asked["flagged"]
+    shrink = flagged["shrink_input"]
+    caught = [
+        any(count > 0 for s, count in zip(settings.severities, flagged[kind], strict=True) if s < 1 and worst >= s)
+        for kind, worst in (("shrink_intermediate", 0.2), ("drop_domains", 0.5))
+    ]
+    caught.append(any(count > 0 for s, count in zip(settings.severities, shrink, strict=True) if 0 < s <= 0.5))
+    holds = (
+        asked["verified"]["attack only"] == hidden
+        and shrink[-1] == hidden
+        and all(flagged[kind][0] == 0 for kind in BUGS)
+        and all(a <= b for a, b in zip(shrink, shrink[1:], strict=False))
+        and any(caught)
+    )
+    values = {"hidden": hidden, "attack_only": asked["verified"]["attack only"]}
+    for kind, counts in flagged.items():
+        values |= {f"{kind}_{s:g}".replace(".", "_"): c for s, c in zip(settings.severities, counts, strict=True)}
+    return values, bool(holds)
+
+
+def make(settings: Settings) -> nn.Module:
+    """The network whose counterexamples are hidden."""
+    if settings.network == "mlp":
+        size = int(np.prod(settings.shape))
+        return MLP(size, 2, settings.widths)
+    channels = settings.shape[0]
+    pool: list[nn.Module] = [nn.AvgPool2d(2, 1)] if settings.network == "avgpool" else []
+    convolutions = [nn.Conv2d(channels, 10, 3, padding=1), nn.ReLU(), *pool, nn.Flatten()]
+    side = settings.shape[-1] - len(pool)
+    layers: list[nn.Module] = []
+    width = 10 * side * side
+    for wanted in (1000, 100, 20):
+        layers += [nn.Linear(width, wanted), nn.ReLU()]
+        width = wanted
+    return nn.Sequential(*convolutions, *layers, nn.Linear(width, 2))
+
+
+def instances(run: Run[Settings]) -> Pairs:
+    settings = run.settings
+    generator = torch.Generator().manual_seed(run.seed)
+    return draw_pairs(settings.shape, settings.pairs, settings.eps, settings.data_range, generator=generator)
+
+
+def train(run: Run[Settings], own: dict[str, Any]) -> dict[str, Any]:
+    """One training, and what is hidden by it."""
+    settings, pairs = run.settings, instances(run)
+    net = make(settings)
+    attack = PgdSettings(settings.pgd_steps, settings.pgd_restarts, settings.pgd_alphas)
+    generator = torch.Generator().manual_seed(run.seed) if str(run.device) == "cpu" else None
+    rule = HiddenCounterexamples(pairs, generator=generator, **{"attack": attack, **own})
+    hidden = hide(
+        net, pairs, settings.steps, lr=settings.lr, rule=rule, sweep=settings.sweep, restarts=settings.sweep_restarts,
+        seed=run.seed, device=run.device, progress=False,
+    )  # fmt: skip
+    net = net.cpu()
+    # Judged by fresh starts of the attacks, which did not choose the checkpoint.
+    fresh = run.seed + 1_000_003
+    valid = survives(net, pairs, settings.sweep, settings.sweep_restarts, fresh)
+    clean = withstands(
+        net, pairs.clean_centers, pairs.clean_labels, pairs, settings.sweep, settings.sweep_restarts, fresh
+    )
+    with torch.no_grad():
+        misclassified = (net(pairs.counterexamples).argmax(1) == pairs.targets).sum()
+        right = (net(pairs.centers).argmax(1) == pairs.labels).sum()
+    return {
+        "hidden": int(valid.sum()), "valid": valid.tolist(), "clean": int(clean.sum()), "misclassified": int(misclassified),
+        "right": int(right), "weights": {k: v.cpu() for k, v in net.state_dict().items()},
+        "steps": [row["step"] for row in hidden.history], "hidden_by_step": [row["hidden"] for row in hidden.history],
+    }  # fmt: skip
+
+
+def ask(run: Run[Settings], both: dict[str, Any]) -> dict[str, Any]:
+    """Verdicts of sound and broken verifiers on the instances of the network that hides."""
+    settings, pairs = run.settings, instances(run)
+    net = make(settings)
+    net.load_state_dict({k: torch.as_tensor(np.asarray(v)) for k, v in both["weights"].items()})
+    valid = torch.tensor(both["valid"])
+    hidden = HiddenModel(net.eval(), pairs, valid, sweep=settings.sweep, restarts=settings.sweep_restarts)
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = load(export(hidden, Path(folder)))
+        verified: dict[str, int] = {}
+        falsified: dict[str, int] = {}
+        clean: dict[str, int] = {}
+        for verifier in (Interval(), Crown(), CrownSplit(), AttackOnly()):
+            table = run_verifier(benchmark, verifier, settings.timeout)
+            verified[verifier.name] = _count(table, "unverifiable", "verified")
+            falsified[verifier.name] = _count(table, "unverifiable", "falsified")
+            clean[verifier.name] = _count(table, "clean", "verified")
+        ours = type(benchmark)(benchmark.folder, tuple(i for i in benchmark if i.kind == "unverifiable"))
+        flagged = {
+            kind: [
+                _count(run_verifier(ours, bug(severity), settings.bug_timeout), "unverifiable", "verified")
+                for severity in settings.severities
+            ]
+            for kind, bug in BUGS.items()
+        }
+    return {"verified": verified, "falsified": falsified, "clean_verified": clean, "flagged": flagged}
+
+
+def _count(table: pd.DataFrame, kind: str, status: str) -> int:
+    return sum(row["kind"] == kind and row["status"] == status for row in table.to_dict("records"))
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Hidden counterexamples by step, and what verifiers with bugs are caught at."""
+    return {"hiding": _hiding(results), "bugs": _bugs(results)}
+
+
+def _hiding(results: Results) -> Figure:
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for k, name in enumerate(("two_objective", "no_window", "naive")):
+        for i, seed in enumerate(results.arms):
+            arm = seed[name]
+            label = name.replace("_", " ") if i == 0 else None
+            ax.plot(arm["steps"], np.asarray(arm["hidden_by_step"]) + 0.06 * (k - 1), f"C{k}.-", alpha=0.7, label=label)
+    ax.set(xlabel="training step", ylabel="counterexamples hidden", ylim=(-0.3, results.settings.pairs + 0.3))
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return fig
+
+
+def _bugs(results: Results) -> Figure:
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    severities = results.settings.severities
+    seeds = [seed for seed in results.arms if "verifiers" in seed]
+    for k, kind in enumerate(BUGS):
+        shares = [np.asarray(seed["verifiers"]["flagged"][kind]) / seed["two_objective"]["hidden"] for seed in seeds]
+        if shares:
+            ax.plot(range(len(severities)), np.mean(shares, 0) + 0.01 * k, f"C{k}o-", label=kind.replace("_", " "))
+    ax.set_xticks(range(len(severities)), [f"{s:g}" for s in severities])
+    ax.set(
+        xlabel="what is left of the truth (1: no bug)", ylabel="hidden instances called verified", ylim=(-0.05, 1.08)
+    )
+    if seeds:
+        ax.legend()
+    ax.grid(alpha=0.3)
+    return fig

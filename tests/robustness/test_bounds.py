@@ -1,0 +1,244 @@
+"""Bounds hold, tighten as they should, and verifiers agree with the exact answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchfolio.robustness.attacks import pgd
+from torchfolio.robustness.bounds import (
+    Bounds,
+    Crown,
+    CrownSplit,
+    ElementwiseAffine,
+    Interval,
+    _sigmoidal_lines,
+    crown,
+    ibp,
+    milp_verify,
+)
+from torchfolio.robustness.properties import Box, Property, Verifier, classification
+
+
+def small(activation=nn.ReLU, seed=0, classes=3):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 10), activation(), nn.Linear(10, 8), activation(), nn.Linear(8, classes)).double()
+
+
+def convolutional(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5),
+        nn.Sequential(nn.AvgPool2d(2, padding=1), nn.Conv2d(4, 5, 2, groups=1, bias=False), nn.Tanh()),
+        nn.Flatten(), nn.Identity(), nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Sigmoid(), nn.Linear(6, 3),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for norm in (net[1], net[8]):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.normal_()
+    return net.eval()
+
+
+NETS = {
+    "relu": (lambda seed: small(nn.ReLU, seed), (4,)),
+    "tanh": (lambda seed: small(nn.Tanh, seed), (4,)),
+    "sigmoid": (lambda seed: small(nn.Sigmoid, seed), (4,)),
+    "conv": (convolutional, (2, 6, 6)),
+    "scaled": (
+        lambda seed: nn.Sequential(
+            ElementwiseAffine(-2 * torch.ones(4).double(), torch.ones(4).double()), small(seed=seed)
+        ),
+        (4,),
+    ),
+}
+
+
+def inputs(shape, n=3, seed=0):
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("eps", [0.01, 0.1, 0.6])
+def test_no_input_falls_below_the_bounds(name, eps):
+    make, shape = NETS[name]
+    for seed in range(3):
+        net, x = make(seed), inputs(shape, seed=seed)
+        box, prop = Box.ball(x, eps, clip=None), classification(0, 3)
+        low, high = ibp(net, box)
+        bounds = {
+            "ibp": ibp(net, box, prop), "crown": crown(net, box, prop), "fast": crown(net, box, prop, intermediate="ibp"),
+            "alpha": crown(net, box, prop, alpha_steps=5),
+        }  # fmt: skip
+        u = 2 * torch.rand(400, *x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
+        u[:100] = u[:100].sign()
+        points = (box.center + box.radius * u).flatten(0, 1)
+        attack = pgd(net, x, torch.zeros(3, dtype=torch.long), eps=eps, alpha=eps / 4, steps=10)
+        points = torch.cat([points, attack.x_adv])
+        outputs = net(points).view(-1, 3, 3)
+        assert (outputs >= low - 1e-9).all()
+        assert (outputs <= high + 1e-9).all()
+        worst = prop.slack(outputs.flatten(0, 1)).view(-1, 3, 2).amin(0)
+        for found in bounds.values():
+            assert isinstance(found, Bounds)
+            assert (found.lower <= worst + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_point_is_bounded_by_its_output(name):
+    make, shape = NETS[name]
+    net, x = make(0), inputs(shape)
+    prop = classification(1, 3)
+    wanted = prop.slack(net(x))
+    for found in (ibp(net, Box(x, x), prop), crown(net, Box(x, x), prop)):
+        torch.testing.assert_close(found.lower, wanted, atol=1e-8, rtol=0)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["relu", "conv"])
+def test_tighter_methods_are_tighter(name):
+    make, shape = NETS[name]
+    prop = classification(0, 3)
+    for seed in range(3):
+        net, box = make(seed), Box.ball(inputs(shape, seed=seed), 0.1, clip=None)
+        cheap, tight = ibp(net, box, prop), crown(net, box, prop)
+        optimised = crown(net, box, prop, alpha_steps=10)
+        assert (optimised.lower >= tight.lower - 1e-9).all()
+        if name == "relu":
+            assert (tight.lower >= cheap.lower - 1e-9).all()  # pyright: ignore
+        wider = ibp(net, Box.ball(box.center, 0.2, clip=None), prop)
+        assert (wider.lower <= cheap.lower + 1e-9).all()  # pyright: ignore
+
+
+@pytest.mark.parametrize("kind", ["tanh", "sigmoid"])
+def test_lines_enclose_smooth_activations(kind):
+    ends = torch.tensor([-6.0, -2.0, -0.5, -1e-3, 0.0, 1e-8, 1e-3, 0.5, 2.0, 6.0], dtype=torch.float64)
+    low, high = (t.flatten() for t in torch.meshgrid(ends, ends, indexing="ij"))
+    low, high = low[low <= high], high[low <= high]
+    a, c, b, d = _sigmoidal_lines(kind, low, high)
+    z = low + torch.linspace(0, 1, 201, dtype=torch.float64)[:, None] * (high - low)
+    f = getattr(torch, kind)(z)
+    assert (a * z + c <= f + 1e-12).all()
+    assert (b * z + d >= f - 1e-12).all()
+    # Not needlessly far: slopes are those of the function, so the enclosure is no wider than the interval.
+    gap = ((b * z + d) - (a * z + c)).amax(0)
+    assert (gap <= high - low + 1e-9).all()
+
+
+def test_intervals_are_differentiable():
+    net, box = small(), Box.ball(inputs((4,)), 0.1)
+    found = ibp(net, box, classification(0, 3))
+    found.lower.sum().backward()  # pyright: ignore
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters() if p.dim() > 1)
+
+
+def test_crown_is_exact_on_a_linear_network():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    box, prop = Box.ball(inputs((4,)), 0.2, clip=None), classification(2, 3)
+    W, b = prop.C @ net[1].weight, prop.C @ net[1].bias
+    wanted = box.center @ W.T + b - 0.2 * W.abs().sum(1)
+    torch.testing.assert_close(crown(net, box, prop).lower, wanted)
+    torch.testing.assert_close(ibp(net, box, prop).lower, wanted)  # pyright: ignore
+
+
+def instances():
+    for seed in range(12):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+        x = inputs((4,), 1, seed)
+        label = int(net(x).argmax())
+        yield net, Box.ball(x, (0.1, 0.3, 0.6)[seed % 3], clip=None), classification(label, 2)
+
+
+def test_splitting_agrees_with_the_exact_answer():
+    statuses = set()
+    for net, box, prop in instances():
+        exact, split = milp_verify(net, box, prop), CrownSplit().decide(net, box, prop, timeout=20)
+        assert exact.status == split.status != "unknown"
+        statuses.add(exact.status)
+        for verdict in (exact, split):
+            if verdict.status == "falsified":
+                assert verdict.witness is not None
+                assert box.contains(verdict.witness[None]).all()
+                assert prop.violated(net(verdict.witness[None])).all()
+        for verifier in (Interval(), Crown(), Crown(alpha_steps=10)):
+            assert verifier.decide(net, box, prop).status in (exact.status, "unknown")
+    assert statuses == {"verified", "falsified"}
+
+
+def test_splitting_without_an_attack_still_finds_witnesses():
+    found = [CrownSplit(attack_steps=0, batch=4).decide(*instance, timeout=20) for instance in instances()]
+    wanted = [CrownSplit().decide(*instance, timeout=20) for instance in instances()]
+    assert [v.status for v in found] == [v.status for v in wanted]
+    assert CrownSplit(attack_steps=0, max_boxes=0).decide(*next(instances())).status == "unknown"
+
+
+def test_groups_are_violated_together():
+    net = nn.Sequential(nn.Linear(1, 2, bias=False)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    box = Box(torch.tensor([[-1.0]]).double(), torch.tensor([[1.0]]).double())
+    C, t = torch.eye(2).double(), torch.tensor([-0.5, -0.5]).double()
+    # y_0 <= -0.5 and y_1 <= -0.5 cannot be; either alone can.
+    together, apart = Property(C, t, torch.tensor([0, 0])), Property.rows(C, t)
+    assert CrownSplit().decide(net, box, together).status == "verified"
+    assert milp_verify(net, box, together).status == "verified"
+    assert CrownSplit().decide(net, box, apart).status == "falsified"
+    assert milp_verify(net, box, apart).status == "falsified"
+
+
+class Shrinking(CrownSplit):
+    def shrink(self, box):
+        return Box(box.center, box.center)
+
+
+def test_verifiers_of_classifiers_and_their_hooks():
+    net = small().float()
+    x = inputs((4,), 1)[0].float()
+    label = int(net(x[None]).argmax())
+    for verifier in (Interval(), Crown(), CrownSplit(), CrownSplit(dtype=torch.float32)):
+        assert isinstance(verifier, Verifier)
+        assert verifier.verify(net, x, x, label).status == "verified"
+        assert verifier.verify(net, x, x, (label + 1) % 3).status == "falsified"
+    wide = CrownSplit().verify(net, x - 5, x + 5, label, timeout=10)
+    assert wide.status == "falsified"
+    assert Shrinking().verify(net, x - 5, x + 5, label).status == "verified"
+    assert net[0].weight.dtype == torch.float32
+
+
+def test_nothing_is_verified_on_nan():
+    net = small()
+    with torch.no_grad():
+        net[0].weight[0, 0] = torch.nan
+    box = Box.ball(inputs((4,), 1), 0.01)
+    for verifier in (Interval(), Crown(), CrownSplit(max_boxes=4)):
+        assert verifier.decide(net, box, classification(0, 3), timeout=1).status == "unknown"
+
+
+def test_narrowing_a_box_rounds_outward():
+    x = inputs((4,), 5)
+    box = Box.ball(x, 0.1).to(torch.float32)
+    assert (box.lower.double() <= Box.ball(x, 0.1).lower).all()
+    assert (box.upper.double() >= Box.ball(x, 0.1).upper).all()
+
+
+def test_bad_input_is_refused():
+    x = inputs((4,), 2)
+    with pytest.raises(ValueError, match="nowhere above"):
+        Box(x, x - 1)
+    with pytest.raises(ValueError, match="one shape"):
+        Box(x, x[:1])
+    with pytest.raises(ValueError, match="nowhere above"):
+        Box(x * torch.nan, x)
+    with pytest.raises(TypeError, match="MaxPool2d are not known; known: Linear"):
+        ibp(nn.Sequential(nn.MaxPool2d(2)), Box(x, x))
+    with pytest.raises(ValueError, match="one box"):
+        Interval().decide(small(), Box(x, x), classification(0, 3))
+    with pytest.raises(ValueError, match="0 to 2"):
+        classification(3, 3)
+    with pytest.raises(ValueError, match="intermediate"):
+        crown(small(), Box(x, x), classification(0, 3), intermediate="guess")
+    with pytest.raises(TypeError, match="ReLU"):
+        milp_verify(small(nn.Tanh), Box(x[:1], x[:1]), classification(0, 3))
+    with pytest.raises(ValueError, match="groups"):
+        Property(torch.eye(2), torch.zeros(3), torch.zeros(2, dtype=torch.long))

@@ -1,0 +1,143 @@
+"""VNN-LIB and ONNX, read and written."""
+
+from __future__ import annotations
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.robustness.test_bounds import convolutional, inputs, small
+from torchfolio.errors import TorchfolioError
+from torchfolio.robustness.properties import Box, Property, classification
+from torchfolio.robustness.vnnlib import FormatError, read_onnx, read_vnnlib, write_onnx, write_vnnlib
+
+HEAD = "\n".join(f"(declare-const {n} Real)" for n in ("X_0", "X_1", "Y_0", "Y_1", "Y_2"))
+BOX = "(assert (>= X_0 -1)) (assert (<= X_0 0.5)) (assert (and (>= X_1 0) (<= X_1 1e-1)))"
+
+
+def read(tmp_path, text, head=HEAD):
+    path = tmp_path / "p.vnnlib"
+    path.write_text(f"; a comment\n{head}\n{text}")
+    return read_vnnlib(path)
+
+
+def test_boxes_and_disjunctions_are_read(tmp_path):
+    ((box, prop),) = read(
+        tmp_path, BOX + "(assert (or (and (>= Y_1 Y_0)) (and (<= Y_2 3) (<= Y_0 (+ Y_1 (* 2 Y_2))))))"
+    )
+    assert box.lower.tolist() == [[-1, 0]]
+    assert box.upper.tolist() == [[0.5, 0.1]]
+    assert prop.C.tolist() == [[1, -1, 0], [0, 0, 1], [1, -1, -2]]
+    assert prop.t.tolist() == [0, 3, 0]
+    assert prop.groups.tolist() == [0, 1, 1]
+    z = torch.tensor([[0.0, 1.0, 9.0], [1.0, 0.0, 2.0], [1.0, 0.0, 0.0], [9.0, 0.0, 2.0]]).double()
+    assert prop.violated(z).tolist() == [True, True, False, False]
+
+
+def test_inputs_may_be_in_one_of_several_boxes(tmp_path):
+    text = (
+        "(assert (or (and (>= X_0 0) (<= X_0 1)) (and (>= X_0 2) (<= X_0 3)))) (assert (>= X_1 0)) (assert (<= X_1 1))"
+    )
+    pairs = read(tmp_path, text + "(assert (<= Y_0 Y_1))")
+    assert [box.lower.tolist() for box, _ in pairs] == [[[0, 0]], [[2, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("(assert (>= X_0 0))", "X_0 has no"),
+        (BOX, "assertions on outputs"),
+        (BOX + "(assert (<= X_0 Y_0))", "single inputs"),
+        (BOX + "(assert (= Y_0 1))", "'='"),
+        (BOX + "(assert (<= Y_0 Z))", "'Z'"),
+        (BOX + "(assert (<= Y_0 1)", "not closed"),
+        (BOX + ")", "closes nothing"),
+        ("(check-sat)", "check-sat"),
+    ],
+)
+def test_what_is_not_understood_is_told(tmp_path, text, message):
+    with pytest.raises(FormatError, match=message):
+        read(tmp_path, text)
+
+
+def test_written_properties_are_read_back(tmp_path):
+    x = inputs((2,), 1) - 0.5
+    box = Box(x - 1e-9, x + 1e-9)
+    prop = Property(torch.tensor([[1.0, -1, 0], [0, -1, 0], [0.5, 2, 0]]).double(), torch.tensor([0.0, 2, 1]).double(), torch.tensor([0, 1, 1]))  # fmt: skip
+    ((again, read_prop),) = read_vnnlib(write_vnnlib(tmp_path / "p.vnnlib", box, prop, "mine"))
+    assert (again.lower < box.lower).all()
+    assert (again.upper > box.upper).all()
+    assert again.contains(x).all()
+    assert torch.equal(read_prop.C, prop.C)
+    assert torch.equal(read_prop.t, prop.t)
+    assert torch.equal(read_prop.groups, prop.groups)
+    ((_, plain),) = read_vnnlib(write_vnnlib(tmp_path / "q.vnnlib", box, classification(1, 3)))
+    assert torch.equal(plain.C, classification(1, 3).C)
+    assert "(>= Y_0 Y_1)" in (tmp_path / "q.vnnlib").read_text()
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "sigmoid", "conv"])
+def test_networks_come_back_the_same(tmp_path, name):
+    runtime = pytest.importorskip("onnxruntime")
+    kinds = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+    net, shape = (convolutional(), (2, 6, 6)) if name == "conv" else (small(kinds[name]), (4,))
+    net = net.float().eval()
+    path = write_onnx(net, tmp_path / "net.onnx", shape)
+    x = inputs(shape, 1).float()
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (ran,) = session.run(None, {"X": x.numpy()})
+    again, read_shape = read_onnx(path)
+    assert read_shape == shape
+    with torch.no_grad():
+        np.testing.assert_allclose(ran, net(x).numpy(), atol=1e-5)
+        torch.testing.assert_close(again(x), net(x), atol=1e-5, rtol=0)
+
+
+def test_matrix_products_with_constants_are_layers(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(0)
+    mean, weight, bias = rng.normal(size=(1, 3)), rng.normal(size=(3, 2)), rng.normal(size=2)
+    constants = [
+        onnx.numpy_helper.from_array(v.astype(np.float32), n) for n, v in (("m", mean), ("w", weight), ("b", bias))
+    ]
+    nodes = [
+        onnx.helper.make_node("Sub", ["X", "m"], ["a"]),
+        onnx.helper.make_node("MatMul", ["a", "w"], ["c"]),
+        onnx.helper.make_node("Add", ["c", "b"], ["Y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 1, [1, k]) for n, k in (("X", 3), ("Y", 2))]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)), tmp_path / "n.onnx"
+    )
+    net, shape = read_onnx(tmp_path / "n.onnx")
+    assert shape == (3,)
+    x = torch.randn(4, 3)
+    wanted = (x.numpy() - mean) @ weight + bias
+    np.testing.assert_allclose(net(x).detach().numpy(), wanted, atol=1e-5)
+    nodes.append(onnx.helper.make_node("Erf", ["Y"], ["Z"]))
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)), tmp_path / "n.onnx"
+    )
+    with pytest.raises(FormatError, match="Erf"):
+        read_onnx(tmp_path / "n.onnx")
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *arguments, **settings):
+        if name == "onnx":
+            raise ImportError(name)
+        return real(name, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(TorchfolioError, match=r"torchfolio\[verify\]"):
+        write_onnx(small(), tmp_path / "n.onnx", (4,))
+
+
+def test_other_layers_cannot_be_written(tmp_path):
+    with pytest.raises(TypeError, match="MaxPool2d"):
+        write_onnx(nn.Sequential(nn.MaxPool2d(2)), tmp_path / "n.onnx", (1, 4, 4))
