@@ -1,1 +1,39 @@
-"""Backdoor attacks, detectors and defences."""
+"""Backdoors: attacks, detectors and defences, on common ground.
+
+- `triggers`: what makes an input obeyed by a backdoored network; `labels`: which labels the attacker gives;
+- `poison`: poisoned data sets with known truth; `metrics`: ACC, ASR, what a filter rejects, …;
+- `protocol`: one way to call attacks, detectors and defences, and to judge them;
+- `zoo`: small networks and their training.
+"""
+
+from torchfolio.backdoor.labels import X2X, AllToAll, AllToOne, CleanLabel, LabelMap
+from torchfolio.backdoor.poison import PoisonedDataset, poison, poisoned_test
+from torchfolio.backdoor.triggers import (
+    AdditiveTrigger,
+    BlendTrigger,
+    GeneratorTrigger,
+    PatchTrigger,
+    SinusoidTrigger,
+    TokenTrigger,
+    Trigger,
+    WarpTrigger,
+)
+
+__all__ = [
+    "X2X",
+    "AdditiveTrigger",
+    "AllToAll",
+    "AllToOne",
+    "BlendTrigger",
+    "CleanLabel",
+    "GeneratorTrigger",
+    "LabelMap",
+    "PatchTrigger",
+    "PoisonedDataset",
+    "SinusoidTrigger",
+    "TokenTrigger",
+    "Trigger",
+    "WarpTrigger",
+    "poison",
+    "poisoned_test",
+]

@@ -21,9 +21,9 @@ from torchfolio.cli.networks import (
     augmentation,
     call_with,
     fitting_splits,
+    from_weights,
     importable,
     method_class,
-    network_recipe,
     normalized_splits,
     parse_settings,
     show_result,
@@ -33,7 +33,7 @@ from torchfolio.errors import TorchfolioError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from torchfolio.bundle import Bundle, Manifest
+    from torchfolio.bundle import Manifest
     from torchfolio.data import DataSplits
     from torchfolio.efficiency.compression import Compression
 
@@ -86,7 +86,7 @@ def compress(
         source = load_bundle(bundle, allow=allow)
         splits = fitting_splits(source.manifest, str(bundle), data, image_size=image_size, **sizes)
     elif bundle is None and model is not None and weights is not None:
-        source, splits = _from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
+        source, splits = from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
     else:
         raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
@@ -114,33 +114,6 @@ def compress(
     written = load_bundle(output, allow=allow).model
     after = {**_measure(written, splits, device), **compression.operations(written.cpu(), example[:1])}
     _show(str(output), method, before, after, as_json)
-
-
-def _from_weights(
-    model: str, weights: Path, arguments: dict[str, Any], data: str, image_size: int | None, sizes: dict[str, Any]
-) -> tuple[Bundle, DataSplits]:
-    """A network from a factory and a safetensors file, as if it came from a bundle; and its data."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from torchfolio.bundle import Bundle, Manifest, build
-    from torchfolio.data import load
-
-    if not weights.is_file():
-        raise FileNotFoundError(f"there is no file {weights}")
-    splits = load(data, image_size=image_size, normalize=False, **sizes)
-    path, arguments = network_recipe(model, arguments, splits)
-    net = build(path, arguments, allow=[path])
-    try:
-        net.load_state_dict(load_file(weights))
-    except SafetensorError as error:
-        raise TorchfolioError(f"{weights} is not a readable safetensors file: {error}") from error
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise TorchfolioError(f"the weights in {weights} do not fit {model}: {detail}") from error
-    mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
-    shape, classes = tuple(splits.shape), tuple(splits.classes)
-    return Bundle(net.eval(), Manifest(path, arguments, shape, classes, mean, std, {"image_size": image_size})), splits
 
 
 def _manifest(source: Manifest, compression: Compression, record: dict[str, Any]) -> Manifest:

@@ -15,7 +15,7 @@ from torchfolio.errors import TorchfolioError
 if TYPE_CHECKING:
     from torch import nn
 
-    from torchfolio.bundle import Manifest
+    from torchfolio.bundle import Bundle, Manifest
     from torchfolio.data import DataSplits
     from torchfolio.engine import LearningRule
 
@@ -374,6 +374,33 @@ def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) 
     }
     parameters = _parameters(factory, inspect.signature(factory))
     return path, {**{k: v for k, v in known.items() if k in parameters}, **settings}
+
+
+def from_weights(
+    model: str, weights: Path, arguments: dict[str, Any], data: str, image_size: int | None, sizes: dict[str, Any]
+) -> tuple[Bundle, DataSplits]:
+    """A network from a factory and a safetensors file, as if it came from a bundle; and its data."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from torchfolio.bundle import Bundle, Manifest, build
+    from torchfolio.data import load
+
+    if not weights.is_file():
+        raise FileNotFoundError(f"there is no file {weights}")
+    splits = load(data, image_size=image_size, normalize=False, **sizes)
+    path, arguments = network_recipe(model, arguments, splits)
+    net = build(path, arguments, allow=[path])
+    try:
+        net.load_state_dict(load_file(weights))
+    except SafetensorError as error:
+        raise TorchfolioError(f"{weights} is not a readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise TorchfolioError(f"the weights in {weights} do not fit {model}: {detail}") from error
+    mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
+    shape, classes = tuple(splits.shape), tuple(splits.classes)
+    return Bundle(net.eval(), Manifest(path, arguments, shape, classes, mean, std, {"image_size": image_size})), splits
 
 
 def _parameters(factory: Callable[..., nn.Module], signature: Any) -> set[str]:

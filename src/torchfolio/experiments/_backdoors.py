@@ -1,0 +1,52 @@
+"""What the experiments on backdoors share: attacks on small images, and the networks that fall victim."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchfolio.backdoor import (
+    AllToAll,
+    AllToOne,
+    BlendTrigger,
+    CleanLabel,
+    LabelMap,
+    PatchTrigger,
+    SinusoidTrigger,
+    Trigger,
+    WarpTrigger,
+)
+from torchfolio.backdoor.zoo import Normalize, ResNet18CIFAR, SmallConvNet
+from torchfolio.data import DataSplits
+
+
+def attack(name: str, data: DataSplits) -> tuple[Trigger, LabelMap]:
+    """Trigger and labels of an attack by name; the target is class 0."""
+    classes, shape = data.num_classes, data.shape
+    side = min(shape[1:])
+    patch = PatchTrigger.checkerboard(shape, size=3, margin=1) if side >= 16 else _small_patch(shape)
+    attacks: dict[str, tuple[Trigger, LabelMap]] = {
+        "badnets": (patch, AllToOne(0, classes)),
+        "blend": (BlendTrigger.noise(shape, alpha=0.2), AllToOne(0, classes)),
+        # A shift by one would be the very map that wrong labels are often made by.
+        "all_to_all": (patch, AllToAll(classes, shift=3)),
+        "warp": (WarpTrigger(), AllToOne(0, classes)),
+        "sinusoid": (SinusoidTrigger(), CleanLabel(0, classes)),
+    }
+    if name not in attacks:
+        raise ValueError(f"expected an attack among {', '.join(attacks)}, got {name!r}")
+    return attacks[name]
+
+
+def _small_patch(shape: tuple[int, ...]) -> Trigger:
+    return PatchTrigger.checkerboard(shape, size=2, margin=0)
+
+
+def victim(data: DataSplits, network: str, width: int, seed: int) -> nn.Module:
+    """A new network that normalises its inputs by itself."""
+    torch.manual_seed(seed)
+    kinds = {"conv": SmallConvNet, "resnet18": ResNet18CIFAR}
+    if network not in kinds:
+        raise ValueError(f"expected the network conv or resnet18, got {network!r}")
+    mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
+    return nn.Sequential(Normalize(mean, std), kinds[network](data.shape[0], data.num_classes, width=width))

@@ -1,0 +1,296 @@
+"""BaDExpert on several attacks: is the expert a backdoor without a task, and which inputs does it give away?"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.backdoor import poison, poisoned_test
+from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
+from torchfolio.backdoor.metrics import attack_metrics, auroc, labels_of, outputs_of
+from torchfolio.backdoor.protocol import evaluate_input_detector
+from torchfolio.backdoor.zoo import fit_classifier
+from torchfolio.data import CropFlip, DataSplits
+from torchfolio.engine import fit
+from torchfolio.engine.state import FitState
+from torchfolio.experiments._backdoors import attack, victim
+from torchfolio.runs import Results, Run
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Data, attacks and the two finetunings.
+
+    Attributes:
+        data: name of the images.
+        attacks: by name, see `torchfolio.experiments._backdoors.attack`.
+        network: `"conv"` or `"resnet18"`.
+        width: of the network.
+        epochs: of the victims.
+        lr: of the victims.
+        rate: share of the training images that is poisoned.
+        clean_size: trusted images, from the test part; they are not reported on.
+        unlearn_lr: of the expert; `"auto"` finds one on the trusted images.
+        unlearn_batch: of the expert.
+        finetune_lr: of the auxiliary network.
+        kappa: of the score.
+        batch_size: of the victims.
+        flip: train victims and finetune on flipped images too.
+        traced: images of each kind behind the curve of unlearning.
+    """
+
+    data: str = "mnist10k"
+    attacks: tuple[str, ...] = ("badnets", "blend", "all_to_all")
+    network: str = "conv"
+    width: int = 8
+    epochs: int = 4
+    lr: float = 0.05
+    rate: float = 0.1
+    clean_size: int = 500
+    unlearn_lr: float | str = "auto"
+    unlearn_batch: int = 32
+    finetune_lr: float = 0.1
+    kappa: float = 0.5
+    batch_size: int = 64
+    flip: bool = False
+    traced: int = 500
+
+
+SCALES = {
+    "smoke": Settings(data="digits", attacks=("badnets", "blend"), epochs=6, lr=0.1, clean_size=120, traced=100),
+    "quick": Settings(),
+    "full": Settings(
+        data="cifar10", attacks=("badnets", "blend", "warp", "sinusoid"), network="resnet18", width=64, epochs=100,
+        lr=0.1, clean_size=2000, unlearn_lr=1e-4, unlearn_batch=128, batch_size=128, flip=True,
+    ),
+}  # fmt: skip
+
+
+def run(run: Run[Settings]) -> None:
+    """Train a victim of every attack and a clean network, fit the detector, and try it on triggered images."""
+    settings = run.settings
+    data = run.data(settings.data, normalize=False, val=0)
+    trusted, test = divide(data.test.tensors, settings.clean_size, run.seed)
+    found = {
+        name: run.arm(name, lambda name=name: measure(run, data, trusted, test, name)) for name in settings.attacks
+    }
+    found["clean"] = run.arm("clean", lambda: measure(run, data, trusted, test, "badnets", rate=0.0))
+    badnets, blend = found["badnets"], found["blend"]
+    run.claim(
+        "expert", {"accuracy": badnets["expert_acc"], "attack_success": badnets["expert_asr"],
+                   "never_poisoned": found["clean"]["asr"]}, "accuracy <= 0.65 and attack_success >= 0.90",
+    )  # fmt: skip
+    run.claim(
+        "detection",
+        {"badnets": badnets["auroc_triangle"], "blend": blend["auroc_triangle"], "badnets_tpr": badnets["tpr"],
+         "badnets_fpr": badnets["fpr"]},
+        "badnets >= 0.95 and blend >= 0.95 and badnets_tpr >= 0.70 and badnets_fpr <= 0.03",
+    )  # fmt: skip
+    run.claim(
+        "ensemble",
+        {"ensemble": badnets["auroc_triangle"], "auxiliary": badnets["auroc_auxiliary"]},
+        "ensemble >= auxiliary + 0.05",
+    )
+    run.claim(
+        "filtering",
+        {"filtered": badnets["filtered_asr"], "unfiltered": badnets["asr"], "accuracy": badnets["filtered_acc"],
+         "unfiltered_accuracy": badnets["acc"]},
+        "filtered <= 0.3 * unfiltered and accuracy >= unfiltered_accuracy - 0.03",
+    )  # fmt: skip
+    run.claim("negative_control", {"right_labels": badnets["auroc_control"]}, "right_labels <= 0.75")
+
+
+def divide(pair: tuple[Tensor, ...], size: int, seed: int) -> tuple[Pair, Pair]:
+    """Trusted images, and those that are reported on."""
+    order = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(seed))
+    parts = [(pair[0][part], pair[1][part]) for part in (order[:size], order[size:])]
+    return parts[0], parts[1]
+
+
+def measure(
+    run: Run[Settings], data: DataSplits, trusted: Pair, test: Pair, name: str, rate: float | None = None
+) -> dict[str, Any]:
+    """One victim and its detector; with a rate of 0, a network that was never poisoned."""
+    settings = run.settings
+    trigger, labels = attack(name, data)
+    poisoned = poison(
+        data.train.tensors,
+        trigger,
+        labels,
+        rate=settings.rate if rate is None else rate,
+        seed=run.seed,  # pyright: ignore[reportArgumentType]
+    )
+    flip = CropFlip(padding=0) if settings.flip else None
+    net = victim(data, settings.network, settings.width, run.seed)
+    fit_classifier(
+        net, poisoned, settings.epochs, settings.lr, augment=flip, batch_size=settings.batch_size, seed=run.seed,
+        device=run.device,
+    )  # fmt: skip
+    attacked = poisoned_test(test, trigger, labels)
+    started = time.perf_counter()
+    detector = fitted(run, net, trusted)
+    seconds = time.perf_counter() - started
+    before = attack_metrics(net, test, attacked)
+    expert = attack_metrics(detector.expert_, test, attacked)
+    report = evaluate_input_detector(detector, net, test, attacked)
+    triggered, target = attacked.tensors()
+    (b, m, said), (b_bad, m_bad, said_bad) = detector.confidences(test[0]), detector.confidences(triggered)
+    right, reached = said == test[1], said_bad == target
+    aurocs = {
+        f"auroc_{score}": auroc(
+            suspicion(b[right], m[right], score, settings.kappa),
+            suspicion(b_bad[reached], m_bad[reached], score, settings.kappa),
+        )
+        for score in SCORES
+    }
+    started = time.perf_counter()
+    detector.score(test[0][:1000])
+    scoring = (time.perf_counter() - started) / min(1.0, len(test[0]) / 1000)
+    found = {
+        **before.as_dict(), "expert_acc": expert.acc, "expert_asr": expert.asr, **aurocs, "tpr": report.tpr_held_out,
+        "fpr": report.fpr_held_out, "filtered_asr": report.filter.filtered_asr, "filtered_acc": report.filter.psr,
+        "auroc_strip": auroc(strip(net, test[0][right], trusted[0]), strip(net, triggered[reached], trusted[0])),
+        "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "unlearn_lr": detector.unlearn_lr_, "fit_seconds": seconds,
+        "score_seconds_per_1000": scoring,
+        "points": np.stack([np.r_[b[right][:400], b_bad[reached][:400]], np.r_[m[right][:400], m_bad[reached][:400]]]).tolist(),
+        "clean_points": int(min(400, right.sum())),
+    }  # fmt: skip
+    if name == "badnets" and rate is None:
+        found |= control(run, net, trusted, test, attacked, detector)
+        found |= trace(run, net, trusted, test, attacked, detector.unlearn_lr_)
+    return found
+
+
+def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) -> BaDExpert:
+    """The detector of the experiment."""
+    settings = run.settings
+    chosen: dict[str, Any] = {
+        "kappa": settings.kappa, "unlearn_lr": settings.unlearn_lr, "unlearn_batch": settings.unlearn_batch,
+        "finetune_lr": settings.finetune_lr, "seed": run.seed, **changes,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said in numbers below
+        return BaDExpert(**chosen).fit(net, trusted)
+
+
+def control(
+    run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, expert: BaDExpert
+) -> dict[str, float]:
+    """An epoch at the same rate on right labels: confidence of that network in the predicted label as a score."""
+    detector = fitted(run, net, trusted, mislabel="none", score="expert", stop_acc=0.0, unlearn_lr=expert.unlearn_lr_)
+    triggered, target = attacked.tensors()
+    right, reached = labels_of(net, test[0]) == test[1], labels_of(net, triggered) == target
+    return {"auroc_control": auroc(detector.score(test[0][right]), detector.score(triggered[reached]))}
+
+
+def trace(
+    run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, lr: float
+) -> dict[str, list[float]]:
+    """Accuracy and attack success of the expert, step by step, without a stop."""
+    settings = run.settings
+    x, y = (t[: settings.traced] for t in test)
+    bad, target = (t[: settings.traced] for t in attacked.tensors())
+    rows: list[tuple[float, float]] = []
+
+    def look(state: FitState) -> None:
+        if not state.epoch_end:
+            rows.append(
+                (float((labels_of(state.model, x) == y).double().mean()),
+                 float((labels_of(state.model, bad) == target).double().mean()))
+            )  # fmt: skip
+
+    wrong = (trusted[1] + 1) % int(outputs_of(net, x[:1]).shape[1])
+    fit(
+        copy.deepcopy(net), (trusted[0], wrong), optimizer=partial(torch.optim.Adam, lr=lr), epochs=2,
+        batch_size=settings.unlearn_batch, recorder=[look], seed=run.seed, device=str(run.device), progress=False,
+    )  # fmt: skip
+    return {"trace_acc": [a for a, _ in rows], "trace_asr": [s for _, s in rows]}
+
+
+def strip(net: nn.Module, x: Tensor, clean: Tensor, blends: int = 16) -> Tensor:
+    """The baseline: predictions of triggered images survive being blended with others, so their entropy is low.
+
+    Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019.
+    """
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for other in clean[:blends]:
+        p = outputs_of(net, 0.5 * (x + other)).double().softmax(1)
+        total += -(p * p.clamp_min(1e-12).log()).sum(1)
+    return -total / blends
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """The plane of the two confidences, how well every score ranks, and the course of unlearning."""
+    return {"confidences": _plane(results), "auroc": _aurocs(results), "unlearning": _unlearning(results)}
+
+
+def _plane(results: Results) -> Figure:
+    settings = results.settings
+    names = settings.attacks
+    fig, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3.8), layout="constrained", squeeze=False, sharey=True
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        first = results.arms[0][name]  # the first seed's; seeds differ in how many attacks succeed
+        points, clean = np.asarray(first["points"]), int(first["clean_points"])
+        ax.scatter(*points[:, :clean], s=8, alpha=0.5, label="clean")
+        ax.scatter(*points[:, clean:], s=8, alpha=0.5, marker="x", label="triggered")
+        _rays(ax, -float(first["threshold"]), settings.kappa)
+        ax.set(
+            xlabel="$b$, confidence of the expert", title=name.replace("_", " "), xlim=(-0.03, 1.03), ylim=(-0.03, 1.03)
+        )
+    axes[0, 0].set_ylabel("$m$, confidence of the auxiliary network")
+    axes[0, -1].legend(loc="center left", framealpha=0.9)
+    return fig
+
+
+def _rays(ax: Axes, a: float, kappa: float) -> None:
+    """Where the score equals the threshold: rejected is what lies below the one ray or right of the other."""
+    m = np.linspace(0, 1, 101)
+    if a > 0:
+        ax.plot(m, np.minimum(a * kappa * m, 2), "k-", lw=1, label="threshold")
+    below = m[m <= kappa]
+    ax.plot(1 - a * (kappa - below), below, "k--", lw=1)
+
+
+def _aurocs(results: Results) -> Figure:
+    names = results.settings.attacks
+    shown = [*SCORES, "strip"]
+    fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        values = np.stack([results.values(name, f"auroc_{score}") for score in shown], 1)
+        place = np.arange(len(shown)) + (k - (len(names) - 1) / 2) * width
+        ax.bar(place, values.mean(0), width, yerr=values.std(0), label=name.replace("_", " "), capsize=2)
+    ax.axhline(0.5, c="grey", ls=":")
+    ax.set_xticks(range(len(shown)), [*SCORES, "STRIP"])
+    ax.set(ylabel="AUROC", ylim=(0, 1.02))
+    ax.legend(loc="lower left", ncols=len(names), framealpha=0.9)
+    return fig
+
+
+def _unlearning(results: Results) -> Figure:
+    fig, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for value, label in (("trace_acc", "accuracy on clean images"), ("trace_asr", "attack success")):
+        curves = results.values("badnets", value)
+        ax.plot(np.arange(curves.shape[1]), curves.mean(0), label=label)
+        ax.fill_between(np.arange(curves.shape[1]), curves.min(0), curves.max(0), alpha=0.2)
+    for k, step in enumerate(results.values("badnets", "stopped_at")):
+        ax.axvline(step, c="k", ls=":", lw=1, label="unlearning stopped" if k == 0 else None)
+    ax.set(xlabel="step on wrong labels", ylabel="share", ylim=(0, 1.02))
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return fig

@@ -1,0 +1,227 @@
+"""The stamp, isolation, relabelling, and what is trained on and deployed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchfolio.backdoor import AllToOne, PatchTrigger, poison
+from torchfolio.backdoor.nab import (
+    NAB,
+    LGAIsolator,
+    NearestCenterRelabeler,
+    PrecomputedIsolator,
+    PrecomputedRelabeler,
+    Stamp,
+    StampedModel,
+    VerifiedDataRelabeler,
+    cosine_tail,
+    flooding,
+)
+from torchfolio.backdoor.protocol import TrainingDefense
+from torchfolio.backdoor.zoo import SmallConvNet
+from torchfolio.data import CropFlip, load
+from torchfolio.engine import fit
+
+
+def data(n=60, shape=(3, 8, 10)):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(n, *shape, generator=generator), torch.arange(n) % 5
+
+
+def nothing(n=60):
+    return torch.zeros(n, dtype=torch.bool)
+
+
+def test_flooding_ascends_as_signed_loss_does():
+    logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    for gamma in (0.2, 5.0):
+        loss = F.cross_entropy(logits, y)
+        (flooded,) = torch.autograd.grad(flooding(loss, gamma), logits, retain_graph=True)
+        (signed,) = torch.autograd.grad((loss - gamma).sign().detach() * loss, logits)
+        torch.testing.assert_close(flooded, signed, atol=1e-12, rtol=1e-7)
+    assert float(flooding(torch.tensor(0.5), 0.5)) == 0.5
+
+
+def test_rates_do_not_reach_zero():
+    rate = cosine_tail(20, 80)
+    assert rate(0) == 1
+    assert rate(19) == pytest.approx(0.5 * (1 + np.cos(np.pi * 19 / 100)))
+
+
+@pytest.mark.parametrize("corner", ["top-left", "top-right", "bottom-left", "bottom-right"])
+def test_the_stamp_changes_its_square_alone(corner):
+    x, _ = data()
+    stamp = Stamp(2, corner, [0.1, 0.2, 0.3])
+    made = stamp(x)
+    assert torch.equal(stamp(made), made)
+    changed = (made != x).any(1)
+    assert (changed.flatten(1).sum(1) == 4).all()
+    rows = slice(0, 2) if corner.startswith("top") else slice(-2, None)
+    columns = slice(0, 2) if corner.endswith("left") else slice(-2, None)
+    torch.testing.assert_close(made[0, :, rows, columns].mean((1, 2)), torch.tensor([0.1, 0.2, 0.3]))
+    assert torch.equal(stamp(x[0]), made[0])
+
+
+def test_without_suspects_the_data_stay_as_they_are():
+    x, y = data()
+    made = NAB(PrecomputedIsolator(nothing()), PrecomputedRelabeler(y)).prepare((x, y))
+    assert torch.equal(made.tensors()[0], x)
+    assert torch.equal(made.tensors()[1], y)
+    assert torch.equal(made[7][0], x[7])
+
+
+def test_confirmed_labels_are_not_stamped():
+    x, y = data()
+    mask = nothing()
+    mask[:10] = True
+    pseudo = y.clone()
+    made = NAB(PrecomputedIsolator(mask), PrecomputedRelabeler(pseudo)).prepare((x, y))
+    assert not made.stamped.any()
+    pseudo[3], pseudo[40] = 0, 4  # sample 40 is not isolated: its label stands
+    made = NAB(PrecomputedIsolator(mask), PrecomputedRelabeler(pseudo), Stamp(value=0.0)).prepare((x, y))
+    assert made.stamped.nonzero().flatten().tolist() == [3]
+    assert int(made.pseudo_labels[3]) == 0
+    assert int(made.pseudo_labels[40]) == int(y[40])
+    assert (made[3][0][:, :2, :2] == 0).all()
+
+
+def test_stamps_come_after_augmentation():
+    x, y = data()
+    mask = nothing()
+    mask[::3] = True
+    nab = NAB(
+        PrecomputedIsolator(mask), PrecomputedRelabeler((y + 1) % 5), Stamp(value=-1.0), augment=CropFlip(padding=2)
+    )
+    made = nab.prepare(TensorDataset(x, y), seed=0)
+    for images, _ in DataLoader(made, batch_size=60):
+        assert (images[::3, :, :2, :2] == -1).all()
+        assert not (images[1::3] == -1).any()
+    net = SmallConvNet(3, 5, width=4)
+    fit(net, made, epochs=1, batch_size=20, progress=False)
+
+
+def test_some_clean_samples_may_be_stamped():
+    x, y = data()
+    nab = NAB(PrecomputedIsolator(nothing()), PrecomputedRelabeler(y), Stamp(value=0.0), stamp_clean_fraction=0.1)
+    made = nab.prepare((x, y), seed=3)
+    assert made.stamped.sum() == 6
+    assert torch.equal(made.pseudo_labels, y)
+    assert torch.equal(made.stamped, nab.prepare((x, y), seed=3).stamped)
+
+
+def test_the_mean_is_filled_in_and_deployed():
+    x, y = data()
+    nab = NAB(PrecomputedIsolator(nothing()), PrecomputedRelabeler(y))
+    with pytest.raises(ValueError, match="not known yet"):
+        nab.stamp(x)
+    nab.prepare((x, y))
+    torch.testing.assert_close(nab.stamp.value, x.mean((0, 2, 3)))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(240, 5))
+    deployed = nab.wrap(net)
+    assert isinstance(nab, TrainingDefense)
+    assert torch.equal(deployed(x), net(nab.stamp(x)))
+    assert deployed.unwrap() is net
+    labels, rejected = deployed.filter(x)
+    assert torch.equal(rejected, net(x).argmax(1) != labels)
+    again = StampedModel(nn.Sequential(nn.Flatten(), nn.Linear(240, 5)), Stamp(value=[0.0, 0.0, 0.0]))
+    again.load_state_dict(deployed.state_dict())
+    for copied in (again, copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))):
+        assert torch.equal(copied(x), deployed(x))
+
+
+def test_random_stamps_differ_by_seed():
+    assert len({repr(Stamp.random(seed)) for seed in range(20)}) > 3
+    assert repr(Stamp.random(4)) == repr(Stamp.random(4))
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    digits = load("digits", normalize=False)
+    trigger = PatchTrigger.checkerboard(digits.shape, size=2, margin=0)
+    return digits, poison(digits.train.tensors, trigger, AllToOne(0, 10), rate=0.1, seed=0)
+
+
+def net():
+    return SmallConvNet(1, 10, width=4)
+
+
+def test_what_is_easy_is_isolated():
+    """Labels of noise cannot be learned; those that go with a patch can."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(600, 1, 8, 8, generator=generator) / 2, torch.randint(10, (600,), generator=generator)
+    bad = poison(clean, PatchTrigger.checkerboard((1, 8, 8), margin=0), AllToOne(0, 10), rate=0.1, seed=0)
+    for epochs in (3, "auto"):
+        isolator = LGAIsolator(net, epochs=epochs, lr=0.1, max_epochs=4)
+        nab = NAB(isolator, PrecomputedRelabeler(bad.y_true), Stamp(value=0.5))
+        made = nab.prepare(bad, seed=0)
+        report = made.report(bad.is_poison, bad.y_true)
+        assert report["precision"] > 0.85
+        assert report["label_accuracy"] == 1
+        assert made.isolated.sum() == 30
+        assert len(isolator.gaps_) == (1 if epochs == 3 else 4)
+        assert isolator.epoch_ == (3 if epochs == 3 else 1 + int(np.argmax(isolator.gaps_)))
+        again = LGAIsolator(net, epochs=epochs, lr=0.1, max_epochs=4)(bad.tensors(), seed=0)
+        assert torch.equal(again, made.scores)
+
+
+def test_a_few_verified_examples_relabel(poisoned):
+    digits, bad = poisoned
+    x, y = digits.test.tensors
+    relabeler = VerifiedDataRelabeler(model_fn=net, epochs=30, lr=0.1, batch_size=16)
+    nab = NAB(PrecomputedIsolator(torch.from_numpy(bad.is_poison)), relabeler, Stamp(value=0.5))
+    report = nab.prepare(bad, clean=(x[:150], y[:150]), seed=0).report(bad.is_poison, bad.y_true)
+    assert report["label_accuracy"] > 0.6
+
+
+def test_labels_of_the_nearest_centre(poisoned):
+    _, bad = poisoned
+    nab = NAB(PrecomputedIsolator(torch.from_numpy(bad.is_poison)), NearestCenterRelabeler(nn.Flatten()))
+    report = nab.prepare(bad).report(bad.is_poison, bad.y_true)
+    assert (report["precision"], report["recall"]) == (1, 1)
+    assert report["label_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": 1.0}, "ratio"),
+        ({"stamp_clean_fraction": 1.0}, "stamp_clean_fraction"),
+        ({"isolator": PrecomputedIsolator([True])}, "each of 60 samples from the isolator"),
+        ({"isolator": PrecomputedIsolator(torch.full((60,), torch.nan))}, "NaN"),
+        ({"relabeler": PrecomputedRelabeler([1, 2])}, "each of 60 samples from the relabeler"),
+        ({"relabeler": PrecomputedRelabeler(torch.full((60,), -1))}, "at least 0"),
+        ({"stamp": Stamp(9)}, "does not fit"),
+        ({"stamp": Stamp(value=[0.0, 1.0])}, "3 channels"),
+        ({"isolator": PrecomputedIsolator(torch.ones(60).bool()), "relabeler": VerifiedDataRelabeler(model_fn=net)}, "clean="),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(settings, message):
+    x, y = data()
+    chosen = {"isolator": PrecomputedIsolator(nothing()), "relabeler": PrecomputedRelabeler(y), **settings}
+    with pytest.raises(ValueError, match=message):
+        NAB(**chosen).prepare((x, y))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="epochs"):
+        LGAIsolator(net, epochs=0)
+    with pytest.raises(ValueError, match="corner"):
+        Stamp(corner="middle")  # pyright: ignore
+    with pytest.raises(ValueError, match="median"):
+        Stamp(value="median")  # pyright: ignore
+    with pytest.raises(ValueError, match="either"):
+        VerifiedDataRelabeler()
+    x, y = data()
+    with pytest.raises(ValueError, match="integer labels"):
+        NAB(PrecomputedIsolator(nothing()), PrecomputedRelabeler(y)).prepare((x, y.float()))
+    with pytest.warns(UserWarning, match="alike"):
+        NAB(PrecomputedIsolator(torch.zeros(60)), PrecomputedRelabeler(y)).prepare((x, y))

@@ -1,0 +1,151 @@
+"""The audit command: a network goes in, a filter and a guarded verdict come out; the filter judges images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from torchfolio.backdoor import AllToOne, PatchTrigger, poison
+from torchfolio.backdoor.zoo import SmallConvNet, fit_classifier
+from torchfolio.bundle import Manifest, save_bundle
+from torchfolio.cli import app
+from torchfolio.data import load
+
+QUICK = ["--set", "unlearn_batch=32", "--set", "unlearn_lr=1e-3", "--set", "finetune_epochs=4", "--set", "fpr=0.02"]
+NET = """
+from torchfolio.backdoor.zoo import SmallConvNet
+def make():
+    return SmallConvNet(1, 10, width=8)
+"""
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def trained(rate: float, seed: int = 0) -> nn.Module:
+    digits = load("digits", normalize=False)
+    torch.manual_seed(seed)
+    net = SmallConvNet(1, 10, width=8)
+    data = poison(digits.train.tensors, trigger(), AllToOne(0, 10), rate=rate, seed=seed)
+    fit_classifier(net, data, epochs=5, lr=0.1, seed=seed)
+    return net
+
+
+def trigger() -> PatchTrigger:
+    return PatchTrigger.checkerboard((1, 8, 8), size=2, margin=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A backdoored bundle, a clean one, a filter for the first, and images with and without the trigger."""
+    home = tmp_path_factory.mktemp("audit")
+    manifest = Manifest("torchfolio.backdoor.zoo:SmallConvNet", {"in_ch": 1, "num_classes": 10, "width": 8}, (1, 8, 8),
+                        tuple(map(str, range(10))))  # fmt: skip
+    save_bundle(trained(0.1), home / "net", manifest)
+    save_bundle(trained(0.0), home / "clean", manifest)
+    x = load("digits", normalize=False).test.tensors[0]
+    for name, images in (("plain", x[:30]), ("bad", trigger()(x[:30]))):
+        (home / name).mkdir()
+        for k, image in enumerate(images):
+            Image.fromarray((image[0] * 255).round().numpy().astype(np.uint8)).save(home / name / f"{k:02}.png")
+    done = call("audit", home / "net", "--data", "digits", "-o", home / "filter", "--device", "cpu", *QUICK, "--json")
+    assert done.exit_code == 0, done.output
+    (home / "report.json").write_text(done.stdout)
+    return home
+
+
+def test_the_report_says_what_is_known_and_no_more(folders):
+    report = json.loads((folders / "report.json").read_text())
+    assert "cannot be told from clean examples alone" in report["sentences"][0]
+    share = report["false_positives"]
+    assert 0 < share["low"] < share["expected"] < share["high"] < 0.1
+    assert sum(report["expert"].values()) == pytest.approx(1)
+    assert report["accuracy"]["network"] > 0.9
+    page = (folders / "filter" / "index.html").read_text()
+    assert "cannot be told" in page
+    assert page.count("<svg") == 3
+    names = sorted(p.name for p in (folders / "filter").rglob("*") if p.is_file())
+    assert names == ["audit.json", "badexpert.json", "badexpert.safetensors", "bundle.json", "index.html", "model.safetensors"]  # fmt: skip
+
+
+def test_images_are_judged(folders):
+    bad = call("audit", folders / "filter", "--input", folders / "bad", "--json")
+    assert bad.exit_code == 1, bad.output
+    bad, plain = json.loads(bad.stdout), call("audit", folders / "filter", "--input", folders / "plain", "--json")
+    assert bad["chance_if_clean"] < 0.01
+    plain = json.loads(plain.stdout)
+    assert plain["suspicious"] < bad["suspicious"] / 2
+    passes = next(row["input"] for row in plain["inputs"] if not row["suspicious"])
+    one = call("audit", folders / "filter", "--input", passes)
+    assert one.exit_code == 0, one.output
+    assert "0 of 1 inputs are suspicious" in one.stdout
+    caught = next(row["input"] for row in bad["inputs"] if row["suspicious"])
+    assert call("audit", folders / "filter", "--input", caught).exit_code == 1
+
+
+def test_references_allow_a_verdict(folders, tmp_path):
+    clean = [a for _ in range(2) for a in ("--reference", folders / "clean")]
+    few = call(
+        "audit", folders / "net", "--data", "digits", "-o", tmp_path / "a", *QUICK, *clean, "--json", "--size", 400
+    )
+    assert few.exit_code == 0, few.output
+    found = json.loads(few.stdout)["network"]
+    assert "that takes 19" in found["sentence"]
+    assert found["p_value"] in (pytest.approx(1 / 3), pytest.approx(1))
+    loose = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "a", *QUICK, *clean, "--size", 400,
+                 "--alpha", 0.34)  # fmt: skip
+    assert loose.exit_code == (1 if found["p_value"] < 0.34 else 0)
+    assert ("More concentrated" in loose.stdout) == (loose.exit_code == 1)
+    # A network is no more concentrated than itself.
+    same = call("audit", folders / "clean", "--data", "digits", "-o", tmp_path / "a", *QUICK, *clean, "--size", 400,
+                "--alpha", 0.34)  # fmt: skip
+    assert same.exit_code == 0, same.output
+
+
+def test_your_own_network_from_a_file_of_weights(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("auditnet.py").write_text(NET)
+    weights = folders / "net" / "model.safetensors"
+    done = call("audit", "--model", "auditnet:make", "--weights", weights, "--no-normalize", "--data", "digits", *QUICK,
+                "-o", "filter")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    refused = call("audit", "filter", "--input", folders / "bad")
+    assert refused.exit_code == 2
+    assert "--allow auditnet:make" in refused.stderr
+    assert call("audit", "filter", "--input", folders / "bad", "--allow", "auditnet:make").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net"], "either --data"),
+        (["net", "--data", "digits", "--input", "bad"], "either --data"),
+        (["--data", "digits"], "either the folder of a bundle"),
+        (["net", "--data", "wine"], "inputs of shape"),
+        (["net", "--data", "digits", "--set", "nosuch=1"], "no setting 'nosuch'"),
+        (["net", "--data", "digits", "--detector", "badexprt"], "did you mean badexpert"),
+        (["net", "--data", "digits", "--detector", "biper"], "is not a detector"),
+        (["net", "--data", "digits", "-o", "bad"], "is no audit"),
+        (["net", "--data", "digits", "--alpha", "2"], "between 0 and 1"),
+        (["filter", "--data", "digits"], "is a filter already"),
+        (["net", "--input", "bad"], "is no filter"),
+        (["filter", "--input", "nowhere"], "no file or folder"),
+        (["filter", "--input", "net"], "no images"),
+        (["--input", "bad"], "the folder of a filter"),
+    ],
+)
+def test_errors_are_one_sentence(folders, monkeypatch, arguments, message):
+    monkeypatch.chdir(folders)
+    done = call("audit", *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.output
+    assert not Path("audit").exists()
