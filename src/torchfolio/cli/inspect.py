@@ -200,7 +200,7 @@ def _matched(
     frame = report.to_frame()
     shown = ["layer_a", "units_a", "dead_a", "dead_b", "bipartite", "semi", "above_half", "dense_loss", "one_to_one_loss",
              "mixed_clusters"]  # fmt: skip
-    table = frame.reset_index(drop=True)[[c for c in shown if c in frame.columns]]
+    table: Any = frame.reset_index(drop=True)[[c for c in shown if c in frame.columns]]
     sentences = [
         f"Units of {name} are matched one to one with those of {second} by the correlation of their activations over the "
         "same examples (bipartite: its mean; semi: with the best partner whoever else has it; above half: share of pairs "

@@ -94,7 +94,7 @@ class Net(nn.Sequential):
         z = super().forward(x)
         if not self.training:
             return z
-        hidden = [m[0].weight for m in self.children() if isinstance(m, nn.Sequential)]
+        hidden = [m.weight for m in self.modules() if isinstance(m, nn.Linear)][:-1]
         return z, self.penalty * sum(0.5 * w.square().sum() for w in hidden)  # pyright: ignore[reportOperatorIssue]
 
 
@@ -106,7 +106,7 @@ def penalised(output: Any, target: Tensor) -> Tensor:
 def run(run: Run[Settings]) -> None:
     """Train an ensemble per activation and measure its layers along the way."""
     settings = run.settings
-    arms = {name: (name, 0.0) for name in settings.activations}
+    arms: dict[str, tuple[str, float]] = {name: (name, 0.0) for name in settings.activations}
     arms["relu_l2"] = ("relu", settings.penalty)
     found = {name: run.arm(name, lambda own=own: ensemble(run, *own)) for name, own in arms.items()}
     control = run.arm("control", lambda: controls(run))
