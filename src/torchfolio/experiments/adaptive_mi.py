@@ -1,0 +1,259 @@
+"""Information in the layers of small networks while they train, by adaptive and by fixed estimators."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.engine import fit_many
+from torchfolio.insight.adaptive_mi import (
+    AdaptiveBinning,
+    AdaptiveKDE,
+    FixedBinning,
+    information_plane,
+    log_spaced,
+    permuted_label_information,
+)
+from torchfolio.runs import Results, Run
+
+ACTIVATIONS: dict[str, type[nn.Module] | Any] = {
+    "tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus, "swish": nn.SiLU, "prelu": nn.PReLU,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Networks, their training and what is measured.
+
+    Attributes:
+        activations: one ensemble each; `relu` has a second one with an L2 penalty.
+        widths: hidden layers.
+        members: networks of an ensemble, which differ in their initial weights.
+        epochs: of training.
+        batch_size: of training.
+        lr: of Adam.
+        penalty: of the squared weights of all layers but the last, halved.
+        moments: measurements, spaced evenly in the logarithm of the epoch.
+        bins: of the binned estimates.
+        kde_rows: inputs of the kernel estimate.
+        train_share: of the patterns.
+    """
+
+    activations: tuple[str, ...] = ("tanh", "relu", "elu")
+    widths: tuple[int, ...] = (10, 7, 5, 4, 3)
+    members: int = 5
+    epochs: int = 600
+    batch_size: int = 256
+    lr: float = 4e-4
+    penalty: float = 0.01
+    moments: int = 25
+    bins: int = 30
+    kde_rows: int = 1024
+    train_share: float = 0.8
+
+
+SCALES = {
+    "smoke": Settings(activations=("tanh", "relu"), members=2, epochs=6, moments=4, kde_rows=128),
+    "quick": Settings(),
+    "full": Settings(
+        activations=("tanh", "relu", "elu", "softplus", "swish", "prelu"), members=50, epochs=8000, moments=40,
+    ),
+}  # fmt: skip
+
+
+class Net(nn.Sequential):
+    """A small network; in training it gives its squared weights beside the logits, for the penalty."""
+
+    def __init__(self, widths: tuple[int, ...], activation: str, penalty: float) -> None:
+        sizes = [12, *widths]
+        children: OrderedDict[str, nn.Module] = OrderedDict()
+        for k, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+            children[f"layer{k}"] = nn.Sequential(nn.Linear(a, b), ACTIVATIONS[activation]())
+        children["head"] = nn.Linear(sizes[-1], 2)
+        super().__init__(children)
+        scale = 1.0 if activation == "tanh" else 2.0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = scale / math.sqrt(module.in_features)
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                nn.init.zeros_(module.bias)
+        self.register_buffer("penalty", torch.tensor(penalty))
+
+    def forward(self, x: Tensor) -> Any:
+        z = super().forward(x)
+        if not self.training:
+            return z
+        hidden = [m.weight for m in self.modules() if isinstance(m, nn.Linear)][:-1]
+        return z, self.penalty * sum(0.5 * w.square().sum() for w in hidden)  # pyright: ignore[reportOperatorIssue]
+
+
+def penalised(output: Any, target: Tensor) -> Tensor:
+    """Cross-entropy and the network's penalty."""
+    return F.cross_entropy(output[0], target) + output[1]
+
+
+def run(run: Run[Settings]) -> None:
+    """Train an ensemble per activation and measure its layers along the way."""
+    settings = run.settings
+    arms: dict[str, tuple[str, float]] = {name: (name, 0.0) for name in settings.activations}
+    arms["relu_l2"] = ("relu", settings.penalty)
+    found = {name: run.arm(name, lambda own=own: ensemble(run, *own)) for name, own in arms.items()}
+    control = run.arm("control", lambda: controls(run))
+    deep = slice(2, len(settings.widths))
+    mean = {name: float(np.mean(np.asarray(arm["compression"])[:, deep])) for name, arm in found.items()}
+    tanh, last = found["tanh"], len(settings.widths) - 1
+    run.claim(
+        "tanh_compresses",
+        {"compression": float(np.mean(np.asarray(tanh["compression"])[:, last])),
+         "regained_label_information": float(np.mean(np.asarray(tanh["regained"])[:, last]))},
+        "compression >= 2 and regained_label_information >= 0.1",
+    )  # fmt: skip
+    unbounded = [n for n in ("relu", "elu") if n in found]
+    largest = max(float(np.asarray(found[n]["compression"])[:, : last + 1].mean(0).max()) for n in unbounded)
+    spread = max(mean[n] for n in settings.activations) - min(mean[n] for n in settings.activations)
+    run.claim("no_saturation_needed", {"largest": largest, "spread": spread}, "largest >= 0.3 and spread >= 0.3")
+    deviation = max(
+        float(np.asarray(found[n]["compression"])[:, k].std(ddof=1)) for n in ("tanh", "relu") for k in (last - 1, last)
+    )
+    run.claim("varies_with_initialisation", {"deviation": deviation}, "deviation >= 0.2")
+    run.claim(
+        "l2_compresses",
+        {"with_penalty": mean["relu_l2"], "without": mean["relu"],
+         "accuracy": 100 * float(np.mean(found["relu_l2"]["accuracy"])),
+         "accuracy_without": 100 * float(np.mean(found["relu"]["accuracy"]))},
+        "with_penalty >= without + 1 and accuracy >= accuracy_without - 1",
+    )  # fmt: skip
+    run.claim(
+        "negative_control", control,
+        "fixed_change >= 1 and adaptive_change == 0 and shuffled_excess <= 0.05 and shuffled_excess >= -0.05",
+    )  # fmt: skip
+
+
+def patterns(run: Run[Settings]) -> tuple[Tensor, Tensor, Tensor]:
+    """All patterns, their labels, and which ones are trained on."""
+    data = run.data("szt", normalize=False, val=0)
+    x, y = (torch.cat([a, b]) for a, b in zip(data.train.tensors, data.test.tensors, strict=True))
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
+    mask = torch.zeros(len(x), dtype=torch.bool)
+    mask[chosen[: round(run.settings.train_share * len(x))]] = True
+    return x, y, mask
+
+
+def ensemble(run: Run[Settings], activation: str, penalty: float) -> dict[str, Any]:
+    """Networks of one activation: information of every layer over training, compression, accuracy."""
+    settings = run.settings
+    x, y, trained = patterns(run)
+    nets = [Net(settings.widths, activation, penalty) for _ in range(settings.members)]
+    per_epoch = -(-int(trained.sum()) // settings.batch_size)
+    when = {epoch * per_epoch: epoch for epoch in log_spaced(settings.moments, settings.epochs)}
+    probe = copy.deepcopy(nets[0]).eval()
+    names = [name for name, _ in probe.named_children()][:-1]
+    planes: list[np.ndarray] = []
+    kernel: list[np.ndarray] = []
+
+    def look(step: int, stacked: dict[str, Tensor]) -> None:
+        if step not in when:
+            return
+        rows, kde = [], []
+        for k in range(settings.members):
+            with torch.no_grad():
+                for name, p in probe.named_parameters():
+                    p.copy_(stacked[name][k])
+            plane = information_plane(probe, names, x, y, AdaptiveBinning(settings.bins), output=True)
+            part = information_plane(
+                probe, names, x[: settings.kde_rows], y[: settings.kde_rows], AdaptiveKDE(), output=True
+            )
+            rows.append([plane.i_xt, plane.i_ty])
+            kde.append([part.i_xt, part.i_ty])
+        planes.append(np.array(rows))
+        kernel.append(np.array(kde))
+
+    fit_many(
+        nets, x[trained], y[trained], steps=settings.epochs * per_epoch, lr=settings.lr, optimizer="adam",
+        batch_size=settings.batch_size, loss=penalised, seed=[run.seed + k for k in range(settings.members)], record=look,
+    )  # fmt: skip
+    table = np.stack(planes)  # [moments, members, 2, layers]
+    i_xt, i_ty = table[:, :, 0], table[:, :, 1]
+    with torch.no_grad():
+        accuracy = [float((net.eval()(x[~trained]).argmax(1) == y[~trained]).double().mean()) for net in nets]
+    return {
+        "epochs": list(when.values()), "i_xt": i_xt, "i_ty": i_ty, "compression": i_xt.max(0) - i_xt[-1],
+        "regained": i_ty[-1] - i_ty.min(0), "accuracy": accuracy,
+        "kernel_i_xt": np.stack(kernel)[:, :, 0], "kernel_i_ty": np.stack(kernel)[:, :, 1],
+    }  # fmt: skip
+
+
+def controls(run: Run[Settings]) -> dict[str, float]:
+    """What a fixed range mistakes for information, and what shuffled labels seem to carry."""
+    x, y, _ = patterns(run)
+    net = Net(run.settings.widths, "relu", 0.0).eval()
+    with torch.no_grad():
+        t = nn.Sequential(*list(net.children())[:4])(x)
+    bins = run.settings.bins
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        changes = {
+            name: abs(estimator(10 * t).i_xt - estimator(t).i_xt)
+            for name, estimator in (
+                ("fixed_change", FixedBinning(bins, 0, 1)),
+                ("adaptive_change", AdaptiveBinning(bins)),
+            )
+        }
+    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(run.seed))]
+    expected, _ = permuted_label_information(AdaptiveBinning(bins), t, y, seed=run.seed + 1)
+    return {**changes, "shuffled_excess": AdaptiveBinning(bins)(t, shuffled).i_ty - expected}
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Information planes, and compression by layer and activation."""
+    return {"information plane": _planes(results), "compression": _compression(results)}
+
+
+def _planes(results: Results) -> Figure:
+    names = [*results.settings.activations, "relu_l2"]
+    fig, axes = plt.subplots(
+        2, len(names), figsize=(3.3 * len(names), 6), layout="constrained", squeeze=False, sharey=True
+    )
+    rows = (("i_xt", "i_ty", "adaptive bins"), ("kernel_i_xt", "kernel_i_ty", "adaptive kernels"))
+    for line, (across, up, title) in zip(axes, rows, strict=True):
+        for ax, name in zip(line, names, strict=True):
+            arm = results.arms[0][name]
+            i_xt, i_ty = np.asarray(arm[across]).mean(1), np.asarray(arm[up]).mean(1)
+            layers = i_xt.shape[1]
+            for k in range(layers):
+                label = "output" if k == layers - 1 else f"layer {k + 1}"
+                ax.plot(i_xt[:, k], i_ty[:, k], c=f"C{k}", lw=0.8, alpha=0.6)
+                shades: Any = np.linspace(0.15, 1, len(i_xt))
+                ax.scatter(i_xt[:, k], i_ty[:, k], c=[f"C{k}"] * len(i_xt), alpha=shades, s=12, label=label)
+            ax.set(title=f"{name.replace('_', ', ')}: {title}", xlabel="$I(X;T)$ (bits)")
+            ax.grid(alpha=0.3)
+        line[0].set_ylabel("$I(T;Y)$ (bits)")
+    axes[0, -1].legend(fontsize=7, loc="lower right")
+    return fig
+
+
+def _compression(results: Results) -> Figure:
+    names = [*results.settings.activations, "relu_l2"]
+    fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for k, name in enumerate(names):
+        values = np.concatenate([np.asarray(seed[name]["compression"]) for seed in results.arms])
+        place = np.arange(values.shape[1]) + (k - (len(names) - 1) / 2) * 0.18
+        ax.plot(np.repeat(place[None], len(values), 0).ravel(), values.ravel(), ".", c=f"C{k}", ms=4, alpha=0.5)
+        ax.plot(place, values.mean(0), "_", c=f"C{k}", ms=14, mew=2.5, label=name.replace("_", ", "))
+    layers = len(results.settings.widths)
+    ax.set_xticks(range(layers + 1), [*(f"layer {i + 1}" for i in range(layers)), "output"])
+    ax.set(ylabel="compression (bits); dots are networks")
+    ax.legend()
+    ax.grid(alpha=0.3, axis="y")
+    return fig

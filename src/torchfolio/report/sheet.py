@@ -1,0 +1,123 @@
+"""A page about one network: cards with sentences, tables and pictures, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchfolio import __version__
+from torchfolio.report.svg import inline_svg
+from torchfolio.runs.store import atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Picture", "Sheet", "Table", "write_sheet"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: names of columns, and rows of values, numbers or text."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Table:
+        """A table from a frame, its index first."""
+        named = frame.reset_index() if frame.index.name else frame
+        rows = tuple(tuple(row) for row in named.to_numpy(dtype=object))
+        return cls(tuple(str(c).replace("_", " ") for c in named.columns), rows)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what it shows."""
+
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One card.
+
+    Attributes:
+        title: of the card.
+        eyebrow: small text above it.
+        badge: a word at its side, and its kind: `holds`, `fails` or `unmeasured`.
+        sentences: what there is to say.
+        notes: what to be careful about.
+        tables: figures in rows.
+        pictures: likewise drawn.
+    """
+
+    title: str
+    eyebrow: str = ""
+    badge: tuple[str, str] | None = None
+    sentences: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = field(default_factory=tuple)
+
+
+def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
+    """Write a page of cards; figures are closed.
+
+    Args:
+        path: of the HTML file.
+        title: of the page.
+        cards: from top to bottom.
+    """
+    import matplotlib.pyplot as plt
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("torchfolio.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["cell"] = _cell
+    shown = [
+        [
+            {"svg": Markup(_svg(p.figure, f"f{i}-{k}", p.caption)), "caption": p.caption}
+            for k, p in enumerate(card.pictures)
+        ]
+        for i, card in enumerate(cards)
+    ]
+    page = environment.get_template("sheet.html").render(
+        title=title,
+        cards=list(zip(cards, shown, strict=True)),
+        version=__version__,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        style=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),
+    )
+    for card in cards:
+        for picture in card.pictures:
+            plt.close(picture.figure)
+    with atomic(Path(path)) as file:
+        file.write(page.encode("utf-8"))
+    return Path(path)
+
+
+def _svg(figure: Figure, prefix: str, label: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return inline_svg(buffer.getvalue(), prefix, label)
+
+
+def _cell(value: Any) -> str:
+    """A value as it stands in a table."""
+    if isinstance(value, bool) or str(type(value).__name__) == "bool_":
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:.4g}"
+    if isinstance(value, int) or hasattr(value, "__index__"):
+        return f"{int(value):,}"
+    if isinstance(value, tuple):
+        return " × ".join(map(str, value))
+    return "–" if value is None else str(value)
