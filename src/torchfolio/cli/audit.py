@@ -284,7 +284,7 @@ def _refuse_strangers(output: Path) -> None:
 def _write(output: Path, made: Any, source: Bundle, report: dict[str, Any], detector: str, kind: str) -> None:
     """The filter with the network that it is for, the page, and last the record that makes it readable."""
     from torchfolio.bundle import save_bundle
-    from torchfolio.report.audit import write_audit
+    from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
     from torchfolio.runs.store import write_json
 
     output.mkdir(parents=True, exist_ok=True)
@@ -293,13 +293,17 @@ def _write(output: Path, made: Any, source: Bundle, report: dict[str, Any], dete
         save_bundle(source.model, output / NETWORK, source.manifest)
         made.save(output)
     compared = report.get("network", {})
-    write_audit(
-        output / PAGE, name=report["network_name"], detector=detector,
-        suspicious=bool(report["suspicious"] or compared.get("suspicious")),
-        sentences=[*([compared["sentence"]] if compared.get("suspicious") else []), *report["sentences"],
-                   *([compared["sentence"]] if compared and not compared["suspicious"] else [])],
-        notes=report["notes"], figures=_figures(report), pictures=_pictures(made, report),
+    suspicious = bool(report["suspicious"] or compared.get("suspicious"))
+    headline, *sentences = [
+        *([compared["sentence"]] if compared.get("suspicious") else []), *report["sentences"],
+        *([compared["sentence"]] if compared and not compared["suspicious"] else []),
+    ]  # fmt: skip
+    card = Sheet(
+        headline, detector, ("suspicious", "fails") if suspicious else ("nothing found", "unmeasured"), sentences,
+        report["notes"], [Table(("figure", "value"), tuple(_figures(report).items()))],
+        [Picture(*pair) for pair in _pictures(made, report)],
     )  # fmt: skip
+    write_sheet(output / PAGE, f"audit of {report['network_name']}", [card])
     write_json(output / RECORD, {"format": FORMAT, "kind": kind, **report})
 
 
