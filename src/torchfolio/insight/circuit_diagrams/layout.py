@@ -106,6 +106,7 @@ def _title_width(title: str, style: Style) -> float:
 def _labels(sheet: Sheet, style: Style) -> list[dict[str, Wire]]:
     """For every column of data the wires that are labelled there."""
     since: dict[str, int] = {}
+    last = len(sheet.levels) - 1
     labels: list[dict[str, Wire]] = []
     for k, level in enumerate(sheet.levels):
         here: dict[str, Wire] = {}
@@ -113,7 +114,7 @@ def _labels(sheet: Sheet, style: Style) -> list[dict[str, Wire]]:
         age: dict[str, int] = {}
         for wire in (w for tensor in level for w in tensor.wires if not w.twin):
             before = since.get(onward.get(wire.key, wire.key))
-            if before is None or before + 1 >= style.relabel or k == len(sheet.levels) - 1:
+            if before is None or before + 1 >= (2 if k == last else style.relabel):
                 here[wire.key] = wire
                 age[wire.key] = 0
             else:
@@ -435,7 +436,10 @@ class _Line:
     def _wire(self, commands: Iterable[Command], wire: Wire, keys: str) -> Path:
         name = "".join(s.text for s in wire.label)
         return Path(
-            tuple(_simplified(commands)), "wire", title=f"{name} ({wire.size})", data={"axis": wire.axis, "keys": keys}
+            tuple(_simplified(commands)),
+            "wire",
+            title=f"{name} ({wire.size})",
+            data={"axis": wire.axis, "keys": keys, **({"twin": "yes"} if wire.twin else {})},
         )
 
     def _draw_dashes(self, drawing: _Drawing) -> None:

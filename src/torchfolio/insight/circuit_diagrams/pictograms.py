@@ -243,6 +243,27 @@ def floating(spans: Sequence[Span], *, grey: bool = False, arrows: bool = True) 
     return make
 
 
+SIGNS: dict[str, tuple[Span, ...]] = {
+    "relu": (italic("R"),),
+    "sigmoid": (italic("σ"),),
+    "exp": (regular("exp"),),
+    "square": (italic("x"), regular("2", 0.7, 0.35)),
+    "neg": (regular("−"),),
+}
+"""Signs of scalar functions that are not written out."""
+
+
+def elementwise(step: Step) -> Plan:
+    """➤ f ➤, with the sign or the name of the function."""
+    name = str(step.params.get("sign") or step.params.get("function") or step.kind)
+    return floating(SIGNS.get(name, (regular(name),)))(step)
+
+
+def quiet(step: Step) -> Plan:
+    """What changes no value when the network is used, in grey: dropout, casts, detach."""
+    return floating((Span(str(step.params.get("sign") or step.kind), "sans"),), grey=True, arrows=False)(step)
+
+
 # ------------------------------------------------------------------------------------------------ softmax and norms
 
 
@@ -349,7 +370,7 @@ def _trapezium(box: Box, slash: str, *, mirrored: bool = False, deep: bool = Tru
         _star(box.left + 8, y - 4, 4.2),
     ]
     if slash:
-        parts.append(Path(polyline([(box.left + 7, y + 9), (box.left + 16, y - 4)]), width=1.0))
+        parts.append(Path(polyline([(box.left + 7, y + 9), (box.left + 16, y - 4)]), width=1.0, sign="/"))
         parts.append(Text(box.left + 14.5, y + 8, (regular(slash),), 11, "start", "glyph"))
     return parts
 
@@ -377,7 +398,7 @@ def _strided(step: Step, stride: str) -> Plan:
         parts.append(Path((("M", (body.right, from_y)), ("C", (x, from_y, x, from_y, x, y))), stroke=GREY))
         parts.append(_face(face, FACE))
         parts.append(_letters(x, y_letter + 5.3, letter, 16))
-        parts.append(_letters(x - 4, body.bottom + 9, [regular(kernel)], 9, GREY))
+        parts.append(_letters(x + 9, face.bottom + 8.5, [regular(kernel)], 8.5, GREY))
         box = body.union(face)
         drawn = Drawn(parts, box)
         spatial = set(step.params.get("spatial", ()))
@@ -471,8 +492,9 @@ def reduce(step: Step) -> Plan:
             y = (top + bottom) / 2
             # Wires of one run come together at the sign.
             for wire in run:
-                path = ease(place.x0, place.ins[wire.key], x - 1, y)
-                drawn.ends[wire.key] = tuple(path) if len(run) > 1 else (("L", (x - 1, y)),)
+                start = place.ins[wire.key]
+                near = abs(start - y) < 6
+                drawn.ends[wire.key] = (("L", (x - 2, start)),) if near else tuple(ease(place.x0, start, x - 1, y))
             drawn.parts.append(_letters(place.centre, y + 4.8, spans, 14))
             drawn.parts.append(_arrow_head(place.centre + width / 2 + 9, y))
             boxes.append(Box(x, y - 6, place.centre + width / 2 + 9, y + 6))
@@ -586,8 +608,66 @@ def crossing(step: Step) -> Plan:
     return Plan(36, lambda place: Drawn(), 0, 0, solid=False)
 
 
+# ------------------------------------------------------------------------------------------------- reusable blocks
+
+
+def block(step: Step) -> Plan:
+    """A box with depth: a module that is drawn out elsewhere or not at all."""
+    lines = [line for line in str(step.params.get("text") or step.kind).split("\n") if line]
+    width = max(spans_width([Span(line, "sans")], 10) for line in lines) + 14
+    edge, tall = 7.0, 14.0 * len(lines)
+
+    def draw(place: Place) -> Drawn:
+        top, bottom = place.rows([], [])
+        middle = (top + bottom) / 2
+        half = max((bottom - top) / 2 + 11, tall / 2 + 4)
+        box = Box(
+            place.centre - width / 2 - edge / 2, middle - half, place.centre + width / 2 - edge / 2, middle + half
+        )
+        l, t, r, b = box.left, box.top, box.right, box.bottom
+        lid = [(l, t), (l + edge, t - edge), (r + edge, t - edge), (r, t)]
+        side = [(r, t), (r + edge, t - edge), (r + edge, b - edge), (r, b)]
+        parts: list[Path | Text | Area] = [
+            Path(polyline(lid, close=True), fill=BLOCK_TOP),
+            Path(polyline(side, close=True), fill=BLOCK_SIDE),
+            Area(box, BLOCK_FACE, INK, 0, role="face"),
+        ]
+        for i, line in enumerate(lines):
+            y = middle + 13 * (i - (len(lines) - 1) / 2) + 3.5
+            parts.append(_letters((l + r) / 2, y, [Span(line, "sans")], 10))
+        drawn = Drawn(parts, Box(l, t, r, b))
+        for wire in step.starting:
+            y = place.outs[wire.key]
+            drawn.starts[wire.key] = (("M", (r + (edge if y < b - edge else 0), y)), ("L", (place.x1, y)))
+        return drawn
+
+    need = max(11.0, tall / 2 + 4)
+    return Plan(width + edge + 18, draw, need + edge, need)
+
+
+def save(step: Step) -> Plan:
+    """→ C: a tensor is put into memory, out of the drawing, until it is loaded."""
+    return _memory(step, before=True)
+
+
+def load(step: Step) -> Plan:
+    """C →: a tensor comes back from memory."""
+    return _memory(step, before=False)
+
+
+def _memory(step: Step, *, before: bool) -> Plan:
+    name = (italic("C"), *([regular(str(step.params["index"]), 0.7, -0.18)] if "index" in step.params else []))
+    spans = (regular("→ "), *name) if before else (*name, regular(" →"))
+    return boxed(spans, size=15, fill="#fdf8bd", half=9)(step)
+
+
 PICTOGRAMS: dict[str, Callable[[Step], Plan]] = {
+    "block": block,
+    "dropout": quiet,
+    "elementwise": elementwise,
     "linear": linear,
+    "load": load,
+    "save": save,
     "embedding": embedding,
     "softmax": softmax,
     "norm": norm,

@@ -24,6 +24,7 @@ class _Canvas:
     def __init__(self, width: float, height: float) -> None:
         self.columns, self.rows = int(width / CELL_WIDTH) + 2, int(height / CELL_HEIGHT) + 2
         self.lines: dict[tuple[int, int], int] = {}
+        self.double: set[tuple[int, int]] = set()
         self.signs: dict[tuple[int, int], str] = {}
 
     def cell(self, x: float, y: float) -> tuple[int, int]:
@@ -40,9 +41,10 @@ class _Canvas:
                 continue
             (r0, c0), (r1, c1) = self.cell(*here), self.cell(*there)  # type: ignore[misc]
             middle = (c0 + c1) // 2
-            self._level(r0, c0, middle)
+            twin = "twin" in path.data
+            self._level(r0, c0, middle, twin)
             self._upright(middle, r0, r1)
-            self._level(r1, middle, c1)
+            self._level(r1, middle, c1, twin)
             here = there  # type: ignore[assignment]
 
     def dash(self, path: Path) -> None:
@@ -52,8 +54,10 @@ class _Canvas:
             for c in range(c0, c1 + 1):
                 self.signs.setdefault((r if c < (c0 + c1) / 2 else r1, c), "╌")
 
-    def _level(self, row: int, start: int, end: int) -> None:
+    def _level(self, row: int, start: int, end: int, twin: bool) -> None:
         for c in range(min(start, end), max(start, end)):
+            if twin and self.lines.get((row, c), 0) & RIGHT:  # two lines of a group of axes fall into one row
+                self.double.add((row, c))
             self.lines[row, c] = self.lines.get((row, c), 0) | RIGHT
             self.lines[row, c + 1] = self.lines.get((row, c + 1), 0) | LEFT
 
@@ -85,13 +89,20 @@ class _Canvas:
     def text(self) -> str:
         lines = []
         for r in range(self.rows):
-            cells = (self.signs.get((r, c)) or _JOINTS.get(self.lines.get((r, c), 0), " ") for c in range(self.columns))
-            lines.append("".join(cells).rstrip())
+            lines.append("".join(self._character(r, c) for c in range(self.columns)).rstrip())
         while lines and not lines[0]:
             lines.pop(0)
         while lines and not lines[-1]:
             lines.pop()
         return "\n".join(lines)
+
+    def _character(self, row: int, column: int) -> str:
+        joint = self.lines.get((row, column), 0)
+        if joint == LEFT | RIGHT and (row, column) in self.double:
+            joint_sign = "═"
+        else:
+            joint_sign = _JOINTS.get(joint, " ")
+        return self.signs.get((row, column)) or joint_sign
 
 
 def render_text(geometry: Geometry) -> str:
