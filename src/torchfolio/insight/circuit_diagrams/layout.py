@@ -29,6 +29,8 @@ from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Wire
 
 INK, GREY = "#1c1c22", "#8a8a92"
 FILLS = ("#fff3dc", "#eceaf7", "#e6f3ea", "#fdeced", "#e4f1f8", "#fdfbe0")
+PARENTHESIS = 13.0
+"""Room for a large parenthesis, px."""
 EDGES = ("#ecd9b0", "#cfcae8", "#c2dfca", "#f2c9cd", "#bcd9e8", "#e8e3a8")
 
 
@@ -81,7 +83,7 @@ def lay_out(sheet: Sheet, style: Style | None = None) -> Geometry:
     for first, last in lines:
         line = _Line(sheet, style, plans, first, last, data, operations, labels)
         drawings.append(line.draw(top, is_first=first == 0, is_last=last == len(sheet.columns)))
-        top = drawings[-1].height + 22
+        top = drawings[-1].height + 12
     width = max([d.width for d in drawings] + [_title_width(sheet.title, style) + 2 * style.margin])
     legend, bottom = _legend(sheet, style, width, top - 10)
     return Geometry(
@@ -98,6 +100,11 @@ def lay_out(sheet: Sheet, style: Style | None = None) -> Geometry:
 
 def _title_width(title: str, style: Style) -> float:
     return spans_width([Span(title, "sans")], style.title) if title else 0.0
+
+
+def _heading(fence: Fence) -> str:
+    """The title of a fence, with the range of λ where it is repeated."""
+    return f"{fence.title} λ = 1…{fence.repeat}".strip() if fence.repeat > 1 else fence.title
 
 
 # ------------------------------------------------------------------------------------------------ columns and lines
@@ -137,7 +144,7 @@ def _widen_for_titles(sheet: Sheet, data: list[float], operations: list[float], 
     for fence in sheet.fences:
         span = range(fence.first, fence.last + 1)
         have = sum(operations[k] for k in span) + sum(data[k] for k in span if k > fence.first)
-        need = _title_width(fence.title, style) + 12
+        need = _title_width(_heading(fence), style) + 12
         for k in span:
             operations[k] += max(0.0, need - have) / len(span)
 
@@ -237,10 +244,16 @@ class _Line:
         """Left ends of the columns of data and of operations."""
         x = self.style.margin + (26 if self.first else 0)
         self.data_x: dict[int, tuple[float, float]] = {}
+        self.label_x: dict[int, float] = {}
         self.operation_x: dict[int, tuple[float, float]] = {}
+        # Parentheses stand in the columns of data, where wires run level.
+        before = {f.first for f in self.sheet.fences if f.repeat > 1}
+        after = {f.last + 1 for f in self.sheet.fences if f.repeat > 1}
         for k in self.levels:
-            self.data_x[k] = (x, x + self.data[k])
-            x += self.data[k]
+            start, x = x, x + (PARENTHESIS if k in after and k > self.first else 0)
+            self.label_x[k] = x + self.data[k] / 2
+            x += self.data[k] + (PARENTHESIS if k in before and k < self.last else 0)
+            self.data_x[k] = (start, x)
             if k < self.last:
                 self.operation_x[k] = (x, x + self.operations[k])
                 x += self.operations[k]
@@ -327,10 +340,10 @@ class _Line:
             self.rows.below(self.slots[order[places[-1]]], bottom, need.below)
             if places[0]:
                 upper = order[places[0] - 1]
-                self.rows.below(self.slots[upper], top, 2.0 if upper.kind == "dash" else 4.0, soft=True)
+                self.rows.below(self.slots[upper], top, 3.0 if upper.kind == "dash" else 4.0, soft=True)
             if places[-1] + 1 < len(order):
                 lower = order[places[-1] + 1]
-                self.rows.below(bottom, self.slots[lower], 2.0 if lower.kind == "dash" else 4.0, soft=True)
+                self.rows.below(bottom, self.slots[lower], 3.0 if lower.kind == "dash" else 4.0, soft=True)
 
     def _fence_rows(self, fence: Fence) -> None:
         """Heights of a fence: round its wires, pictograms and inner fences; strangers stay outside."""
@@ -339,7 +352,7 @@ class _Line:
         self.rows.level(top, bottom, 0.05)
         steps = [s for _, s in self.steps if s.index in fence.steps]
         keys = {t.key for s in steps for t in (*s.inputs, *s.outputs)}
-        head = 4.0 + (self.style.title + 5 if fence.title else 0.0)
+        head = 4.0 + (self.style.title + 5 if _heading(fence) else 0.0)
         for step in steps:
             box = self.boxes[step.index]
             self.rows.below(top, box[0], head)
@@ -470,31 +483,58 @@ class _Line:
 
     def _draw_labels(self, drawing: _Drawing) -> None:
         for k in self.levels:
-            x = sum(self.data_x[k]) / 2
+            x = self.label_x[k]
             for wire in self.labels[k].values():
                 y = self.height(k, wire.key) - 3.2
                 drawing.texts.append(Text(x, y, wire.label, self.style.label, "middle", "label"))
 
-    def _draw_fences(self, drawing: _Drawing) -> None:
-        for fence in sorted(self.fences, key=lambda f: f.depth):
+    def _fence_boxes(self) -> dict[str, Box]:
+        """Where the fences of this line are; outer ones reach a little further than inner ones."""
+        boxes: dict[str, Box] = {}
+        for fence in sorted(self.fences, key=lambda f: -f.depth):
             top, bottom = (self.top + float(self.y[i]) for i in self.fence_rows[fence.path])
-            inner = max((f.depth for f in self.fences if f.steps <= fence.steps), default=fence.depth) - fence.depth
-            pad = 1.0 + 2.5 * min(inner, 4)
+            pad = 1.0 + PARENTHESIS * (fence.repeat > 1)
             left = self.operation_x[max(fence.first, self.first)][0] - pad
             right = self.operation_x[min(fence.last, self.last - 1)][1] + pad
+            inner = [boxes[f.path] for f in self.fences if f.path in boxes and f.steps <= fence.steps]
+            left, right = (
+                min([left, *(b.left - 2.5 for b in inner)]),
+                max([right, *(b.right + 2.5 for b in inner)]),
+            )
+            boxes[fence.path] = Box(left, top, right, bottom)
+        return boxes
+
+    def _draw_fences(self, drawing: _Drawing) -> None:
+        boxes = self._fence_boxes()
+        for fence in sorted(self.fences, key=lambda f: f.depth):
+            box = boxes[fence.path]
             fill, edge = FILLS[fence.depth % len(FILLS)], EDGES[fence.depth % len(EDGES)]
-            drawing.fences.append(Area(Box(left, top, right, bottom), fill, edge, 2.0, "fence", fence.path))
-            if fence.title:
-                spans = (Span(fence.title, "sans"),)
+            drawing.fences.append(Area(box, fill, edge, 2.0, "fence", fence.path))
+            if _heading(fence):
+                text = _heading(fence) if fence.first >= self.first else f"… {_heading(fence)}"
+                spans = (Span(text, "sans"),)
                 drawing.texts.append(
-                    Text(left + 5, top + self.style.title + 2, spans, self.style.title, "start", "title")
+                    Text(box.left + 5, box.top + self.style.title + 2, spans, self.style.title, "start", "title")
                 )
+            if fence.repeat > 1:
+                self._parentheses(drawing, fence, box)
+
+    def _parentheses(self, drawing: _Drawing, fence: Fence, box: Box) -> None:
+        """What is repeated stands between large parentheses."""
+        top, bottom, bow = box.top + self.style.title + 7, box.bottom - 2, 7.0
+        for x, sign, here in (
+            (box.left + 10.5, -1, fence.first >= self.first),
+            (box.right - 10.5, 1, fence.last < self.last),
+        ):
+            if here:
+                curve = ("C", (x + sign * bow, top + 12, x + sign * bow, bottom - 12, x, bottom))
+                drawing.decor.append(Path((("M", (x, top)), curve), width=2.6))
 
     def _count(self, drawing: _Drawing, top: float) -> None:
         for k in self.levels:
             wires = sum(len(t.wires) for t in self.sheet.levels[k])
             dashes = max(0, len(self.sheet.levels[k]) - 1)
-            x = sum(self.data_x[k]) / 2
+            x = self.label_x[k]
             drawing.columns.append(DataColumn(k, x, top - 6, drawing.height + 12, wires, dashes))
 
     def _arrows(self, drawing: _Drawing, level: int, *, entering: bool) -> None:
@@ -534,7 +574,7 @@ def _simplified(commands: Iterable[Command]) -> list[Command]:
 def _legend(sheet: Sheet, style: Style, width: float, top: float) -> tuple[list[Text], float]:
     """Symbols and what they stand for, in rows at the foot."""
     texts: list[Text] = []
-    x, y = style.margin, top + 6
+    x, y = style.margin, top + 14
     for symbol, meaning in sheet.legend:
         spans = (*symbol, Span(f" = {meaning}", "regular"))
         room = spans_width(spans, 12)

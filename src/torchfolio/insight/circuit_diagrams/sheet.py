@@ -93,7 +93,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Fence:
-    """A module: the columns of operations that it spans, those operations, and how deep it is."""
+    """A module: the columns of operations that it spans, those operations, and how deep it is.
+
+    Attributes:
+        title: at its top left.
+        path: of the module in the network; unique.
+        first, last: columns of operations that it spans, both included.
+        steps: indices of its operations.
+        depth: number of fences round it.
+        repeat: how often it is repeated, drawn as large parentheses; 1 for none.
+    """
 
     title: str
     path: str
@@ -101,6 +110,7 @@ class Fence:
     last: int
     steps: frozenset[int]
     depth: int
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
