@@ -29,6 +29,8 @@ from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Wire
 
 INK, GREY = "#1c1c22", "#8a8a92"
 FILLS = ("#fff3dc", "#eceaf7", "#e6f3ea", "#fdeced", "#e4f1f8", "#fdfbe0")
+COHESION = 0.3
+"""Wish for wires of a tensor to be neighbours, against 4 for a wire to be level."""
 PARENTHESIS = 13.0
 """Room for a large parenthesis, px."""
 EDGES = ("#ecd9b0", "#cfcae8", "#c2dfca", "#f2c9cd", "#bcd9e8", "#e8e3a8")
@@ -290,6 +292,8 @@ class _Line:
                 order.append((_Slot(k, "wire", wire.key), gap))
         for (upper, _), (lower, gap) in zip(order, order[1:], strict=False):
             self.rows.below(self._slot(upper), self._slot(lower), gap)
+            if lower.kind == "wire" and upper.kind == "wire":  # the wires of a tensor keep together
+                self.rows.level(self._slot(upper), self._slot(lower), COHESION, gap)
         for slot, _ in order[:1]:
             self._slot(slot)
         self.order[k] = [slot for slot, _ in order]
@@ -311,8 +315,8 @@ class _Line:
                     ) is not None:
                         level(a, b, late * (1.2 if kind == "dash" else 4.0))
         for step in self.sheet.columns[k]:
-            for before, after in step.through:
-                level(rows[_Slot(k, "wire", before)], rows[_Slot(k + 1, "wire", after)], 4.0 * late)
+            for before, after, weight in _continuing(step):
+                level(rows[_Slot(k, "wire", before)], rows[_Slot(k + 1, "wire", after)], weight * late)
             for before, after in zip(step.ending, step.starting, strict=False):
                 level(rows[_Slot(k, "wire", before.key)], rows[_Slot(k + 1, "wire", after.key)], 3.0 * late)
             if step.inputs and step.outputs:
@@ -556,6 +560,27 @@ class _Line:
                 )
                 tip = [(x + 16.5, y + 7), (x + 24, y + 9.5), (x + 20.6, y + 2.4)]
                 drawing.decor.append(Path(polyline(tip, close=True), fill=GREY, stroke="none"))
+
+
+def _continuing(step: Step) -> list[tuple[str, str, float]]:
+    """Pairs of wires that go on in an operation, and how much each of them should stay level.
+
+    Where several tensors become one, it stands where one of them stood: of a sum the first, of a product the one that
+    most wires come from, the last of those.
+    """
+    after = dict(step.through)
+    if len(step.inputs) < 2:
+        return [(a, b, 4.0) for a, b in step.through]
+    goal = {w.axis: w.key for w in step.out_wires}
+    kept = [sum(w.axis in goal for w in t.wires) for t in step.inputs]
+    main = 0 if step.kind != "einsum" else max(range(len(kept)), key=lambda i: (kept[i], i))
+    pairs = []
+    for i, tensor in enumerate(step.inputs):
+        for wire in tensor.wires:
+            to = after.get(wire.key) or (goal.get(wire.axis) if step.kind in ("einsum", "binary") else None)
+            if to is not None:
+                pairs.append((wire.key, to, 4.0 if i == main else 1.0))
+    return pairs
 
 
 def _simplified(commands: Iterable[Command]) -> list[Command]:

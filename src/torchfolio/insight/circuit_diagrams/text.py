@@ -98,11 +98,8 @@ class _Canvas:
 
     def _character(self, row: int, column: int) -> str:
         joint = self.lines.get((row, column), 0)
-        if joint == LEFT | RIGHT and (row, column) in self.double:
-            joint_sign = "═"
-        else:
-            joint_sign = _JOINTS.get(joint, " ")
-        return self.signs.get((row, column)) or joint_sign
+        double = joint == LEFT | RIGHT and (row, column) in self.double
+        return self.signs.get((row, column)) or ("═" if double else _JOINTS.get(joint, " "))
 
 
 def render_text(geometry: Geometry) -> str:
