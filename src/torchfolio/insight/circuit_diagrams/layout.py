@@ -6,7 +6,7 @@ their labels stand, and change their heights within the columns of operations. A
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchfolio.insight.circuit_diagrams.fonts import Span, spans_width
@@ -81,6 +81,8 @@ def lay_out(sheet: Sheet, style: Style | None = None) -> Geometry:
     operations = [_operation_room(steps, plans) for steps in sheet.columns]
     _widen_for_titles(sheet, data, operations, style)
     lines = _broken(sheet, data, operations, style)
+    labels = _labels(sheet, style, {first for first, _ in lines})
+    data = [_label_room(labels[k], style) for k in range(len(sheet.levels))]
     top, drawings = style.margin, []
     for first, last in lines:
         line = _Line(sheet, style, plans, first, last, data, operations, labels)
@@ -112,8 +114,8 @@ def _heading(fence: Fence) -> str:
 # ------------------------------------------------------------------------------------------------ columns and lines
 
 
-def _labels(sheet: Sheet, style: Style) -> list[dict[str, Wire]]:
-    """For every column of data the wires that are labelled there."""
+def _labels(sheet: Sheet, style: Style, breaks: Collection[int] = (0,)) -> list[dict[str, Wire]]:
+    """For every column of data the wires that are labelled there; all of them where a line begins."""
     since: dict[str, int] = {}
     last = len(sheet.levels) - 1
     labels: list[dict[str, Wire]] = []
@@ -123,7 +125,7 @@ def _labels(sheet: Sheet, style: Style) -> list[dict[str, Wire]]:
         age: dict[str, int] = {}
         for wire in (w for tensor in level for w in tensor.wires if not w.twin):
             before = since.get(onward.get(wire.key, wire.key))
-            if before is None or before + 1 >= (2 if k == last else style.relabel):
+            if before is None or k in breaks or before + 1 >= (2 if k == last else style.relabel):
                 here[wire.key] = wire
                 age[wire.key] = 0
             else:
@@ -226,12 +228,7 @@ class _Line:
         self.levels = range(first, last + 1)
         self.steps = [(k, s) for k in range(first, last) for s in sheet.columns[k]]
         self.fences = [f for f in sheet.fences if f.first < last and f.last >= first]
-        self.labels = [dict(x) for x in labels]
-        if first:  # every wire is labelled where a line begins
-            self.labels[first] = {w.key: w for t in sheet.levels[first] for w in t.wires if not w.twin}
-        self.data = list(data)
-        self.data[first] = _label_room(self.labels[first], style)
-        self.operations = operations
+        self.labels, self.data, self.operations = labels, data, operations
         self.rows = Rows()
         self.slots: dict[_Slot, int] = {}
         self.order: dict[int, list[_Slot]] = {}
@@ -389,10 +386,11 @@ class _Line:
 
     def draw(self, top: float, *, is_first: bool, is_last: bool) -> _Drawing:
         """Everything in this line, from `top` down."""
-        visible = [self.slots[s] for k in self.levels for s in self.order[k]]
-        visible += [i for pair in (*self.fence_rows.values(), *self.boxes.values()) for i in pair]
-        lowest = min((float(self.y[i]) for i in visible), default=0.0)
-        self.top = top - lowest + (0 if self.fence_rows else 4) + self.style.label
+        wires = [self.slots[s] for k in self.levels for s in self.order[k]]
+        boxes = [i for pair in (*self.fence_rows.values(), *self.boxes.values()) for i in pair]
+        visible = [*wires, *boxes]
+        highest = [float(self.y[i]) - self.style.label for i in wires] + [float(self.y[i]) for i in boxes]
+        self.top = top - min(highest, default=0.0)
         drawing = _Drawing(width=self.end + self.style.margin)
         drawing.height = self.top + max((float(self.y[i]) for i in visible), default=0.0)
         drawn = {step.index: self._draw_step(k, step) for k, step in self.steps}
@@ -577,7 +575,7 @@ def _continuing(step: Step) -> list[tuple[str, str, float]]:
     pairs = []
     for i, tensor in enumerate(step.inputs):
         for wire in tensor.wires:
-            to = after.get(wire.key) or (goal.get(wire.axis) if step.kind in ("einsum", "binary") else None)
+            to = after.get(wire.key) or (goal.get(wire.axis) if step.kind in ("einsum", "binary", "concat") else None)
             if to is not None:
                 pairs.append((wire.key, to, 4.0 if i == main else 1.0))
     return pairs

@@ -536,19 +536,8 @@ def merge(step: Step) -> Plan:
 
     def draw(place: Place) -> Drawn:
         drawn, x = Drawn(), place.x1 - 8
-        goal = {w.axis: place.outs[w.key] for t in step.outputs for w in t.wires}
-        meeting: dict[str, int] = {}
-        going = dict(step.through)
-        for tensor in step.inputs:
-            for wire in tensor.wires:
-                y0, y1 = place.ins[wire.key], goal.get(wire.axis, place.ins[wire.key])
-                path = tuple(ease(place.x0, y0, x, y1))
-                meeting[wire.axis] = meeting.get(wire.axis, 0) + 1
-                if wire.key in going:
-                    drawn.through[wire.key] = (*path, ("L", (place.x1, y1)))
-                else:
-                    drawn.ends[wire.key] = path
-        drawn.parts += [_dot(x, goal[axis]) for axis, count in meeting.items() if count > 1 and axis in goal]
+        goal = {w.axis: place.outs[w.key] for w in step.out_wires}
+        _meet(step, place, drawn, goal, x)
         y = min(goal.values(), default=min(place.ins.values(), default=0.0)) - 6
         drawn.parts.append(_letters(x, y, spans, 13))
         return drawn
@@ -556,33 +545,60 @@ def merge(step: Step) -> Plan:
     return Plan(max(40, spans_width(spans, 13) + 30), draw, above=18, below=3, solid=False)
 
 
+def concatenation(step: Step) -> Plan:
+    """Axes that are joined end to end meet in a thick bar; the others, which the tensors share, meet at dots."""
+
+    def draw(place: Place) -> Drawn:
+        drawn, x = Drawn(), place.x1 - 12
+        goal = {w.axis: place.outs[w.key] for w in step.out_wires}
+        joined = [w for w in step.ending if w.axis not in goal]
+        y_bar = place.rows([], step.starting)[0] if step.starting else place.rows(step.in_wires)[0]
+        gap = min(7.0, 10.0 / max(1, len(joined) - 1))
+        for i, wire in enumerate(joined):
+            y = y_bar + gap * i
+            drawn.ends[wire.key] = tuple(ease(place.x0, place.ins[wire.key], x, y))
+        if joined:
+            drawn.parts.append(Path(polyline([(x, y_bar - 7), (x, y_bar + 14)]), width=3.6, sign="┃"))
+        for wire in step.starting:
+            y = place.outs[wire.key]
+            drawn.starts[wire.key] = (("M", (x, y)), ("L", (place.x1, y)))
+        _meet(step, place, drawn, goal, x)
+        return drawn
+
+    return Plan(48, draw, 9, 9, solid=False)
+
+
+def _meet(step: Step, place: Place, drawn: Drawn, goal: dict[str, float], x: float) -> None:
+    """Lead every wire whose axis goes on to its height at x; a dot where several come together."""
+    going, meeting = dict(step.through), dict.fromkeys(goal, 0)
+    for wire in (w for w in step.in_wires if w.axis in goal):
+        y = goal[wire.axis]
+        meeting[wire.axis] += 1
+        path = tuple(ease(place.x0, place.ins[wire.key], x, y))
+        if wire.key in going:
+            drawn.through[wire.key] = (*path, ("L", (place.x1, y)))
+        else:
+            drawn.ends[wire.key] = path
+    drawn.parts += [_dot(x, goal[axis]) for axis, count in meeting.items() if count > 1]
+
+
 def contraction(step: Step) -> Plan:
     """Wires that are summed over join in a half circle; those that several tensors share and keep meet at a dot."""
 
     def draw(place: Place) -> Drawn:
         drawn = Drawn()
-        goal = {w.axis: place.outs[w.key] for t in step.outputs for w in t.wires}
-        going = dict(step.through)
-        by_axis: dict[str, list[Wire]] = {}
-        for wire in step.in_wires:
-            by_axis.setdefault(wire.axis, []).append(wire)
-        dot = place.x1 - 10
-        for axis, wires in by_axis.items():
-            heights = [place.ins[w.key] for w in wires]
-            if axis in goal:
-                for wire in wires:
-                    path = tuple(ease(place.x0, place.ins[wire.key], dot if len(wires) > 1 else place.x1, goal[axis]))
-                    if wire.key in going:
-                        drawn.through[wire.key] = (*path, ("L", (place.x1, goal[axis]))) if len(wires) > 1 else path
-                    else:
-                        drawn.ends[wire.key] = path
-                if len(wires) > 1:
-                    drawn.parts.append(_dot(dot, goal[axis]))
-            elif len(wires) == 1:
-                drawn.ends[wires[0].key] = (("L", (place.centre, heights[0])),)
-                drawn.parts.append(_letters(place.centre + 7, heights[0] + 4.5, [regular("Σ")], 13))
-            else:
+        goal = {w.axis: place.outs[w.key] for w in step.out_wires}
+        _meet(step, place, drawn, goal, place.x1 - 10)
+        summed: dict[str, list[Wire]] = {}
+        for wire in (w for w in step.in_wires if w.axis not in goal):
+            summed.setdefault(wire.axis, []).append(wire)
+        for wires in summed.values():
+            if len(wires) > 1:
                 _join(place, wires, drawn)
+                continue
+            y = place.ins[wires[0].key]
+            drawn.ends[wires[0].key] = (("L", (place.centre, y)),)
+            drawn.parts.append(_letters(place.centre + 7, y + 4.5, [regular("Σ")], 13))
         return drawn
 
     return Plan(60, draw, 3, 3, solid=False)
@@ -674,7 +690,7 @@ PICTOGRAMS: dict[str, Callable[[Step], Plan]] = {
     "conv": convolution,
     "pool": pooling,
     "reshape": bar,
-    "concat": bar,
+    "concat": concatenation,
     "index": tag,
     "reduce": reduce,
     "copy": copy,
