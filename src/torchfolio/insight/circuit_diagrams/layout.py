@@ -515,6 +515,8 @@ class _Line:
             if _heading(fence):
                 text = _heading(fence) if fence.first >= self.first else f"… {_heading(fence)}"
                 spans = (Span(text, "sans"),)
+                if spans_width(spans, self.style.title) > box.right - box.left - 6 and fence.first < self.first:
+                    continue
                 drawing.texts.append(
                     Text(box.left + 5, box.top + self.style.title + 2, spans, self.style.title, "start", "title")
                 )

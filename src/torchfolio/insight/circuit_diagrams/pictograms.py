@@ -249,6 +249,7 @@ SIGNS: dict[str, tuple[Span, ...]] = {
     "exp": (regular("exp"),),
     "square": (italic("x"), regular("2", 0.7, 0.35)),
     "neg": (regular("−"),),
+    "∗k^−½": (regular("∗"), italic("k"), regular("−½", 0.7, 0.35)),
 }
 """Signs of scalar functions that are not written out."""
 
@@ -568,6 +569,32 @@ def concatenation(step: Step) -> Plan:
     return Plan(48, draw, 9, 9, solid=False)
 
 
+def splitting(step: Step) -> Plan:
+    """An axis that is cut into parts, at a thick bar; the other axes go to every part, from dots."""
+
+    def draw(place: Place) -> Drawn:
+        drawn, x = Drawn(), place.x0 + 12
+        ending = {w.key for w in step.ending}
+        cut = [place.ins[w.key] for w in step.ending] or [place.rows(step.in_wires)[0]]
+        going = {after: before for before, after in step.through}
+        for tensor in step.outputs:
+            whole = len(tensor.wires) == len(step.in_wires)
+            sources = [w for w in step.in_wires if whole or w.key not in ending]
+            for source, wire in zip(sources, tensor.wires, strict=False):
+                y0 = place.ins[source.key]
+                path = tuple(ease(x, y0, place.x1, place.outs[wire.key]))
+                if wire.key in going:
+                    drawn.through[going[wire.key]] = (("L", (x, y0)), *path)
+                    drawn.parts.append(_dot(x, y0))
+                else:
+                    drawn.starts[wire.key] = (("M", (x, y0)), *path)
+        drawn.ends |= {w.key: (("L", (x, place.ins[w.key])),) for w in step.ending}
+        drawn.parts.append(Path(polyline([(x, cut[0] - 8), (x, cut[-1] + 8)]), width=3.6, sign="┃"))
+        return drawn
+
+    return Plan(60, draw, 8, 8, solid=False)
+
+
 def _meet(step: Step, place: Place, drawn: Drawn, goal: dict[str, float], x: float) -> None:
     """Lead every wire whose axis goes on to its height at x; a dot where several come together."""
     going, meeting = dict(step.through), dict.fromkeys(goal, 0)
@@ -686,6 +713,7 @@ PICTOGRAMS: dict[str, Callable[[Step], Plan]] = {
     "save": save,
     "embedding": embedding,
     "softmax": softmax,
+    "split": splitting,
     "norm": norm,
     "conv": convolution,
     "pool": pooling,

@@ -24,6 +24,7 @@ class Wire:
         size: as text, `"28"` or a formula.
         twin: whether it is drawn close below the wire before it, as the second line of a group.
         heads: whether it is the first line of a group.
+        name: of the axis, where the label is that of a group.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Wire:
     size: str
     twin: bool = False
     heads: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
