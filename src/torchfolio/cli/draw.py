@@ -53,9 +53,8 @@ def draw(
     if output is not None and not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent}")
     if (bundle is None) == (model is None):
-        raise TorchfolioError(
-            "expected either the folder of a bundle or --model, got " + ("none" if bundle is None else "both")
-        )
+        got = "neither" if bundle is None else "both"
+        raise TorchfolioError(f"expected either the folder of a bundle or --model, got {got}")
     from torchfolio.insight import circuit_diagrams
 
     if bundle is not None:
