@@ -351,27 +351,31 @@ def method_class(slug: str, kind: type[Any], what: str) -> type[Any]:
 def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) -> tuple[str, dict[str, Any]]:
     """Import path and arguments of a network that fits a data set.
 
+    See `fitting_recipe`.
+    """
+    outputs = len(splits.classes) or (splits.train.tensors[1].shape[1] if splits.train.tensors[1].dim() > 1 else 1)
+    return fitting_recipe(model, settings, splits.shape, outputs)
+
+
+def fitting_recipe(
+    model: str, settings: Mapping[str, Any], shape: Sequence[int], outputs: int
+) -> tuple[str, dict[str, Any]]:
+    """Import path and arguments of a network for inputs of a shape, without the batch, and a number of outputs.
+
     What the factory takes of `num_classes`, `out_features`, `in_channels`, `in_features` and `image_size` is filled
-    in from the data, unless it is set.
+    in, unless it is set.
     """
     import inspect
+    import math
 
     from torchfolio import models
     from torchfolio.bundle import resolve
 
     path = importable([model])[0] if ":" in model else models.spec(model)
     factory = resolve(path, allow=[path])
-    outputs = len(splits.classes) or (splits.train.tensors[1].shape[1] if splits.train.tensors[1].dim() > 1 else 1)
-    features = 1
-    for side in splits.shape:
-        features *= side
-    known = {
-        "num_classes": outputs,
-        "out_features": outputs,
-        "in_channels": splits.shape[0],
-        "in_features": features,
-        "image_size": splits.shape[-1],
-    }
+    known = {"num_classes": outputs, "out_features": outputs, "in_features": math.prod(shape)}
+    if shape:
+        known |= {"in_channels": shape[0], "image_size": shape[-1]}
     parameters = _parameters(factory, inspect.signature(factory))
     return path, {**{k: v for k, v in known.items() if k in parameters}, **settings}
 

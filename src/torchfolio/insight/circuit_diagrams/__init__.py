@@ -1,0 +1,21 @@
+"""Neural circuit diagrams: a network drawn so that every axis of every tensor is a wire.
+
+Vincent Abbott, "Neural Circuit Diagrams: Robust Diagrams for the Communication, Implementation, and Analysis of Deep
+Learning Architectures", TMLR 2024, https://arxiv.org/abs/2402.05424.
+
+A diagram is read from left to right. A solid wire is an axis, a dashed line the boundary of two tensors; an operation
+stands on the wires that it is about and is broadcast along those that pass it. `draw` traces a module on an example
+and gives a `Drawing`, which writes itself as SVG, as a raster and as text; `check_svg` counts what was drawn.
+
+Example:
+    >>> drawing = draw(net, torch.zeros(2, 3, 32, 32), names=["b c h w"])
+    >>> drawing.svg("net.svg")
+    >>> check_svg(drawing.svg()).counts_agree
+    True
+"""
+
+from torchfolio.insight.circuit_diagrams.checks import Check, ColumnCount, check_svg
+from torchfolio.insight.circuit_diagrams.drawing import Drawing, draw
+from torchfolio.insight.circuit_diagrams.layout import Style
+
+__all__ = ["Check", "ColumnCount", "Drawing", "Style", "check_svg", "draw"]

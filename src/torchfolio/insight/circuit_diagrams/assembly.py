@@ -1,0 +1,341 @@
+"""From what was read of a graph to a sheet: copies where a tensor is used twice, columns, names, fences."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from torchfolio.insight.circuit_diagrams.exported import Draft, Reader, Value
+from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans
+from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
+
+TOGETHER = 5
+"""Uses of a tensor that are at most so many operations apart are served by one copy."""
+
+
+def assemble(reader: Reader, title: str, fold: int | None = None) -> Sheet:
+    """Put operations into columns.
+
+    Args:
+        reader: that has read a graph.
+        title: of the drawing.
+        fold: depth of the modules that become boxes; None for none.
+    """
+    steps = _alive(reader)
+    _merge_copies(reader, steps)
+    steps, outputs = _without_views(reader, steps)
+    if fold is not None:
+        steps = _folded(steps, outputs, fold)
+    steps = _with_copies(steps, reader.inputs, outputs)
+    names = _names(reader, steps)
+    return _Assembly(reader, steps, outputs, names, title).sheet()
+
+
+def _root(value: Value) -> Value:
+    """The tensor itself, of which this is one use."""
+    while value.origin is not None:
+        value = value.origin
+    return value
+
+
+def _alive(reader: Reader) -> list[Draft]:
+    """The operations that an output depends on."""
+    wanted = {id(_root(v)) for v in reader.outputs}
+    kept = []
+    for step in reversed(reader.steps):
+        if any(id(o) in wanted for o in step.outputs):
+            kept.append(step)
+            wanted |= {id(_root(v)) for v in step.inputs}
+    return kept[::-1]
+
+
+def _merge_copies(reader: Reader, steps: list[Draft]) -> None:
+    """Axes of a copy are those of its origin, unless a tensor would have one axis twice.
+
+    The only use of a tensor is no copy of it.
+    """
+    used = [v for s in steps for v in s.inputs] + reader.outputs
+    uses = Counter(id(v.origin) for v in used)
+    for value in used:
+        if value.origin is not None and uses[id(value.origin)] == 1:
+            for mine, theirs in zip(value.axes, value.origin.axes, strict=True):
+                reader.merge(mine, theirs)
+    where: dict[int, set[int]] = defaultdict(set)
+    values = [*reader.inputs, *used, *(o for s in steps for o in s.outputs)]
+    for i, value in enumerate(values):
+        for axis in value.axes:
+            where[reader.find(axis)].add(i)
+    copies = [(m, t) for v in used if v.origin is not None for m, t in zip(v.axes, v.origin.axes, strict=True)]
+    for mine, theirs in [*reader.branches, *copies]:
+        a, b = reader.find(mine), reader.find(theirs)
+        if a != b and not where[a] & where[b]:
+            together = where[a] | where[b]
+            where[reader.merge(a, b)] = together
+
+
+def _visible(reader: Reader, value: Value) -> list[int]:
+    return [reader.find(a) for a in value.axes if reader.size[a] != 1]
+
+
+def _without_views(reader: Reader, steps: list[Draft]) -> tuple[list[Draft], list[Value]]:
+    """Without operations that change nothing that is drawn; their results are uses of what they took."""
+    kept = []
+    for step in steps:
+        moves = step.kind in ("view", "transpose")
+        if moves and _visible(reader, step.outputs[0]) == _visible(reader, step.inputs[0]):
+            step.outputs[0].origin = step.inputs[0]
+        else:
+            kept.append(step)
+    return kept, reader.outputs
+
+
+def _folded(steps: list[Draft], outputs: list[Value], depth: int) -> list[Draft]:
+    """With a box in place of every module at a depth that holds several operations side by side."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        if len(step.stack) > depth:
+            groups[step.stack[depth][0]].append(i)
+    result: list[Draft | None] = list(steps)
+    for path, members in groups.items():
+        if len(members) < 2 or members[-1] - members[0] != len(members) - 1:
+            continue
+        inside = [steps[i] for i in members]
+        made = {id(o) for s in inside for o in s.outputs}
+        outside = [v for i, s in enumerate(steps) if i not in set(members) for v in s.inputs] + outputs
+        leaving = {id(_root(v)) for v in outside}
+        results = [o for s in inside for o in s.outputs if id(o) in leaving]
+        taken: list[Value] = []
+        for value in (v for s in inside for v in s.inputs if id(_root(v)) not in made):
+            if all(_root(value) is not _root(t) for t in taken):
+                taken.append(value)
+        kind = inside[0].stack[depth][1]
+        axes = {a for v in (*taken, *results) for a in v.axes}
+        text = f"{kind}\n{path.rsplit('.', 1)[-1]}"
+        box = Draft(
+            "block", taken, results, axes, {"text": text}, any(s.learned for s in inside), inside[0].stack[: depth + 1]
+        )
+        for i in members:
+            result[i] = None
+        result[members[-1]] = box
+    return [s for s in result if s is not None]
+
+
+def _with_copies(steps: list[Draft], inputs: list[Value], outputs: list[Value]) -> list[Draft]:
+    """With an explicit copy wherever a tensor is used more than once."""
+    uses: dict[int, list[tuple[int, Value]]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        for value in step.inputs:
+            uses[id(_root(value))].append((i, value))
+    for value in outputs:
+        uses[id(_root(value))].append((len(steps), value))
+    before: dict[int, list[Draft]] = defaultdict(list)
+    made = [*inputs, *(o for s in steps for o in s.outputs)]
+    for value in made:
+        if id(value) not in uses:
+            continue
+        source, rest = value, uses[id(value)]
+        while len(rest) > 1:
+            first = rest[0][0]
+            group = [u for u in rest if u[0] - first <= TOGETHER]
+            group = rest if len(rest) - len(group) <= 1 else group
+            rest = rest[len(group) :]
+            results = [v for _, v in group]
+            if rest:
+                keep = Value(list(source.axes))
+                results.append(keep)
+            stack = steps[first].stack if first < len(steps) else ()
+            common = [s.stack for s in (steps[i] for i, _ in group if i < len(steps))]
+            stack = _common([stack, *common]) if not rest and group[-1][0] < len(steps) else ()
+            before[first].append(Draft("copy", [source], results, stack=stack))
+            if rest:
+                source = keep
+        if len(rest) == 1 and rest[0][1] is not source:
+            _alias(rest[0][1], source)
+    ordered = []
+    for i in range(len(steps) + 1):
+        ordered += before[i]
+        ordered += steps[i : i + 1]
+    return ordered
+
+
+def _alias(use: Value, source: Value) -> None:
+    use.origin = source
+
+
+def _common(stacks: list[tuple[tuple[str, str], ...]]) -> tuple[tuple[str, str], ...]:
+    result = []
+    for level in zip(*stacks, strict=False):
+        if len(set(level)) > 1:
+            break
+        result.append(level[0])
+    return tuple(result)
+
+
+def _names(reader: Reader, steps: list[Draft]) -> dict[int, str]:
+    """A name for every axis, no two alike, in the order in which they appear."""
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    values = [*reader.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
+    paired = _pairs(reader, values)
+    for axis in (a for value in values for a in _visible(reader, value)):
+        if axis in names:
+            continue
+        base = reader.name[axis] or "a"
+        partner = next((names[p] for p in sorted(paired.get(axis, ())) if p in names), "")
+        if partner and base + partner[1:] not in taken:  # h2 goes with w2
+            names[axis] = base + partner[1:]
+        else:
+            numbers = {"x": ["x", "y", "z"], "n": []}.get(base, [base])
+            names[axis] = next(
+                n for n in itertools.chain(numbers, (f"{base}{i}" for i in itertools.count(1))) if n not in taken
+            )
+        taken.add(names[axis])
+    return names
+
+
+def _pairs(reader: Reader, values: list[Value]) -> dict[int, set[int]]:
+    """Of every axis that is the width of an image the axes that are its height."""
+    pairs: dict[int, set[int]] = defaultdict(set)
+    for value in values:
+        axes = _visible(reader, value)
+        for a, b in itertools.pairwise(axes):
+            if reader.name[a] == "h" and reader.name[b] == "w":
+                pairs[b].add(a)
+    return pairs
+
+
+class _Assembly:
+    """Columns, tensors and fences of operations in order."""
+
+    def __init__(
+        self, reader: Reader, steps: list[Draft], outputs: list[Value], names: dict[int, str], title: str
+    ) -> None:
+        self.reader, self.steps, self.outputs, self.names, self.title = reader, steps, outputs, names, title
+        self.tensors: dict[int, Tensor] = {}
+        self.numbers = itertools.count(1)
+        values = [*reader.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
+        self.pairs = _pairs(reader, values)
+
+    def base(self, value: Value) -> Value:
+        """The tensor that is drawn for a use: the result of a copy or of another operation, or an input."""
+        while id(value) not in self.sources and value.origin is not None:
+            value = value.origin
+        return value
+
+    def sheet(self) -> Sheet:
+        self.sources = {id(v) for v in [*self.reader.inputs, *(o for s in self.steps for o in s.outputs)]}
+        column: dict[int, int] = {}
+        ready: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            column[i] = max((ready.get(id(self.base(v)), 0) for v in step.inputs), default=0)
+            ready |= {id(o): column[i] + 1 for o in step.outputs}
+            if step.kind == "binary" and step.params.get("what") in ("add", "mul"):  # a skip connection runs below
+                step.inputs.sort(key=lambda v: -ready.get(id(self.base(v)), 0))
+        count = max(column.values(), default=-1) + 1
+        columns: list[list[Step]] = [[] for _ in range(count)]
+        for i, step in enumerate(self.steps):
+            columns[column[i]].append(self._step(i, step))
+        levels = self._levels(columns)
+        return Sheet(levels, tuple(map(tuple, columns)), tuple(self._fences(column)), self.title, tuple(self._legend()))
+
+    def _tensor(self, value: Value) -> Tensor:
+        value = self.base(value)
+        if id(value) not in self.tensors:
+            key = f"t{next(self.numbers)}"
+            axes = _visible(self.reader, value)
+            heads = {a for a, b in itertools.pairwise(axes) if a in self.pairs.get(b, ())}
+            wires = []
+            for i, axis in enumerate(axes):
+                twin = i > 0 and axes[i - 1] in self.pairs.get(axis, ())
+                label = self._label(axis, axis in heads)
+                size = str(self.reader.size[axis])
+                wires.append(Wire(f"{key}.{i}", f"a{axis}", label, size, twin, axis in heads, self.names[axis]))
+            self.tensors[id(value)] = Tensor(key, tuple(wires))
+        return self.tensors[id(value)]
+
+    def _label(self, axis: int, group: bool) -> tuple[Span, ...]:
+        name = self.names[axis]
+        return name_spans("x" + name[1:], style="bold", over=True) if group else name_spans(name)
+
+    def _step(self, index: int, step: Draft) -> Step:
+        inputs, outputs = tuple(map(self._tensor, step.inputs)), tuple(map(self._tensor, step.outputs))
+        core = frozenset(f"a{self.reader.find(a)}" for a in step.core)
+        params = dict(step.params)
+        if "spatial" in params:
+            params["spatial"] = {f"a{self.reader.find(a)}" for a in params["spatial"]}
+        path, kind = step.stack[-1] if step.stack else ("", "")
+        shapes = [
+            " ".join(f"{''.join(s.text for s in w.label) or 'w'}={w.size}" for w in t.wires)
+            for t in (*inputs, *outputs)
+        ]
+        arrow = f"{', '.join(shapes[: len(inputs)])} → {', '.join(shapes[len(inputs) :])}"
+        title = " ".join(x for x in (step.kind, arrow, f"{path} ({kind})" if path else "") if x)
+        return Step(
+            index,
+            step.kind,
+            inputs,
+            outputs,
+            self._through(step, inputs, outputs, core),
+            core,
+            params,
+            step.learned,
+            title,
+            path,
+        )
+
+    def _through(
+        self, step: Draft, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], core: frozenset[str]
+    ) -> tuple[tuple[str, str], ...]:
+        if step.kind == "copy":
+            return tuple((a.key, b.key) for a, b in zip(inputs[0].wires, outputs[0].wires, strict=True))
+        ends = core if step.kind in ("conv", "pool") and step.params.get("stride_text") else frozenset()
+        free = [w for t in outputs for w in t.wires if w.axis not in ends]
+        pairs = []
+        for wire in (w for t in inputs for w in t.wires):
+            after = next((w for w in free if w.axis == wire.axis), None)
+            if after is not None:
+                free.remove(after)
+                pairs.append((wire.key, after.key))
+        return tuple(pairs)
+
+    def _levels(self, columns: list[list[Step]]) -> tuple[tuple[Tensor, ...], ...]:
+        level = [self._tensor(v) for v in self.reader.inputs]
+        wanted = {t.key for c in columns for s in c for t in s.inputs} | {self._tensor(v).key for v in self.outputs}
+        level = [t for t in level if t.key in wanted]
+        levels = [tuple(level)]
+        for steps in columns:
+            for step in steps:
+                keys = [t.key for t in step.inputs]
+                at = min((i for i, t in enumerate(level) if t.key in keys), default=len(level))
+                level = [t for t in level if t.key not in keys]
+                level[at:at] = [t for t in step.outputs if t.key in wanted]
+            levels.append(tuple(level))
+        return tuple(levels)
+
+    def _fences(self, column: dict[int, int]) -> Iterator[Fence]:
+        inside: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for i, step in enumerate(self.steps):
+            for entry in step.stack:
+                inside[entry].append(i)
+        kept = {e: members for e, members in inside.items() if len(members) > 1}
+        sets = {e: frozenset(m) for e, m in kept.items()}
+        for entry in list(kept):  # a module that holds the same as one around it says nothing new
+            if any(sets[other] == sets[entry] and len(other[0]) > len(entry[0]) for other in kept):
+                del kept[entry]
+        for (path, kind), members in sorted(kept.items(), key=lambda e: e[0][0]):
+            depth = sum(sets[path, kind] < sets[other] for other in kept)
+            places = [column[i] for i in members]
+            yield Fence(kind, path, min(places), max(places), frozenset(members), depth)
+
+    def _legend(self) -> Iterator[tuple[tuple[Span, ...], str]]:
+        seen: dict[tuple[str, ...], str] = {}
+        for tensor in self.tensors.values():
+            for i, wire in enumerate(tensor.wires):
+                if wire.twin:
+                    continue
+                size = wire.size if not wire.heads else f"{wire.size}×{tensor.wires[i + 1].size}"
+                text = tuple(s.text for s in wire.label)
+                if text not in seen:
+                    seen[text] = size
+                    yield wire.label, size

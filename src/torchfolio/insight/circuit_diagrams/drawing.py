@@ -1,0 +1,141 @@
+"""Draw a module: from an example input to SVG, a raster or text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchfolio.insight.circuit_diagrams.exported import sheet_of_module
+from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
+from torchfolio.insight.circuit_diagrams.shapes import Geometry
+from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
+from torchfolio.insight.circuit_diagrams.sheet import Tensor as Wires
+from torchfolio.insight.circuit_diagrams.svg import render_png, render_svg
+from torchfolio.insight.circuit_diagrams.text import render_text
+
+LEVELS = ("auto", "full", "blocks")
+LONGEST = 60
+"""Columns that a drawing has at most at the level `"auto"`, where modules are there to be folded."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A circuit diagram ready to be drawn; a notebook shows it as it is.
+
+    Attributes:
+        sheet: operations in columns, and the tensors alive between them.
+        style: sizes.
+        unknown: names of operations that are drawn as plain boxes, for want of a sign.
+    """
+
+    sheet: Sheet
+    style: Style = field(default_factory=Style)
+    unknown: tuple[str, ...] = ()
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Places for everything."""
+        return lay_out(self.sheet, self.style)
+
+    def svg(self, path: str | Path | None = None) -> str:
+        """The SVG document; written to a file too where one is named."""
+        document = render_svg(self.geometry, self.json(), title=self.sheet.title)
+        if path is not None:
+            Path(path).write_text(document, encoding="utf-8")
+        return document
+
+    def png(self, *, width: int | None = None, zoom: float = 2.0) -> bytes:
+        """A raster. See `torchfolio.insight.circuit_diagrams.svg.render_png`."""
+        return render_png(self.svg(), width=width, zoom=zoom)
+
+    def text(self) -> str:
+        """The drawing in characters."""
+        return render_text(self.geometry)
+
+    def signature(self) -> str:
+        """Axes of the inputs and of the outputs, `b c h w -> b n`."""
+        first, last = self.sheet.levels[0], self.sheet.levels[-1]
+        return f"{', '.join(map(_axes, first))} -> {', '.join(map(_axes, last))}"
+
+    def json(self) -> dict[str, Any]:
+        """The diagram as JSON values: tensors of every column of data, and operations of every column between."""
+        tensors = {t.key: [{"axis": w.axis, "name": _name(w), "size": w.size} for w in t.wires] for c in self.sheet.levels for t in c}  # fmt: skip
+        return {
+            "signature": self.signature(),
+            "tensors": tensors,
+            "data": [[t.key for t in level] for level in self.sheet.levels],
+            "operations": [[_operation(s) for s in column] for column in self.sheet.columns],
+        }
+
+    def _repr_svg_(self) -> str:
+        return self.svg()
+
+
+def draw(
+    module: nn.Module,
+    example_args: Sequence[Tensor] | Tensor,
+    names: Sequence[str | None] | None = None,
+    level: str = "auto",
+    style: Style | None = None,
+) -> Drawing:
+    """Draw a module as a neural circuit diagram.
+
+    Args:
+        module: what is drawn, in the mode that it is in: batch norm in training takes the batch axis in.
+        example_args: an input, or one for each argument.
+        names: names of the axes of each input, `"b c h w"`; what has the same name is the same axis.
+        level: `"full"`, every operation; `"blocks"`, the children of the module as boxes; `"auto"`, as much as fits
+            into 60 columns.
+        style: sizes.
+
+    Returns:
+        The drawing.
+
+    Raises:
+        ValueError: if the level is unknown, or names do not fit the inputs.
+        TorchfolioError: if `torch.export` cannot trace the module, as where its control flow depends on values.
+
+    Example:
+        >>> draw(net, torch.zeros(2, 3, 32, 32)).svg("net.svg")
+    """
+    examples = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
+    if level not in LEVELS:
+        raise ValueError(f"expected a level of {', '.join(LEVELS)}, got {level!r}")
+    if names is not None and len(names) != len(examples):
+        raise ValueError(f"expected names for each of {len(examples)} inputs, got {len(names)}")
+    for text, example in zip(names or [], examples, strict=False):
+        if text is not None and len(text.split()) != example.dim():
+            raise ValueError(f"expected names for the {example.dim()} axes of an input, got {text!r}")
+    sheet, unknown = sheet_of_module(module, examples, names, fold=0 if level == "blocks" else None)
+    deepest = 3
+    while level == "auto" and len(sheet.columns) > LONGEST and deepest >= 0:
+        sheet, unknown = sheet_of_module(module, examples, names, fold=deepest)
+        deepest -= 1
+    return Drawing(sheet, style or Style(), tuple(unknown))
+
+
+def _name(wire: Any) -> str:
+    return wire.name or "".join(s.text for s in wire.label)
+
+
+def _axes(tensor: Wires) -> str:
+    return " ".join(map(_name, tensor.wires)) or "1"
+
+
+def _operation(step: Step) -> dict[str, Any]:
+    params = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in step.params.items()}
+    return {
+        "index": step.index,
+        "kind": step.kind,
+        "inputs": [t.key for t in step.inputs],
+        "outputs": [t.key for t in step.outputs],
+        "core": sorted(step.core),
+        "params": params,
+        "learned": step.learned,
+        "path": step.path,
+    }
