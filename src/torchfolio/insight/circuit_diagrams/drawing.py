@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,6 +101,8 @@ def draw(
         ValueError: if the level is unknown, or names do not fit the inputs.
         TorchfolioError: if `torch.export` cannot trace the module, as where its control flow depends on values.
 
+    Operations without a sign become plain boxes on the axes that they change, and a warning names them.
+
     Example:
         >>> draw(net, torch.zeros(2, 3, 32, 32)).svg("net.svg")
     """
@@ -116,6 +119,8 @@ def draw(
     while level == "auto" and len(sheet.columns) > LONGEST and deepest >= 0:
         sheet, unknown = sheet_of_module(module, examples, names, fold=deepest)
         deepest -= 1
+    if unknown:
+        warnings.warn(f"drawn as plain boxes, for want of a sign: {', '.join(unknown)}", stacklevel=2)
     return Drawing(sheet, style or Style(), tuple(unknown))
 
 
