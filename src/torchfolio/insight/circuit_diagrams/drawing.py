@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchfolio.insight.circuit_diagrams.cost import Cost, cost_of
 from torchfolio.insight.circuit_diagrams.exported import sheet_of_module
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
 from torchfolio.insight.circuit_diagrams.shapes import Geometry
@@ -62,6 +63,10 @@ class Drawing:
         """Axes of the inputs and of the outputs, `b c h w -> b n`."""
         first, last = self.sheet.levels[0], self.sheet.levels[-1]
         return f"{', '.join(map(_axes, first))} -> {', '.join(map(_axes, last))}"
+
+    def cost(self) -> Cost:
+        """Time and memory, as formulas in the names of axes and as numbers."""
+        return cost_of(self.sheet)
 
     def json(self) -> dict[str, Any]:
         """The diagram as JSON values: tensors of every column of data, and operations of every column between."""

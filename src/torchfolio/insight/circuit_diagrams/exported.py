@@ -7,6 +7,7 @@ product) are one.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -363,7 +364,10 @@ def _conv(r: Reader, node: Any, name: str) -> Value | None:
     )
     note = f"groups {groups}" if isinstance(groups, int) and groups > 1 else ""
     core = [source.axes[1], channel, *source.axes[2:], *space]
-    text = {"kernel_text": kernel if not strided else f"{kernel}²" if len(space) == 2 and "×" not in kernel else kernel}
+    text: dict[str, Any] = {"window": math.prod(weight[2:]), "groups": groups}
+    text |= {
+        "kernel_text": kernel if not strided else f"{kernel}²" if len(space) == 2 and "×" not in kernel else kernel
+    }
     if strided:
         text["stride_text"] = stride
     made = Value([source.axes[0], channel, *space])

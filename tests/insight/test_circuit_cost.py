@@ -1,0 +1,80 @@
+"""Time and memory read off drawings, against torch's counter."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from torch import nn
+
+from torchfolio.insight.circuit_diagrams import draw
+from torchfolio.measure import count_flops
+from torchfolio.models import MLP, ConvNet, ResNetCIFAR, UNet, ViT
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, m=32, k=8, h=4):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(m, m) for _ in range(4))
+        self.shape = (k, h)
+
+    def forward(self, y, x):
+        q, k, v = (layer(t).unflatten(-1, self.shape) for layer, t in ((self.q, y), (self.k, x), (self.v, x)))
+        score = torch.einsum("ykh,xkh->yxh", q, k) / self.shape[0] ** 0.5
+        return self.o(torch.einsum("yxh,xkh->ykh", score.softmax(1), v).flatten(-2))
+
+
+def symbol(name):
+    return sympy.Symbol(name, positive=True, integer=True)
+
+
+def test_cross_attention_costs_what_the_counter_says():
+    net, args = CrossAttention(), (torch.rand(5, 32), torch.rand(7, 32))
+    cost = draw(net, args, names=["y m", "x n"]).cost()
+    assert cost.total() == 53_632 == count_flops(net, *args)
+    y, x = symbol("y"), symbol("x")
+    crossed = [term for term in cost.polynomial().as_ordered_terms() if {y, x} <= term.free_symbols]
+    assert crossed
+    assert all(len(term.free_symbols) == 4 for term in crossed)  # y x k h
+    assert cost.total(y=10) == count_flops(net, torch.rand(10, 32), args[1])
+    with pytest.raises(ValueError, match="no axis 'q'"):
+        cost.total(q=3)
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (MLP(12, 3, (8, 6)), torch.rand(4, 12)),
+        (ConvNet(5, 3, (4, 6)), torch.rand(2, 3, 8, 8)),
+        (ResNetCIFAR(8, (4, 6, 8)).eval(), torch.rand(2, 3, 8, 8)),
+        (ViT(8, 4, 4, dim=16, depth=1, heads=2).eval(), torch.rand(2, 3, 8, 8)),
+        (
+            nn.Sequential(
+                nn.Conv2d(4, 8, 3, 2, 1, groups=2),
+                nn.ConvTranspose2d(8, 6, 2, 2),
+                nn.Conv2d(6, 6, 3, dilation=2, groups=6),
+            ),
+            torch.rand(2, 4, 10, 10),
+        ),
+    ],
+    ids=["mlp", "conv", "resnet", "vit", "convolutions"],
+)
+def test_networks_cost_what_the_counter_says(net, x):
+    cost = draw(net, x, level="full").cost()
+    assert cost.total() == count_flops(net, x)
+    assert len(cost.to_frame()) == len(cost.flops)
+    assert cost.depth > 0
+
+
+def test_memory_of_a_chain():
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+    cost = draw(net, torch.rand(4, 6), names=["b m"]).cost()
+    assert [cost._value(m, {}) for m in cost.memory] == [24, 40, 40, 12]
+    assert cost.peak() == 40
+    assert cost.peak(b=8) == 80
+
+
+def test_an_unet_is_read_too():
+    net = UNet(1, widths=(4, 8))
+    args = (torch.rand(2, 1, 8, 8),)
+    assert draw(net.eval(), args, level="full").cost().total() == count_flops(net, *args)
