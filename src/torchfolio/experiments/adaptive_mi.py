@@ -200,6 +200,7 @@ def controls(run: Run[Settings]) -> dict[str, float]:
     net = Net(run.settings.widths, "relu", 0.0).eval()
     with torch.no_grad():
         t = nn.Sequential(*list(net.children())[:4])(x)
+        t = t / t.max()  # the range that the fixed bins are made for
     bins = run.settings.bins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
