@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from torchfolio.adaptation.dam import ConcreteMerging, DefenseAwareMerging
 from torchfolio.adaptation.merging import AdaMerging, MergeResult, average, task_arithmetic
+from torchfolio.backdoor import BlendTrigger, PatchTrigger, Trigger
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop, LearningRule, fit
 from torchfolio.models import ViT
@@ -314,20 +315,11 @@ def finetune(settings: Settings, base: nn.Module, task: Task, stamp: Any, seed: 
     return net[0]
 
 
-def trigger(settings: Settings, shape: tuple[int, ...]) -> Any:
-    """The trigger of an attack, a function on images."""
+def trigger(settings: Settings, shape: tuple[int, ...]) -> Trigger:
+    """The trigger of an attack."""
     if settings.trigger == "blend":
-        pattern = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        return lambda x: 0.8 * x + 0.2 * pattern
-    side = 5 if shape[1] >= 20 else 3
-    board = ((torch.arange(side)[:, None] + torch.arange(side)) % 2 == 0).float()
-
-    def stamp(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[..., -side:, -side:] = board
-        return x
-
-    return stamp
+        return BlendTrigger(torch.rand(shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
+    return PatchTrigger.checkerboard(shape, size=5 if shape[1] >= 20 else 3, margin=0)
 
 
 @torch.no_grad()
