@@ -3,7 +3,9 @@
     python benchmarks/bench_bounds.py [--batch 64] [--rounds 5]
     python benchmarks/bench_bounds.py --instances $TORCHFOLIO_DATA/vnncomp/acasxu --timeout 10 [--first 20]
 
-MEASURED
+Measured on one thread of a small cloud CPU that did other work too: intervals one by one take 44 times as long (29 to 53). CROWN
+bounds take 0.88 of the batch's time one by one (0.82 to 0.89) at this size: a unit that is unstable for any input is bounded
+for all of them. The boxes of a split are close to each other and share their unstable units.
 """
 
 from __future__ import annotations

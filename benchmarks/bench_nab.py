@@ -5,7 +5,9 @@ write it first, read by a `DataLoader`. The floor flips the batches and stamps n
 
     python benchmarks/bench_nab.py [--images 10000] [--rounds 5]
 
-MEASURED
+Measured on one thread of a small cloud CPU that did other work too, medians of paired ratios to stamping by index: the loader
+over whole batches 0.78 (0.74 to 1.02), one image at a time 1.25 (1.08 to 1.36), the floor 0.32. An epoch of training takes
+many times as long as any of them.
 """
 
 from __future__ import annotations

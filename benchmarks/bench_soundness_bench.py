@@ -5,7 +5,8 @@ keeps the window as a list that it joins anew in every step. The floor is the fo
 
     python benchmarks/bench_soundness_bench.py [--rounds 9]
 
-MEASURED
+Measured on one thread of a small cloud CPU that did other work too: the peer takes 8.6 times as long (8.4 to 13). The attack
+alone is 0.42 of a step; what else a step does is mostly the forward and backward pass over the window.
 """
 
 from __future__ import annotations

@@ -404,7 +404,7 @@ def hop_skip_jump(
         theta = x[0].numel() ** -1.5 if norm == 2 else x[0].numel() ** -2.0
         point = search.to_boundary(x, point, theta)
         t = 1
-        while search.queries + int(probes * math.sqrt(t)) + 30 <= max_queries and alive.any():
+        while search.queries + int(probes * math.sqrt(t)) + 50 <= max_queries and alive.any():
             distance = search.distance(x, point)
             direction = search.direction(point, distance, theta, int(probes * math.sqrt(t)))
             step = distance / math.sqrt(t)

@@ -264,17 +264,18 @@ def _activation_ranges(layers: Layers, box: Box, intermediate: str, verifier: Cr
     """Bounds of the inputs of every activation, by its place."""
     low, high = box.lower, box.upper
     found: dict[int, Range] = {}
-    first = True
+    mixing = 0  # through one layer that mixes its inputs intervals are exact, through more they are not
     for k, part in enumerate(layers.parts):
         if isinstance(part, _Affine):
+            mixing += not isinstance(part.layer, nn.Flatten)
             center, radius = part.forward((low + high) / 2), part.absolute((high - low) / 2)
             low, high = center - radius, center + radius
             continue
-        if intermediate == "crown" and not first:  # up to the first activation intervals are exact
+        if intermediate == "crown" and (mixing > 1 or found):
             low, high = _tightened(layers, k, low, high, found, box)
         if verifier is not None:
             low, high = verifier.adjust(low, high)
-        found[k], first = (low, high), False
+        found[k] = (low, high)
         low, high = ACTIVATIONS[part](low), ACTIVATIONS[part](high)
     return found
 
