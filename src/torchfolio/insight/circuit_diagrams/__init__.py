@@ -14,9 +14,10 @@ Example:
     True
 """
 
+from torchfolio.insight.circuit_diagrams.algebra import Expression, ncd, op
 from torchfolio.insight.circuit_diagrams.checks import Check, ColumnCount, check_svg
 from torchfolio.insight.circuit_diagrams.cost import Cost
 from torchfolio.insight.circuit_diagrams.drawing import Drawing, draw
 from torchfolio.insight.circuit_diagrams.layout import Style
 
-__all__ = ["Check", "ColumnCount", "Cost", "Drawing", "Style", "check_svg", "draw"]
+__all__ = ["Check", "ColumnCount", "Cost", "Drawing", "Expression", "Style", "check_svg", "draw", "ncd", "op"]

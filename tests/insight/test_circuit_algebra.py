@@ -1,0 +1,163 @@
+"""Diagrams from expressions: they run, are priced, written out, compared and drawn."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from torchfolio.insight.circuit_diagrams import check_svg, ncd, op
+from torchfolio.insight.circuit_diagrams.algebra import SignatureError
+
+SIZES = {"y": 5, "x": 7, "m": 32, "k": 8, "h": 4, "n": 32}
+
+
+def attention():
+    """Softmax attention on queries, keys and values."""
+    scores = ncd("y k h, x k h -> y x h") @ op.scale(8**-0.5) @ op.softmax("x")
+    return scores * op.identity("x k h") @ ncd("y x h, x k h -> y k h")
+
+
+def cross_attention():
+    torch.manual_seed(0)
+    own = {"m": 32, "k": 8, "h": 4}
+    query = op.identity("y m") @ op.linear("m -> k h", name="Q", **own)
+    context = (
+        op.identity("x m")
+        @ op.copy()
+        @ (op.linear("m -> k h", name="K", **own) * op.linear("m -> k h", name="V", **own))
+    )
+    return query * context @ attention() @ op.linear("k h -> n", bias=True, name="O", k=8, h=4, n=32)
+
+
+def tensors(*shapes):
+    return [torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)]
+
+
+def test_attention_is_attention():
+    q, k, v = tensors((5, 8, 4), (7, 8, 4), (7, 8, 4))
+    net = attention()
+    assert net.signature() == "y k h, x k h, x k h -> y k h"
+    wanted = F.scaled_dot_product_attention(*(t.permute(2, 0, 1) for t in (q, k, v))).permute(1, 2, 0)
+    torch.testing.assert_close(net(q, k, v), wanted)
+    batched = net >> "b"
+    assert batched.signature() == "b y k h, b x k h, b x k h -> b y k h"
+    many = tensors((3, 5, 8, 4), (3, 7, 8, 4), (3, 7, 8, 4))
+    torch.testing.assert_close(batched(*many), torch.stack([net(*one) for one in zip(*many, strict=True)]))
+
+
+def test_operations_are_woven_over_what_they_are_not_about():
+    (x,) = tensors((2, 3, 4))
+    linear = op.linear("b -> c d", b=3, c=5, d=6)
+    whole = ncd("a b e -> a b e") @ linear
+    assert whole.signature() == "a b e -> a c d e"
+    torch.testing.assert_close(whole(x), torch.einsum("abe,bcd->acde", x, linear.weight))
+    torch.testing.assert_close((ncd("a b e -> a b e") @ op.softmax("b"))(x), x.softmax(1))
+    assert (ncd("a b e -> a b e") @ op.elementwise("tanh")).signature() == "a b e -> a b e"
+    torch.testing.assert_close(ncd("a b e -> e a")(x), x.sum(1).T)
+
+
+def test_inner_broadcasting_and_residuals():
+    x, b = tensors((2, 3, 4), (4, 2))
+    summed = (ncd("a b e -> a b e") * ncd("e a -> e a")) @ op.add()
+    assert summed.signature() == "a b e, e a -> a b e"
+    torch.testing.assert_close(summed(x, b), x + b.T[:, None])
+    residual = (
+        ncd("a b -> a b")
+        @ op.copy()
+        @ (op.linear("b -> c", b=3, c=3) @ ncd("c -> c") * op.identity("b"))
+        @ op.multiply()
+    )
+    assert residual.signature() == "a b -> a c b"
+
+
+@pytest.mark.parametrize("make", [attention, lambda: attention() >> "b", cross_attention])
+def test_source_does_the_same(make):
+    net = make()
+    sizes = {**SIZES, "b": 2}
+    inputs = tensors(*[[sizes[a] for a in axes] for axes in net.inputs])
+    space: dict = {}
+    exec(net.to_source("f"), space)
+    torch.testing.assert_close(space["f"](*inputs, **net.source_weights()), net(*inputs))
+    assert net.signature() in net.to_source()
+
+
+def residual():
+    inner = op.linear("b -> c", b=3, c=3) @ op.elementwise("tanh")
+    scaled = ncd("a b -> a b") @ op.copy(3) @ (inner * op.identity("b") * op.softmax("b"))
+    return scaled @ (op.multiply() * op.identity("b")) @ op.add() @ ncd("a c b -> c a") @ op.scale(0.5)
+
+
+@pytest.mark.parametrize("make", [attention, lambda: attention() >> "b", cross_attention, residual])
+def test_the_backward_pass_is_that_of_autograd(make):
+    net = make().double()
+    sizes = {"a": 2, "b": 3, "c": 3} if make is residual else {**SIZES, "b": 2}
+    inputs = [t.double().requires_grad_() for t in tensors(*[[sizes[a] for a in axes] for axes in net.inputs])]
+    output = net(*inputs)
+    cotangent = torch.randn_like(output)
+    weights = net.source_weights()
+    wanted = torch.autograd.grad(output, [*inputs, *weights.values()], cotangent)
+    found, own = net.backward()([t.detach() for t in inputs], [cotangent])
+    for got, expected in zip([*found, *(own[k] for k in weights)], wanted, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_drawings_of_expressions_are_counted_and_priced():
+    net = cross_attention()
+    drawing = net.drawing(**SIZES)
+    cost = drawing.cost()
+    assert cost.total() == 53_632
+    assert str(2 * 5 * 7 * 8 * 4) in map(str, cost.to_frame()["flops"])
+    found = check_svg(drawing.svg())
+    assert found.counts_agree
+    assert drawing.svg() == net.drawing(**SIZES).svg()
+    assert drawing.signature() == "y m, x m -> y n"
+    with pytest.raises(SignatureError, match="no size"):
+        net.drawing(y=5)
+
+
+def test_equality_does_not_see_brackets_but_letters():
+    a, b, c = ncd("i j, j k -> i k"), op.softmax("k"), op.elementwise("tanh")
+    assert ((a @ b) @ c).equals(a @ (b @ c))
+    assert not (a @ b @ c).equals(a @ c @ b)
+    swapped = ncd("y k h, x k h -> x y h")
+    assert not ncd("y k h, x k h -> y x h").equals(swapped)
+    sizes = {"y": 5, "x": 5, "k": 8, "h": 4}
+    assert swapped.drawing(**sizes).svg() != ncd("y k h, x k h -> y x h").drawing(**sizes).svg()
+
+
+def test_weights_are_trained_saved_and_copied():
+    net = cross_attention()
+    y, x = tensors((5, 32), (7, 32))
+    net(y, x).square().sum().backward()
+    assert len(list(net.parameters())) == 5
+    assert all(p.grad is not None for p in net.parameters())
+    again = cross_attention()
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(y, x), copy.deepcopy(net)(y, x))
+    assert net.double()(y.double(), x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ncd("y k"), "expected a signature"),
+        (lambda: ncd("y 2 -> y"), "got '2'"),
+        (lambda: ncd("y -> x"), "new axis x"),
+        (lambda: op.linear("m -> k", m=3), "size of k"),
+        (lambda: op.linear("m -> m k", m=3, k=2), "new axes"),
+        (lambda: op.elementwise("no_such"), "no_such"),
+        (lambda: op.copy(1), "two copies"),
+        (lambda: ncd("a b -> a b") @ op.softmax("x"), r"a b -> a b cannot be followed by x -> x.*no x"),
+        (lambda: ncd("a b -> a b") @ op.add(), "takes 2 tensors, got 1"),
+        (lambda: ncd("a b -> a b")(torch.zeros(2)), "axes a b"),
+        (lambda: ncd("a b, b -> a")(torch.zeros(2, 3), torch.zeros(4)), "sizes 3 and 4"),
+        (lambda: ncd("a b -> a b")(), "expected 1 tensors"),
+        (lambda: op.linear("m -> k", m=2, k=3) >> "k", "woven over its own axis k"),
+    ],
+)
+def test_what_does_not_fit_is_told(make, message):
+    with pytest.raises(SignatureError, match=message):
+        make()
