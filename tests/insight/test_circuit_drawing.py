@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -90,3 +92,43 @@ def test_bad_input_is_said():
         draw(net, x, names=["b m", "b m"])
     with pytest.raises(TorchfolioError, match="Linear cannot be traced"):
         draw(net, torch.zeros(2, 4))
+
+
+class Of(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "wanted"),
+    [
+        (lambda x: x.unbind(1)[0], [(2, 3, 4)], [[2, 4]]),
+        (lambda x: x.unbind(2)[1], [(2, 3, 4)], [[2, 3]]),
+        (torch.matmul, [(2, 3, 4, 5), (3, 5, 6)], [[2, 3, 4, 6]]),
+        (torch.matmul, [(1, 4, 5), (3, 5, 6)], [[3, 4, 6]]),
+        (lambda x: x.max(1)[0], [(2, 3, 4)], [[2, 4]]),
+        (lambda x: x.topk(2, 1), [(2, 3, 4)], [[2, 2, 4], [2, 2, 4]]),
+        (lambda x, y: x.pow(y), [(2, 3), (2, 3)], [[2, 3]]),
+    ],
+)
+def test_what_comes_out_has_the_shape_that_torch_gives(function, shapes, wanted):
+    """Axes of length one have no wire."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="drawn as plain boxes")
+        drawing = draw(Of(function), [torch.rand(s) for s in shapes])
+    got = [[int(w.size) for w in t.wires] for t in drawing.sheet.levels[-1]]
+    assert got == wanted
+    assert [[int(w.size) for w in t.wires] for t in drawing.sheet.levels[0]] == [
+        [s for s in shape if s != 1] for shape in shapes
+    ]
+
+
+def test_operations_without_a_sign_are_named():
+    with pytest.warns(UserWarning, match="topk"):
+        draw(Of(lambda x: x.topk(2, 1)), torch.rand(2, 3))

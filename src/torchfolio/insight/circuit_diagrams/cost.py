@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -25,6 +26,7 @@ class Cost:
             `torch.utils.flop_counter` counts, a polynomial in the names of axes; 0 for all others.
         operations: likewise, one for every element that another operation gives; 0 for what only moves data.
         memory: elements alive at every column of data, weights aside.
+        working: elements alive while the operations of a column are under way: what goes in and what comes out.
         sizes: of the axes by name.
         kinds: `(kind, path)` of every operation.
         depth: columns of operations: the time with unlimited parallel hardware.
@@ -33,6 +35,7 @@ class Cost:
     flops: tuple[sympy.Expr, ...]
     operations: tuple[sympy.Expr, ...]
     memory: tuple[sympy.Expr, ...]
+    working: tuple[sympy.Expr, ...]
     sizes: Mapping[str, int]
     kinds: tuple[tuple[str, str], ...]
     depth: int
@@ -42,8 +45,12 @@ class Cost:
         return self._value(sum(self.flops, sympy.Integer(0)), sizes)
 
     def peak(self, **sizes: int) -> int:
-        """Most elements alive at one time."""
+        """Most elements alive at one column of data."""
         return max(self._value(m, sizes) for m in self.memory)
+
+    def working_peak(self, **sizes: int) -> int:
+        """Most elements alive at any time, in the midst of operations too."""
+        return max(self._value(m, sizes) for m in (*self.memory, *self.working))
 
     def polynomial(self) -> sympy.Expr:
         """Floating-point operations of the whole, in the names of axes."""
@@ -80,9 +87,13 @@ def cost_of(sheet: Sheet) -> Cost:
     wires = [w for level in sheet.levels for t in level for w in t.wires]
     sizes = {name_of(w): int(w.size) for w in wires}
     memory = tuple(sum((_product(t.wires) for t in level), sympy.Integer(0)) for level in sheet.levels)
+    working = tuple(
+        sum((_product(t.wires) for t in {t.key: t for t in (*a, *b)}.values()), sympy.Integer(0))
+        for a, b in pairwise(sheet.levels)
+    )
     priced = [_price(step) for step in steps]
     return Cost(
-        tuple(f for f, _ in priced), tuple(o for _, o in priced), memory, sizes,
+        tuple(f for f, _ in priced), tuple(o for _, o in priced), memory, working, sizes,
         tuple((s.kind, s.path) for s in steps), len(sheet.columns),
     )  # fmt: skip
 

@@ -299,8 +299,14 @@ SILENT = {"contiguous", "clone", "to", "detach", "alias", "_to_copy", "type_as",
 
 
 def _elementwise(r: Reader, node: Any, name: str) -> Value:
+    others = [
+        a
+        for a in [*node.args[1:], *node.kwargs.values()]
+        if isinstance(r.values.get(a) if hasattr(a, "op") else None, Value)
+    ]
     source = r.value(node.args[0])
-    assert source is not None
+    if others or source is None:  # a second tensor of the network is no parameter of the function
+        return _unknown(r, node, name)
     return r.add("elementwise", [source], [Value(list(source.axes))], function=FUNCTIONS.get(name, name))
 
 
@@ -439,7 +445,11 @@ def _binary(r: Reader, node: Any, name: str) -> Value | None:
         number = f"{other:.3g}" if isinstance(other, int | float) else ""
         text = f"{sign}{number}" if number else f"{sign}W"
         return r.add("elementwise", [source], [Value(list(source.axes))], sign=text, learned=not number)
-    a, b = list(left.axes), list(right.axes)
+    return r.add("binary", [left, right], [Value(_broadcast(r, left.axes, right.axes))], what=name)
+
+
+def _broadcast(r: Reader, a: Sequence[int], b: Sequence[int]) -> list[int]:
+    """Axes of two tensors set against each other from the last one on; equal ones are one."""
     width = max(len(a), len(b))
     axes: list[int] = []
     for i in range(-width, 0):
@@ -450,7 +460,7 @@ def _binary(r: Reader, node: Any, name: str) -> Value | None:
             axes.append(r.unite(one, other))
         else:
             axes.append(one if r.size[one] != 1 else other)
-    return r.add("binary", [left, right], [Value(axes)], what=name)
+    return axes
 
 
 def _matmul(r: Reader, node: Any, name: str) -> Value | None:
@@ -464,9 +474,8 @@ def _matmul(r: Reader, node: Any, name: str) -> Value | None:
     a, b = list(left.axes), list(right.axes)
     if len(a) < 2 or len(b) < 2:
         return _unknown(r, node, name)
-    batch = [r.unite(p, q) if r.size[p] == r.size[q] else p for p, q in zip(a[:-2], b[:-2], strict=False)]
     shared = r.unite(a[-1], b[-2])
-    return r.add("einsum", [left, right], [Value([*batch, a[-2], b[-1]])], [shared])
+    return r.add("einsum", [left, right], [Value([*_broadcast(r, a[:-2], b[:-2]), a[-2], b[-1]])], [shared])
 
 
 def _einsum(r: Reader, node: Any, name: str) -> Value | None:
@@ -592,7 +601,8 @@ def _split(r: Reader, node: Any, name: str) -> Any:
     source = r.value(node.args[0])
     if source is None:
         return None
-    dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(source.axes)
+    at = 1 if name == "unbind" else 2
+    dim = (node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)) % len(source.axes)
     outputs = []
     for i, part in enumerate(node.meta["val"]):
         axes = [a if not i or k == dim else r.twin(a) for k, a in enumerate(source.axes)]
@@ -667,18 +677,24 @@ def _embedding(r: Reader, node: Any, name: str) -> Value | None:
     return r.add("embedding", [source], [Value([*source.axes, new])], [new], learned=True)
 
 
-def _unknown(r: Reader, node: Any, name: str) -> Value | None:
+def _unknown(r: Reader, node: Any, name: str) -> Any:
     """An operation without a rule: its axes stay where the shape stays, and are new otherwise."""
-    sources = [v for v in (r.value(a) for a in _flat(node.args)) if v is not None]
-    if not isinstance(node.meta.get("val"), TorchTensor):
+    sources = [v for v in (r.value(a) for a in _flat([node.args, list(node.kwargs.values())])) if v is not None]
+    made = node.meta.get("val")
+    several = isinstance(made, list | tuple)
+    shapes = [tuple(map(int, m.shape)) for m in (made if several else [made]) if isinstance(m, TorchTensor)]
+    if not shapes or not sources:
         return None
     r.unknown.append(name)
-    out = _shape(node)
-    first = sources[0]
-    same = [r.size[a] for a in first.axes] == list(out)
-    axes = list(first.axes) if same else [r.axis("a", s) for s in out]
-    core = [a for s in sources for a in s.axes] + axes
-    return r.add(name, sources, [Value(axes)], core)
+    first, known = sources[0], [r.size[a] for a in sources[0].axes]
+    outputs = []
+    for shape in shapes:
+        same = known == list(shape)
+        twins = [r.twin(a) if outputs else a for a in first.axes] if same else [r.axis("a", s) for s in shape]
+        outputs.append(Value(twins))
+    core = [a for s in sources for a in s.axes] + [a for o in outputs for a in o.axes]
+    r.add(name, sources, outputs, core)
+    return outputs if several else outputs[0]
 
 
 RULES: dict[str, Callable[[Reader, Any, str], Any]] = {
