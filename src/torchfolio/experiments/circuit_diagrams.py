@@ -190,7 +190,7 @@ def module(name: str) -> dict[str, Any]:
     drawing.svg()
     seconds = time.perf_counter() - started
     found = _drawing_checked(drawing, draw(net, args, level="full"))
-    counted = count_flops(net.eval(), *args)
+    counted = count_flops(net, *args)
     return {**found, "flops": drawing.cost().total(), "counted": counted, "seconds": seconds}
 
 
@@ -227,6 +227,7 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = x.nbytes
         self.known = {t.untyped_storage()._cdata for t in (x, *weights)}
+        weakref.finalize(x, self._gone, x.nbytes, x.untyped_storage()._cdata)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -251,11 +252,15 @@ def working_memory() -> dict[str, float]:
     x = torch.rand(32, 64)
     with torch.no_grad(), _Live(x, weights) as live:
         y = nn.functional.linear(x, weights[0], weights[1])
+        del x
         y = torch.relu(y)
         y = nn.functional.linear(y, weights[2], weights[3])
         y = torch.tanh(y)
         y = nn.functional.linear(y, weights[4], weights[5])
-    return {"memory_read": 4.0 * draw(net, x).cost().working_peak(), "memory_measured": float(live.peak)}
+    return {
+        "memory_read": 4.0 * draw(net, torch.rand(32, 64)).cost().working_peak(),
+        "memory_measured": float(live.peak),
+    }
 
 
 def axes_apart() -> dict[str, int]:

@@ -7,6 +7,9 @@ A diagram is read from left to right. A solid wire is an axis, a dashed line the
 stands on the wires that it is about and is broadcast along those that pass it. `draw` traces a module on an example
 and gives a `Drawing`, which writes itself as SVG, as a raster and as text; `check_svg` counts what was drawn.
 
+Expressions on named axes (`ncd`, `op`) are diagrams too: they run, turn into source, and have a backward pass by the
+rules of their operations. A module that was traced is drawn and priced; it cannot yet be turned back into a module.
+
 Example:
     >>> drawing = draw(net, torch.zeros(2, 3, 32, 32), names=["b c h w"])
     >>> drawing.svg("net.svg")
