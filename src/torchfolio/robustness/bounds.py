@@ -290,7 +290,7 @@ def crown(
     layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
     ranges, terms = _activation_ranges(layers, box, intermediate, verifier, rounding)
     C, t = prop.C.to(box.lower), prop.t.to(box.lower)
-    start = C.expand(len(box), *C.shape).view(len(box), len(C), *layers.outputs)
+    start = C.view(1, len(C), *layers.outputs)
     lower, coefficients, scale = _backward(layers, len(layers.parts), start, ranges, box, terms=terms)
     lower = lower - rounding * (scale + t.abs())
     if alpha_steps:
@@ -340,7 +340,7 @@ def _tightened(
         return low, high
     eye = torch.zeros(len(rows), flat_low.shape[1], dtype=low.dtype, device=low.device)
     eye[torch.arange(len(rows)), rows] = 1
-    both = torch.cat([eye, -eye]).expand(len(box), 2 * len(rows), -1).reshape(len(box), 2 * len(rows), *low.shape[1:])
+    both = torch.cat([eye, -eye]).view(1, 2 * len(rows), *low.shape[1:])
     bound, _, scale = _backward(layers, k, both, ranges, box, terms=terms)
     bound = bound - rounding * scale
     lower, upper = bound[:, : len(rows)], -bound[:, len(rows) :]
@@ -363,7 +363,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower bounds `[B, R]` of rows on the inputs of layer `k`, the coefficients on the network's input, and scales.
 
-    The scale of a bound is what its sums add up in absolute value, 0 without `terms`.
+    Rows have a batch axis of 1 up to the first activation, as boxes matter only from there on. The scale of a bound is
+    what its sums add up in absolute value, 0 without `terms`.
     """
     d = A.new_zeros(A.shape[:2])
     scale = A.new_zeros(A.shape[:2])
@@ -386,17 +387,19 @@ def _backward(
             A, constant, absolute = _through(A, *lines, sizes)
             scale = scale if absolute is None else scale + absolute
         d = d + constant
+    # Products with vectors pass over the coefficients, which are many, less often than their signs would.
+    size = A.abs()
+    bound = _weighed(A, box.center) - _weighed(size, box.radius) + d
     if terms:
-        scale = scale + _weighed(A.abs(), torch.maximum(box.lower.abs(), box.upper.abs()))
-    low, high = box.lower[:, None], box.upper[:, None]
-    bound = (A.clamp_min(0) * low + A.clamp_max(0) * high).flatten(2).sum(2) + d
-    return bound, A, scale
+        scale = scale + _weighed(size, torch.maximum(box.lower.abs(), box.upper.abs()))
+    return bound, A.expand(len(box), *A.shape[1:]), scale
 
 
 def _weighed(A: Tensor, *values: Tensor) -> Tensor:
     """$\\sum_i A_{ri} v_i$ of coefficients `[B, R, ...]` and values `[B, ...]`, with several on a last axis."""
     columns = torch.stack([v.flatten(1) for v in values], 2)
-    sums = torch.bmm(A.flatten(2), columns.expand(len(A), -1, -1))
+    batch = max(len(A), len(columns))
+    sums = torch.bmm(A.flatten(2).expand(batch, -1, -1), columns.expand(batch, -1, -1))
     return sums if len(values) > 1 else sums[..., 0]
 
 
