@@ -319,3 +319,28 @@ def test_bad_input_is_refused():
         milp_verify(small(nn.Tanh), Box(x[:1], x[:1]), classification(0, 3))
     with pytest.raises(ValueError, match="groups"):
         Property(torch.eye(2), torch.zeros(3), torch.zeros(2, dtype=torch.long))
+
+
+def test_robust_convex_training_keeps_neurons_on_their_side():
+    pytest.importorskip("cvxpy")
+    from torchfolio.theory.convex_relu import activation_patterns, conic_program
+
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    X[:, -1] = 1
+    y = (X[:, 0] > 0).double() * 2 - 1
+    D = activation_patterns(X, 20, epsilon=0.05, bias=True, generator=generator)
+    found = conic_program(X, y, D, beta=0.01, loss="hinge", epsilon=0.05, bias=True)
+    net = nn.Sequential(
+        nn.Linear(2, len(found.hidden)), nn.ReLU(), nn.Linear(len(found.hidden), 1, bias=False)
+    ).double()
+    with torch.no_grad():
+        net[0].weight.copy_(found.hidden[:, :-1])
+        net[0].bias.copy_(found.hidden[:, -1])
+        net[2].weight.copy_(found.output[None])
+    box = Box.ball(X[:, :-1], 0.05, clip=None)
+    corners = torch.stack([box.lower, box.upper, *[torch.stack([a[:, 0], b[:, 1]], 1) for a, b in ((box.lower, box.upper), (box.upper, box.lower))]])  # fmt: skip
+    for sign in (1.0, -1.0):
+        lower = crown(net, box, Property.rows(torch.tensor([[sign]]).double())).lower[:, 0]
+        # Where no neuron changes its pattern in the ball, the network is linear there and the bound is reached.
+        torch.testing.assert_close(lower, (sign * net(corners)[..., 0]).amin(0), atol=1e-5, rtol=0)
