@@ -1,5 +1,13 @@
 """Time of bounds against one input after the other, and how many instances of VNN-COMP are decided.
 
+Timed in alternation in one process, on one thread, 256 inputs of a network 784-128-128-10 in float32. Intervals took 13
+ms, one input after the other 21 times as long (14 to 26 over the rounds), the package bound-propagation 0.4.7 1.5 times.
+Linear bounds took 1.6 s, one after the other only 1.2 times as long, as the products of one input fill the processor
+already; the package took 1.9 times. It bounds the ten outputs where ours bounds nine differences.
+
+Of VNN-COMP, at 20 s for an instance, on a core that other programs shared: of 55 instances of ACAS Xu 32 were verified,
+14 falsified and 9 left open, in 274 s; of the 90 of mnistfc, which are not split, 26, 19 and 45, in 96 s.
+
     python benchmarks/bench_bounds.py [--batch 256] [--rounds 3]
     python benchmarks/bench_bounds.py --vnncomp FOLDER [--limit 20]
 
