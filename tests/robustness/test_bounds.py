@@ -215,6 +215,83 @@ def test_nothing_is_verified_on_nan():
         assert verifier.decide(net, box, classification(0, 3), timeout=1).status == "unknown"
 
 
+def tied(seed, gap):
+    """A network of large sums that violates its property at one input by about `gap`."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(50, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 2)).double()
+    x = (10 * torch.rand(1, 50)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_((8 * p).float())
+        z = net(x)
+        net[4].bias[0] += z[0, 1] - z[0, 0] - gap
+        net[4].bias.copy_(net[4].bias.float())
+    return net, x
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-4, 1e-5])
+def test_rounding_in_float32_verifies_nothing_false(gap):
+    for net, x in (tied(seed, gap) for seed in range(30)):
+        false = net(x)[0, 0] <= net(x)[0, 1]
+        for kind in (Interval, Crown):
+            status = kind(dtype=torch.float32).decide(net, Box(x, x), classification(0, 2)).status
+            assert not (false and status == "verified")
+
+
+def test_rounding_lowers_bounds_by_its_share():
+    net, box, prop = small(), Box.ball(inputs((4,)), 0.1), classification(0, 3)
+    for bound in (ibp, crown):
+        plain, safe = bound(net, box, prop).lower, bound(net, box, prop, rounding=1e-6).lower
+        assert (safe < plain - 1e-7).all()
+        assert (safe > plain - 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(2, 3, 3, stride=3, padding=1), nn.Conv2d(2, 4, 2, stride=2, groups=2),
+        nn.Conv2d(2, 3, 2, dilation=2, stride=2, bias=False), nn.Conv2d(2, 3, 3, padding="same"),
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, 1),
+        nn.AvgPool2d(2, divisor_override=3), nn.AvgPool2d(2, padding=1, count_include_pad=False),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("size", [6, 7, 8])
+def test_linear_bounds_of_one_affine_layer_are_exact(layer, size):
+    layer = layer.double()
+    x = inputs((2, size, size))
+    rows = layer(x)[0].numel()
+    net = nn.Sequential(layer, nn.Flatten())
+    box, prop = Box.ball(x, 0.3, clip=None), Property.rows(torch.eye(rows).double()[::5])
+    found = crown(net, box, prop)
+    cheap = ibp(net, box, prop).lower  # pyright: ignore
+    if getattr(layer, "padding_mode", "zeros") == "reflect":  # an input meets two weights, which intervals do not add
+        assert (cheap <= found.lower + 1e-12).all()
+    else:
+        torch.testing.assert_close(found.lower, cheap)
+    assert found.A is not None
+    corner = torch.where(found.A > 0, box.lower[:, None], box.upper[:, None])
+    reached = torch.stack([prop.slack(net(corner[:, r]))[:, r] for r in range(found.lower.shape[1])], 1)
+    torch.testing.assert_close(reached, found.lower)
+
+
+class Negated(nn.Sequential):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class Signed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.sign(), self.bias)
+
+
+def test_a_subclass_that_computes_something_else_is_refused():
+    box = Box.ball(inputs((4,)), 0.1)
+    for name, net in (("Negated", Negated(nn.Linear(4, 3))), ("Signed", nn.Sequential(Signed(4, 3)))):
+        with pytest.raises(TypeError, match=f"{name} are not known"):
+            crown(net, box, classification(0, 3))
+
+
 def test_narrowing_a_box_rounds_outward():
     x = inputs((4,), 5)
     box = Box.ball(x, 0.1).to(torch.float32)
@@ -242,3 +319,28 @@ def test_bad_input_is_refused():
         milp_verify(small(nn.Tanh), Box(x[:1], x[:1]), classification(0, 3))
     with pytest.raises(ValueError, match="groups"):
         Property(torch.eye(2), torch.zeros(3), torch.zeros(2, dtype=torch.long))
+
+
+def test_robust_convex_training_keeps_neurons_on_their_side():
+    pytest.importorskip("cvxpy")
+    from torchfolio.theory.convex_relu import activation_patterns, conic_program
+
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    X[:, -1] = 1
+    y = (X[:, 0] > 0).double() * 2 - 1
+    D = activation_patterns(X, 20, epsilon=0.05, bias=True, generator=generator)
+    found = conic_program(X, y, D, beta=0.01, loss="hinge", epsilon=0.05, bias=True)
+    net = nn.Sequential(
+        nn.Linear(2, len(found.hidden)), nn.ReLU(), nn.Linear(len(found.hidden), 1, bias=False)
+    ).double()
+    with torch.no_grad():
+        net[0].weight.copy_(found.hidden[:, :-1])
+        net[0].bias.copy_(found.hidden[:, -1])
+        net[2].weight.copy_(found.output[None])
+    box = Box.ball(X[:, :-1], 0.05, clip=None)
+    corners = torch.stack([box.lower, box.upper, *[torch.stack([a[:, 0], b[:, 1]], 1) for a, b in ((box.lower, box.upper), (box.upper, box.lower))]])  # fmt: skip
+    for sign in (1.0, -1.0):
+        lower = crown(net, box, Property.rows(torch.tensor([[sign]]).double())).lower[:, 0]
+        # Where no neuron changes its pattern in the ball, the network is linear there and the bound is reached.
+        torch.testing.assert_close(lower, (sign * net(corners)[..., 0]).amin(0), atol=1e-5, rtol=0)

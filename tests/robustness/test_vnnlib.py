@@ -125,6 +125,43 @@ def test_matrix_products_with_constants_are_layers(tmp_path):
         read_onnx(tmp_path / "n.onnx")
 
 
+@pytest.mark.parametrize(
+    ("operator", "attributes", "weight", "shape", "message"),
+    [
+        ("Conv", {"auto_pad": "SAME_UPPER"}, (2, 1, 3, 3), (1, 1, 4, 4), "auto_pad"),
+        ("Conv", {"pads": [0, 0, 1, 1]}, (2, 1, 3, 3), (1, 1, 4, 4), "both sides"),
+        ("AveragePool", {"kernel_shape": [2, 2], "ceil_mode": 1}, None, (1, 1, 5, 5), "ceil_mode"),
+        ("Gemm", {"transA": 1}, (1, 3), (1, 1), "transA"),
+        ("MatMul", {}, (3, 4), (1, 3), "FITS"),
+        ("MatMul", {}, (5, 4), (1, 3), "does not fit"),
+        ("Softmax", {}, None, (1, 3), "Softmax"),
+    ],
+)
+def test_what_would_be_another_network_is_refused(tmp_path, operator, attributes, weight, shape, message):
+    onnx = pytest.importorskip("onnx")
+    constants, names = [], ["X"]
+    if weight is not None:
+        constants, names = [onnx.numpy_helper.from_array(np.ones(weight, np.float32), "w")], ["X", "w"]
+    node = onnx.helper.make_node(operator, names, ["Y"], **attributes)
+    ends = [onnx.helper.make_tensor_value_info(n, 1, k) for n, k in (("X", shape), ("Y", None))]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], constants)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "n.onnx")
+    if message == "FITS":
+        assert read_onnx(tmp_path / "n.onnx")[1] == (3,)
+        return
+    with pytest.raises(FormatError, match=message):
+        read_onnx(tmp_path / "n.onnx")
+
+
+def test_a_normalised_image_is_read_along_its_channels(tmp_path):
+    norm = nn.BatchNorm2d(3).eval()
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.tensor([1.0, 2, 3]))  # pyright: ignore
+    x = torch.rand(1, 3, 3, 3)
+    net, _ = read_onnx(write_onnx(nn.Sequential(norm), tmp_path / "n.onnx", (3, 3, 3)))
+    torch.testing.assert_close(net(x), norm(x))
+
+
 def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
     real = builtins.__import__
 
@@ -141,3 +178,6 @@ def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
 def test_other_layers_cannot_be_written(tmp_path):
     with pytest.raises(TypeError, match="MaxPool2d"):
         write_onnx(nn.Sequential(nn.MaxPool2d(2)), tmp_path / "n.onnx", (1, 4, 4))
+    for layer in (nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(2, divisor_override=3), nn.Flatten(1, 2)):
+        with pytest.raises(TypeError, match="to write it to ONNX"):
+            write_onnx(nn.Sequential(layer), tmp_path / "n.onnx", (1, 4, 4))

@@ -12,7 +12,6 @@ Networks are (nested) `nn.Sequential`s of the layers in `KNOWN`, taken in evalua
 from __future__ import annotations
 
 import copy
-import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from torchfolio.measure import untouched
 from torchfolio.robustness.attacks import pgd
@@ -67,6 +67,7 @@ class _Affine:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.mixes = isinstance(layer, nn.Linear | nn.Conv2d | nn.AvgPool2d)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -89,14 +90,27 @@ class _Affine:
             return r * layer.scale.abs()
         return layer(r)  # pools and reshapes have no negative weight and no constant
 
+    def magnitude(self, low: Tensor, high: Tensor) -> Tensor:
+        """The largest sum of absolute values that an output can be the sum of: $|L| \\max(|l|, |u|) + |c|$."""
+        constant = self.forward(torch.zeros_like(low[:1])).abs()
+        return self.absolute(torch.maximum(low.abs(), high.abs())) + constant
+
     def backward(self, A: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Coefficients on the outputs `[B, R, *out]` to those on the inputs `[B, R, *in]`, and what the constant gives."""
-        if isinstance(self.layer, nn.Linear) and len(shape) == 1:
-            bias = self.layer.bias
-            constant = A @ bias if bias is not None else A.new_zeros(A.shape[:2])
-            return A @ self.layer.weight, constant
+        layer = self.layer
+        if isinstance(layer, nn.Linear) and len(shape) == 1:
+            constant = A @ layer.bias if layer.bias is not None else A.new_zeros(A.shape[:2])
+            return A @ layer.weight, constant
         flat = A.flatten(0, 1)
-        # The transpose of an affine map is what autograd multiplies by.
+        if isinstance(layer, nn.Flatten):
+            return A.reshape(*A.shape[:2], *shape), A.new_zeros(A.shape[:2])
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            # A transposed convolution whose padding of the output restores `shape`.
+            settings: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+            back = conv2d_input((len(flat), *shape), layer.weight, flat, *settings)
+            constant = flat.flatten(2).sum(2) @ layer.bias if layer.bias is not None else A.new_zeros(len(flat))
+            return back.view(*A.shape[:2], *shape), constant.view(A.shape[:2])
+        # The transpose of any other affine map is what autograd multiplies by.
         with torch.enable_grad():
             x = torch.zeros(len(flat), *shape, dtype=A.dtype, device=A.device, requires_grad=True)
             y = self.forward(x)
@@ -145,20 +159,28 @@ class Layers:
         self.dtype, self.device = x.dtype, x.device
 
 
+AFFINE = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine)
+
+
+def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it is of one of the kinds and computes what that kind does, which a subclass may not."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
 def _flat(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, nn.Sequential):
+    if _is(model, (nn.Sequential,)):
+        assert isinstance(model, nn.Sequential)
         return [layer for child in model for layer in _flat(child)]
     return [model]
 
 
 def _part(layer: nn.Module) -> _Affine | str | None:
-    if isinstance(layer, nn.Identity | nn.Dropout):
+    if _is(layer, (nn.Identity, nn.Dropout)):
         return None
     activations = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
     if type(layer) in activations:
         return activations[type(layer)]
-    affine = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine)
-    if isinstance(layer, affine):
+    if _is(layer, AFFINE):
         if isinstance(layer, nn.Flatten) and layer.start_dim != 1:
             raise TypeError("interval bounds need nn.Flatten(1), which keeps the batch axis")
         return _Affine(layer)
@@ -175,13 +197,16 @@ class Bounds:
     Attributes:
         lower: `[B, R]`.
         A: coefficients on the input in the linear bound that `lower` comes from, `[B, R, *shape]`; `None` for intervals.
+
+    With `rounding` a bound is lowered by that share of the absolute values that it was summed from, so that it also
+    holds of sums of floating-point numbers: 1e-12 is far above what float64 loses, 1e-5 what float32 does.
     """
 
     lower: Tensor
     A: Tensor | None = None
 
 
-def ibp(model: nn.Module, box: Box, prop: Property | None = None) -> Range | Bounds:
+def ibp(model: nn.Module, box: Box, prop: Property | None = None, *, rounding: float = 0.0) -> Range | Bounds:
     """Interval bounds.
 
     An affine layer maps centre and radius to $c' = W c + b$, $r' = |W| r$, a monotone activation the two ends. With a
@@ -191,12 +216,13 @@ def ibp(model: nn.Module, box: Box, prop: Property | None = None) -> Range | Bou
         model: the network, in evaluation mode as far as bounds go; gradients flow to weights and boxes.
         box: of inputs.
         prop: rows to bound; without it the outputs themselves are.
+        rounding: see `Bounds`.
 
     Returns:
         Lower and upper bounds of the outputs `[B, *out]`, or `Bounds` of the property's rows.
     """
     layers = Layers(model, box.lower.shape[1:])
-    ranges, last = _intervals(layers, box)
+    ranges, last = _intervals(layers, box, rounding)
     if prop is None:
         return last
     C, t = prop.C.to(last[0]), prop.t.to(last[0])
@@ -204,23 +230,33 @@ def ibp(model: nn.Module, box: Box, prop: Property | None = None) -> Range | Bou
     if isinstance(tail, _Affine) and isinstance(tail.layer, nn.Linear):
         low, high = ranges[-1]
         W, b = C @ tail.layer.weight, C @ tail.layer.bias if tail.layer.bias is not None else C.new_zeros(len(C))
-        return Bounds((low + high) / 2 @ W.T + b - (high - low) / 2 @ W.abs().T - t)
-    low, high = last
-    return Bounds((low + high) / 2 @ C.T - (high - low) / 2 @ C.abs().T - t)
+        lower = (low + high) / 2 @ W.T + b - (high - low) / 2 @ W.abs().T - t
+        terms = tail.magnitude(low, high) if rounding else None
+    else:
+        low, high = last
+        lower = (low + high) / 2 @ C.T - (high - low) / 2 @ C.abs().T - t
+        terms = torch.maximum(low.abs(), high.abs()) if rounding else None
+    return Bounds(lower if terms is None else lower - rounding * (terms @ C.abs().T + t.abs()))
 
 
-def _intervals(layers: Layers, box: Box) -> tuple[list[Range], Range]:
+def _intervals(layers: Layers, box: Box, rounding: float = 0.0) -> tuple[list[Range], Range]:
     """Bounds of the inputs of every layer, and of the outputs."""
     low, high = box.lower, box.upper
     ranges = []
     for part in layers.parts:
         ranges.append((low, high))
-        if isinstance(part, _Affine):
-            center, radius = part.forward((low + high) / 2), part.absolute((high - low) / 2)
-            low, high = center - radius, center + radius
-        else:
-            low, high = ACTIVATIONS[part](low), ACTIVATIONS[part](high)
+        low, high = _step(part, low, high, rounding)
     return ranges, (low, high)
+
+
+def _step(part: _Affine | str, low: Tensor, high: Tensor, rounding: float) -> Range:
+    """Intervals through one layer."""
+    if isinstance(part, str):
+        return ACTIVATIONS[part](low), ACTIVATIONS[part](high)
+    center, radius = part.forward((low + high) / 2), part.absolute((high - low) / 2)
+    if rounding:
+        radius = radius + rounding * part.magnitude(low, high)
+    return center - radius, center + radius
 
 
 def crown(
@@ -231,6 +267,7 @@ def crown(
     intermediate: str = "crown",
     alpha_steps: int = 0,
     verifier: Crown | None = None,
+    rounding: float = 0.0,
 ) -> Bounds:
     """Linear lower bounds, propagated backward from the property's rows.
 
@@ -246,41 +283,55 @@ def crown(
         alpha_steps: steps of Adam (rate 0.25) on the slopes $\\alpha$ of unstable ReLUs, for the property's rows; the
             best bound is kept.
         verifier: whose hook `adjust` sees the bounds of the inputs of activations.
+        rounding: see `Bounds`.
     """
     if intermediate not in ("crown", "ibp"):
         raise ValueError(f"expected intermediate to be 'crown' or 'ibp', got {intermediate!r}")
     layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
-    ranges = _activation_ranges(layers, box, intermediate, verifier)
-    C = prop.C.to(box.lower)
-    A = C.expand(len(box), *C.shape)
-    start = A.view(len(box), len(C), *layers.outputs)
-    lower, coefficients = _backward(layers, len(layers.parts), start, ranges, box, {})
+    ranges, terms = _activation_ranges(layers, box, intermediate, verifier, rounding)
+    C, t = prop.C.to(box.lower), prop.t.to(box.lower)
+    start = C.view(1, len(C), *layers.outputs)
+    lower, coefficients, scale = _backward(layers, len(layers.parts), start, ranges, box, terms=terms)
+    lower = lower - rounding * (scale + t.abs())
     if alpha_steps:
-        lower, coefficients = _optimised(layers, start, ranges, box, alpha_steps, lower, coefficients)
-    return Bounds(lower - prop.t.to(lower), coefficients)
+        tuned = _optimised(layers, start, ranges, box, alpha_steps, terms)
+        if tuned is not None:
+            value = tuned[0] - rounding * (tuned[2] + t.abs())
+            better = value > lower
+            lower = torch.where(better, value, lower)
+            coefficients = torch.where(
+                better.view(*better.shape, *[1] * (coefficients.dim() - 2)), tuned[1], coefficients
+            )
+    return Bounds(lower - t, coefficients)
 
 
-def _activation_ranges(layers: Layers, box: Box, intermediate: str, verifier: Crown | None) -> dict[int, Range]:
-    """Bounds of the inputs of every activation, by its place."""
+def _activation_ranges(
+    layers: Layers, box: Box, intermediate: str, verifier: Crown | None, rounding: float = 0.0
+) -> tuple[dict[int, Range], dict[int, Tensor]]:
+    """Bounds of the inputs of every activation, by its place; of every affine layer what its outputs are summed from."""
     low, high = box.lower, box.upper
     found: dict[int, Range] = {}
-    mixing = 0  # through one layer that mixes its inputs intervals are exact, through more they are not
+    terms: dict[int, Tensor] = {}
     for k, part in enumerate(layers.parts):
         if isinstance(part, _Affine):
-            mixing += not isinstance(part.layer, nn.Flatten)
-            center, radius = part.forward((low + high) / 2), part.absolute((high - low) / 2)
-            low, high = center - radius, center + radius
+            if rounding:
+                terms[k] = part.magnitude(low, high)
+            low, high = _step(part, low, high, rounding)
             continue
-        if intermediate == "crown" and (mixing > 1 or found):
-            low, high = _tightened(layers, k, low, high, found, box)
+        # Behind a single layer that mixes its inputs intervals are exact.
+        if intermediate == "crown" and (found or sum(isinstance(p, _Affine) and p.mixes for p in layers.parts[:k]) > 1):
+            low, high = _tightened(layers, k, low, high, found, box, terms, rounding)
         if verifier is not None:
             low, high = verifier.adjust(low, high)
-        found[k] = (low, high)
-        low, high = ACTIVATIONS[part](low), ACTIVATIONS[part](high)
-    return found
+        found[k] = low, high
+        low, high = _step(part, low, high, 0.0)
+    return found, terms
 
 
-def _tightened(layers: Layers, k: int, low: Tensor, high: Tensor, ranges: dict[int, Range], box: Box) -> Range:
+def _tightened(
+    layers: Layers, k: int, low: Tensor, high: Tensor, ranges: dict[int, Range], box: Box, terms: dict[int, Tensor],
+    rounding: float,
+) -> Range:  # fmt: skip
     """Bounds of the inputs of an activation by CROWN, for units that are unstable in some box."""
     flat_low, flat_high = low.flatten(1), high.flatten(1)
     unstable = ((flat_low < 0) & (flat_high > 0)).any(0) if layers.parts[k] == "relu" else (flat_low < flat_high).any(0)
@@ -289,8 +340,9 @@ def _tightened(layers: Layers, k: int, low: Tensor, high: Tensor, ranges: dict[i
         return low, high
     eye = torch.zeros(len(rows), flat_low.shape[1], dtype=low.dtype, device=low.device)
     eye[torch.arange(len(rows)), rows] = 1
-    both = torch.cat([eye, -eye]).expand(len(box), 2 * len(rows), -1).reshape(len(box), 2 * len(rows), *low.shape[1:])
-    bound, _ = _backward(layers, k, both, ranges, box, {})
+    both = torch.cat([eye, -eye]).view(1, 2 * len(rows), *low.shape[1:])
+    bound, _, scale = _backward(layers, k, both, ranges, box, terms=terms)
+    bound = bound - rounding * scale
     lower, upper = bound[:, : len(rows)], -bound[:, len(rows) :]
     tight_low, tight_high = flat_low.clone(), flat_high.clone()
     tight_low[:, rows] = torch.maximum(flat_low[:, rows], lower)
@@ -301,31 +353,67 @@ def _tightened(layers: Layers, k: int, low: Tensor, high: Tensor, ranges: dict[i
 
 
 def _backward(
-    layers: Layers, k: int, A: Tensor, ranges: dict[int, Range], box: Box, alphas: dict[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Lower bounds `[B, R]` of rows on the inputs of layer `k`, and the coefficients on the network's input."""
+    layers: Layers,
+    k: int,
+    A: Tensor,
+    ranges: dict[int, Range],
+    box: Box,
+    alphas: dict[int, Tensor] | None = None,
+    terms: dict[int, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower bounds `[B, R]` of rows on the inputs of layer `k`, the coefficients on the network's input, and scales.
+
+    Rows have a batch axis of 1 up to the first activation, as boxes matter only from there on. The scale of a bound is
+    what its sums add up in absolute value, 0 without `terms`.
+    """
     d = A.new_zeros(A.shape[:2])
+    scale = A.new_zeros(A.shape[:2])
+    counted = False  # the sums of the next affine layer, by the activation behind it
     for i in reversed(range(k)):
         part = layers.parts[i]
         if isinstance(part, _Affine):
+            if terms and not counted:
+                scale = scale + _weighed(A.abs(), terms[i])
             A, constant = part.backward(A, layers.shapes[i])
+            counted = False
         else:
-            lines = _lines(part, *ranges[i], alphas.get(i))
-            A, constant = _through(A, *lines)
+            lines = _lines(part, *ranges[i], (alphas or {}).get(i))
+            sizes = None
+            if terms:
+                # No slope is above 1, so coefficients behind the activation are no smaller than before it.
+                before = terms.get(i - 1)
+                sizes = torch.maximum(ranges[i][0].abs(), ranges[i][1].abs()) if before is None else before
+                sizes, counted = sizes + (part != "relu"), before is not None
+            A, constant, absolute = _through(A, *lines, sizes)
+            scale = scale if absolute is None else scale + absolute
         d = d + constant
-    low, high = box.lower[:, None], box.upper[:, None]
-    bound = (A.clamp_min(0) * low + A.clamp_max(0) * high).flatten(2).sum(2) + d
-    return bound, A
+    # Products with vectors pass over the coefficients, which are many, less often than their signs would.
+    size = A.abs()
+    bound = _weighed(A, box.center) - _weighed(size, box.radius) + d
+    if terms:
+        scale = scale + _weighed(size, torch.maximum(box.lower.abs(), box.upper.abs()))
+    return bound, A.expand(len(box), *A.shape[1:]), scale
+
+
+def _weighed(A: Tensor, *values: Tensor) -> Tensor:
+    """$\\sum_i A_{ri} v_i$ of coefficients `[B, R, ...]` and values `[B, ...]`, with several on a last axis."""
+    columns = torch.stack([v.flatten(1) for v in values], 2)
+    batch = max(len(A), len(columns))
+    sums = torch.bmm(A.flatten(2).expand(batch, -1, -1), columns.expand(batch, -1, -1))
+    return sums if len(values) > 1 else sums[..., 0]
 
 
 def _through(
-    A: Tensor, slope_low: Tensor, cut_low: Tensor, slope_high: Tensor, cut_high: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Coefficients behind an activation to those before it."""
+    A: Tensor, slope_low: Tensor, cut_low: Tensor, slope_high: Tensor, cut_high: Tensor, sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Coefficients behind an activation to those before it, what intercepts give, and the coefficients' sum over `sizes`."""
     positive, negative = A.clamp_min(0), A.clamp_max(0)
-    lift = (lambda t: t) if slope_low.dim() == A.dim() else (lambda t: t[:, None])
-    constant = positive * lift(cut_low) + negative * cut_high[:, None]
-    return positive * lift(slope_low) + negative * slope_high[:, None], constant.flatten(2).sum(2)
+    more = () if sizes is None else (sizes.expand_as(cut_high),)
+    per_row = slope_low.dim() == A.dim()
+    up = _weighed(positive, cut_low[:, 0] if per_row else cut_low, *more)  # with slopes of a row's own: ReLUs, cut at 0
+    down = _weighed(negative, cut_high, *more)
+    A = torch.addcmul(positive * (slope_low if per_row else slope_low[:, None]), negative, slope_high[:, None])
+    return (A, up + down, None) if sizes is None else (A, up[..., 0] + down[..., 0], up[..., 1] - down[..., 1])
 
 
 def _lines(kind: str, low: Tensor, high: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -400,9 +488,9 @@ def _tangent_from(f, derivative, end: Tensor, other: Tensor) -> Range:
 
 
 def _optimised(
-    layers: Layers, start: Tensor, ranges: dict[int, Range], box: Box, steps: int, best: Tensor, coefficients: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The best bound over slopes of unstable ReLUs, each row with its own."""
+    layers: Layers, start: Tensor, ranges: dict[int, Range], box: Box, steps: int, terms: dict[int, Tensor]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The best of the bounds over slopes of unstable ReLUs, each row with its own, as `_backward` gives them."""
     rows = start.shape[1]
     alphas = {}
     for k, (low, high) in ranges.items():
@@ -410,34 +498,46 @@ def _optimised(
             first = (high >= -low).to(low.dtype)[:, None]
             alphas[k] = first.expand(len(low), rows, *low.shape[1:]).clone().requires_grad_()
     if not alphas:
-        return best, coefficients
+        return None
     optimizer = torch.optim.Adam(alphas.values(), lr=0.25, maximize=True)
-    with torch.enable_grad():
-        for _ in range(steps):
-            lower, A = _backward(layers, len(layers.parts), start, ranges, box, alphas)
-            better = lower.detach() > best
-            best = torch.where(better, lower.detach(), best)
-            coefficients = torch.where(better.view(*better.shape, *[1] * (A.dim() - 2)), A.detach(), coefficients)
-            optimizer.zero_grad()
-            lower.sum().backward(inputs=list(alphas.values()))
-            optimizer.step()
-            with torch.no_grad():
-                for alpha in alphas.values():
-                    alpha.clamp_(0, 1)
-    return best, coefficients
+    best = None
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            lower, A, scale = _backward(layers, len(layers.parts), start, ranges, box, alphas, terms)
+        found = lower.detach(), A.detach(), scale.detach()
+        if best is None:
+            best = found
+        else:
+            better = found[0] > best[0]
+            wide = better.view(*better.shape, *[1] * (A.dim() - 2))
+            best = tuple(
+                torch.where(w, new, old) for w, new, old in zip((better, wide, better), found, best, strict=True)
+            )
+        if step == steps:
+            break
+        optimizer.zero_grad()
+        lower.backward(torch.ones_like(lower), inputs=list(alphas.values()))
+        optimizer.step()
+        with torch.no_grad():
+            for alpha in alphas.values():
+                alpha.clamp_(0, 1)
+    assert best is not None
+    return best[0], best[1], best[2]
 
 
 class Interval:
     """A verifier by interval bounds of the whole box: sound, never falsifies by more than trying the centre.
 
     Args:
-        dtype: that bounds are computed in. In float32 a bound must exceed 0 by 1e-5 of the outputs' scale.
+        dtype: that bounds are computed in. Bounds are lowered by what their rounding may be, 1e-12 in float64 and 1e-5
+            in float32 of the absolute values that were summed.
     """
 
     name = "interval"
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype
+        self.rounding = 1e-12 if dtype == torch.float64 else 1e-5
 
     def verify(self, model: nn.Module, lower: Tensor, upper: Tensor, label: int, timeout: float = 60.0) -> Verdict:
         """Whether all inputs between `lower` and `upper`, of one input's shape, have the label."""
@@ -471,21 +571,16 @@ class Interval:
 
     def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
         with torch.no_grad():
-            bounds = ibp(model, box, prop)
+            bounds = ibp(model, box, prop, rounding=self.rounding)
         assert isinstance(bounds, Bounds)
         return self._judge(model, box, prop, bounds)
 
     def _judge(self, model: nn.Module, box: Box, prop: Property, bounds: Bounds) -> Verdict:
-        if bool(prop.holds(bounds.lower - self._margin(bounds.lower))[0]):
+        if bool(prop.holds(bounds.lower)[0]):
             return Verdict("verified", boxes=1)
         with torch.no_grad():
             found = prop.violated(model(box.center))
         return Verdict("falsified", box.center[0], boxes=1) if bool(found[0]) else Verdict("unknown", boxes=1)
-
-    def _margin(self, lower: Tensor) -> Tensor:
-        """What a bound must exceed 0 by, for rounding."""
-        share = 1e-5 if self.dtype == torch.float32 else 1e-12
-        return share * lower.abs().clamp_min(1)
 
 
 class Crown(Interval):
@@ -515,7 +610,10 @@ class Crown(Interval):
 
     def bounds(self, layers: Layers, box: Box, prop: Property) -> Bounds:
         with torch.no_grad():
-            return crown(layers, box, prop, intermediate=self.intermediate, alpha_steps=self.alpha_steps, verifier=self)
+            return crown(
+                layers, box, prop, intermediate=self.intermediate, alpha_steps=self.alpha_steps, verifier=self,
+                rounding=self.rounding,
+            )  # fmt: skip
 
     def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
         box = self.shrink(box)
@@ -569,7 +667,7 @@ class CrownSplit(Crown):
             boxes = queue.pop(self.batch)
             seen += len(boxes)
             bounds = self.bounds(layers, boxes, prop)
-            open_ = ~prop.holds(bounds.lower - self._margin(bounds.lower))
+            open_ = ~prop.holds(bounds.lower)
             if not bool(open_.any()):
                 continue
             assert bounds.A is not None
@@ -586,29 +684,22 @@ class CrownSplit(Crown):
 
 
 class _Queue:
-    """Boxes, those of least bound first, in chunks as they came."""
+    """Boxes, taken in the order of their bounds, the least first."""
 
     def __init__(self, box: Box) -> None:
-        self.boxes = [box]
-        self.heap: list[tuple[float, int, int]] = [(0.0, 0, 0)]
+        self.boxes, self.order = box, box.lower.new_zeros(1)
 
     def __len__(self) -> int:
-        return len(self.heap)
+        return len(self.boxes)
 
     def push(self, boxes: Box, order: Tensor) -> None:
-        if not len(boxes):
-            return
-        chunk = len(self.boxes)
-        self.boxes.append(boxes)
-        for row, value in enumerate(order.tolist()):
-            heapq.heappush(self.heap, (value, chunk, row))
+        self.boxes, self.order = Box.cat([self.boxes, boxes]), torch.cat([self.order, order])
 
     def pop(self, count: int) -> Box:
-        taken = [heapq.heappop(self.heap)[1:] for _ in range(min(count, len(self.heap)))]
-        by_chunk: dict[int, list[int]] = {}
-        for chunk, row in taken:
-            by_chunk.setdefault(chunk, []).append(row)
-        return Box.cat([self.boxes[chunk][torch.tensor(rows)] for chunk, rows in by_chunk.items()])
+        index = self.order.argsort(stable=True)
+        taken, left = self.boxes[index[:count]], index[count:]
+        self.boxes, self.order = self.boxes[left], self.order[left]
+        return taken
 
 
 def _worst(prop: Property, lower: Tensor) -> tuple[Tensor, Tensor]:
@@ -729,7 +820,7 @@ class _Program:
     def __init__(self, layers: Layers, box: Box) -> None:
         if any(isinstance(p, str) and p != "relu" for p in layers.parts):
             raise TypeError("the exact verifier is for networks whose activations are ReLUs")
-        ranges = _activation_ranges(layers, box, "crown", None)
+        ranges, _ = _activation_ranges(layers, box, "crown", None, 1e-12)
         count = box.lower[0].numel()
         self.low, self.high = box.lower.flatten().tolist(), box.upper.flatten().tolist()
         self.integrality: list[int] = [0] * count

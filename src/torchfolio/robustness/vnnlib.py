@@ -9,6 +9,7 @@ Reference: Demarchi et al., "Supporting Standardization of Neural Networks Verif
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.errors import TorchfolioError
-from torchfolio.robustness.bounds import ElementwiseAffine
+from torchfolio.robustness.bounds import AFFINE, ElementwiseAffine, _flat, _is
 from torchfolio.robustness.properties import Box, Property
 
 __all__ = ["read_onnx", "read_vnnlib", "write_onnx", "write_vnnlib"]
@@ -82,6 +83,8 @@ def _gathered(
                 raise FormatError(f"{path}: expected bounds on single inputs, got one of {', '.join(coefficients)}")
             ((name, factor),) = coefficients.items()
             i = int(name[2:])
+            if i >= inputs:
+                raise FormatError(f"{path}: expected constants up to X_{inputs - 1}, got {name}")
             if factor > 0:
                 high[i] = min(high[i], bound / factor)
             else:
@@ -99,6 +102,8 @@ def _gathered(
         C, t, index = [], [], []
         for g, (coefficients, bound) in ((g, row) for g, rows in enumerate(groups) for row in rows):
             line = torch.zeros(outputs, dtype=torch.float64)
+            if any(int(name[2:]) >= outputs for name in coefficients):
+                raise FormatError(f"{path}: expected constants up to Y_{outputs - 1}, got {', '.join(coefficients)}")
             for name, factor in coefficients.items():
                 line[int(name[2:])] = factor
             C.append(line)
@@ -246,7 +251,7 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
         raise FormatError(f"{path}: expected one input, got {len(sources)}")
     dims = [d.dim_value for d in sources[0].type.tensor_type.shape.dim]
     shape = tuple(dims[1:]) if len(dims) > 1 else tuple(dims)
-    reader = _Reader(path, constants, onnx)
+    reader = _Reader(path, constants, onnx, shape)
     current = sources[0].name
     for node in graph.node:
         if node.op_type == "Constant":
@@ -256,20 +261,26 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
             raise FormatError(f"{path}: expected a chain of layers, {node.op_type} reads {', '.join(node.input)}")
         reader.add(node, current)
         current = node.output[0]
+    ends = [o.name for o in graph.output]
+    if ends != [current]:
+        raise FormatError(f"{path}: expected one output, that of the last layer {current!r}, got {', '.join(ends)}")
     return nn.Sequential(*reader.layers).eval(), shape
 
 
 class _Reader:
     """Turns nodes into layers one after the other."""
 
-    def __init__(self, path: str | Path, constants: dict[str, Tensor], onnx: Any) -> None:
+    def __init__(self, path: str | Path, constants: dict[str, Tensor], onnx: Any, shape: Sequence[int]) -> None:
         self.path, self.constants, self.onnx = path, constants, onnx
         self.layers: list[nn.Module] = []
+        self.x = torch.zeros(1, *shape)  # runs along, for the shapes
 
     def add(self, node: Any, current: str) -> None:
         attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
+        self._expect(node, attributes)
         given = [self.constants.get(name) for name in node.input]
         place = list(node.input).index(current)
+        before = len(self.layers)
         known = {
             "Relu": nn.ReLU, "Sigmoid": nn.Sigmoid, "Tanh": nn.Tanh, "Identity": nn.Identity, "Dropout": nn.Identity,
         }  # fmt: skip
@@ -285,11 +296,35 @@ class _Reader:
             self.layers.append(getattr(self, f"_{node.op_type.lower()}")(attributes, given))
         else:
             raise FormatError(f"{self.path}: the operator {node.op_type} is not known")
+        try:
+            with torch.no_grad():
+                self.x = nn.Sequential(*self.layers[before:]).eval()(self.x)
+        except RuntimeError as error:
+            raise FormatError(
+                f"{self.path}: {node.op_type} does not fit inputs of {tuple(self.x.shape)}: {error}"
+            ) from None
+        if len(self.x) != 1:
+            raise FormatError(f"{self.path}: expected {node.op_type} to keep the batch axis, got {tuple(self.x.shape)}")
+
+    def _expect(self, node: Any, attributes: dict[str, Any]) -> None:
+        """That no attribute changes what an operator does in a way that is not read here."""
+        defaults = {
+            "auto_pad": (b"NOTSET",), "ceil_mode": (0,), "training_mode": (0,), "axis": (1,), "broadcast": (),
+            "spatial": (1,), "transA": (0,), "allowzero": (0,),
+        }  # fmt: skip
+        for name, allowed in defaults.items():
+            if name in attributes and attributes[name] not in allowed:
+                raise FormatError(f"{self.path}: {node.op_type} with {name} {attributes[name]} is not known")
+        if node.op_type == "AveragePool" and any(d != 1 for d in attributes.get("dilations", ())):
+            raise FormatError(f"{self.path}: AveragePool with dilations {attributes['dilations']} is not known")
 
     def _flatten(self, node: Any, attributes: dict[str, Any], given: list[Tensor | None]) -> None:
         target = given[1].tolist() if node.op_type == "Reshape" and given[1] is not None else None
-        if (node.op_type == "Flatten" and attributes.get("axis", 1) != 1) or (target is not None and len(target) > 2):
-            raise FormatError(f"{self.path}: expected {node.op_type} to flatten each input, got {target or attributes}")
+        size = self.x[0].numel()
+        if node.op_type == "Reshape" and (
+            target is None or len(target) > 2 or target[-1] not in (-1, size) or target[:-1] not in ([], [1], [-1], [0])
+        ):
+            raise FormatError(f"{self.path}: expected {node.op_type} to flatten each input, got {target}")
         self.layers.append(nn.Flatten())
 
     def _elementwise(self, kind: str, given: list[Tensor | None], place: int) -> None:
@@ -320,9 +355,10 @@ class _Reader:
         weight = given[1 - place]
         if weight is None or weight.dim() != 2:
             raise FormatError(f"{self.path}: expected {kind} with a constant matrix")
+        if place != 0:
+            raise FormatError(f"{self.path}: expected {kind} of the network's values with a matrix, in this order")
         scale = float(attributes.get("alpha", 1.0))
-        transposed = attributes.get("transB", 0) if place == 0 else not attributes.get("transA", 0)
-        weight = scale * (weight if (transposed if kind == "Gemm" else place == 1) else weight.T)
+        weight = scale * (weight if attributes.get("transB", 0) else weight.T)
         bias = given[2] if len(given) > 2 else None
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         with torch.no_grad():
@@ -333,7 +369,8 @@ class _Reader:
 
     def _conv(self, attributes: dict[str, Any], given: list[Tensor | None]) -> nn.Module:
         weight, bias = given[1], given[2] if len(given) > 2 else None
-        assert weight is not None
+        if weight is None or weight.dim() != 4:
+            raise FormatError(f"{self.path}: expected Conv with constant weights of two spatial axes")
         groups = attributes.get("group", 1)
         layer = nn.Conv2d(
             weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), tuple(attributes.get("strides", (1, 1))),
@@ -361,9 +398,7 @@ class _Reader:
     def _batchnormalization(self, attributes: dict[str, Any], given: list[Tensor | None]) -> nn.Module:
         scale, bias, mean, var = (t for t in given[1:5] if t is not None)
         factor = scale * torch.rsqrt(var + float(attributes.get("epsilon", 1e-5)))
-        wide = (1, -1, *[1] * (2 if any(isinstance(m, nn.Conv2d) for m in self.layers) else 0))
-        if any(isinstance(m, nn.Flatten) for m in self.layers):
-            wide = (1, -1)
+        wide = (1, -1, *[1] * (self.x.dim() - 2))
         return ElementwiseAffine(factor.view(wide), (bias - mean * factor).view(wide))
 
 
@@ -374,8 +409,6 @@ def write_onnx(model: nn.Module, path: str | Path, shape: Sequence[int]) -> Path
         TypeError: on a layer without an operator here.
     """
     onnx = _onnx()
-    from torchfolio.robustness.bounds import _flat
-
     helper = onnx.helper
     nodes, constants = [], []
 
@@ -391,7 +424,7 @@ def write_onnx(model: nn.Module, path: str | Path, shape: Sequence[int]) -> Path
         nodes.append(helper.make_node(operator, [current, *inputs], [f"t{k}"], **attributes))
         current = f"t{k}"
         with torch.no_grad():
-            x = layer.float().cpu()(x) if not list(layer.parameters()) else _shape_after(layer, x)
+            x = copy.deepcopy(layer).float().cpu().eval()(x)
     nodes.append(helper.make_node("Identity", [current], ["Y"]))
     ends = [
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, *size])
@@ -404,18 +437,16 @@ def write_onnx(model: nn.Module, path: str | Path, shape: Sequence[int]) -> Path
     return Path(path)
 
 
-def _shape_after(layer: nn.Module, x: Tensor) -> Tensor:
-    import copy
-
-    return copy.deepcopy(layer).float().cpu().eval()(x)
-
-
 def _operator(layer: nn.Module, name: str, constant: Any) -> tuple[str, list[str], dict[str, Any]]:
     """ONNX operator of a layer, its constants and attributes."""
     simple = {nn.ReLU: "Relu", nn.Sigmoid: "Sigmoid", nn.Tanh: "Tanh"}
     if type(layer) in simple:
         return simple[type(layer)], [], {}
+    if not _is(layer, AFFINE):
+        raise TypeError(f"{type(layer).__name__} cannot be written to ONNX here")
     if isinstance(layer, nn.Flatten):
+        if (layer.start_dim, layer.end_dim) != (1, -1):
+            raise TypeError(f"expected nn.Flatten(1, -1) to write it to ONNX, got {layer}")
         return "Flatten", [], {"axis": 1}
     if isinstance(layer, nn.Linear):
         bias = layer.bias if layer.bias is not None else torch.zeros(layer.out_features)
@@ -430,11 +461,15 @@ def _operator(layer: nn.Module, name: str, constant: Any) -> tuple[str, list[str
             "pads": [*layer.padding, *layer.padding], "group": layer.groups,
         }  # fmt: skip
     if isinstance(layer, nn.AvgPool2d):
+        if layer.ceil_mode or layer.divisor_override is not None:
+            raise TypeError(f"expected a pool without ceil_mode and divisor_override to write it to ONNX, got {layer}")
         kernel, stride, padding = (_pair(v) for v in (layer.kernel_size, layer.stride, layer.padding))
         return "AveragePool", [], {
             "kernel_shape": kernel, "strides": stride, "pads": padding * 2, "count_include_pad": int(layer.count_include_pad),
         }  # fmt: skip
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        if layer.running_mean is None or layer.running_var is None:
+            raise TypeError("expected a batch norm with running statistics to write it to ONNX")
         ones = torch.ones(layer.num_features)
         values = {
             "scale": ones if layer.weight is None else layer.weight, "shift": 0 * ones if layer.bias is None else layer.bias,
