@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchfolio.backdoor import metrics
 from torchfolio.backdoor.labels import X2X, AllToAll, AllToOne, CleanLabel, LabelMap
 from torchfolio.backdoor.poison import load, poison, poisoned_test
-from torchfolio.backdoor.protocol import InputDetector, evaluate_defense, evaluate_input_detector, unchanged
+from torchfolio.backdoor.protocol import InputDetector, evaluate_defense, evaluate_input_detector
 from torchfolio.backdoor.triggers import (
     ADDITIVE_SHAPES,
     AdditiveTrigger,
@@ -30,6 +30,7 @@ from torchfolio.backdoor.triggers import (
 )
 from torchfolio.backdoor.zoo import Cutout, Normalize, ResNet18CIFAR, SmallConvNet, fit_classifier
 from torchfolio.data import load as load_data
+from torchfolio.measure import untouched
 
 SHAPE = (3, 12, 10)
 TRIGGERS = {
@@ -379,7 +380,7 @@ def test_networks_are_left_as_they_were():
     before = copy.deepcopy(net.state_dict())
 
     def meddle():
-        with unchanged(net, training=True):
+        with untouched(net, training=True):
             net(images())
             net.requires_grad_(False)
             raise RuntimeError("on the way")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchfolio.backdoor.badexpert import extract_backdoor_expert
 from torchfolio.backdoor.metrics import outputs_of
 from torchfolio.backdoor.protocol import ModelVerdict
-from torchfolio.measure.batches import batches
+from torchfolio.measure.batches import gathered
 
 __all__ = ["ExpertConcentration", "FalsePositives", "chance", "concentration", "false_positives", "judge", "p_values"]
 
@@ -157,8 +157,7 @@ class ExpertConcentration:
         """
         if clean is None:
             raise ValueError("expected clean examples, got none: an expert is made from them")
-        pairs = list(batches(clean, 512, "cpu"))
-        x, y = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+        x, y = gathered(clean, "cpu")
         shares, *others = [self._shares(net, x, y) for net in (model, *self.references)]
         return judge(shares, others, self.alpha)
 

@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from torchfolio import measure
-from torchfolio.backdoor.metrics import labels_of, outputs_of
-from torchfolio.backdoor.protocol import unchanged
+from torchfolio.backdoor.metrics import accuracy_of, labels_of, outputs_of
 from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.state import FitState
-from torchfolio.measure.batches import batches
+from torchfolio.measure.batches import gathered
 
 __all__ = ["SCORES", "BaDExpert", "extract_backdoor_expert", "suspicion", "triangle_score"]
 
@@ -216,11 +215,7 @@ class BaDExpert:
         self.calibration_ = self.score(x[calib][right]).cpu()
         self.threshold_ = self.threshold(self.fpr)
         nets = {"network": model, "expert": self.expert_, "auxiliary": self.auxiliary_}
-        self.accuracy_ = {
-            name: float((labels_of(net, x[calib]) == y[calib]).double().mean())
-            for name, net in nets.items()
-            if net is not None
-        }
+        self.accuracy_ = {name: accuracy_of(net, x[calib], y[calib]) for name, net in nets.items() if net is not None}
         return self
 
     def _unlearn(
@@ -229,7 +224,7 @@ class BaDExpert:
         """The backdoor expert, and its accuracy step by step."""
         x, y = examples
         watched = x[: max(1, len(x) // 2)], y[: max(1, len(x) // 2)]
-        start = float((labels_of(model, watched[0]) == watched[1]).double().mean())
+        start = accuracy_of(model, *watched)
         stop = 0.5 * start if self.stop_acc is None else self.stop_acc
         expert, history = model, [(0, start)]
         for rate in RATES if isinstance(self.unlearn_lr, str) else (self.unlearn_lr,):
@@ -256,7 +251,7 @@ class BaDExpert:
             if state.epoch_end or state.step % self.check_every:
                 return
             with undisturbed():
-                found = float((labels_of(state.model, watched[0]) == watched[1]).double().mean())
+                found = accuracy_of(state.model, *watched)
             seen.append((state.step, found))
             if found <= stop and self.stop_acc != 0:
                 state.stop(f"the expert gets {found:.3f} right")
@@ -402,14 +397,12 @@ def extract_backdoor_expert(model: nn.Module, clean: Any, **settings: Any) -> nn
     """
     x, y = _collect(clean)
     classes = _check(outputs_of(model, x), y)
-    with unchanged(model):
-        return BaDExpert(**settings)._unlearn(model, (x, y), classes)[0]
+    return BaDExpert(**settings)._unlearn(model, (x, y), classes)[0]
 
 
 def _collect(clean: Any) -> tuple[Tensor, Tensor]:
     """All examples as two tensors on the CPU."""
-    parts = list(batches(clean, 512, "cpu"))
-    x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    x, y = gathered(clean, "cpu")
     if y.is_floating_point() or y.dim() != 1:
         raise ValueError(f"expected integer labels [N], got {y.dtype} of shape {tuple(y.shape)}")
     if x.is_floating_point() and not bool(x.isfinite().all()):

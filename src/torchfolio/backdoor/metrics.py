@@ -28,6 +28,7 @@ __all__ = [
     "AttackMetrics",
     "FilterMetrics",
     "Stealth",
+    "accuracy_of",
     "attack_metrics",
     "auroc",
     "defense_effectiveness",
@@ -96,6 +97,11 @@ def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 5
 def labels_of(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 512) -> Tensor:
     """Predicted labels `[N]`."""
     return outputs_of(model, x, batch_size).argmax(1)
+
+
+def accuracy_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    """Share of inputs that get the label `y` `[N]`."""
+    return _share(labels_of(model, x) == y.cpu())
 
 
 def attack_metrics(

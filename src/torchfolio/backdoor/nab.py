@@ -34,7 +34,7 @@ from torchfolio.backdoor.metrics import labels_of, outputs_of
 from torchfolio.engine.fit import fit
 from torchfolio.engine.loader import tensors_of
 from torchfolio.engine.rules import Backprop
-from torchfolio.measure.batches import batches
+from torchfolio.measure.batches import gathered
 
 __all__ = [
     "NAB",
@@ -562,8 +562,7 @@ def _gather(dataset: Any) -> Pair:
     if whole is None and callable(getattr(dataset, "tensors", None)):
         whole = dataset.tensors()
     if whole is None:
-        parts = list(batches(dataset, 512))
-        whole = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        whole = gathered(dataset)
     x, y = whole[0], whole[1]
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"expected float images [N, C, H, W], got {x.dtype} of shape {tuple(x.shape)}")

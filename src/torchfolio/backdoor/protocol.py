@@ -6,8 +6,7 @@ more suspicious. All leave the network as they found it: modes, `requires_grad`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchfolio import measure
 from torchfolio.backdoor.metrics import (
     AttackMetrics,
     FilterMetrics,
@@ -43,7 +41,6 @@ __all__ = [
     "evaluate_defense",
     "evaluate_input_detector",
     "evaluate_model_detector",
-    "unchanged",
 ]
 
 
@@ -140,23 +137,6 @@ class Attack(Protocol):
     def fit(self, *args: Any, **kwargs: Any) -> Attack: ...
 
     def poison(self, dataset: Any, seed: int) -> PoisonedDataset: ...
-
-
-@contextmanager
-def unchanged(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """Restore modes, `requires_grad` and buffers of a network on leaving, also after an error.
-
-    Args:
-        model: the network.
-        training: its mode inside; `None` leaves it.
-    """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with measure.untouched(model, training=training):
-            yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 def evaluate_attack(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +17,10 @@ from torchfolio.cli.networks import (
     ImageSize,
     ModelSet,
     call_with,
-    fitting_splits,
-    from_weights,
     importable,
     method_class,
     normalized,
+    open_network,
     parse_settings,
 )
 from torchfolio.errors import TorchfolioError
@@ -96,9 +96,11 @@ def audit(
     _refuse_strangers(output)
     given = {**DEFAULTS.get(detector, {}), **parse_settings(setting)}
     kind, made = _detector(detector, given, seed, device)
-    source, splits = _source(
-        folder, model, weights, parse_settings(model_set), normalize, allowed, data, image_size, seed
-    )
+    if folder is not None and (folder / RECORD).is_file():
+        raise TorchfolioError(f"{folder} is a filter already; try it with --input")
+    source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
+    if model is not None and not normalize:
+        source = replace(source, manifest=replace(source.manifest, mean=(), std=()))
     name = str(folder) if folder is not None else f"{model} with {weights}"
     _say(f"{detector}: fitting to {name} on clean examples of {data}")
     x, y = _examples(splits, source.manifest, size, seed)
@@ -129,33 +131,6 @@ def _detector(slug: str, settings: dict[str, Any], seed: int, device: str) -> tu
     own = {"seed": seed, "device": resolve_device(device)}
     own = {k: v for k, v in own.items() if k in inspect.signature(factory).parameters}
     return kind, call_with(factory, {**own, **settings}, f"the method {slug}")
-
-
-def _source(
-    folder: Path | None,
-    model: str | None,
-    weights: Path | None,
-    arguments: dict[str, Any],
-    normalize: bool,
-    allow: list[str],
-    data: str,
-    image_size: int | None,
-    seed: int,
-) -> tuple[Bundle, Any]:
-    """The network that is audited, and the clean examples, not normalised yet."""
-    from dataclasses import replace
-
-    from torchfolio.bundle import Bundle, load_bundle
-
-    if folder is not None and model is None and weights is None:
-        if (folder / RECORD).is_file():
-            raise TorchfolioError(f"{folder} is a filter already; try it with --input")
-        source = load_bundle(folder, allow=allow)
-        return source, fitting_splits(source.manifest, str(folder), data, image_size=image_size, seed=seed)
-    if folder is None and model is not None and weights is not None:
-        source, splits = from_weights(model, weights, arguments, data, image_size, {"seed": seed})
-        return (source if normalize else Bundle(source.model, replace(source.manifest, mean=(), std=()))), splits
-    raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
 
 
 def _examples(splits: Any, manifest: Manifest, size: int, seed: int) -> tuple[Tensor, Tensor]:

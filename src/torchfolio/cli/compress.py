@@ -20,15 +20,13 @@ from torchfolio.cli.networks import (
     TrainSize,
     augmentation,
     call_with,
-    fitting_splits,
-    from_weights,
     importable,
     method_class,
     normalized_splits,
+    open_network,
     parse_settings,
     show_result,
 )
-from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,13 +80,7 @@ def compress(
     compression = call_with(factory, settings, f"the method {method}")
     allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
     sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
-    if bundle is not None and model is None and weights is None:
-        source = load_bundle(bundle, allow=allow)
-        splits = fitting_splits(source.manifest, str(bundle), data, image_size=image_size, **sizes)
-    elif bundle is None and model is not None and weights is not None:
-        source, splits = from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
-    else:
-        raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
+    source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
     example = splits.train.tensors[0][:2].clone()
     before = {**_measure(source.model, splits, device), **_flops(source.model, example)}

@@ -15,11 +15,9 @@ from torchfolio.cli.networks import (
     Device,
     ImageSize,
     ModelSet,
-    fitting_splits,
-    from_weights,
     importable,
     normalized_splits,
-    parse_settings,
+    open_network,
     show_result,
 )
 from torchfolio.errors import TorchfolioError
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor, nn
 
-    from torchfolio.bundle import Bundle
-    from torchfolio.data import DataSplits
     from torchfolio.report.sheet import Sheet
 
 MOST_LAYERS = 12
@@ -75,7 +71,9 @@ def inspect(
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent}")
     allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
-    source, splits, name = _opened(bundle, model, weights, model_set, allow, data, image_size, seed)
+    source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, {"seed": seed})
+    splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
+    name = bundle.resolve().name if bundle is not None else weights.stem  # pyright: ignore[reportOptionalMemberAccess]
     second = load_bundle(other, allow=allow) if other is not None else None
     if second is not None and second.manifest.input_shape != source.manifest.input_shape:
         raise TorchfolioError(
@@ -105,31 +103,6 @@ def inspect(
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _opened(
-    bundle: Path | None,
-    model: str | None,
-    weights: Path | None,
-    model_set: Sequence[str] | None,
-    allow: list[str],
-    data: str,
-    image_size: int | None,
-    seed: int,
-) -> tuple[Bundle, DataSplits, str]:
-    """The network, its normalised data, and what to call it."""
-    from torchfolio.bundle import load_bundle
-
-    if bundle is not None and model is None and weights is None:
-        source = load_bundle(bundle, allow=allow)
-        splits = fitting_splits(source.manifest, str(bundle), data, image_size=image_size, seed=seed)
-        name = bundle.resolve().name
-    elif bundle is None and model is not None and weights is not None:
-        source, splits = from_weights(model, weights, parse_settings(model_set), data, image_size, {"seed": seed})
-        name = weights.stem
-    else:
-        raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
-    return source, normalized_splits(splits, source.manifest.mean, source.manifest.std), name
 
 
 def _layers(net: nn.Module, x: Tensor) -> list[str]:

@@ -380,7 +380,39 @@ def fitting_recipe(
     return path, {**{k: v for k, v in known.items() if k in parameters}, **settings}
 
 
-def from_weights(
+def open_network(
+    bundle: Path | None,
+    model: str | None,
+    weights: Path | None,
+    model_set: Sequence[str] | None,
+    allow: list[str],
+    data: str,
+    image_size: int | None,
+    sizes: dict[str, Any],
+) -> tuple[Bundle, DataSplits]:
+    """The network that a command is given, as a bundle or by `--model` and `--weights`; its data, not normalised yet.
+
+    Args:
+        bundle: its folder.
+        model: reference network or import path.
+        weights: a safetensors file.
+        model_set: arguments of the network, `key=value`.
+        allow: import paths that the bundle may use.
+        data: name of the data set.
+        image_size: side of the images.
+        sizes: seed and sizes, of `torchfolio.data.load`.
+    """
+    from torchfolio.bundle import load_bundle
+
+    if bundle is not None and model is None and weights is None:
+        source = load_bundle(bundle, allow=allow)
+        return source, fitting_splits(source.manifest, str(bundle), data, image_size=image_size, **sizes)
+    if bundle is None and model is not None and weights is not None:
+        return _from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
+    raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
+
+
+def _from_weights(
     model: str, weights: Path, arguments: dict[str, Any], data: str, image_size: int | None, sizes: dict[str, Any]
 ) -> tuple[Bundle, DataSplits]:
     """A network from a factory and a safetensors file, as if it came from a bundle; and its data."""

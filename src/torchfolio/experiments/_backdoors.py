@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchfolio.backdoor import (
     AllToAll,
@@ -18,6 +18,8 @@ from torchfolio.backdoor import (
 )
 from torchfolio.backdoor.zoo import Normalize, ResNet18CIFAR, SmallConvNet
 from torchfolio.data import DataSplits
+
+Pair = tuple[Tensor, Tensor]
 
 
 def attack(name: str, data: DataSplits) -> tuple[Trigger, LabelMap]:
@@ -50,3 +52,10 @@ def victim(data: DataSplits, network: str, width: int, seed: int) -> nn.Module:
         raise ValueError(f"expected the network conv or resnet18, got {network!r}")
     mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
     return nn.Sequential(Normalize(mean, std), kinds[network](data.shape[0], data.num_classes, width=width))
+
+
+def divide(pair: tuple[Tensor, ...], size: int, seed: int) -> tuple[Pair, Pair]:
+    """Trusted images, and those that are reported on."""
+    order = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(seed))
+    parts = [(pair[0][part], pair[1][part]) for part in (order[:size], order[size:])]
+    return parts[0], parts[1]

@@ -18,16 +18,14 @@ from torch import Tensor, nn
 
 from torchfolio.backdoor import poison, poisoned_test
 from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
-from torchfolio.backdoor.metrics import attack_metrics, auroc, labels_of, outputs_of
+from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, auroc, labels_of, outputs_of
 from torchfolio.backdoor.protocol import evaluate_input_detector
 from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import fit
 from torchfolio.engine.state import FitState
-from torchfolio.experiments._backdoors import attack, victim
+from torchfolio.experiments._backdoors import Pair, attack, divide, victim
 from torchfolio.runs import Results, Run
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,13 +109,6 @@ def run(run: Run[Settings]) -> None:
         "filtered <= 0.3 * unfiltered and accuracy >= unfiltered_accuracy - 0.03",
     )  # fmt: skip
     run.claim("negative_control", {"right_labels": badnets["auroc_control"]}, "right_labels <= 0.75")
-
-
-def divide(pair: tuple[Tensor, ...], size: int, seed: int) -> tuple[Pair, Pair]:
-    """Trusted images, and those that are reported on."""
-    order = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(seed))
-    parts = [(pair[0][part], pair[1][part]) for part in (order[:size], order[size:])]
-    return parts[0], parts[1]
 
 
 def measure(
@@ -208,8 +199,8 @@ def trace(
     def look(state: FitState) -> None:
         if not state.epoch_end:
             rows.append(
-                (float((labels_of(state.model, x) == y).double().mean()),
-                 float((labels_of(state.model, bad) == target).double().mean()))
+                (accuracy_of(state.model, x, y),
+                 accuracy_of(state.model, bad, target))
             )  # fmt: skip
 
     wrong = (trusted[1] + 1) % int(outputs_of(net, x[:1]).shape[1])

@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from torchfolio.backdoor import PoisonedDataset, poison, poisoned_test
-from torchfolio.backdoor.metrics import attack_metrics, labels_of
+from torchfolio.backdoor.metrics import accuracy_of, attack_metrics
 from torchfolio.backdoor.nab import (
     NAB,
     LGAIsolator,
@@ -29,13 +29,10 @@ from torchfolio.backdoor.nab import (
 from torchfolio.backdoor.protocol import evaluate_defense
 from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.engine import fit
+from torchfolio.engine import Backprop, fit
 from torchfolio.engine.state import FitState
-from torchfolio.experiments._backdoors import attack, victim
-from torchfolio.experiments.badexpert import divide
+from torchfolio.experiments._backdoors import attack, divide, victim
 from torchfolio.runs import Results, Run
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -275,7 +272,7 @@ class Scene:
         x, y = (t[:count] for t in self.test)
         bad, target = (t[:count] for t in self.attacked.tensors())
         return (
-            float((labels_of(net, x) == y).double().mean()), float((labels_of(net, bad) == target).double().mean())
+            accuracy_of(net, x, y), accuracy_of(net, bad, target)
         )  # fmt: skip
 
     def relabelled(self, isolation: dict[str, Any]) -> dict[str, Any]:
@@ -298,8 +295,6 @@ class Scene:
         rows = torch.tensor(isolation["isolated"])
         net, seconds = self.train((x, y))
         started = time.perf_counter()
-        from torchfolio.engine import Backprop
-
         fit(
             net, (x[rows], y[rows]), rule=Backprop(lambda out, target: -F.cross_entropy(out, target).clamp(max=5.0)),
             optimizer=partial(torch.optim.SGD, lr=self.run.settings.unlearn_lr), epochs=5,

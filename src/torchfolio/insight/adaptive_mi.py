@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -120,12 +121,12 @@ def _conditional(symbols: np.ndarray, given: np.ndarray) -> float:
     return _entropy(joint) - _entropy(given)
 
 
-class _Discrete:
+class _Discrete(ABC):
     """What estimators that give every activation a code have in common."""
 
+    @abstractmethod
     def codes(self, activations: Tensor) -> Tensor:
         """Codes int64 `[N, d]` of activations `[N, d]`."""
-        raise NotImplementedError
 
     def __call__(self, activations: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None) -> Information:
         """Information of one layer.

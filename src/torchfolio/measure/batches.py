@@ -43,6 +43,12 @@ def batches(data: Data, batch_size: int | None, device: torch.device | str | Non
         raise ValueError("expected at least one example, got none")
 
 
+def gathered(data: Data, device: torch.device | str | None = None) -> Batch:
+    """All examples at once, x and y; see `batches`."""
+    x, y = zip(*batches(data, 512, device), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
 def _split(data: Any, batch_size: int | None) -> Iterable[Sequence[Tensor]]:
     pair = data.tensors if isinstance(data, TensorDataset) else data
     if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair):

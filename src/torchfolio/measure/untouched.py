@@ -11,13 +11,14 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """Restore buffers (running statistics, counters) and the mode of every submodule on leaving, also after
-    an error.
+    """Restore buffers (running statistics, counters), the mode of every submodule and the `requires_grad` of every
+    parameter on leaving, also after an error.
 
     Args:
         model: the network.
         training: mode of the whole network inside; `None` leaves it as it is.
     """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -31,6 +32,9 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
     finally:
         for module, mode in modes:
             module.training = mode
+        for p, flag in flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
         with torch.no_grad():
             for module, name, buffer, before in buffers:
                 buffer.copy_(before)

@@ -76,7 +76,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def pgd(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
     *,
@@ -99,7 +99,7 @@ def pgd(
     \\quad (L_\\infty), \\qquad x \\leftarrow \\Pi\\bigl(x + \\alpha \\nabla_x \\ell / \\lVert \\nabla_x \\ell \\rVert\\bigr) \\quad (L_2).$$
 
     Args:
-        model: from inputs to logits `[N, C]`; run in evaluation mode.
+        model: from inputs to logits `[N, C]`; a module is run in evaluation mode.
         x: `[N, ...]`.
         y: labels `[N]`; with `targeted`, those to reach.
         eps: radius of the ball.
@@ -144,7 +144,7 @@ def pgd(
 
 
 def _ascend(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
     current: Tensor,
@@ -174,7 +174,7 @@ def _better(best_x: Tensor, best: Tensor, x: Tensor, value: Tensor, keep: Keep) 
 
 
 def _gradient(
-    model: nn.Module, x: Tensor, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -184,7 +184,9 @@ def _gradient(
 
 
 @torch.no_grad()
-def _values(model: nn.Module, x: Tensor, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _values(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     return objective(model(x), y)
 
 
@@ -238,7 +240,9 @@ def _wide(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, loss: Loss = "ce", clip: Clip = None) -> Attack:
+def fgsm(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: float, loss: Loss = "ce", clip: Clip = None
+) -> Attack:
     """One step of the whole radius from the input itself, $x + \\varepsilon \\operatorname{sign} \\nabla_x \\ell$."""
     return pgd(model, x, y, eps=eps, alpha=eps, steps=1, loss=loss, start="zero", keep="last", clip=clip)
 
@@ -514,15 +518,10 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in flags:
+    with untouched(model, training=False):
+        for p in model.parameters():
             p.requires_grad_(False)
-        with untouched(model, training=False):
-            yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+        yield
 
 
 def _objective(loss: Loss, targeted: bool) -> Callable[[Tensor, Tensor], Tensor]:

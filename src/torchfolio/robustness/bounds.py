@@ -753,19 +753,10 @@ def _attack(model: nn.Module, box: Box, prop: Property, steps: int) -> Tensor | 
     zeros, label = torch.zeros_like(center), torch.zeros(1, dtype=torch.long, device=center.device)
     generator = torch.Generator(center.device).manual_seed(0)
     settings = {"eps": 1.0, "alpha": torch.linspace(0.5, 0.02, steps), "steps": steps, "restarts": 32}
-    found = pgd(_Function(scaled), zeros, label, loss=loss, generator=generator, **settings)  # pyright: ignore[reportArgumentType]
+    found = pgd(scaled, zeros, label, loss=loss, generator=generator, **settings)  # pyright: ignore[reportArgumentType]
     point = torch.minimum(torch.maximum(center + radius * found.x_adv, box.lower), box.upper)
     with torch.no_grad():
         return point[0] if bool(prop.violated(model(point))[0]) else None
-
-
-class _Function(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.0) -> Verdict:

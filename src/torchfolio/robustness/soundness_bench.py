@@ -37,7 +37,7 @@ from torchfolio.engine.rules import LearningRule
 from torchfolio.engine.state import FitState
 from torchfolio.errors import TorchfolioError
 from torchfolio.measure import untouched
-from torchfolio.robustness.attacks import pgd
+from torchfolio.robustness.attacks import attacked, pgd
 from torchfolio.robustness.properties import Box, Property, Status, Verdict, Verifier, classification
 from torchfolio.robustness.vnnlib import read_onnx, read_vnnlib, write_onnx, write_vnnlib
 
@@ -575,14 +575,13 @@ class AttackOnly:
         started = time.perf_counter()
         center, radius = (lower + upper) / 2, (upper - lower) / 2
 
-        class Scaled(nn.Module):
-            def forward(self, u: Tensor) -> Tensor:
-                return model((center + radius * u).to(center))
+        def scaled(u: Tensor) -> Tensor:
+            return model((center + radius * u).to(center))
 
         zeros = torch.zeros_like(center)[None]
-        with untouched(model, training=False):
+        with attacked(model):
             found = pgd(
-                Scaled(), zeros, torch.tensor([label], device=center.device), eps=1.0, alpha=self.alpha, steps=self.steps,
+                scaled, zeros, torch.tensor([label], device=center.device), eps=1.0, alpha=self.alpha, steps=self.steps,
                 restarts=self.restarts, generator=torch.Generator(center.device).manual_seed(self.seed),
             )  # fmt: skip
         witness = torch.minimum(torch.maximum(center + radius * found.x_adv[0], lower), upper)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchfolio.insight.circuit_diagrams.cost import Cost, cost_of
-from torchfolio.insight.circuit_diagrams.exported import sheet_of_module
+from torchfolio.insight.circuit_diagrams.exported import sheet_of, trace
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
 from torchfolio.insight.circuit_diagrams.shapes import Geometry
 from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
@@ -119,10 +119,11 @@ def draw(
     for text, example in zip(names or [], examples, strict=False):
         if text is not None and len(text.split()) != example.dim():
             raise ValueError(f"expected names for the {example.dim()} axes of an input, got {text!r}")
-    sheet, unknown = sheet_of_module(module, examples, names, fold=0 if level == "blocks" else None)
+    program, title = trace(module, examples), type(module).__name__
+    sheet, unknown = sheet_of(program, title, names, fold=0 if level == "blocks" else None)
     deepest = 3
     while level == "auto" and len(sheet.columns) > LONGEST and deepest >= 0:
-        sheet, unknown = sheet_of_module(module, examples, names, fold=deepest)
+        sheet, unknown = sheet_of(program, title, names, fold=deepest)
         deepest -= 1
     if unknown:
         warnings.warn(f"drawn as plain boxes, for want of a sign: {', '.join(unknown)}", stacklevel=2)

@@ -46,23 +46,8 @@ class Draft:
     title: str = ""
 
 
-def sheet_of_module(
-    module: nn.Module,
-    args: Sequence[TorchTensor],
-    names: Sequence[str | None] | None = None,
-    *,
-    fold: int | None = None,
-) -> tuple[Sheet, list[str]]:
-    """Trace a module on an example and lay its operations out in columns.
-
-    Args:
-        module: what is drawn, in the mode that it is in.
-        args: one example for each input.
-        names: names of the axes of each input, `"b c h w"`; those that have none are named automatically.
-        fold: depth of the modules that become boxes, 0 for the children of the module; None for none.
-
-    Returns:
-        The sheet, and the names of operations that have no sign.
+def trace(module: nn.Module, args: Sequence[TorchTensor]) -> Any:
+    """The exported program of a module on one example for each input.
 
     Raises:
         TorchfolioError: if the module cannot be traced, as where its control flow depends on data.
@@ -70,18 +55,34 @@ def sheet_of_module(
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, tuple(args))
+            return torch.export.export(module, tuple(args))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TorchfolioError(
             f"{type(module).__name__} cannot be traced by torch.export: {first}; control flow that depends on values "
             "must be written with torch.where or torch.cond, or the part drawn by itself"
         ) from error
+
+
+def sheet_of(
+    program: Any, title: str, names: Sequence[str | None] | None = None, *, fold: int | None = None
+) -> tuple[Sheet, list[str]]:
+    """Lay the operations of a traced module out in columns.
+
+    Args:
+        program: of `trace`.
+        title: of the drawing.
+        names: names of the axes of each input, `"b c h w"`; those that have none are named automatically.
+        fold: depth of the modules that become boxes, 0 for the children of the module; None for none.
+
+    Returns:
+        The sheet, and the names of operations that have no sign.
+    """
     from torchfolio.insight.circuit_diagrams.assembly import assemble
 
     reader = Reader(program, names)
     reader.read()
-    return assemble(reader, type(module).__name__, fold), sorted(set(reader.unknown))
+    return assemble(reader, title, fold), sorted(set(reader.unknown))
 
 
 class Reader:
