@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 
-from torchfolio.insight.circuit_diagrams.exported import Draft, Reader, Value
+from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
 from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans
 from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
 
@@ -14,80 +14,33 @@ TOGETHER = 5
 """Uses of a tensor that are at most so many operations apart are served by one copy."""
 
 
-def assemble(reader: Reader, title: str, fold: int | None = None) -> Sheet:
+def assemble(graph: Graph, title: str, fold: int | None = None) -> Sheet:
     """Put operations into columns.
 
     Args:
-        reader: that has read a graph.
+        graph: what is drawn; it stays as it is.
         title: of the drawing.
         fold: depth of the modules that become boxes; None for none.
     """
-    steps = _alive(reader)
-    _merge_copies(reader, steps)
-    steps, outputs = _without_views(reader, steps)
+    graph = graph.copy()
+    steps, outputs = _without_views(graph, graph.alive())
     if fold is not None:
         steps = _folded(steps, outputs, fold)
-    steps = _with_copies(steps, reader.inputs, outputs)
-    names = _names(reader, steps)
-    return _Assembly(reader, steps, outputs, names, title).sheet()
+    steps = _with_copies(steps, graph.inputs, outputs)
+    names = _names(graph, steps)
+    return _Assembly(graph, steps, outputs, names, title).sheet()
 
 
-def _root(value: Value) -> Value:
-    """The tensor itself, of which this is one use."""
-    while value.origin is not None:
-        value = value.origin
-    return value
-
-
-def _alive(reader: Reader) -> list[Draft]:
-    """The operations that an output depends on."""
-    wanted = {id(_root(v)) for v in reader.outputs}
-    kept = []
-    for step in reversed(reader.steps):
-        if any(id(o) in wanted for o in step.outputs):
-            kept.append(step)
-            wanted |= {id(_root(v)) for v in step.inputs}
-    return kept[::-1]
-
-
-def _merge_copies(reader: Reader, steps: list[Draft]) -> None:
-    """Axes of a copy are those of its origin, unless a tensor would have one axis twice.
-
-    The only use of a tensor is no copy of it.
-    """
-    used = [v for s in steps for v in s.inputs] + reader.outputs
-    uses = Counter(id(v.origin) for v in used)
-    for value in used:
-        if value.origin is not None and uses[id(value.origin)] == 1:
-            for mine, theirs in zip(value.axes, value.origin.axes, strict=True):
-                reader.merge(mine, theirs)
-    where: dict[int, set[int]] = defaultdict(set)
-    values = [*reader.inputs, *used, *(o for s in steps for o in s.outputs)]
-    for i, value in enumerate(values):
-        for axis in value.axes:
-            where[reader.find(axis)].add(i)
-    copies = [(m, t) for v in used if v.origin is not None for m, t in zip(v.axes, v.origin.axes, strict=True)]
-    for mine, theirs in [*reader.branches, *copies]:
-        a, b = reader.find(mine), reader.find(theirs)
-        if a != b and not where[a] & where[b]:
-            together = where[a] | where[b]
-            where[reader.merge(a, b)] = together
-
-
-def _visible(reader: Reader, value: Value) -> list[int]:
-    return [reader.find(a) for a in value.axes if reader.size[a] != 1]
-
-
-def _without_views(reader: Reader, steps: list[Draft]) -> tuple[list[Draft], list[Value]]:
+def _without_views(graph: Graph, steps: list[Draft]) -> tuple[list[Draft], list[Value]]:
     """Without operations that change nothing that is drawn; their results are uses of what they took."""
     kept = []
     for step in steps:
         moves = step.kind in ("view", "transpose")
-        if moves and _visible(reader, step.outputs[0]) == _visible(reader, step.inputs[0]):
+        if moves and graph.visible(step.outputs[0]) == graph.visible(step.inputs[0]):
             step.outputs[0].origin = step.inputs[0]
         else:
             kept.append(step)
-    return kept, reader.outputs
+    return kept, graph.outputs
 
 
 def _folded(steps: list[Draft], outputs: list[Value], depth: int) -> list[Draft]:
@@ -103,11 +56,11 @@ def _folded(steps: list[Draft], outputs: list[Value], depth: int) -> list[Draft]
         inside = [steps[i] for i in members]
         made = {id(o) for s in inside for o in s.outputs}
         outside = [v for i, s in enumerate(steps) if i not in set(members) for v in s.inputs] + outputs
-        leaving = {id(_root(v)) for v in outside}
+        leaving = {id(v.root) for v in outside}
         results = [o for s in inside for o in s.outputs if id(o) in leaving]
         taken: list[Value] = []
-        for value in (v for s in inside for v in s.inputs if id(_root(v)) not in made):
-            if all(_root(value) is not _root(t) for t in taken):
+        for value in (v for s in inside for v in s.inputs if id(v.root) not in made):
+            if all(value.root is not t.root for t in taken):
                 taken.append(value)
         kind = inside[0].stack[depth][1]
         axes = {a for v in (*taken, *results) for a in v.axes}
@@ -126,9 +79,9 @@ def _with_copies(steps: list[Draft], inputs: list[Value], outputs: list[Value]) 
     uses: dict[int, list[tuple[int, Value]]] = defaultdict(list)
     for i, step in enumerate(steps):
         for value in step.inputs:
-            uses[id(_root(value))].append((i, value))
+            uses[id(value.root)].append((i, value))
     for value in outputs:
-        uses[id(_root(value))].append((len(steps), value))
+        uses[id(value.root)].append((len(steps), value))
     before: dict[int, list[Draft]] = defaultdict(list)
     made = [*inputs, *(o for s in steps for o in s.outputs)]
     for value in made:
@@ -172,16 +125,16 @@ def _common(stacks: list[tuple[tuple[str, str], ...]]) -> tuple[tuple[str, str],
     return tuple(result)
 
 
-def _names(reader: Reader, steps: list[Draft]) -> dict[int, str]:
+def _names(graph: Graph, steps: list[Draft]) -> dict[int, str]:
     """A name for every axis, no two alike, in the order in which they appear."""
     names: dict[int, str] = {}
     taken: set[str] = set()
-    values = [*reader.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
-    paired = _pairs(reader, values)
-    for axis in (a for value in values for a in _visible(reader, value)):
+    values = [*graph.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
+    paired = _pairs(graph, values)
+    for axis in (a for value in values for a in graph.visible(value)):
         if axis in names:
             continue
-        base = reader.name[axis] or "a"
+        base = graph.name[axis] or "a"
         partner = next((names[p] for p in sorted(paired.get(axis, ())) if p in names), "")
         if partner and base + partner[1:] not in taken:  # h2 goes with w2
             names[axis] = base + partner[1:]
@@ -194,13 +147,13 @@ def _names(reader: Reader, steps: list[Draft]) -> dict[int, str]:
     return names
 
 
-def _pairs(reader: Reader, values: list[Value]) -> dict[int, set[int]]:
+def _pairs(graph: Graph, values: list[Value]) -> dict[int, set[int]]:
     """Of every axis that is the width of an image the axes that are its height."""
     pairs: dict[int, set[int]] = defaultdict(set)
     for value in values:
-        axes = _visible(reader, value)
+        axes = graph.visible(value)
         for a, b in itertools.pairwise(axes):
-            if reader.name[a] == "h" and reader.name[b] == "w":
+            if graph.name[a] == "h" and graph.name[b] == "w":
                 pairs[b].add(a)
     return pairs
 
@@ -209,13 +162,13 @@ class _Assembly:
     """Columns, tensors and fences of operations in order."""
 
     def __init__(
-        self, reader: Reader, steps: list[Draft], outputs: list[Value], names: dict[int, str], title: str
+        self, graph: Graph, steps: list[Draft], outputs: list[Value], names: dict[int, str], title: str
     ) -> None:
-        self.reader, self.steps, self.outputs, self.names, self.title = reader, steps, outputs, names, title
+        self.graph, self.steps, self.outputs, self.names, self.title = graph, steps, outputs, names, title
         self.tensors: dict[int, Tensor] = {}
         self.numbers = itertools.count(1)
-        values = [*reader.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
-        self.pairs = _pairs(reader, values)
+        values = [*graph.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
+        self.pairs = _pairs(graph, values)
 
     def base(self, value: Value) -> Value:
         """The tensor that is drawn for a use: the result of a copy or of another operation, or an input."""
@@ -224,7 +177,7 @@ class _Assembly:
         return value
 
     def sheet(self) -> Sheet:
-        self.sources = {id(v) for v in [*self.reader.inputs, *(o for s in self.steps for o in s.outputs)]}
+        self.sources = {id(v) for v in [*self.graph.inputs, *(o for s in self.steps for o in s.outputs)]}
         column: dict[int, int] = {}
         ready: dict[int, int] = {}
         for i, step in enumerate(self.steps):
@@ -243,13 +196,13 @@ class _Assembly:
         value = self.base(value)
         if id(value) not in self.tensors:
             key = f"t{next(self.numbers)}"
-            axes = _visible(self.reader, value)
+            axes = self.graph.visible(value)
             heads = {a for a, b in itertools.pairwise(axes) if a in self.pairs.get(b, ())}
             wires = []
             for i, axis in enumerate(axes):
                 twin = i > 0 and axes[i - 1] in self.pairs.get(axis, ())
                 label = self._label(axis, axis in heads)
-                size = str(self.reader.size[axis])
+                size = str(self.graph.size[axis])
                 wires.append(Wire(f"{key}.{i}", f"a{axis}", label, size, twin, axis in heads, self.names[axis]))
             self.tensors[id(value)] = Tensor(key, tuple(wires))
         return self.tensors[id(value)]
@@ -260,10 +213,10 @@ class _Assembly:
 
     def _step(self, index: int, step: Draft) -> Step:
         inputs, outputs = tuple(map(self._tensor, step.inputs)), tuple(map(self._tensor, step.outputs))
-        core = frozenset(f"a{self.reader.find(a)}" for a in step.core)
+        core = frozenset(f"a{self.graph.find(a)}" for a in step.core)
         params = dict(step.params)
         if "spatial" in params:
-            params["spatial"] = {f"a{self.reader.find(a)}" for a in params["spatial"]}
+            params["spatial"] = {f"a{self.graph.find(a)}" for a in params["spatial"]}
         path, kind = step.stack[-1] if step.stack else ("", "")
         shapes = [
             " ".join(f"{''.join(s.text for s in w.label) or 'w'}={w.size}" for w in t.wires)
@@ -300,7 +253,7 @@ class _Assembly:
         return tuple(pairs)
 
     def _levels(self, columns: list[list[Step]]) -> tuple[tuple[Tensor, ...], ...]:
-        level = [self._tensor(v) for v in self.reader.inputs]
+        level = [self._tensor(v) for v in self.graph.inputs]
         wanted = {t.key for c in columns for s in c for t in s.inputs} | {self._tensor(v).key for v in self.outputs}
         level = [t for t in level if t.key in wanted]
         levels = [tuple(level)]

@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchfolio.insight.circuit_diagrams.assembly import assemble
+from torchfolio.insight.circuit_diagrams.compile import CircuitModule, source_of
 from torchfolio.insight.circuit_diagrams.cost import Cost, cost_of
-from torchfolio.insight.circuit_diagrams.exported import sheet_of, trace
+from torchfolio.insight.circuit_diagrams.exported import read, trace
+from torchfolio.insight.circuit_diagrams.graph import Graph
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
 from torchfolio.insight.circuit_diagrams.shapes import Geometry
 from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
@@ -33,11 +36,13 @@ class Drawing:
         sheet: operations in columns, and the tensors alive between them.
         style: sizes.
         unknown: names of operations that are drawn as plain boxes, for want of a sign.
+        graph: all operations, those too that the drawing leaves out or puts into boxes.
     """
 
     sheet: Sheet
     style: Style = field(default_factory=Style)
     unknown: tuple[str, ...] = ()
+    graph: Graph = field(default_factory=Graph, repr=False)
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -68,6 +73,31 @@ class Drawing:
         """Time and memory, as formulas in the names of axes and as numbers."""
         return cost_of(self.sheet)
 
+    def to_source(self, name: str = "diagram") -> str:
+        """The diagram as Python: a function on its inputs, with a statement for every operation.
+
+        Where it has weights, the function takes them by the names that they have in the module, as its `state_dict` gives
+        them: `diagram(x, weights=net.state_dict())`.
+
+        Raises:
+            TorchfolioError: if an operation cannot be written.
+        """
+        return source_of(self.graph, name, self.signature())
+
+    def to_module(self) -> CircuitModule:
+        """The diagram as a module that runs `to_source` on the parameters and buffers of the module that was drawn.
+
+        Example:
+            >>> torch.testing.assert_close(draw(net, x).to_module()(x), net(x))
+
+        It runs for other lengths of axes too, unless the module that was drawn makes constants of a length, as of a mask;
+        those must be said to vary when it is drawn: `draw(net, x, names=["b x m"], dynamic=["x"])`.
+
+        Raises:
+            TorchfolioError: if an operation cannot be written.
+        """
+        return CircuitModule(self.to_source(), "diagram", self.graph.weights)
+
     def json(self) -> dict[str, Any]:
         """The diagram as JSON values: tensors of every column of data, and operations of every column between."""
         tensors = {t.key: [{"axis": w.axis, "name": _name(w), "size": w.size} for w in t.wires] for c in self.sheet.levels for t in c}  # fmt: skip
@@ -88,6 +118,7 @@ def draw(
     names: Sequence[str | None] | None = None,
     level: str = "auto",
     style: Style | None = None,
+    dynamic: bool | Sequence[str] = False,
 ) -> Drawing:
     """Draw a module as a neural circuit diagram.
 
@@ -98,13 +129,15 @@ def draw(
         level: `"full"`, every operation; `"blocks"`, the children of the module as boxes; `"auto"`, as much as fits
             into 60 columns.
         style: sizes.
+        dynamic: names of axes whose length may vary, so that constants of the module that depend on it are read as
+            such; True for all that can.
 
     Returns:
         The drawing.
 
     Raises:
         ValueError: if the level is unknown, or names do not fit the inputs.
-        TorchfolioError: if `torch.export` cannot trace the module, as where its control flow depends on values.
+        TorchfolioError: if the module fixes a length that is to vary, or if `torch.export` cannot trace the module, as where its control flow depends on values.
 
     Operations without a sign become plain boxes on the axes that they change, and a warning names them.
 
@@ -119,15 +152,16 @@ def draw(
     for text, example in zip(names or [], examples, strict=False):
         if text is not None and len(text.split()) != example.dim():
             raise ValueError(f"expected names for the {example.dim()} axes of an input, got {text!r}")
-    program, title = trace(module, examples), type(module).__name__
-    sheet, unknown = sheet_of(program, title, names, fold=0 if level == "blocks" else None)
+    graph, title = read(module, trace(module, examples, names, dynamic), names), type(module).__name__
+    unknown = sorted(set(graph.unknown))
+    sheet = assemble(graph, title, 0 if level == "blocks" else None)
     deepest = 3
     while level == "auto" and len(sheet.columns) > LONGEST and deepest >= 0:
-        sheet, unknown = sheet_of(program, title, names, fold=deepest)
+        sheet = assemble(graph, title, deepest)
         deepest -= 1
     if unknown:
         warnings.warn(f"drawn as plain boxes, for want of a sign: {', '.join(unknown)}", stacklevel=2)
-    return Drawing(sheet, style or Style(), tuple(unknown))
+    return Drawing(sheet, style or Style(), tuple(unknown), graph)
 
 
 def _name(wire: Any) -> str:
