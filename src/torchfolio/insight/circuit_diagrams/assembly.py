@@ -6,8 +6,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
 from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans
+from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
 from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
 
 TOGETHER = 5

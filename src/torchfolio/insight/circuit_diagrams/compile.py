@@ -10,10 +10,9 @@ from __future__ import annotations
 import linecache
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchfolio.errors import TorchfolioError
@@ -134,10 +133,14 @@ class _Writer:
         if root in graph.factors:
             return _product([self.length(f) for f in graph.factors[root]])
         for member in self.members[root]:
+            # Twins are younger than what they are like: of those that lead to each other one is followed.
+            if member in graph.twins and graph.find(graph.twins[member]) < root:
+                return self.length(graph.twins[member])
+        for member in self.members[root]:
             if member in graph.cuts:
                 whole, other = graph.cuts[member]
                 mine, theirs = self._stated(member), self._stated(other)
-                if theirs and (not mine or whole in graph.factors and graph.factors[whole][0] == member):
+                if theirs and (not mine or (whole in graph.factors and graph.factors[whole][0] == member)):
                     return _quotient(self._whole(whole), graph.size[other])
                 if mine:
                     return graph.size[member]
@@ -349,12 +352,13 @@ class CircuitModule(nn.Module):
         source: of `source_of`.
         name: of the function in it.
         weights: parameters and buffers by the names that they keep here.
+        saved: names of those that `state_dict` holds.
 
     Its parameters are those of the drawn module, not copies; `state_dict` has the same names. It takes and gives tensors
     alone: where the drawn module gives a structure of tensors, this gives a tuple.
     """
 
-    def __init__(self, source: str, name: str, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, source: str, name: str, weights: Mapping[str, Tensor], saved: Collection[str]) -> None:
         super().__init__()
         self.source, self.name = source, name
         self._names = [n for n in weights if f"weights[{n!r}]" in source]
@@ -368,7 +372,7 @@ class CircuitModule(nn.Module):
             if isinstance(weights[path], nn.Parameter):
                 owner.register_parameter(leaf, weights[path])  # type: ignore[arg-type]
             else:
-                owner.register_buffer(leaf, weights[path])
+                owner.register_buffer(leaf, weights[path], persistent=path in saved)
         self._function = _function(source, name)
 
     def forward(self, *inputs: Tensor) -> Any:

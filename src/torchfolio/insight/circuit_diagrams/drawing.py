@@ -96,7 +96,7 @@ class Drawing:
         Raises:
             TorchfolioError: if an operation cannot be written.
         """
-        return CircuitModule(self.to_source(), "diagram", self.graph.weights)
+        return CircuitModule(self.to_source(), "diagram", self.graph.weights, self.graph.saved)
 
     def json(self) -> dict[str, Any]:
         """The diagram as JSON values: tensors of every column of data, and operations of every column between."""

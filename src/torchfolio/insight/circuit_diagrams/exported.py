@@ -13,6 +13,7 @@ from torch import nn
 
 from torchfolio.errors import TorchfolioError
 from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
+from torchfolio.insight.circuit_diagrams.rules import call, nodes_of, rule_of
 
 AUTOMATIC = {1: "b", 2: "b m", 3: "b x m", 4: "b c h w", 5: "b c t h w"}
 """Names of the axes of an input by their number."""
@@ -66,7 +67,11 @@ def trace(
     if unknown:
         have = ", ".join(" ".join(own) for own in words)
         raise ValueError(f"no input has the axis {unknown[0]!r} that is to vary; the axes are {have}")
-    shapes = tuple({i: torch.export.Dim.AUTO for i, w in enumerate(own) if w in free} for own in words)
+    auto = torch.export.Dim.AUTO
+    shapes = tuple(
+        {i: auto for i, w in enumerate(own) if w in free and example.shape[i] > 1}
+        for own, example in zip(words, args, strict=True)
+    )
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -89,7 +94,7 @@ def _check_free(program: Any, words: list[list[str]], free: set[str], what: str)
     inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
     for node, own in zip(inputs, words, strict=False):
         for size, word in zip(node.meta["val"].shape, own, strict=True):
-            if word in free and not isinstance(size, torch.SymInt):
+            if word in free and not (isinstance(size, torch.SymInt) and size.node.expr.free_symbols):
                 raise TorchfolioError(f"{what} fixes the length of the axis {word}, which was to vary, at {size}")
 
 
@@ -146,6 +151,7 @@ class Reader(Graph):
         }
         constants = {k: v for k, v in (program.constants or {}).items() if isinstance(v, TorchTensor)}
         self.weights |= constants | state
+        self.saved = set(module.state_dict())
         self._learned = {k for k, v in module.named_parameters(remove_duplicate=False) if v.requires_grad}
 
     def plain(self) -> Graph:
@@ -189,8 +195,6 @@ class Reader(Graph):
         self.inputs.append(value)
 
     def _call(self, node: Any) -> None:
-        from torchfolio.insight.circuit_diagrams.rules import rule_of
-
         name = _short(node)
         stack = node.meta.get("nn_module_stack") or {}
         self._stack = tuple((path, str(kind).rsplit(".", 1)[-1]) for path, kind in stack.values() if path)
@@ -211,8 +215,6 @@ class Reader(Graph):
 
     def _constant(self, node: Any) -> None:
         """An operation on weights and constants alone: written in Python, not drawn."""
-        from torchfolio.insight.circuit_diagrams.rules import call
-
         made = node.meta.get("val")
         shapes = [m.shape for m in (made if isinstance(made, list | tuple) else [made]) if isinstance(m, TorchTensor)]
         if not shapes:
@@ -239,15 +241,3 @@ class Reader(Graph):
         if not isinstance(found, Value):
             return None
         return found if len(argument.users) == 1 else self.use(found)
-
-
-def nodes_of(node: Any) -> list[Any]:
-    """The nodes among the arguments of another, each as often as it is there."""
-    return [a for a in flat([node.args, list(node.kwargs.values())]) if hasattr(a, "op")]
-
-
-def flat(arguments: Any) -> list[Any]:
-    """What lists and tuples hold, in order."""
-    if isinstance(arguments, list | tuple):
-        return [x for a in arguments for x in flat(a)]
-    return [arguments]

@@ -87,11 +87,13 @@ class Graph:
         inputs, outputs: tensors.
         steps: operations.
         constants: operations on weights alone, which are not drawn.
-        weights: tensors of the state by name.
+        weights: parameters, buffers and constants by name.
+        saved: names of those weights that the state of a module holds.
         name, size: of every axis.
         symbols: of an axis whose length is a formula, that formula.
         factors: of an axis that was made of others, or taken apart, those.
         cuts: of a part of an axis, that axis and the other part.
+        twins: of an axis that another use of a tensor has, that of the tensor.
         stated: axes whose length is a number that the network states.
         unknown: names of operations that have no sign.
     """
@@ -103,12 +105,14 @@ class Graph:
         self.symbols: dict[int, Any] = {}
         self.factors: dict[int, list[int]] = {}
         self.cuts: dict[int, tuple[int, int]] = {}
+        self.twins: dict[int, int] = {}
         self.stated: set[int] = set()
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
         self.steps: list[Draft] = []
         self.constants: list[Draft] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.saved: set[str] = set()
         self.copies: list[Value] = []
         self.branches: list[tuple[int, int]] = []
         self.unknown: list[str] = []
@@ -140,6 +144,7 @@ class Graph:
     def twin(self, axis: int) -> int:
         """A new axis like another, with factors of its own."""
         made = self.axis(self.name[axis], self.size[axis])
+        self.twins[made] = axis
         if axis in self.symbols:
             self.symbols[made] = self.symbols[axis]
         if self.find(axis) in self.factors:

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor as TorchTensor
 
-from torchfolio.insight.circuit_diagrams.exported import Reader, flat, nodes_of
 from torchfolio.insight.circuit_diagrams.graph import Value, hint
 
-__all__ = ["call", "rule_of"]
+if TYPE_CHECKING:
+    from torchfolio.insight.circuit_diagrams.exported import Reader
 
-Rule = Callable[[Reader, Any, str], Any]
+__all__ = ["call", "flat", "nodes_of", "rule_of"]
+
+Rule = Callable[["Reader", Any, str], Any]
 
 
 def rule_of(name: str) -> Rule:
     """The rule for an operation of ATen by its name."""
     return RULES.get(name) or (_elementwise if name in FUNCTIONS else _unknown)
+
+
+def nodes_of(node: Any) -> list[Any]:
+    """The nodes among the arguments of another, each as often as it is there."""
+    return [a for a in flat([node.args, list(node.kwargs.values())]) if hasattr(a, "op")]
+
+
+def flat(arguments: Any) -> list[Any]:
+    """What lists and tuples hold, in order."""
+    if isinstance(arguments, list | tuple):
+        return [x for a in arguments for x in flat(a)]
+    return [arguments]
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -290,7 +304,9 @@ def _norm(r: Reader, node: Any, name: str) -> Value | None:
         if not training:  # a fixed scale and shift of every channel
             return r.add("elementwise", [source], made, function="norm", learned=True, **writing)
         if mean is not None:
-            marks = [f"{{w{i}}}" if a is not None else "None" for i, a in ((2, weight), (2 + (weight is not None), bias))]
+            marks = [
+                f"{{w{i}}}" if a is not None else "None" for i, a in ((2, weight), (2 + (weight is not None), bias))
+            ]
             writing["pure"] = f"F.batch_norm({{0}}, None, None, {marks[0]}, {marks[1]}, True, 0.0, {epsilon!r})"
         return r.add("norm", [source], made, [axes[0], *axes[2:]], learned=True, **writing)
     if name in ("layer_norm", "rms_norm"):
@@ -424,7 +440,7 @@ def _attention(r: Reader, node: Any, name: str) -> Value | None:
     code, sizes = ("{0} * {s0} ** -0.5", [shared]) if scale is None else (f"{{0}} * {scale!r}", [])
     sign = "∗k^−½" if scale is None else f"∗{scale:.3g}"
     score = r.add("elementwise", [score], [Value(list(score.axes))], sign=sign, code=code, sizes=sizes, linear=True)
-    if mask is not None or causal:
+    if hasattr(mask, "op") or causal:
         weights, sizes = [], []
         if causal:
             ones = "torch.ones({s0}, {s1}, dtype=torch.bool, device={device})"
