@@ -171,13 +171,10 @@ class _Writer:
         from torch.utils._sympy.printers import PythonPrinter
 
         text = PythonPrinter().doprint(expression)
-        known = {
-            str(self.graph.symbols[a]): a
-            for v in self.graph.inputs
-            for x in v.axes
-            for a in self.members[self.graph.find(x)]
-            if a in self.graph.symbols
-        }
+        known: dict[str, int] = {}
+        for axis, symbol in self.graph.symbols.items():
+            if symbol.is_Symbol and (str(symbol) not in known or self.graph.find(axis) in self.variables):
+                known[str(symbol)] = axis
         return re.sub(r"[A-Za-z_]\w*", lambda m: str(self.length(known[m[0]])) if m[0] in known else m[0], text)
 
     # -- operations

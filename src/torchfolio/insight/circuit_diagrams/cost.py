@@ -125,6 +125,11 @@ def _price(step: Step) -> tuple[sympy.Expr, sympy.Expr]:
         placed = step.in_wires if step.params.get("transposed") else step.out_wires
         window = sympy.Rational(int(step.params.get("window", 1)), int(step.params.get("groups", 1)))
         return 2 * window * _product([*placed, *across]), nothing
+    if step.kind == "conv weight":  # the derivative of a convolution by its weight: as much as the convolution
+        whole, placed = step.inputs
+        across = [w for w in whole.wires if w.axis not in step.params.get("spatial", set())]
+        window = sympy.Rational(int(step.params.get("window", 1)), int(step.params.get("groups", 1)))
+        return 2 * window * _product([*placed.wires, *across]), nothing
     if step.kind == "pool":
         return nothing, int(step.params.get("window", 1)) * _product(step.out_wires)
     if step.kind == "reduce":

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchfolio.insight.circuit_diagrams.assembly import assemble
@@ -22,6 +23,7 @@ from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
 from torchfolio.insight.circuit_diagrams.sheet import Tensor as Wires
 from torchfolio.insight.circuit_diagrams.svg import render_png, render_svg
 from torchfolio.insight.circuit_diagrams.text import render_text
+from torchfolio.insight.circuit_diagrams.vjp import Pullback, pullback
 
 LEVELS = ("auto", "full", "blocks")
 LONGEST = 60
@@ -98,6 +100,16 @@ class Drawing:
         """
         return CircuitModule(self.to_source(), "diagram", self.graph.weights, self.graph.saved)
 
+    def backward(self) -> BackwardDrawing:
+        """The backward pass, by a rule for every operation, as a diagram of its own.
+
+        Raises:
+            TorchfolioError: if an operation is random, as dropout in training.
+        """
+        found = pullback(self.graph)
+        sheet = assemble(found.graph, f"{self.sheet.title}, backward")
+        return BackwardDrawing(sheet, self.style, self.unknown, found.graph, found, self.graph)
+
     def json(self) -> dict[str, Any]:
         """The diagram as JSON values: tensors of every column of data, and operations of every column between."""
         tensors = {t.key: [{"axis": w.axis, "name": _name(w), "size": w.size} for w in t.wires] for c in self.sheet.levels for t in c}  # fmt: skip
@@ -110,6 +122,53 @@ class Drawing:
 
     def _repr_svg_(self) -> str:
         return self.svg()
+
+
+@dataclass(frozen=True)
+class BackwardDrawing(Drawing):
+    """The backward pass of a diagram: from what is saved and cotangents of the outputs to those of inputs and weights.
+
+    Attributes:
+        pullback: which tensors are saved, and what comes out.
+        forward: the graph whose backward pass it is.
+    """
+
+    pullback: Pullback = field(default_factory=lambda: Pullback(Graph(), [], [], []), repr=False)
+    forward: Graph = field(default_factory=Graph, repr=False)
+
+    def gradients(
+        self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
+        """Run forward, then backward, both as written from the diagrams, without autograd.
+
+        Args:
+            inputs: of the forward diagram.
+            cotangents: one for each of its outputs.
+
+        Returns:
+            Cotangents of the inputs, None for those that have none, and of the weights by name.
+
+        Raises:
+            ValueError: if their number is not that of the inputs and outputs.
+        """
+        for what, given, wanted in (
+            ("inputs", inputs, self.forward.inputs),
+            ("cotangents", cotangents, self.forward.outputs),
+        ):
+            if len(given) != len(wanted):
+                raise ValueError(f"expected {len(wanted)} {what}, got {len(given)}")
+        with torch.no_grad():
+            saved = ()
+            if self.pullback.saved:
+                before = source_of(self.forward, "forward", outputs=self.pullback.saved)
+                saved = CircuitModule(before, "forward", self.forward.weights, self.forward.saved)(*inputs)
+                saved = (saved,) if isinstance(saved, Tensor) else saved
+            found = self.to_module()(*saved, *cotangents)
+        found = (found,) if isinstance(found, Tensor) else found
+        own: list[Tensor | None] = [None] * len(inputs)
+        for place, cotangent in zip(self.pullback.inputs, found, strict=False):
+            own[place] = cotangent
+        return tuple(own), dict(zip(self.pullback.weights, found[len(self.pullback.inputs) :], strict=True))
 
 
 def draw(

@@ -174,7 +174,7 @@ class Reader(Graph):
                 self._input(node, words[node])
             elif node.op == "placeholder" and node.name in held:
                 name, shape = held[node.name], node.meta["val"].shape
-                self.fixed[node] = Value([self.axis("w", s) for s in shape], None, name, name in self._learned)
+                self.fixed[node] = Value([self.axis("", s) for s in shape], None, name, name in self._learned)
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
@@ -186,6 +186,7 @@ class Reader(Graph):
         shape = node.meta["val"].shape
         known = {self.name[a]: a for v in self.inputs for a in v.axes}
         value = Value([self.axis(w, s) for w, s in zip(words, shape, strict=True)], None, node.name)
+        value.whole = _whole(node.meta["val"])
         # What has one name is one axis, and the batch is one for all inputs.
         value.axes = [
             self.unite(known[w], a) if w in known and self.size[known[w]] == self.size[a] else a
@@ -206,7 +207,14 @@ class Reader(Graph):
         if not any(isinstance(self.values.get(a), Value) for a in nodes_of(node)):
             self._constant(node)
             return
-        self.values[node] = rule_of(name)(self, node, name)
+        made = self.values[node] = rule_of(name)(self, node, name)
+        results = node.meta.get("val")
+        several = isinstance(results, list | tuple)
+        for value, result in zip(
+            made if isinstance(made, list) else [made], results if several else [results], strict=False
+        ):
+            if isinstance(value, Value) and isinstance(result, TorchTensor):
+                value.whole = _whole(result)
         if _in_place(node):  # from here on the tensor is what it was changed into
             changed = self.values.get(node.args[0])
             for other, value in list(self.values.items()):
@@ -219,7 +227,7 @@ class Reader(Graph):
         shapes = [m.shape for m in (made if isinstance(made, list | tuple) else [made]) if isinstance(m, TorchTensor)]
         if not shapes:
             return
-        outputs = [Value([self.axis("w", s) for s in shape]) for shape in shapes]
+        outputs = [Value([self.axis("", s) for s in shape]) for shape in shapes]
         # What changes a weight, as the count of batches, is done as it stands there.
         changed = self.fixed.get(node.args[0]) if _in_place(node) else None
         target = f"torch.ops.{node.target.name().replace('::', '.')}" if changed is not None else ""
@@ -241,3 +249,7 @@ class Reader(Graph):
         if not isinstance(found, Value):
             return None
         return found if len(argument.users) == 1 else self.use(found)
+
+
+def _whole(tensor: TorchTensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())

@@ -31,12 +31,14 @@ class Value:
             tensor are not the same axis.
         name: of an input, or of a weight in the state of the module.
         learned: whether it is a weight that is trained.
+        whole: whether its entries are not of floating point, so that nothing is differentiated by them.
     """
 
     axes: list[int]
     origin: Value | None = None
     name: str = ""
     learned: bool = False
+    whole: bool = False
 
     @property
     def root(self) -> Value:
@@ -139,6 +141,8 @@ class Graph:
         one, other = self.find(one), self.find(other)
         if one != other:
             self.parent[max(one, other)] = min(one, other)
+            if not self.name[min(one, other)]:  # axes of weights have no name of their own
+                self.name[min(one, other)] = self.name[max(one, other)]
         return min(one, other)
 
     def twin(self, axis: int) -> int:
@@ -244,27 +248,32 @@ class Graph:
                 wanted |= {id(v.root) for v in step.inputs}
         return kept[::-1]
 
-    def settle(self) -> None:
-        """Decide which axes are one, once everything is read, and over which axes each operation is woven."""
+    def settle(self, apart: bool = False) -> None:
+        """Decide which axes are one, once everything is read, and over which axes each operation is woven.
+
+        Args:
+            apart: keep the axes of every weight apart, so that a product with it can be written by its axes.
+        """
         steps = self.alive()
-        self._merge_copies(steps)
+        self._merge_copies(steps, [w for s in steps for w in s.weights] if apart else [])
         for step in steps:
             core = {self.find(a) for a in step.core}
             step.weave = {self.find(a) for v in (*step.inputs, *step.outputs) for a in v.axes} - core
 
-    def _merge_copies(self, steps: list[Draft]) -> None:
+    def _merge_copies(self, steps: list[Draft], weights: list[Value]) -> None:
         """Axes of a copy are those of its origin, unless a tensor would have one axis twice.
 
         The only use of a tensor is no copy of it.
         """
         used = [v for s in steps for v in s.inputs] + self.outputs
         uses = Counter(id(v.origin) for v in used)
+        own = {id(v) for v in self.copies}
         for value in used:
-            if value.origin is not None and uses[id(value.origin)] == 1:
+            if value.origin is not None and uses[id(value.origin)] == 1 and id(value) in own:
                 for mine, theirs in zip(value.axes, value.origin.axes, strict=True):
                     self.merge(mine, theirs)
         where: dict[int, set[int]] = defaultdict(set)
-        values = [*self.inputs, *used, *(o for s in steps for o in s.outputs)]
+        values = [*self.inputs, *used, *(o for s in steps for o in s.outputs), *weights]
         for i, value in enumerate(values):
             for axis in value.axes:
                 where[self.find(axis)].add(i)

@@ -534,16 +534,18 @@ def merge(step: Step) -> Plan:
         str(step.params.get("what", "add")), str(step.params.get("what", ""))
     )
     spans = (Span(sign, "bold"),) if len(sign) == 1 else (regular(sign),)
+    width = spans_width(spans, 13)
 
     def draw(place: Place) -> Drawn:
         drawn, x = Drawn(), place.x1 - 8
         goal = {w.axis: place.outs[w.key] for w in step.out_wires}
         _meet(step, place, drawn, goal, x)
         y = min(goal.values(), default=min(place.ins.values(), default=0.0)) - 6
-        drawn.parts.append(_letters(x, y, spans, 13))
+        # A word ends where the column does, before the labels of what comes out.
+        drawn.parts.append(_letters(min(x, place.x1 - width / 2 - 2), y, spans, 13))
         return drawn
 
-    return Plan(max(40, spans_width(spans, 13) + 30), draw, above=18, below=3, solid=False)
+    return Plan(max(40, width + 30), draw, above=18, below=3, solid=False)
 
 
 def concatenation(step: Step) -> Plan:

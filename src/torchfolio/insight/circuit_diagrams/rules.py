@@ -191,7 +191,7 @@ def _detach(r: Reader, node: Any, name: str) -> Value | None:
 
 
 def _dropout(r: Reader, node: Any, name: str) -> Value | None:
-    if len(node.args) < 3 or not node.args[2]:
+    if len(node.args) < 3 or not node.args[2] or not node.args[1]:
         return _same(r, node, name)
     source = r.value(node.args[0])
     assert source is not None
@@ -231,6 +231,10 @@ def _conv(r: Reader, node: Any, name: str) -> Value | None:
     kernel, stride = _text(list(weight[2:])), _text(rest[0])
     strided = stride != "1" or transposed
     channel = r.weight_axis("n", node, 1)
+    for axis, word in zip(
+        r.fixed[node.args[1]].axes, ("c", "n", "k", "l", "j") if transposed else ("n", "c", "k", "l", "j"), strict=False
+    ):
+        r.name[axis] = r.name[axis] or word
     # Without a stride the change of length is the same for every length: an axis that keeps its length here always does.
     space = [
         a if r.size[a] == hint(s) and not strided else r.axis(r.name[a], s)
@@ -351,10 +355,12 @@ def _binary(r: Reader, node: Any, name: str) -> Value | None:
             mine, theirs = source.axes, r.fixed[other].axes
             # A weight that is longer brings its axes along.
             made = Value(_broadcast(r, mine, [r.twin(a) for a in theirs], unite=False))
+            if len(writing["weights"]) == 1:
+                writing["weights"][0].axes = _matched(r, theirs, made.axes)
         text = f"{sign}{number}" if number else f"{sign}W"
-        factor = float(other) if isinstance(other, int | float) and plain and name == "mul" else None
-        return r.add("elementwise", [source], [made], sign=text, learned=_learned(writing["weights"]), factor=factor,
-                     **writing)  # fmt: skip
+        linear = isinstance(other, int | float) and plain and (name == "mul" or (name == "div" and left is not None))
+        return r.add("elementwise", [source], [made], sign=text, learned=_learned(writing["weights"]), linear=linear,
+                     what=name if plain else "", **writing)  # fmt: skip
     made = Value(_broadcast(r, left.axes, right.axes))
     if not plain or name not in SIGNS:
         return r.add("binary", [left, right], [made], what=name, other=True, **writing)
@@ -367,6 +373,12 @@ OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 def _operands(code: str) -> list[str]:
     """The two arguments in `f(a, b)`."""
     return code[code.index("(") + 1 : -1].split(", ")
+
+
+def _matched(r: Reader, axes: Sequence[int], like: Sequence[int]) -> list[int]:
+    """Axes of a tensor that is set against another: those of the other, from the last one on, where they are as long."""
+    pairs = zip(axes[::-1], like[::-1], strict=False)
+    return [b if r.size[a] == r.size[b] and r.size[a] != 1 else a for a, b in pairs][::-1]
 
 
 def _broadcast(r: Reader, a: Sequence[int], b: Sequence[int], unite: bool = True) -> list[int]:
