@@ -80,7 +80,9 @@ def test_source_does_the_same(make):
     inputs = tensors(*[[sizes[a] for a in axes] for axes in net.inputs])
     space: dict = {}
     exec(net.to_source("f"), space)
-    torch.testing.assert_close(space["f"](*inputs, **net.source_weights()), net(*inputs))
+    torch.testing.assert_close(
+        space["f"](*inputs, **({"weights": net.state_dict()} if net.state_dict() else {})), net(*inputs)
+    )
     assert net.signature() in net.to_source()
 
 
@@ -90,17 +92,29 @@ def residual():
     return scaled @ (op.multiply() * op.identity("b")) @ op.add() @ ncd("a c b -> c a") @ op.scale(0.5)
 
 
-@pytest.mark.parametrize("make", [attention, lambda: attention() >> "b", cross_attention, residual])
+def convolutional():
+    """Two branches of convolutions, joined along the channels, for frames t of examples b."""
+    down = op.conv("c h w -> n p q", kernel=3, stride=2, padding=1, bias=True, c=2, n=4)
+    same = op.conv("c h w -> d h w", kernel=(3, 1), padding=(1, 0), c=2, d=2)
+    back = op.conv("n p q -> e h w", kernel=4, stride=2, padding=1, groups=2, bias=True, transposed=True, n=4, e=2)
+    both = ((op.identity("c h w") @ down @ back) * (op.identity("c h w") @ same)) >> "b t"
+    return op.identity("b t c h w") @ op.copy() @ both @ op.concat("e, d -> k") @ op.elementwise("tanh")
+
+
+@pytest.mark.parametrize("make", [attention, lambda: attention() >> "b", cross_attention, residual, convolutional])
 def test_the_backward_pass_is_that_of_autograd(make):
     net = make().double()
-    sizes = {"a": 2, "b": 3, "c": 3} if make is residual else {**SIZES, "b": 2}
+    sizes = {residual: {"a": 2, "b": 3, "c": 3}, convolutional: {"b": 2, "t": 3, "c": 2, "h": 6, "w": 8}}.get(
+        make, {**SIZES, "b": 2}
+    )
     inputs = [t.double().requires_grad_() for t in tensors(*[[sizes[a] for a in axes] for axes in net.inputs])]
     output = net(*inputs)
     cotangent = torch.randn_like(output)
-    weights = net.source_weights()
+    weights = dict(net.named_parameters())
     wanted = torch.autograd.grad(output, [*inputs, *weights.values()], cotangent)
-    found, own = net.backward()([t.detach() for t in inputs], [cotangent])
+    found, own = net.backward(**sizes).gradients([t.detach() for t in inputs], [cotangent])
     for got, expected in zip([*found, *(own[k] for k in weights)], wanted, strict=True):
+        assert got is not None
         torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-8)
 
 
@@ -126,6 +140,37 @@ def test_equality_does_not_see_brackets_but_letters():
     assert not ncd("y k h, x k h -> y x h").equals(swapped)
     sizes = {"y": 5, "x": 5, "k": 8, "h": 4}
     assert swapped.drawing(**sizes).svg() != ncd("y k h, x k h -> y x h").drawing(**sizes).svg()
+
+
+def test_equality_does_not_see_the_order_of_independent_operations():
+    f, g = op.elementwise("tanh"), op.elementwise("exp")
+    two = op.identity("a b") * op.identity("c")
+    assert (two @ (f * op.identity("c")) @ (op.identity("a b") * g)).equals(two @ (f * g))
+    assert not (two @ (f * g)).equals(two @ (g * f))
+    assert (ncd("i j -> i j") @ f).equals(ncd("x y -> x y") @ f)
+    twice = op.identity("a") @ op.copy()
+    assert (twice @ (f * g) @ op.add()).equals(twice @ (g * f) @ op.add())
+    shared, own = op.linear("a -> b", a=3, b=3), op.linear("a -> b", a=3, b=3)
+    one, two = (twice @ (shared * other) @ op.add() for other in (shared, own))
+    assert one.equals(one)
+    assert not one.equals(two)
+    assert one.drawing(a=3).equals(one)
+
+
+def test_convolutions_are_those_of_torch():
+    torch.manual_seed(0)
+    x = torch.rand(5, 2, 7, 8)
+    down = op.conv("c h w -> n p q", kernel=3, stride=2, padding=1, dilation=2, bias=True, c=2, n=4) >> "b"
+    wanted = F.conv2d(x, down.inner.weight, down.inner.bias, 2, 1, 2)
+    torch.testing.assert_close(down(x), wanted)
+    assert down.signature() == "b c h w -> b n p q"
+    last = ncd("b h w c -> b h w c") @ down.inner  # channels last, as they come
+    torch.testing.assert_close(last(x.permute(0, 2, 3, 1)), wanted)
+    torch.testing.assert_close(down.inner(x[0]), wanted[0])
+    drawing = down.drawing(b=5, h=7, w=8)
+    assert drawing.signature() == "b c h w -> b n p q"
+    assert drawing.cost().total() == 2 * 9 * 2 * wanted.numel()
+    assert check_svg(drawing.svg()).counts_agree
 
 
 def test_weights_are_trained_saved_and_copied():
@@ -156,6 +201,17 @@ def test_weights_are_trained_saved_and_copied():
         (lambda: ncd("a b, b -> a")(torch.zeros(2, 3), torch.zeros(4)), "sizes 3 and 4"),
         (lambda: ncd("a b -> a b")(), "expected 1 tensors"),
         (lambda: op.linear("m -> k", m=2, k=3) >> "k", "woven over its own axis k"),
+        (lambda: op.conv("c h -> n h", kernel=3, c=2, n=3), "h changes its length"),
+        (lambda: op.conv("c h -> n p", kernel=3, n=3), "needs the size of c"),
+        (lambda: op.conv("c h -> n p", kernel=3, groups=2, c=2, n=3), "2 groups do not divide 2 and 3"),
+        (lambda: op.conv("c -> n", kernel=3, c=2, n=3), "one to three further axes"),
+        (lambda: op.conv("c h -> n p", kernel=9, c=2, n=3).drawing(h=5), "a window of 9 does not fit"),
+        (lambda: op.concat("a -> b"), "such as 'x, y -> z'"),
+        (lambda: (ncd("a c -> a c") * ncd("b d -> b d")) @ op.concat("a, b -> e"), "differ in a, b -> e alone"),
+        (
+            lambda: (op.identity("a") * op.identity("b") @ op.concat("a, b -> e")).drawing(a=2, b=3, e=4),
+            "sizes 4 and 5",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told(make, message):

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.insight.circuit_diagrams.fonts import name_spans
-from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step, Wire
-from torchfolio.insight.circuit_diagrams.sheet import Tensor as Drawn
+from torchfolio.insight.circuit_diagrams.compile import attribute, function_of, source_of
+from torchfolio.insight.circuit_diagrams.equality import same_graph
+from torchfolio.insight.circuit_diagrams.graph import Graph, Value
 
 if TYPE_CHECKING:
-    from torchfolio.insight.circuit_diagrams.drawing import Drawing
+    from torchfolio.insight.circuit_diagrams.drawing import BackwardDrawing, Drawing
 
 __all__ = ["Expression", "SignatureError", "ncd", "op", "parse_signature"]
 
@@ -62,6 +62,59 @@ def written(inputs: Tuple, outputs: Tuple) -> str:
     return f"{', '.join(map(' '.join, inputs))} -> {', '.join(map(' '.join, outputs))}"
 
 
+class Building:
+    """The graph of an expression while it is made: an axis for every name.
+
+    Args:
+        whole: the expression, whose parameters are named as they are in it.
+        sizes: of axes by name.
+    """
+
+    def __init__(self, whole: Expression, sizes: Mapping[str, int]) -> None:
+        self.graph = Graph()
+        self.graph.named = True
+        self.sizes, self.axes = dict(sizes), dict[str, int]()
+        self.paths = {id(p): n for n, p in whole.named_parameters()}
+        self.graph.weights |= dict(whole.named_parameters())
+        self.graph.saved = set(self.graph.weights)
+        self.roots: dict[str, Value] = {}
+
+    def size(self, name: str, size: int) -> None:
+        """Give an axis a size.
+
+        Raises:
+            SignatureError: if it has another.
+        """
+        if self.sizes.setdefault(name, size) != size:
+            raise SignatureError(f"the axis {name} has the sizes {self.sizes[name]} and {size}")
+        self.graph.stated.add(self.axis(name))
+
+    def axis(self, name: str) -> int:
+        """The axis of a name."""
+        if name not in self.axes:
+            self.axes[name] = self.graph.axis(name, self.sizes.get(name, UNKNOWN))
+        return self.axes[name]
+
+    def tensor(self, axes: Axes) -> Value:
+        """A new tensor."""
+        return Value([self.axis(a) for a in axes])
+
+    def weight(self, parameter: nn.Parameter, axes: Axes | None = None) -> Value:
+        """One use of a weight."""
+        name = self.paths[id(parameter)]
+        own = [self.axis(a) for a in axes] if axes is not None else [self.graph.axis("", s) for s in parameter.shape]
+        root = self.roots.setdefault(name, Value(list(own), None, name, parameter.requires_grad))
+        return Value(own, root)
+
+    def add(self, kind: str, inputs: Sequence[Value], axes: Axes, core: Sequence[str] = (), **more: Any) -> Value:
+        """An operation with one result."""
+        return self.graph.add(kind, inputs, [self.tensor(axes)], [self.axis(a) for a in core], **more)
+
+
+UNKNOWN = 2
+"""Length of an axis whose length nobody has said; nothing that is written depends on it."""
+
+
 class Expression(nn.Module, ABC):
     """A diagram: an ordinary module on tensors whose axes have names. Parameters of its parts are its own."""
 
@@ -72,12 +125,8 @@ class Expression(nn.Module, ABC):
         """Axes of the results on inputs of given axes, which may be more than the operation is about."""
 
     @abstractmethod
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The results on tensors of given axes."""
-
-    @abstractmethod
-    def steps(self, inputs: Tuple) -> list[tuple[int, Operation, Tuple]]:
-        """Operations in order, each with the place of its first tensor among those alive, and the axes it gets."""
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        """Put its operations on tensors of given axes into a graph."""
 
     @property
     def outputs(self) -> Tuple:
@@ -88,12 +137,35 @@ class Expression(nn.Module, ABC):
         """`"y k h, x k h -> y x h"`."""
         return written(self.inputs, self.outputs)
 
+    def graph(self, **sizes: int) -> Graph:
+        """The operations, with the sizes of axes where they are known.
+
+        Raises:
+            SignatureError: if an axis has two sizes.
+        """
+        b = Building(self, {})
+        for name, size in sizes.items():
+            b.sizes[name] = size
+        b.graph.inputs = [b.tensor(axes) for axes in self.inputs]
+        b.graph.outputs = self.build(b, self.inputs, [Value(list(v.axes), v) for v in b.graph.inputs])
+        b.graph.size = [b.sizes.get(n, z) if n else z for n, z in zip(b.graph.name, b.graph.size, strict=True)]
+        b.graph.settle()
+        return b.graph
+
     def forward(self, *tensors: Tensor) -> Any:
         if len(tensors) != len(self.inputs):
             raise SignatureError(f"expected {len(self.inputs)} tensors for {self.signature()}, got {len(tensors)}")
         self.bind(tensors)
-        found = self.run(self.inputs, tensors)
-        return found[0] if len(found) == 1 else tuple(found)
+        if "_running" not in self.__dict__:
+            graph = self.graph()
+            text = source_of(graph, "diagram", self.signature())
+            names = [n for n in graph.weights if f"weights[{n!r}]" in text]
+            self._running = function_of(text, "diagram", graph.functions), names
+        function, names = self._running
+        return function(*tensors, **({"weights": {n: attribute(self, n) for n in names}} if names else {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_running"}
 
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Sizes of the axes, of tensors `inputs` describes.
@@ -120,79 +192,51 @@ class Expression(nn.Module, ABC):
         return Woven(self, tuple(axes.split()))
 
     def to_source(self, name: str = "diagram") -> str:
-        """The same as Python on torch, a statement for each operation; weights are arguments by their names."""
-        lines, live, made = [], [f"x{i}" for i in range(len(self.inputs))], 0
-        weights: dict[str, Tensor] = {}
-        arguments = list(live)
-        for number, (place, operation, given) in enumerate(self.steps(self.inputs)):
-            taken = live[place : place + len(given)]
-            results = []
-            for _ in operation.results(given):
-                results.append(f"t{made}")
-                made += 1
-            own = {f"{key}{number}": value for key, value in operation.weights().items()}
-            weights |= own
-            lines.append(f"    {', '.join(results)} = {operation.source(given, taken, list(own))}")
-            live[place : place + len(given)] = results
-        head = f"def {name}({', '.join([*arguments, *weights])}):"
-        return "\n".join(
-            ["import torch", "", "", head, f'    """{self.signature()}"""', *lines, f"    return {', '.join(live)}", ""]
-        )
+        """The same as Python on torch, a statement for each operation.
 
-    def source_weights(self) -> dict[str, Tensor]:
-        """The arguments of `to_source` beside the inputs."""
-        found: dict[str, Tensor] = {}
-        for number, (_, operation, _) in enumerate(self.steps(self.inputs)):
-            found |= {f"{key}{number}": value for key, value in operation.weights().items()}
-        return found
+        Where it has weights, the function takes them by name: `diagram(x, weights=net.state_dict())`.
 
-    def backward(self) -> Backward:
-        """The backward pass by the rules of the operations: what autograd gives, without autograd."""
-        return Backward(self)
+        Raises:
+            SignatureError: if an elementwise function is not one of torch.
+        """
+        graph = self.graph()
+        if graph.functions:
+            raise SignatureError(
+                f"only functions of torch can be written out, got {next(iter(graph.functions.values()))!r}"
+            )
+        return source_of(graph, name, self.signature())
 
     def equals(self, other: Expression) -> bool:
-        """Whether both are the same operations on the same axes in the same places, however they are bracketed."""
-        return self.inputs == other.inputs and self._key() == other._key()
+        """Whether both are the same diagram, whatever its axes are called.
 
-    def _key(self) -> list[Any]:
-        return [(place, operation.key(), given) for place, operation, given in self.steps(self.inputs)]
+        How it is bracketed does not matter, nor in which order independent operations and the tensors between them come.
+        """
+        return same_graph(self.graph(), other.graph())
 
     def drawing(self, **sizes: int) -> Drawing:
         """The drawing, with the sizes of the axes.
 
         Raises:
-            SignatureError: if an axis has no size.
+            SignatureError: if an axis has no size, or two.
         """
+        from torchfolio.insight.circuit_diagrams.assembly import assemble
         from torchfolio.insight.circuit_diagrams.drawing import Drawing
 
-        return Drawing(self.sheet(sizes))
+        b = Building(self, sizes)
+        self.build(b, self.inputs, [b.tensor(axes) for axes in self.inputs])
+        missing = [a for a in b.axes if a not in b.sizes]
+        if missing:
+            raise SignatureError(f"the axis {missing[0]} has no size; give it: drawing({missing[0]}=...)")
+        graph = self.graph(**b.sizes)
+        return Drawing(assemble(graph, self.signature()), graph=graph)
 
-    def sheet(self, sizes: Mapping[str, int]) -> Sheet:
-        """What the layout works on."""
-        counter = iter(range(10**6))
-
-        def tensor(axes: Axes) -> Drawn:
-            missing = [a for a in axes if a not in sizes]
-            if missing:
-                raise SignatureError(f"the axis {missing[0]} has no size; give it: drawing({missing[0]}=...)")
-            key = f"t{next(counter)}"
-            return Drawn(key, tuple(Wire(f"{key}.{i}", a, name_spans(a), str(sizes[a])) for i, a in enumerate(axes)))
-
-        live = [tensor(axes) for axes in self.inputs]
-        levels, columns = [tuple(live)], []
-        for index, (place, operation, given) in enumerate(self.steps(self.inputs)):
-            taken = tuple(live[place : place + len(given)])
-            results = tuple(tensor(axes) for axes in operation.results(given))
-            columns.append((operation.step(index, taken, results, given),))
-            live[place : place + len(given)] = results
-            levels.append(tuple(live))
-        return Sheet(tuple(levels), tuple(columns), title=self.signature())
+    def backward(self, **sizes: int) -> BackwardDrawing:
+        """The backward pass by the rules of the operations, as a drawing that runs without autograd."""
+        return self.drawing(**sizes).backward()
 
 
 class Operation(Expression):
-    """One operation. `core` are the axes that it is about, by input and by output; any further axes are woven over."""
-
-    kind = ""
+    """One operation. Its signature has the axes that it is about; any further axes are woven over."""
 
     def __init__(self, signature: str) -> None:
         super().__init__()
@@ -228,52 +272,6 @@ class Operation(Expression):
         before = tuple(a for a in given[:at] if a in extra)
         return (*before, *new, *(a for a in extra if a not in before))
 
-    def steps(self, inputs: Tuple) -> list[tuple[int, Operation, Tuple]]:
-        _fitting(self, inputs)
-        return [(0, self, inputs)]
-
-    def weights(self) -> dict[str, Tensor]:
-        """Weights by short names."""
-        return {}
-
-    @abstractmethod
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Cotangents of the inputs and of the weights, from those of the results.
-
-        A map that is woven over an axis has a derivative that is diagonal in it: the rule is woven over it too, and
-        costs no product of that axis with itself.
-        """
-
-    def key(self) -> tuple[Any, ...]:
-        """What makes it this operation."""
-        return (self.kind, self.inputs, self.core_outputs)
-
-    def params(self, inputs: Tuple) -> dict[str, Any]:
-        """What the pictogram is told."""
-        return {}
-
-    @abstractmethod
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        """The operation as Python."""
-
-    def step(self, index: int, inputs: tuple[Drawn, ...], outputs: tuple[Drawn, ...], given: Tuple) -> Step:
-        free = [w for t in outputs for w in t.wires]
-        through = []
-        for wire in (w for t in inputs for w in t.wires):
-            after = next((w for w in free if w.axis == wire.axis), None)
-            if after is not None:
-                free.remove(after)
-                through.append((wire.key, after.key))
-        core = self._core(given)
-        learned = bool(self.weights())
-        return Step(index, self.kind, inputs, outputs, tuple(through), core, self.params(given), learned, self.kind)
-
-    def _core(self, given: Tuple) -> frozenset[str]:
-        ins, outs = ({a for axes in side for a in axes} for side in (self.inputs, self.core_outputs))
-        return frozenset(ins ^ outs)
-
 
 def _fitting(operation: Expression, inputs: Tuple) -> None:
     """Refuse inputs that lack an axis that the operation is about."""
@@ -293,8 +291,6 @@ def _fitting(operation: Expression, inputs: Tuple) -> None:
 class Contraction(Operation):
     """Product of tensors, summed over the axes that do not come out: an einsum; of one tensor, a transpose or a sum."""
 
-    kind = "einsum"
-
     def __init__(self, signature: str) -> None:
         super().__init__(signature)
         known = {a for axes in self.inputs for a in axes}
@@ -303,42 +299,15 @@ class Contraction(Operation):
             what = f"the new axis {new[0]}" if new else f"{len(self.core_outputs)} results"
             raise SignatureError(f"expected one result of axes that go in, got {what} in {signature!r}")
 
-    def equation(self, inputs: Tuple) -> str:
-        """As `torch.einsum` takes it."""
-        axes = dict.fromkeys(a for t in inputs for a in t)
-        letters = dict(zip(axes, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
-        sides = (",".join("".join(letters[a] for a in t) for t in side) for side in (inputs, self.results(inputs)))
-        return "->".join(sides)
-
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.einsum(self.equation(inputs), *tensors)]
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        # The transpose of a contraction is a contraction of the cotangent with the other tensors.
-        (made,) = self.results(inputs)
-        return [
-            _contracted(
-                [made, *(a for j, a in enumerate(inputs) if j != i)],
-                [cotangents[0], *(t for j, t in enumerate(tensors) if j != i)],
-                axes,
-                tensors[i],
-            )
-            for i, axes in enumerate(inputs)
-        ], {}
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        return f"torch.einsum({self.equation(inputs)!r}, {', '.join(names)})"
-
-    def step(self, index: int, inputs: tuple[Drawn, ...], outputs: tuple[Drawn, ...], given: Tuple) -> Step:
-        made = super().step(index, inputs, outputs, given)
-        only, *more = given
-        if more:
-            return made
-        kind = "transpose" if set(only) == set(self.results(given)[0]) else "reduce"
-        params = {} if kind == "transpose" else {"what": "sum"}
-        return Step(index, kind, inputs, outputs, made.through, made.core, params, False, kind)
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        (made,), first = self.results(inputs), inputs[0]
+        if len(inputs) > 1:
+            return [b.add("einsum", tensors, made, [a for a in {x: 0 for t in inputs for x in t} if a not in made])]
+        kept = tuple(a for a in first if a in made)
+        value = tensors[0]
+        if kept != first:
+            value = b.add("reduce", [value], kept, [a for a in first if a not in made], what="sum")
+        return [value if kept == made else b.add("transpose", [value], made)]
 
 
 class Linear(Operation):
@@ -350,8 +319,6 @@ class Linear(Operation):
         name: superscript in the drawing.
         **sizes: of all its axes.
     """
-
-    kind = "linear"
 
     def __init__(self, signature: str, bias: bool = False, name: str = "", **sizes: int) -> None:
         super().__init__(signature)
@@ -371,69 +338,174 @@ class Linear(Operation):
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros([sizes[a] for a in new])) if bias else None
 
-    def _equation(self, inputs: Tuple) -> str:
-        inner = Contraction(
-            f"{' '.join(inputs[0])}, {' '.join((*self.inputs[0], *self.core_outputs[0]))} -> {' '.join(self.results(inputs)[0])}"
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        (core,), (new,), (made,) = self.inputs, self.core_outputs, self.results(inputs)
+        for name, size in zip((*core, *new), self.weight.shape, strict=True):
+            b.size(name, size)
+        weights = [b.weight(self.weight, (*core, *new)), *([] if self.bias is None else [b.weight(self.bias, new)])]
+        return [b.add("linear", tensors, made, (*core, *new), weights=weights, learned=True, bias=self.bias is not None,
+                      name=self.label)]  # fmt: skip
+
+
+class Convolution(Operation):
+    """A learned convolution, `"c h w -> n p q"`: channels c to n, and a window that runs along the other axes.
+
+    `y[n, p, q] = sum over c, i, j of W[n, c, i, j] x[c, s p + d i - padding, s q + d j - padding]`, as `torch.nn.Conv2d`.
+
+    Args:
+        signature: of one tensor, its channels first. An axis along which the window runs may keep its name where it keeps
+            its length.
+        kernel: sides of the window, one number for all.
+        stride, padding, dilation, groups: as `torch.nn.Conv2d` has them.
+        bias: add a learned constant to each channel.
+        transposed: whether it is the transpose of a convolution, as `torch.nn.ConvTranspose2d`.
+        **sizes: of the channels.
+    """
+
+    def __init__(
+        self,
+        signature: str,
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        transposed: bool = False,
+        **sizes: int,
+    ) -> None:
+        super().__init__(signature)
+        sides = len(self.inputs[0]) - 1
+        if [len(t) for t in (*self.inputs, *self.core_outputs)] != [sides + 1] * 2 or not 1 <= sides <= 3:
+            raise SignatureError(
+                f"expected channels and one to three further axes, such as 'c h w -> n p q', got {signature!r}"
+            )
+        (channels, *space), (made, *placed) = self.inputs[0], self.core_outputs[0]
+        missing = [a for a in (channels, made) if a not in sizes]
+        if missing:
+            raise SignatureError(f"a convolution {signature!r} needs the size of {missing[0]}: {missing[0]}=...")
+        every = (kernel, stride, padding, dilation)
+        self.kernel, self.stride, self.padding, self.dilation = (
+            tuple(v) if isinstance(v, Sequence) else (v,) * sides for v in every
         )
-        return inner.equation((inputs[0], (*self.inputs[0], *self.core_outputs[0])))
+        self.groups, self.transposed = groups, transposed
+        for i, (before, after) in enumerate(zip(space, placed, strict=True)):
+            if before == after and [self._side(i, n) for n in (100, 101)] != [100, 101]:
+                raise SignatureError(f"the axis {before} changes its length in {signature!r}: give it another name")
+        one, other = (channels, made) if transposed else (made, channels)
+        if sizes[one] % groups or sizes[other] % groups:
+            raise SignatureError(f"{groups} groups do not divide {sizes[channels]} and {sizes[made]} channels")
+        shape = [sizes[one], sizes[other] // groups, *self.kernel]
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(sizes[made])) if bias else None
+        self.sizes = sizes[channels], sizes[made]
 
-    def _bias_shape(self, inputs: Tuple) -> list[int]:
-        new = self.core_outputs[0]
-        sizes = dict(zip(new, self.weight.shape[len(self.inputs[0]) :], strict=True))
-        return [sizes.get(a, 1) for a in self.results(inputs)[0]]
+    def _side(self, i: int, n: int) -> int:
+        """Length of an axis after the window has run along it."""
+        reach = self.dilation[i] * (self.kernel[i] - 1)
+        if self.transposed:
+            return (n - 1) * self.stride[i] - 2 * self.padding[i] + reach + 1
+        return (n + 2 * self.padding[i] - reach - 1) // self.stride[i] + 1
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        made = torch.einsum(self._equation(inputs), tensors[0], self.weight)
-        return [made if self.bias is None else made + self.bias.reshape(self._bias_shape(inputs))]
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        (core,), (new,), (given,), (made,) = self.inputs, self.core_outputs, inputs, self.results(inputs)
+        b.size(core[0], self.sizes[0])
+        b.size(new[0], self.sizes[1])
+        for i, (before, after) in enumerate(zip(core[1:], new[1:], strict=True)):
+            if before in b.sizes and before != after:
+                length = self._side(i, b.sizes[before])
+                if length < 1:
+                    raise SignatureError(
+                        f"a window of {self.kernel[i]} does not fit an axis {before} of {b.sizes[before]}"
+                    )
+                if b.sizes.setdefault(after, length) != length:
+                    raise SignatureError(f"the axis {after} has the sizes {b.sizes[after]} and {length}")
+        extra = tuple(a for a in given if a not in core)
+        value = tensors[0]
+        if given != (*extra, *core):
+            value = b.add("transpose", [value], (*extra, *core))
+        # PyTorch wants one axis of examples.
+        batch = (
+            b.axis(extra[0]) if len(extra) == 1 else b.graph.axis("", math.prod(b.sizes.get(a, UNKNOWN) for a in extra))
+        )
+        if len(extra) > 1:
+            b.graph.factors[batch] = [b.axis(a) for a in extra]
+        inner, outer = ([batch, *(b.axis(a) for a in axes)] for axes in (core, new))
+        if len(extra) != 1:
+            value = b.graph.add("reshape" if extra else "view", [value], [Value(inner)], [batch, *map(b.axis, extra)])
+        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        sides = {k: list(v) for k, v in how.items()}
+        name = f"F.conv{'_transpose' if self.transposed else ''}{len(self.kernel)}d"
+        bias = "{w1}" if self.bias is not None else "None"
+        more = (
+            f"{[0] * len(self.kernel)}, {self.groups}, {sides['dilation']}"
+            if self.transposed
+            else f"{sides['dilation']}, {self.groups}"
+        )
+        code = f"{name}({{0}}, {{w0}}, {bias}, {sides['stride']}, {sides['padding']}, {more})"
+        kernel, stride = (str(v[0]) if len(set(v)) == 1 else "×".join(map(str, v)) for v in (self.kernel, self.stride))
+        strided = stride != "1" or self.transposed
+        spaces = [b.axis(a) for a in (*core[1:], *new[1:])]
+        weights = [b.weight(self.weight), *([] if self.bias is None else [b.weight(self.bias)])]
+        value = b.graph.add(
+            "conv", [value], [Value(outer)], [*inner[1:], *outer[1:]], code=code, weights=weights, learned=True,
+            bias=self.bias is not None, transposed=self.transposed, spatial=spaces, window=math.prod(self.kernel),
+            groups=self.groups, geometry={**sides, "groups": self.groups}, note=f"groups {self.groups}" if self.groups > 1 else "",
+            kernel_text=f"{kernel}²" if strided and len(self.kernel) == 2 and "×" not in kernel else kernel,
+            **({"stride_text": stride} if strided else {}),
+        )  # fmt: skip
+        if len(extra) != 1:
+            value = b.graph.add(
+                "reshape" if extra else "view", [value], [b.tensor((*extra, *new))], [batch, *map(b.axis, extra)]
+            )
+        return [value if made == (*extra, *new) else b.add("transpose", [value], made)]
 
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        (given,), (made,), own = inputs, self.results(inputs), (*self.inputs[0], *self.core_outputs[0])
-        back = _contracted([made, own], [cotangents[0], self.weight], given, tensors[0])
-        found = {"weight": _contracted([given, made], [tensors[0], cotangents[0]], own, self.weight)}
-        if self.bias is not None:
-            found["bias"] = _contracted([made], [cotangents[0]], self.core_outputs[0], self.bias)
-        return [back], found
 
-    def weights(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {"weight": self.weight}
-        return found if self.bias is None else {**found, "bias": self.bias}
+class Concatenation(Operation):
+    """Axes of several tensors joined end to end, `"x, y -> z"`; all their other axes must be the same."""
 
-    def key(self) -> tuple[Any, ...]:
-        return (*super().key(), self.bias is not None, self.label)
+    def __init__(self, signature: str) -> None:
+        super().__init__(signature)
+        if [len(t) for t in (*self.inputs, *self.core_outputs)] != [1] * (len(self.inputs) + 1) or len(self.inputs) < 2:
+            raise SignatureError(
+                f"expected an axis of each tensor and one that comes out, such as 'x, y -> z', got {signature!r}"
+            )
 
-    def params(self, inputs: Tuple) -> dict[str, Any]:
-        return {"bias": self.bias is not None, "name": self.label}
+    def results(self, inputs: Tuple) -> Tuple:
+        _fitting(self, inputs)
+        self._extra(inputs)
+        rest = [set(given) - set(core) for given, core in zip(inputs, self.inputs, strict=True)]
+        if any(other != rest[0] for other in rest):
+            raise SignatureError(
+                f"expected tensors that differ in {written(self.inputs, self.core_outputs)} alone, got {', '.join(map(' '.join, inputs))}"
+            )
+        return (tuple(self.core_outputs[0][0] if a == self.inputs[0][0] else a for a in inputs[0]),)
 
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        text = f"torch.einsum({self._equation(inputs)!r}, {names[0]}, {weights[0]})"
-        return text if self.bias is None else f"{text} + {weights[1]}.reshape({self._bias_shape(inputs)})"
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        (made,), ((new,),) = self.results(inputs), self.core_outputs
+        known = [b.sizes.get(a) for (a,) in self.inputs]
+        if None not in known:
+            total = sum(k for k in known if k is not None)
+            if b.sizes.setdefault(new, total) != total:
+                raise SignatureError(f"the axis {new} has the sizes {b.sizes[new]} and {total}")
+        values = []
+        for (core,), given, value in zip(self.inputs, inputs, tensors, strict=True):
+            wanted = tuple(core if a == new else a for a in made)
+            values.append(value if given == wanted else b.add("transpose", [value], wanted))
+        dim = made.index(new)
+        code = f"torch.cat([{', '.join(f'{{{i}}}' for i in range(len(values)))}], {dim})"
+        return [b.add("concat", values, made, [*(a for (a,) in self.inputs), new], code=code, dim=dim)]
 
 
 class SoftMax(Operation):
     """Softmax along one axis, `exp(x) / sum(exp(x))`."""
 
-    kind = "softmax"
-
     def __init__(self, axis: str) -> None:
         super().__init__(f"{axis} -> {axis}")
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0].softmax(inputs[0].index(self.inputs[0][0]))]
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        # A diagonal, less a product of rank one.
-        weighted = results[0] * cotangents[0]
-        return [weighted - results[0] * weighted.sum(inputs[0].index(self.inputs[0][0]), keepdim=True)], {}
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        return f"{names[0]}.softmax({inputs[0].index(self.inputs[0][0])})"
-
-    def _core(self, given: Tuple) -> frozenset[str]:
-        return frozenset(self.inputs[0])
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        return [b.add("softmax", tensors, *self.results(inputs), core=self.inputs[0])]
 
 
 class Elementwise(Operation):
@@ -444,69 +516,34 @@ class Elementwise(Operation):
         sign: what stands in the drawing.
     """
 
-    kind = "elementwise"
-
     def __init__(self, function: str | Callable[[Tensor], Tensor], sign: str = "") -> None:
         super().__init__("->")
         if isinstance(function, str) and not callable(getattr(torch, function, None)):
             raise SignatureError(f"expected the name of a function of torch, got {function!r}")
         self.function, self.sign = function, sign or (function if isinstance(function, str) else "f")
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [self._applied(tensors[0])]
-
-    def _applied(self, x: Tensor) -> Tensor:
-        return getattr(torch, self.function)(x) if isinstance(self.function, str) else self.function(x)
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        slope: Any = torch.func.jvp(self._applied, (tensors[0],), (torch.ones_like(tensors[0]),))[1]
-        return [slope * cotangents[0]], {}
-
-    def key(self) -> tuple[Any, ...]:
-        return (self.kind, self.function)
-
-    def params(self, inputs: Tuple) -> dict[str, Any]:
-        return {"function": self.sign}
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        name = f"torch.{self.function}"
         if not isinstance(self.function, str):
-            raise SignatureError(f"only functions of torch can be written out, got {self.function!r}")
-        return f"torch.{self.function}({names[0]})"
+            name = next((k for k, f in b.graph.functions.items() if f is self.function), f"f{len(b.graph.functions)}")
+            b.graph.functions[name] = self.function
+        return [b.add("elementwise", tensors, inputs[0], code=f"{name}({{0}})", function=self.sign)]
 
 
 class Scale(Operation):
     """Multiplication by a number."""
 
-    kind = "elementwise"
-
     def __init__(self, factor: float) -> None:
         super().__init__("->")
         self.factor = float(factor)
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0] * self.factor]
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return [cotangents[0] * self.factor], {}
-
-    def key(self) -> tuple[Any, ...]:
-        return ("scale", self.factor)
-
-    def params(self, inputs: Tuple) -> dict[str, Any]:
-        return {"sign": f"∗{self.factor:.3g}"}
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        return f"{names[0]} * {self.factor!r}"
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        sign = f"∗{self.factor:.3g}"
+        return [b.add("elementwise", tensors, inputs[0], code=f"{{0}} * {self.factor!r}", sign=sign, linear=True)]
 
 
 class Binary(Operation):
     """Addition or multiplication element by element; an axis that one tensor lacks is woven over (inner broadcasting)."""
-
-    kind = "binary"
 
     def __init__(self, what: str) -> None:
         super().__init__(", ->")
@@ -516,49 +553,12 @@ class Binary(Operation):
         _fitting(self, inputs)
         return (tuple(dict.fromkeys([*inputs[0], *inputs[1]])),)
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        (axes,) = self.results(inputs)
-        a, b = (self._aligned(t, own, axes) for t, own in zip(tensors, inputs, strict=True))
-        return [a + b if self.what == "add" else a * b]
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        (axes,) = self.results(inputs)
-        back = []
-        for i, own in enumerate(inputs):
-            others, values = [axes], [cotangents[0]]
-            if self.what == "mul":
-                others, values = [axes, inputs[1 - i]], [cotangents[0], tensors[1 - i]]
-            back.append(_contracted(others, values, own, tensors[i]))
-        return back, {}
-
-    def _aligned(self, tensor: Tensor, own: Axes, axes: Axes) -> Tensor:
-        ordered = tensor.permute([own.index(a) for a in axes if a in own])
-        return ordered[tuple(slice(None) if a in own else None for a in axes)]
-
-    def key(self) -> tuple[Any, ...]:
-        return (self.kind, self.what)
-
-    def params(self, inputs: Tuple) -> dict[str, Any]:
-        return {"what": self.what}
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        (axes,) = self.results(inputs)
-        parts = []
-        for name, own in zip(names, inputs, strict=True):
-            order = [own.index(a) for a in axes if a in own]
-            text = name if order == sorted(order) else f"{name}.permute({order})"
-            if len(own) < len(axes):
-                text += f"[{', '.join(':' if a in own else 'None' for a in axes)}]"
-            parts.append(text)
-        return f" {'+' if self.what == 'add' else '*'} ".join(parts)
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        return [b.add("binary", tensors, *self.results(inputs), what=self.what)]
 
 
 class Copy(Operation):
     """The same tensor several times."""
-
-    kind = "copy"
 
     def __init__(self, count: int = 2) -> None:
         if count < 2:
@@ -570,87 +570,18 @@ class Copy(Operation):
         _fitting(self, inputs)
         return (inputs[0],) * self.count
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0]] * self.count
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return [torch.stack(list(cotangents)).sum(0)], {}  # the transpose of a copy is a sum
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        return ", ".join([names[0]] * self.count)
-
-    def step(self, index: int, inputs: tuple[Drawn, ...], outputs: tuple[Drawn, ...], given: Tuple) -> Step:
-        made = super().step(index, inputs, outputs, given)
-        through = tuple((a.key, b.key) for a, b in zip(inputs[0].wires, outputs[0].wires, strict=True))
-        return Step(index, self.kind, inputs, outputs, through, made.core, {}, False, self.kind)
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        return [Value(list(tensors[0].axes), tensors[0]) for _ in range(self.count)]
 
 
 class Identity(Operation):
     """A tensor that passes, to stand beside other operations: `op.identity("x k h")`."""
 
-    kind = "identity"
-
     def __init__(self, axes: str) -> None:
         super().__init__(f"{axes} -> {axes}")
 
-    def steps(self, inputs: Tuple) -> list[tuple[int, Operation, Tuple]]:
-        _fitting(self, inputs)
-        return []
-
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0]]
-
-    def vjp(
-        self, inputs: Tuple, tensors: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return list(cotangents), {}
-
-    def source(self, inputs: Tuple, names: Sequence[str], weights: Sequence[str]) -> str:
-        return names[0]
-
-
-def _contracted(inputs: Sequence[Axes], tensors: Sequence[Tensor], wanted: Axes, like: Tensor) -> Tensor:
-    """The product of tensors, summed to the axes `wanted`; over axes that none of them has it is constant."""
-    present = tuple(a for a in wanted if any(a in axes for axes in inputs))
-    inner = Contraction(written(tuple(inputs), (present,)))
-    made = torch.einsum(inner.equation(tuple(inputs)), *tensors)
-    return made[tuple(slice(None) if a in present else None for a in wanted)].expand(like.shape)
-
-
-class Backward:
-    """The backward pass of an expression, by the rules of its operations.
-
-    Args:
-        expression: whose derivative it is.
-
-    Call it with the inputs and the cotangents of the results: `(cotangents of the inputs, of the weights)`, the latter by
-    the names that `source_weights` gives.
-    """
-
-    def __init__(self, expression: Expression) -> None:
-        self.expression = expression
-
-    @torch.no_grad()
-    def __call__(
-        self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        self.expression.bind(tensors)
-        live, kept = list(tensors), []
-        for place, operation, given in self.expression.steps(self.expression.inputs):
-            taken = live[place : place + len(given)]
-            results = operation.run(given, taken)
-            kept.append((place, operation, given, taken, results))
-            live[place : place + len(given)] = results
-        back, weights = list(cotangents), {}
-        if len(back) != len(live):
-            raise SignatureError(f"expected cotangents of {len(live)} results, got {len(back)}")
-        for number, (place, operation, given, taken, results) in reversed(list(enumerate(kept))):
-            found, own = operation.vjp(given, taken, results, back[place : place + len(results)])
-            back[place : place + len(results)] = found
-            weights |= {f"{key}{number}": value for key, value in own.items()}
-        return tuple(back), weights
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        return list(tensors)
 
 
 class Sequence_(Expression):
@@ -668,11 +599,8 @@ class Sequence_(Expression):
     def results(self, inputs: Tuple) -> Tuple:
         return self.second.results(self.first.results(inputs))
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self.second.run(self.first.results(inputs), self.first.run(inputs, tensors))
-
-    def steps(self, inputs: Tuple) -> list[tuple[int, Operation, Tuple]]:
-        return [*self.first.steps(inputs), *self.second.steps(self.first.results(inputs))]
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        return self.second.build(b, self.first.results(inputs), self.first.build(b, inputs, tensors))
 
 
 class Parallel(Expression):
@@ -683,23 +611,19 @@ class Parallel(Expression):
         self.upper, self.lower = upper, lower
         self.inputs = (*upper.inputs, *lower.inputs)
 
-    def _split(self, inputs: Tuple) -> tuple[Tuple, Tuple]:
+    def _check(self, inputs: Tuple) -> int:
         if len(inputs) != len(self.inputs):
             raise SignatureError(f"{self.signature()} takes {len(self.inputs)} tensors, got {len(inputs)}")
-        return inputs[: len(self.upper.inputs)], inputs[len(self.upper.inputs) :]
+        return len(self.upper.inputs)
 
     def results(self, inputs: Tuple) -> Tuple:
-        above, below = self._split(inputs)
-        return (*self.upper.results(above), *self.lower.results(below))
+        count = self._check(inputs)
+        return (*self.upper.results(inputs[:count]), *self.lower.results(inputs[count:]))
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        above, below = self._split(inputs)
-        return [*self.upper.run(above, tensors[: len(above)]), *self.lower.run(below, tensors[len(above) :])]
-
-    def steps(self, inputs: Tuple) -> list[tuple[int, Operation, Tuple]]:
-        above, below = self._split(inputs)
-        count = len(self.upper.results(above))
-        return [*self.upper.steps(above), *((place + count, o, given) for place, o, given in self.lower.steps(below))]
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        count = self._check(inputs)
+        above = self.upper.build(b, inputs[:count], tensors[:count])
+        return [*above, *self.lower.build(b, inputs[count:], tensors[count:])]
 
 
 class Woven(Expression):
@@ -714,11 +638,8 @@ class Woven(Expression):
     def results(self, inputs: Tuple) -> Tuple:
         return self.inner.results(inputs)
 
-    def run(self, inputs: Tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self.inner.run(inputs, tensors)
-
-    def steps(self, inputs: Tuple) -> list[tuple[int, Operation, Tuple]]:
-        return self.inner.steps(inputs)
+    def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
+        return self.inner.build(b, inputs, tensors)
 
 
 def ncd(signature: str) -> Expression:
@@ -728,6 +649,8 @@ def ncd(signature: str) -> Expression:
 
 op = SimpleNamespace(
     linear=Linear,
+    conv=Convolution,
+    concat=Concatenation,
     softmax=SoftMax,
     elementwise=Elementwise,
     scale=Scale,
@@ -736,4 +659,4 @@ op = SimpleNamespace(
     copy=Copy,
     identity=Identity,
 )
-"""The operations: `linear`, `softmax`, `elementwise`, `scale`, `add`, `multiply`, `copy`, `identity`."""
+"""The operations: `linear`, `conv`, `concat`, `softmax`, `elementwise`, `scale`, `add`, `multiply`, `copy`, `identity`."""

@@ -135,6 +135,10 @@ def _names(graph: Graph, steps: list[Draft]) -> dict[int, str]:
         if axis in names:
             continue
         base = graph.name[axis] or "a"
+        if graph.named and base not in taken:
+            names[axis] = base
+            taken.add(base)
+            continue
         partner = next((names[p] for p in sorted(paired.get(axis, ())) if p in names), "")
         if partner and base + partner[1:] not in taken:  # h2 goes with w2
             names[axis] = base + partner[1:]

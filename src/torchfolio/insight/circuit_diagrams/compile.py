@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchfolio.errors import TorchfolioError
 from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
 
-__all__ = ["CircuitModule", "source_of"]
+__all__ = ["CircuitModule", "attribute", "function_of", "source_of"]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -350,14 +350,22 @@ class CircuitModule(nn.Module):
         name: of the function in it.
         weights: parameters and buffers by the names that they keep here.
         saved: names of those that `state_dict` holds.
+        functions: that the source calls, by name.
 
     Its parameters are those of the drawn module, not copies; `state_dict` has the same names. It takes and gives tensors
     alone: where the drawn module gives a structure of tensors, this gives a tuple.
     """
 
-    def __init__(self, source: str, name: str, weights: Mapping[str, Tensor], saved: Collection[str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        weights: Mapping[str, Tensor],
+        saved: Collection[str],
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
         super().__init__()
-        self.source, self.name = source, name
+        self.source, self.name, self.functions = source, name, dict(functions or {})
         self._names = [n for n in weights if f"weights[{n!r}]" in source]
         for path in self._names:
             *above, leaf = path.split(".")
@@ -370,35 +378,38 @@ class CircuitModule(nn.Module):
                 owner.register_parameter(leaf, weights[path])  # type: ignore[arg-type]
             else:
                 owner.register_buffer(leaf, weights[path], persistent=path in saved)
-        self._function = _function(source, name)
+        self._function = function_of(source, name, functions)
 
     def forward(self, *inputs: Tensor) -> Any:
         if not self._names:
             return self._function(*inputs)
-        return self._function(*inputs, weights={n: _get(self, n) for n in self._names})
+        return self._function(*inputs, weights={n: attribute(self, n) for n in self._names})
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_function"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._function = _function(self.source, self.name)
+        self._function = function_of(self.source, self.name, self.functions)
 
     def extra_repr(self) -> str:
         return self.name
 
 
-def _get(module: nn.Module, path: str) -> Any:
+def attribute(module: nn.Module, path: str) -> Any:
+    """A parameter or buffer by its path."""
     found: Any = module
     for part in path.split("."):
         found = getattr(found, part)
     return found
 
 
-def _function(source: str, name: str) -> Callable[..., Any]:
-    """The function that a source defines; its lines are there for tracebacks."""
+def function_of(
+    source: str, name: str, functions: Mapping[str, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """The function that a source defines, which may call others; its lines are there for tracebacks."""
     file = f"<circuit {name} {abs(hash(source)):x}>"
-    space: dict[str, Any] = {}
+    space: dict[str, Any] = dict(functions or {})
     exec(compile(source, file, "exec"), space)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     return space[name]

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfolio.insight.circuit_diagrams.algebra import Expression
 from torchfolio.insight.circuit_diagrams.assembly import assemble
 from torchfolio.insight.circuit_diagrams.compile import CircuitModule, source_of
 from torchfolio.insight.circuit_diagrams.cost import Cost, cost_of
+from torchfolio.insight.circuit_diagrams.equality import same_graph
 from torchfolio.insight.circuit_diagrams.exported import read, trace
 from torchfolio.insight.circuit_diagrams.graph import Graph
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
@@ -98,7 +100,14 @@ class Drawing:
         Raises:
             TorchfolioError: if an operation cannot be written.
         """
-        return CircuitModule(self.to_source(), "diagram", self.graph.weights, self.graph.saved)
+        return CircuitModule(self.to_source(), "diagram", self.graph.weights, self.graph.saved, self.graph.functions)
+
+    def equals(self, other: Drawing | Expression) -> bool:
+        """Whether another diagram does the same operations on the same axes, whatever its axes are called.
+
+        How it was bracketed does not matter, nor in which order independent operations and the tensors between them come.
+        """
+        return same_graph(self.graph, other.graph if isinstance(other, Drawing) else other.graph())
 
     def backward(self) -> BackwardDrawing:
         """The backward pass, by a rule for every operation, as a diagram of its own.
@@ -161,7 +170,8 @@ class BackwardDrawing(Drawing):
             saved = ()
             if self.pullback.saved:
                 before = source_of(self.forward, "forward", outputs=self.pullback.saved)
-                saved = CircuitModule(before, "forward", self.forward.weights, self.forward.saved)(*inputs)
+                graph = self.forward
+                saved = CircuitModule(before, "forward", graph.weights, graph.saved, graph.functions)(*inputs)
                 saved = (saved,) if isinstance(saved, Tensor) else saved
             found = self.to_module()(*saved, *cotangents)
         found = (found,) if isinstance(found, Tensor) else found

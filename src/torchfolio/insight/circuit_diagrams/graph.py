@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,10 +97,14 @@ class Graph:
         cuts: of a part of an axis, that axis and the other part.
         twins: of an axis that another use of a tensor has, that of the tensor.
         stated: axes whose length is a number that the network states.
+        functions: that operations call, by name.
         unknown: names of operations that have no sign.
+        named: whether the names of the axes are to stand in the drawing as they are.
     """
 
     def __init__(self) -> None:
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self.named = False
         self.parent: list[int] = []
         self.name: list[str] = []
         self.size: list[int] = []
@@ -219,7 +223,7 @@ class Graph:
     # -- operations
 
     def add(
-        self, kind: str, inputs: Sequence[Value], outputs: Sequence[Value], core: Sequence[int] = (), **more: Any
+        self, kind: str, inputs: Sequence[Value], outputs: Sequence[Value], core: Iterable[int] = (), **more: Any
     ) -> Value:
         """Put an operation at the end; what `more` has beside the fields of a `Draft` are its `params`."""
         own = {k: more.pop(k) for k in ("learned", "weights", "code", "sizes", "pure", "stack") if k in more}

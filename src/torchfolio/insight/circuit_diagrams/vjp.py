@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torchfolio.errors import TorchfolioError
@@ -51,7 +51,20 @@ class _Chain:
     def __init__(self, forward: Graph) -> None:
         self.forward = forward
         graph = self.graph = Graph()
-        for name in ("parent", "name", "size", "symbols", "factors", "cuts", "twins", "stated", "weights", "saved"):
+        for name in (
+            "parent",
+            "name",
+            "size",
+            "symbols",
+            "factors",
+            "cuts",
+            "twins",
+            "stated",
+            "weights",
+            "saved",
+            "functions",
+            "named",
+        ):
             setattr(graph, name, copy.copy(getattr(forward, name)))
         self.cotangents: dict[int, list[Value]] = defaultdict(list)
         self.kept: dict[int, tuple[Value, Value]] = {}
@@ -133,7 +146,7 @@ class _Chain:
         return parts[0]
 
     def add(
-        self, kind: str, inputs: Sequence[Value], axes: Sequence[int], core: Sequence[int] = (), **more: Any
+        self, kind: str, inputs: Sequence[Value], axes: Sequence[int], core: Iterable[int] = (), **more: Any
     ) -> Value:
         """An operation with one result."""
         return self.graph.add(kind, [self.once(v) for v in inputs], [Value(list(axes))], core, **more)
@@ -351,7 +364,7 @@ def _softmax(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
     if step.params.get("other"):
         return False
     (source,), (made,), (result,) = step.inputs, found, step.outputs
-    core = c.find(sorted(step.core))
+    core = c.find(list(step.core))
     # A diagonal, less a product of rank one: p (g - sum p g).
     rest = [a for a in result.axes if c.graph.find(a) not in core]
     mean = c.add("einsum", [made, c.saved(result)], rest, core)
@@ -372,7 +385,7 @@ def _reshape(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
     if step.params.get("expand"):
         c.push(source, c.contract([made], source.axes))
     else:
-        c.push(source, c.add(step.kind, [made], source.axes, sorted(step.core)))
+        c.push(source, c.add(step.kind, [made], source.axes, step.core))
     return None
 
 
@@ -383,7 +396,7 @@ def _concat(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
     sizes = [v.axes[dim] for v in step.inputs]
     code = f"torch.split({{0}}, [{', '.join(f'{{s{i}}}' for i in range(len(sizes)))}], {dim})"
     parts = [Value(list(v.axes)) for v in step.inputs]
-    c.graph.add("split", [c.once(found[0])], parts, sorted(step.core), code=code, sizes=sizes, dim=dim)
+    c.graph.add("split", [c.once(found[0])], parts, step.core, code=code, sizes=sizes, dim=dim)
     for value, part in zip(step.inputs, parts, strict=True):
         c.push(value, part)
     return None
@@ -397,7 +410,7 @@ def _split(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
     marks = ", ".join(f"{{{i}}}" for i in range(len(found)))
     code = f"torch.{'cat' if whole else 'stack'}([{marks}], {dim})"
     parts = [Value(list(found[0].axes) if i == 0 else _like(g, found[0], dim, whole), g) for i, g in enumerate(found)]
-    c.push(source, c.graph.add("concat", parts, [Value(list(source.axes))], sorted(step.core), code=code, dim=dim))
+    c.push(source, c.graph.add("concat", parts, [Value(list(source.axes))], step.core, code=code, dim=dim))
     return None
 
 
@@ -422,7 +435,7 @@ def _conv(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
             marks = ", ".join(f"{{s{i}}}" for i in range(len(source.axes)))
             code, sizes = f"torch.nn.grad.conv{dims}d_input([{marks}], {{w0}}, {{0}}, {how})", list(source.axes)
         more = shared | ({"stride_text": step.params["stride_text"]} if "stride_text" in step.params else {})
-        back = c.add("conv", [made], source.axes, sorted(step.core), weights=[weight], code=code, sizes=sizes, learned=True,
+        back = c.add("conv", [made], source.axes, step.core, weights=[weight], code=code, sizes=sizes, learned=True,
                      transposed=not transposed, bias=False, name="T", **more)  # fmt: skip
         c.push(source, back)
     if weight.root.learned or id(weight.root) in c.trained:
@@ -440,7 +453,7 @@ def _reduce(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
     if what not in ("sum", "mean") or step.params.get("other"):
         return False
     if what == "mean":
-        core = sorted(step.core)
+        core = step.core
         marks = " / ".join(f"{{s{i}}}" for i in range(len(core)))
         code = f"{{0}} / {marks}" if core else "{0}"
         made = c.add("elementwise", [made], made.axes, sign="∗1∕n", code=code, sizes=core, linear=True)
