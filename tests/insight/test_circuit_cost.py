@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import nn
 
-from torchfolio.insight.circuit_diagrams import draw
+from torchfolio.insight.circuit_diagrams import draw, ncd, op
 from torchfolio.measure import count_flops
 from torchfolio.models import MLP, ConvNet, ResNetCIFAR, UNet, ViT
 
@@ -78,3 +78,23 @@ def test_an_unet_is_read_too():
     net = UNet(1, widths=(4, 8))
     args = (torch.rand(2, 1, 8, 8),)
     assert draw(net.eval(), args, level="full").cost().total() == count_flops(net, *args)
+
+
+def test_attention_without_softmax_is_linear_in_the_other_order():
+    both = (ncd("y k, x k -> y x") @ op.scale(0.5)) * op.identity("x l") @ ncd("y x, x l -> y l")
+    (found,) = both.drawing(y=50, x=60, k=3, l=4).contraction_orders()
+    y, x, k, l = sympy.symbols("y x k l", positive=True, integer=True)
+    assert sympy.expand(found.now - 2 * (y * x * k + y * x * l)) == 0
+    assert sympy.expand(found.best - 2 * (x * k * l + y * k * l)) == 0
+    assert found.signature == "y k, x k, x l -> y l"
+    assert found.order == ("k x, l x -> k l", "k y, k l -> l y")
+    assert found.saving == pytest.approx(2 * 50 * 60 * 7 / (2 * 12 * 110))
+    softened = (ncd("y k, x k -> y x") @ op.softmax("x")) * op.identity("x l") @ ncd("y x, x l -> y l")
+    assert not softened.drawing(y=5, x=6, k=3, l=4).contraction_orders()
+
+
+def test_what_is_saved_for_the_backward_pass():
+    x = torch.rand(32, 64)
+    saved = draw(nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 10)), x, names=["b m"]).saved_for_backward()
+    assert int(saved.subs({s: {"b": 32, "m": 64}.get(str(s), 96) for s in saved.free_symbols})) == 32 * (64 + 96 + 96)
+    assert draw(nn.Linear(3, 3), torch.rand(2, 3)).saved_for_backward() is not None

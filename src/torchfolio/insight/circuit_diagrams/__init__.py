@@ -7,20 +7,34 @@ A diagram is read from left to right. A solid wire is an axis, a dashed line the
 stands on the wires that it is about and is broadcast along those that pass it. `draw` traces a module on an example
 and gives a `Drawing`, which writes itself as SVG, as a raster and as text; `check_svg` counts what was drawn.
 
-Expressions on named axes (`ncd`, `op`) are diagrams too: they run, turn into source, and have a backward pass by the
-rules of their operations. A module that was traced is drawn and priced; it cannot yet be turned back into a module.
+A drawing turns back: `to_module` is a module on the same weights, `to_source` the Python of it, and `backward` the
+backward pass by the rules of the operations, as a drawing of its own that runs without autograd. Expressions on named
+axes (`ncd`, `op`) are diagrams too, and do all of that.
 
 Example:
     >>> drawing = draw(net, torch.zeros(2, 3, 32, 32), names=["b c h w"])
     >>> drawing.svg("net.svg")
     >>> check_svg(drawing.svg()).counts_agree
     True
+    >>> torch.testing.assert_close(drawing.to_module()(x), net(x))
 """
 
 from torchfolio.insight.circuit_diagrams.algebra import Expression, ncd, op
 from torchfolio.insight.circuit_diagrams.checks import Check, ColumnCount, check_svg
 from torchfolio.insight.circuit_diagrams.cost import Cost
-from torchfolio.insight.circuit_diagrams.drawing import Drawing, draw
+from torchfolio.insight.circuit_diagrams.drawing import BackwardDrawing, Drawing, draw
 from torchfolio.insight.circuit_diagrams.layout import Style
 
-__all__ = ["Check", "ColumnCount", "Cost", "Drawing", "Expression", "Style", "check_svg", "draw", "ncd", "op"]
+__all__ = [
+    "BackwardDrawing",
+    "Check",
+    "ColumnCount",
+    "Cost",
+    "Drawing",
+    "Expression",
+    "Style",
+    "check_svg",
+    "draw",
+    "ncd",
+    "op",
+]

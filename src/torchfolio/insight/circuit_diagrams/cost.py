@@ -104,6 +104,12 @@ def name_of(wire: Wire) -> str:
     return f"{text}_{'w' if wire.twin else 'h'}" if wire.twin or wire.heads else text
 
 
+def axis_symbols(sheet: Sheet) -> dict[int, sympy.Symbol]:
+    """Names of the axes of a graph that a sheet was made of, as the costs have them."""
+    wires = [w for level in sheet.levels for t in level for w in t.wires]
+    return {int(w.axis.removeprefix("a")): _symbol(w) for w in reversed(wires)}
+
+
 def _symbol(wire: Wire) -> sympy.Symbol:
     return sympy.Symbol(name_of(wire), positive=True, integer=True)
 

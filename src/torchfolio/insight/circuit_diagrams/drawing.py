@@ -9,17 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 
 from torchfolio.insight.circuit_diagrams.algebra import Expression
 from torchfolio.insight.circuit_diagrams.assembly import assemble
 from torchfolio.insight.circuit_diagrams.compile import CircuitModule, source_of
-from torchfolio.insight.circuit_diagrams.cost import Cost, cost_of
+from torchfolio.insight.circuit_diagrams.cost import Cost, axis_symbols, cost_of
 from torchfolio.insight.circuit_diagrams.equality import same_graph
 from torchfolio.insight.circuit_diagrams.exported import read, trace
 from torchfolio.insight.circuit_diagrams.graph import Graph
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
+from torchfolio.insight.circuit_diagrams.orders import ContractionOrder, contraction_orders
 from torchfolio.insight.circuit_diagrams.shapes import Geometry
 from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
 from torchfolio.insight.circuit_diagrams.sheet import Tensor as Wires
@@ -76,6 +78,33 @@ class Drawing:
     def cost(self) -> Cost:
         """Time and memory, as formulas in the names of axes and as numbers."""
         return cost_of(self.sheet)
+
+    def saved_for_backward(self) -> sympy.Expr:
+        """Elements that the backward pass needs of the forward pass, inputs among them, in the names of axes.
+
+        Weights do not count. A tensor that several operations need counts once.
+
+        Raises:
+            TorchfolioError: if there is no backward pass, as of dropout in training.
+        """
+        symbols = axis_symbols(assemble(self.graph, ""))
+        sizes = [
+            [symbols.get(a, self.graph.size[a]) for a in self.graph.visible(v)] for v in pullback(self.graph).saved
+        ]
+        return sympy.Add(*(sympy.Mul(*own) for own in sizes))
+
+    def contraction_orders(self) -> list[ContractionOrder]:
+        """Products of three tensors or more: what their order costs, and what the best order would.
+
+        Contractions may be shifted past each other, and past multiplication by a number. So attention without softmax,
+        `(q k) v`, is seen to be `q (k v)`, with no product of two sequence lengths.
+
+        Example:
+            >>> both = ncd("y k, x k -> y x") * op.identity("x l") @ ncd("y x, x l -> y l")
+            >>> both.drawing(y=512, x=512, k=8, l=8).contraction_orders()[0].order
+            ('x k, x l -> k l', 'k y, k l -> l y')
+        """
+        return contraction_orders(self.graph, axis_symbols(assemble(self.graph, "")))
 
     def to_source(self, name: str = "diagram") -> str:
         """The diagram as Python: a function on its inputs, with a statement for every operation.
