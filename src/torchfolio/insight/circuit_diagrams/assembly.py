@@ -5,30 +5,69 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from torchfolio.errors import TorchfolioError
 from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans
 from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
+from torchfolio.insight.circuit_diagrams.repeats import fold_repeats
 from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
 
 TOGETHER = 5
 """Uses of a tensor that are at most so many operations apart are served by one copy."""
 
 
-def assemble(graph: Graph, title: str, fold: int | None = None) -> Sheet:
+@dataclass(frozen=True)
+class View:
+    """What of a graph is drawn.
+
+    Attributes:
+        depth: of the modules that become boxes, 0 for the children of the module; None for none.
+        opened: paths of modules that are drawn out nevertheless.
+        repeats: copies of a part from which they are drawn as one, between parentheses; 0 for never.
+        batch: whether the first axis of the first input has wires.
+    """
+
+    depth: int | None = None
+    opened: tuple[str, ...] = ()
+    repeats: int = 0
+    batch: bool = True
+
+
+def assemble(graph: Graph, title: str, view: View | None = None) -> Sheet:
     """Put operations into columns.
 
     Args:
         graph: what is drawn; it stays as it is.
         title: of the drawing.
-        fold: depth of the modules that become boxes; None for none.
+        view: what of it is drawn; every operation by default.
+
+    Raises:
+        TorchfolioError: if the batch is to be hidden and an operation is about it.
     """
+    view = view or View()
     graph = graph.copy()
     steps, outputs = _without_views(graph, graph.alive())
-    if fold is not None:
-        steps = _folded(steps, outputs, fold)
-    steps = _with_copies(steps, graph.inputs, outputs)
+    repeats: dict[str, int] = {}
+    if view.repeats:
+        steps, repeats = fold_repeats(graph, steps, outputs, view.repeats)
+    hidden = _hidden(graph, steps) if not view.batch else set()
     names = _names(graph, steps)
-    return _Assembly(graph, steps, outputs, names, title).sheet()
+    if view.depth is not None:
+        steps = _folded(steps, outputs, view.depth, view.opened)
+    steps = _with_copies(steps, graph.inputs, outputs)
+    return _Assembly(graph, steps, outputs, names, title, repeats, hidden).sheet()
+
+
+def _hidden(graph: Graph, steps: list[Draft]) -> set[int]:
+    """The batch, if no operation but a bar is about it."""
+    batch = {graph.find(graph.inputs[0].axes[0])} if graph.inputs and graph.inputs[0].axes else set[int]()
+    for step in steps:
+        if batch & {graph.find(a) for a in step.core} and step.kind not in ("reshape", "view", "transpose", "block"):
+            raise TorchfolioError(
+                f"the batch cannot be hidden: the {step.kind} of {step.stack[-1:] or 'the network'} is about it"
+            )
+    return batch
 
 
 def _without_views(graph: Graph, steps: list[Draft]) -> tuple[list[Draft], list[Value]]:
@@ -43,35 +82,50 @@ def _without_views(graph: Graph, steps: list[Draft]) -> tuple[list[Draft], list[
     return kept, graph.outputs
 
 
-def _folded(steps: list[Draft], outputs: list[Value], depth: int) -> list[Draft]:
+def _folded(steps: list[Draft], outputs: list[Value], depth: int, opened: tuple[str, ...]) -> list[Draft]:
     """With a box in place of every module at a depth that holds several operations side by side."""
-    groups: dict[str, list[int]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
     for i, step in enumerate(steps):
-        if len(step.stack) > depth:
-            groups[step.stack[depth][0]].append(i)
+        paths = [path for path, _ in step.stack]
+        if any(path in opened for path in paths):
+            continue
+        at = next((d for d in range(depth, len(paths)) if not _holds(paths[d], opened)), None)
+        if at is not None:
+            groups[paths[at], at].append(i)
+    uses: dict[int, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        for value in step.inputs:
+            uses[id(value.root)].append(i)
+    leaving = {id(v.root) for v in outputs}
     result: list[Draft | None] = list(steps)
-    for path, members in groups.items():
+    for (path, at), members in groups.items():
         if len(members) < 2 or members[-1] - members[0] != len(members) - 1:
             continue
         inside = [steps[i] for i in members]
+        own = set(members)
         made = {id(o) for s in inside for o in s.outputs}
-        outside = [v for i, s in enumerate(steps) if i not in set(members) for v in s.inputs] + outputs
-        leaving = {id(v.root) for v in outside}
-        results = [o for s in inside for o in s.outputs if id(o) in leaving]
-        taken: list[Value] = []
+        results = [
+            o for s in inside for o in s.outputs if id(o) in leaving or any(i not in own for i in uses.get(id(o), ()))
+        ]
+        taken: dict[int, Value] = {}
         for value in (v for s in inside for v in s.inputs if id(v.root) not in made):
-            if all(value.root is not t.root for t in taken):
-                taken.append(value)
-        kind = inside[0].stack[depth][1]
-        axes = {a for v in (*taken, *results) for a in v.axes}
+            taken.setdefault(id(value.root), value)
+        kind = inside[0].stack[at][1]
+        axes = {a for v in (*taken.values(), *results) for a in v.axes}
         text = f"{kind}\n{path.rsplit('.', 1)[-1]}"
-        box = Draft(
-            "block", taken, results, axes, {"text": text}, any(s.learned for s in inside), inside[0].stack[: depth + 1]
-        )
-        for i in members:
+        learned = any(s.learned for s in inside)
+        result[members[-1]] = Draft(
+            "block", list(taken.values()), results, axes, {"text": text}, learned, inside[0].stack[: at + 1],
+            times=inside[0].times,
+        )  # fmt: skip
+        for i in members[:-1]:
             result[i] = None
-        result[members[-1]] = box
     return [s for s in result if s is not None]
+
+
+def _holds(path: str, others: tuple[str, ...]) -> bool:
+    """Whether a module is around one of others."""
+    return any(other.startswith(f"{path}.") for other in others)
 
 
 def _with_copies(steps: list[Draft], inputs: list[Value], outputs: list[Value]) -> list[Draft]:
@@ -95,12 +149,13 @@ def _with_copies(steps: list[Draft], inputs: list[Value], outputs: list[Value]) 
             rest = rest[len(group) :]
             results = [v for _, v in group]
             if rest:
-                keep = Value(list(source.axes))
+                keep = Value(list(source.axes), source)
                 results.append(keep)
             stack = steps[first].stack if first < len(steps) else ()
             common = [s.stack for s in (steps[i] for i, _ in group if i < len(steps))]
             stack = _common([stack, *common]) if not rest and group[-1][0] < len(steps) else ()
-            before[first].append(Draft("copy", [source], results, stack=stack))
+            times = min((steps[i].times for i, _ in group if i < len(steps)), default=1) if stack else 1
+            before[first].append(Draft("copy", [source], results, stack=stack, times=times))
             if rest:
                 source = keep
         if len(rest) == 1 and rest[0][1] is not source:
@@ -166,9 +221,17 @@ class _Assembly:
     """Columns, tensors and fences of operations in order."""
 
     def __init__(
-        self, graph: Graph, steps: list[Draft], outputs: list[Value], names: dict[int, str], title: str
+        self,
+        graph: Graph,
+        steps: list[Draft],
+        outputs: list[Value],
+        names: dict[int, str],
+        title: str,
+        repeats: dict[str, int],
+        hidden: set[int],
     ) -> None:
         self.graph, self.steps, self.outputs, self.names, self.title = graph, steps, outputs, names, title
+        self.repeats, self.hidden = repeats, hidden
         self.tensors: dict[int, Tensor] = {}
         self.numbers = itertools.count(1)
         values = [*graph.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
@@ -200,7 +263,7 @@ class _Assembly:
         value = self.base(value)
         if id(value) not in self.tensors:
             key = f"t{next(self.numbers)}"
-            axes = self.graph.visible(value)
+            axes = [a for a in self.graph.visible(value) if a not in self.hidden]
             heads = {a for a, b in itertools.pairwise(axes) if a in self.pairs.get(b, ())}
             wires = []
             for i, axis in enumerate(axes):
@@ -239,6 +302,7 @@ class _Assembly:
             step.learned,
             title,
             path,
+            step.times,
         )
 
     def _through(
@@ -275,15 +339,17 @@ class _Assembly:
         for i, step in enumerate(self.steps):
             for entry in step.stack:
                 inside[entry].append(i)
-        kept = {e: members for e, members in inside.items() if len(members) > 1}
+        kept = {e: members for e, members in inside.items() if len(members) > 1 or e[0] in self.repeats}
         sets = {e: frozenset(m) for e, m in kept.items()}
         for entry in list(kept):  # a module that holds the same as one around it says nothing new
-            if any(sets[other] == sets[entry] and len(other[0]) > len(entry[0]) for other in kept):
+            if entry[0] not in self.repeats and any(
+                sets[other] == sets[entry] and len(other[0]) > len(entry[0]) for other in kept
+            ):
                 del kept[entry]
         for (path, kind), members in sorted(kept.items(), key=lambda e: e[0][0]):
             depth = sum(sets[path, kind] < sets[other] for other in kept)
             places = [column[i] for i in members]
-            yield Fence(kind, path, min(places), max(places), frozenset(members), depth)
+            yield Fence(kind, path, min(places), max(places), frozenset(members), depth, self.repeats.get(path, 1))
 
     def _legend(self) -> Iterator[tuple[tuple[Span, ...], str]]:
         seen: dict[tuple[str, ...], str] = {}

@@ -93,7 +93,8 @@ def cost_of(sheet: Sheet) -> Cost:
     )
     priced = [_price(step) for step in steps]
     return Cost(
-        tuple(f for f, _ in priced), tuple(o for _, o in priced), memory, working, sizes,
+        tuple(s.times * f for s, (f, _) in zip(steps, priced, strict=True)),
+        tuple(s.times * o for s, (_, o) in zip(steps, priced, strict=True)), memory, working, sizes,
         tuple((s.kind, s.path) for s in steps), len(sheet.columns),
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.insight.circuit_diagrams.algebra import Expression
-from torchfolio.insight.circuit_diagrams.assembly import assemble
+from torchfolio.insight.circuit_diagrams.assembly import View, assemble
 from torchfolio.insight.circuit_diagrams.compile import CircuitModule, source_of
 from torchfolio.insight.circuit_diagrams.cost import Cost, axis_symbols, cost_of
 from torchfolio.insight.circuit_diagrams.equality import same_graph
@@ -32,6 +32,8 @@ from torchfolio.insight.circuit_diagrams.vjp import Pullback, pullback
 LEVELS = ("auto", "full", "blocks")
 LONGEST = 60
 """Columns that a drawing has at most at the level `"auto"`, where modules are there to be folded."""
+REPEATS = 3
+"""Modules in a row, built alike, that are drawn as one."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Drawing:
         style: sizes.
         unknown: names of operations that are drawn as plain boxes, for want of a sign.
         graph: all operations, those too that the drawing leaves out or puts into boxes.
+        view: which of them are drawn.
     """
 
     sheet: Sheet
     style: Style = field(default_factory=Style)
     unknown: tuple[str, ...] = ()
     graph: Graph = field(default_factory=Graph, repr=False)
+    view: View = field(default_factory=View)
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -76,8 +80,37 @@ class Drawing:
         return f"{', '.join(map(_axes, first))} -> {', '.join(map(_axes, last))}"
 
     def cost(self) -> Cost:
-        """Time and memory, as formulas in the names of axes and as numbers."""
-        return cost_of(self.sheet)
+        """Time and memory, as formulas in the names of axes and as numbers; of what is in boxes and hidden too."""
+        plain = self.view.depth is None and self.view.batch
+        return cost_of(self.sheet if plain else self._seen(replace(self.view, depth=None, batch=True)).sheet)
+
+    def _seen(self, view: View) -> Drawing:
+        """The same diagram, drawn in another way."""
+        return replace(self, sheet=assemble(self.graph, self.sheet.title, view), view=view)
+
+    def expand(self, path: str) -> Drawing:
+        """The drawing with a module drawn out that is a box in it, and the modules around it.
+
+        Args:
+            path: of the module, `encoder.layers.0`.
+
+        Raises:
+            ValueError: if there is no such module.
+        """
+        known = {p for s in self.graph.steps for p, _ in s.stack}
+        if path not in known:
+            raise ValueError(f"expected the path of a module, one of {', '.join(sorted(known))}, got {path!r}")
+        return self._seen(replace(self.view, opened=(*self.view.opened, path)))
+
+    def fold(self, depth: int = 0) -> Drawing:
+        """The drawing with modules as boxes.
+
+        Args:
+            depth: of those modules, 0 for the children of the module that is drawn.
+        """
+        if depth < 0:
+            raise ValueError(f"expected a depth of at least 0, got {depth}")
+        return self._seen(replace(self.view, depth=depth, opened=()))
 
     def saved_for_backward(self) -> sympy.Expr:
         """Elements that the backward pass needs of the forward pass, inputs among them, in the names of axes.
@@ -146,7 +179,7 @@ class Drawing:
         """
         found = pullback(self.graph)
         sheet = assemble(found.graph, f"{self.sheet.title}, backward")
-        return BackwardDrawing(sheet, self.style, self.unknown, found.graph, found, self.graph)
+        return BackwardDrawing(sheet, self.style, self.unknown, found.graph, View(), found, self.graph)
 
     def json(self) -> dict[str, Any]:
         """The diagram as JSON values: tensors of every column of data, and operations of every column between."""
@@ -217,6 +250,8 @@ def draw(
     level: str = "auto",
     style: Style | None = None,
     dynamic: bool | Sequence[str] = False,
+    repeats: int | None = None,
+    hide_batch: bool = False,
 ) -> Drawing:
     """Draw a module as a neural circuit diagram.
 
@@ -229,13 +264,17 @@ def draw(
         style: sizes.
         dynamic: names of axes whose length may vary, so that constants of the module that depend on it are read as
             such; True for all that can.
+        repeats: how many modules that follow each other and are built alike are drawn as one, between parentheses with
+            λ = 1…N; 0 for never. By default three, and never at the level `"full"`. Costs count all of them.
+        hide_batch: leave the first axis of the first input out of the drawing, not out of the costs.
 
     Returns:
         The drawing.
 
     Raises:
         ValueError: if the level is unknown, or names do not fit the inputs.
-        TorchfolioError: if the module fixes a length that is to vary, or if `torch.export` cannot trace the module, as where its control flow depends on values.
+        TorchfolioError: if the module fixes a length that is to vary, if an operation is about the batch that is to be
+            hidden, or if `torch.export` cannot trace the module, as where its control flow depends on values.
 
     Operations without a sign become plain boxes on the axes that they change, and a warning names them.
 
@@ -252,14 +291,19 @@ def draw(
             raise ValueError(f"expected names for the {example.dim()} axes of an input, got {text!r}")
     graph, title = read(module, trace(module, examples, names, dynamic), names), type(module).__name__
     unknown = sorted(set(graph.unknown))
-    sheet = assemble(graph, title, 0 if level == "blocks" else None)
+    if repeats is not None and (repeats < 0 or repeats == 1):
+        raise ValueError(f"expected at least two repeats, or 0 for none to be drawn as one, got {repeats}")
+    least = repeats if repeats is not None else 0 if level == "full" else REPEATS
+    view = View(0 if level == "blocks" else None, (), least, not hide_batch)
+    sheet = assemble(graph, title, view)
     deepest = 3
     while level == "auto" and len(sheet.columns) > LONGEST and deepest >= 0:
-        sheet = assemble(graph, title, deepest)
+        view = replace(view, depth=deepest)
+        sheet = assemble(graph, title, view)
         deepest -= 1
     if unknown:
         warnings.warn(f"drawn as plain boxes, for want of a sign: {', '.join(unknown)}", stacklevel=2)
-    return Drawing(sheet, style or Style(), tuple(unknown), graph)
+    return Drawing(sheet, style or Style(), tuple(unknown), graph, view)
 
 
 def _name(wire: Any) -> str:
@@ -281,4 +325,5 @@ def _operation(step: Step) -> dict[str, Any]:
         "params": params,
         "learned": step.learned,
         "path": step.path,
+        "times": step.times,
     }

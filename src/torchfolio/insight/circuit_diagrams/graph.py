@@ -66,6 +66,7 @@ class Draft:
         sizes: lengths that `code` speaks of: axes, or formulas in the lengths of the inputs' axes.
         pure: `code` without side effects, where it has any.
         weave: axes that it is broadcast along: all others of its inputs and outputs.
+        times: how often it is done, where it stands for several that are repeated.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Draft:
     sizes: list[Any] = field(default_factory=list)
     pure: str = ""
     weave: set[int] = field(default_factory=set)
+    times: int = 1
 
 
 class Graph:

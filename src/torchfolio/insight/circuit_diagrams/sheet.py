@@ -59,6 +59,7 @@ class Step:
         learned: whether it has weights.
         title: tooltip.
         path: of the module in the network.
+        times: how often it is done, where it is repeated.
     """
 
     index: int
@@ -71,6 +72,7 @@ class Step:
     learned: bool = False
     title: str = ""
     path: str = ""
+    times: int = 1
 
     @property
     def in_wires(self) -> list[Wire]:
