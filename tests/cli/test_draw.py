@@ -76,8 +76,25 @@ def test_a_raster_with_names(bundle, tmp_path):
 def test_reference_networks_as_blocks():
     done = call("draw", "--model", "resnet20", "--input-shape", "3,16,16", "--level", "blocks", "--json")
     assert done.exit_code == 0, done.output
-    kinds = [o["kind"] for column in json.loads(done.stdout)["diagram"]["operations"] for o in column]
-    assert kinds == ["block"] * 11
+    boxes = [o for column in json.loads(done.stdout)["diagram"]["operations"] for o in column]
+    assert [o["kind"] for o in boxes] == ["block"] * 9
+    assert [o["times"] for o in boxes] == [1, 3, *[1] * 7]  # the blocks of the first stage are built alike
+
+
+def test_python_pdf_and_the_backward_pass(bundle, tmp_path):
+    import torch
+
+    from torchfolio.bundle import load_bundle
+
+    call("draw", bundle, "--vary", "b", "-o", tmp_path / "net.py")
+    space: dict = {}
+    exec((tmp_path / "net.py").read_text(), space)
+    net, x = load_bundle(bundle).model.eval(), torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(space["diagram"](x, weights=net.state_dict()), net(x))
+    done = call("draw", bundle, "--backward", "--hide-batch", "-o", tmp_path / "net.pdf", "--json")
+    assert done.exit_code == 0, done.output
+    assert "-> " in json.loads(done.stdout)["signature"]
+    assert (tmp_path / "net.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_your_own_network_of_two_inputs(tmp_path, monkeypatch):
@@ -97,7 +114,7 @@ def test_your_own_network_of_two_inputs(tmp_path, monkeypatch):
     [
         ([], "either the folder of a bundle or --model, got neither"),
         (["net", "--model", "mlp"], "got both"),
-        (["net", "-o", "net.jpg"], "expected one of .svg, .png, .txt"),
+        (["net", "-o", "net.jpg"], "expected one of .svg, .pdf, .png, .txt, .py"),
         (["net", "-o", "nowhere/net.svg"], "there is no folder nowhere"),
         (["net", "--level", "half"], "expected auto, full, blocks"),
         (["net", "--names", "b c"], "the input has 4 with the batch"),

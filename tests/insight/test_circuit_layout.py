@@ -11,6 +11,7 @@ from torchfolio.insight.circuit_diagrams.checks import check_svg, parse_path, sv
 from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans, spans_width, text_width
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
 from torchfolio.insight.circuit_diagrams.ordering import ordered
+from torchfolio.insight.circuit_diagrams.pdf import render_pdf
 from torchfolio.insight.circuit_diagrams.rows import Rows
 from torchfolio.insight.circuit_diagrams.shapes import Box, Text, flattened
 from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
@@ -233,6 +234,14 @@ def test_raster():
     pytest.importorskip("resvg_py")
     png = render_png(render_svg(lay_out(attention())), width=300)
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_pdf(tmp_path):
+    geometry = lay_out(attention())
+    document = render_pdf(geometry, title="attention")
+    assert document.startswith(b"%PDF-")
+    assert document == render_pdf(geometry, title="attention")
+    assert b"/MediaBox [ 0 0 %d" % int(geometry.width * 0.75) in document
 
 
 def test_raster_without_its_package(monkeypatch):

@@ -14,7 +14,7 @@ from torchfolio.errors import TorchfolioError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SUFFIXES = (".svg", ".png", ".txt")
+SUFFIXES = (".svg", ".pdf", ".png", ".txt", ".py")
 LEVELS = ("auto", "full", "blocks")
 
 
@@ -26,7 +26,12 @@ def register(app: typer.Typer) -> None:
 def draw(
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle; or name --model.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File, .svg, .png or .txt; text on stdout without it.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File: .svg, .pdf, .png, .txt, or .py for Python that computes the same; text on stdout without it.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Reference network or package.module:factory.")] = None,
     model_set: ModelSet = None,
@@ -40,6 +45,11 @@ def draw(
         list[str] | None, typer.Option(help='Names of an input\'s axes, "b c h w"; once for each input.')
     ] = None,
     level: Annotated[str, typer.Option(help="auto, full (every operation) or blocks (modules as boxes).")] = "auto",
+    vary: Annotated[
+        str | None, typer.Option(help='Axes whose length may vary, "b x"; what is written as .py runs for them.')
+    ] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="Draw the backward pass.")] = False,
+    hide_batch: Annotated[bool, typer.Option("--hide-batch", help="Leave the batch axis out of the drawing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw a network as a circuit: every axis of every tensor is a wire.
@@ -64,7 +74,16 @@ def draw(
     if names is not None and len(names) != len(shapes):
         raise TorchfolioError(f"expected --names once for each of {len(shapes)} inputs, got {len(names)}")
     examples = tuple(_example(shape, batch_size) for shape in shapes)
-    diagram = circuit_diagrams.draw(net.eval(), examples, names=_named(names, examples), level=level)
+    diagram = circuit_diagrams.draw(
+        net.eval(),
+        examples,
+        names=_named(names, examples),
+        level=level,
+        dynamic=(vary or "").split(),
+        hide_batch=hide_batch,
+    )
+    if backward:
+        diagram = diagram.backward()
     result = {"signature": diagram.signature(), "columns": len(diagram.sheet.columns)}
     if output is not None:
         _write(diagram, output)
@@ -128,6 +147,10 @@ def _named(names: Sequence[str] | None, examples: Sequence[Tensor]) -> list[str]
 def _write(diagram: Any, output: Path) -> None:
     if output.suffix == ".txt":
         output.write_text(diagram.text() + "\n", encoding="utf-8")
+    elif output.suffix == ".py":
+        output.write_text(diagram.to_source(), encoding="utf-8")
+    elif output.suffix == ".pdf":
+        diagram.pdf(output)
     elif output.suffix == ".png":
         output.write_bytes(diagram.png())
     else:

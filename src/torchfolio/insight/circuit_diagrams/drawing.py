@@ -22,6 +22,7 @@ from torchfolio.insight.circuit_diagrams.exported import read, trace
 from torchfolio.insight.circuit_diagrams.graph import Graph
 from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
 from torchfolio.insight.circuit_diagrams.orders import ContractionOrder, contraction_orders
+from torchfolio.insight.circuit_diagrams.pdf import render_pdf
 from torchfolio.insight.circuit_diagrams.shapes import Geometry
 from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
 from torchfolio.insight.circuit_diagrams.sheet import Tensor as Wires
@@ -69,6 +70,13 @@ class Drawing:
     def png(self, *, width: int | None = None, zoom: float = 2.0) -> bytes:
         """A raster. See `torchfolio.insight.circuit_diagrams.svg.render_png`."""
         return render_png(self.svg(), width=width, zoom=zoom)
+
+    def pdf(self, path: str | Path | None = None) -> bytes:
+        """The PDF document, of one page; written to a file too where one is named."""
+        document = render_pdf(self.geometry, title=self.sheet.title)
+        if path is not None:
+            Path(path).write_bytes(document)
+        return document
 
     def text(self) -> str:
         """The drawing in characters."""
