@@ -360,10 +360,14 @@ def _backward(
     box: Box,
     alphas: dict[int, Tensor] | None = None,
     terms: dict[int, Tensor] | None = None,
+    betas: dict[int, Tensor] | None = None,
+    behind: dict[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower bounds `[B, R]` of rows on the inputs of layer `k`, the coefficients on the network's input, and scales.
 
-    Rows have a batch axis of 1 up to the first activation, as boxes matter only from there on. The scale of a bound is
+    With `betas`, multipliers `[B, R, ...]` of the inputs of activations, it is a bound of the rows less those products,
+    which bounds the rows themselves where every product is known not to be negative. The coefficients behind each
+    activation are put into `behind`. Rows have a batch axis of 1 up to the first activation, as boxes matter only from there on. The scale of a bound is
     what its sums add up in absolute value, 0 without `terms`.
     """
     d = A.new_zeros(A.shape[:2])
@@ -384,15 +388,19 @@ def _backward(
                 before = terms.get(i - 1)
                 sizes = torch.maximum(ranges[i][0].abs(), ranges[i][1].abs()) if before is None else before
                 sizes, counted = sizes + (part != "relu"), before is not None
+            if behind is not None:
+                behind[i] = A
             A, constant, absolute = _through(A, *lines, sizes)
             scale = scale if absolute is None else scale + absolute
+            if betas and i in betas:
+                A, counted = A - betas[i], False
         d = d + constant
     # Products with vectors pass over the coefficients, which are many, less often than their signs would.
     size = A.abs()
     bound = _weighed(A, box.center) - _weighed(size, box.radius) + d
     if terms:
         scale = scale + _weighed(size, torch.maximum(box.lower.abs(), box.upper.abs()))
-    return bound, A.expand(len(box), *A.shape[1:]), scale
+    return bound, A.expand(max(len(box), len(A)), *A.shape[1:]), scale
 
 
 def _weighed(A: Tensor, *values: Tensor) -> Tensor:
