@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torchfolio.measure import alternate
 from torchfolio.robustness.bounds import Bounds, CrownSplit, crown, ibp
 from torchfolio.robustness.properties import Box, Property, Verdict, classification
+from torchfolio.robustness.relu_split import ReluSplit
 from torchfolio.robustness.vnnlib import read_onnx, read_vnnlib
 
 FEW = 20  # inputs up to which splitting them gets anywhere
@@ -134,7 +135,7 @@ def verdict_on(onnx: Path, path: Path, limit: float) -> Verdict:
     started, boxes, open_ = time.perf_counter(), 0, False
     for box, prop in read_vnnlib(path, shape):
         few = box.lower[0].numel() <= FEW
-        verifier = CrownSplit() if few else CrownSplit(batch=1, max_boxes=1, alpha_steps=20, attack_steps=100)
+        verifier = CrownSplit() if few else ReluSplit(attack_steps=100)
         found = verifier.decide(net, box, prop, limit - (time.perf_counter() - started))
         boxes += found.boxes
         if found.witness is not None:

@@ -44,8 +44,7 @@ class ReluSplit(Crown):
     """Branch and bound on the signs of ReLUs, for networks with wide inputs.
 
     The search begins with PGD. Cases of least bound come first; of each the corner of the box that its bound points to is
-    tried. A case in which every unit has a sign is a linear program, solved exactly where the rows of a group are one; so
-    the search is complete for such properties, but for ties.
+    tried. A case in which every unit has a sign is a linear program, which is solved; so the search is complete, but for ties.
 
     Args:
         batch: cases that are bounded at once.
@@ -306,40 +305,63 @@ class _Search:
     # -- where every unit has a sign
 
     def _leaf(self, case: _Cases) -> Verdict:
-        """Decide a case in which the network is linear, by a linear program whose multipliers give a sound bound."""
-        if len(self.C) > 1:
-            return Verdict("unknown")
+        """Decide a case in which the network is linear: minimise the largest row, by a linear program.
+
+        Its multipliers, of units and of rows, give a bound that is sound whatever the program's tolerances are.
+        """
         from scipy.optimize import linprog
 
-        W, c, f = self._linear(case.signs[0])
+        W, c, F, f = self._linear(case.signs[0])
         low, high = (v.flatten().double().numpy() for v in (self.box.lower, self.box.upper))
-        solved = linprog(f, A_ub=-W, b_ub=c, bounds=np.stack([low, high], 1), method="highs")
-        if solved.status == 2:  # no input is of this case: multipliers that say so, as large as it takes
-            count = W.shape[0]
-            slack = np.concatenate([-W, -np.ones((count, 1))], 1)
-            limits = [*zip(low, high, strict=True), (0, None)]
-            solved = linprog(np.r_[np.zeros(len(f)), 1.0], A_ub=slack, b_ub=c, bounds=limits, method="highs")
-            sizes: Any = 10.0 ** np.arange(0, 9)
+        inputs, rows = len(low), len(F)
+        limits: Any = [*zip(low, high, strict=True), (None, None)]
+        # F x + f <= s of the rows, W x + c >= 0 of the units.
+        matrix = np.block([[F, -np.ones((rows, 1))], [-W, np.zeros((len(W), 1))]])
+        solved = linprog(np.r_[np.zeros(inputs), 1.0], A_ub=matrix, b_ub=np.r_[-f, c], bounds=limits, method="highs")
+        sizes, shares = np.ones(1), None
+        if solved.status == 0:
+            multipliers = -solved.ineqlin.marginals.clip(max=0)
+            shares, betas = multipliers[:rows], multipliers[rows:]
+        elif solved.status == 2:  # no input is of this case: multipliers that say so, as large as it takes
+            matrix = np.concatenate([-W, -np.ones((len(W), 1))], 1)
+            limits[-1] = (0, None)
+            solved = linprog(np.r_[np.zeros(inputs), 1.0], A_ub=matrix, b_ub=c, bounds=limits, method="highs")
+            if solved.status != 0:
+                return Verdict("unknown")
+            betas, sizes = -solved.ineqlin.marginals.clip(max=0), 10.0 ** np.arange(0, 9)
         else:
-            sizes = np.ones(1)
-        if solved.status != 0:
             return Verdict("unknown")
-        betas = torch.zeros_like(case.betas, dtype=self.low.dtype)
-        index = (case.signs[0] != 0).nonzero()[:, 0]
-        for size in sizes:
-            betas[0, 0, index] = torch.from_numpy(-solved.ineqlin.marginals.clip(max=0) * size).to(betas)
-            with torch.no_grad():
-                lower, _, scale = self._evaluate(case.signs, case.alphas.to(self.low), betas)
-            if bool((self._safe(lower, scale) > 0).all()):
-                return Verdict("verified")
-        point = torch.from_numpy(solved.x[: len(f)]).to(self.low).view(self.box.lower.shape)
+        shares = np.full(rows, 1 / rows) if shares is None or shares.sum() <= 0 else shares / shares.sum()
+        if any(self._combined(case.signs, shares, betas * size) > 0 for size in sizes):
+            return Verdict("verified")
+        point = torch.from_numpy(solved.x[:inputs]).to(self.low).view(self.box.lower.shape)
         point = torch.minimum(torch.maximum(point, self.box.lower), self.box.upper)
         with torch.no_grad():
             hit = bool(self.prop.violated(self.model(point))[0])
         return Verdict("falsified", point[0]) if hit else Verdict("unknown")
 
-    def _linear(self, signs: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`s z(x) = W x + c` of the units that have a sign, and the row `f x` but for a constant, where all units have one."""
+    @torch.no_grad()
+    def _combined(self, signs: Tensor, shares: np.ndarray, betas: np.ndarray) -> float:
+        """A bound of an average of the rows, which is above 0 only if they cannot all be violated."""
+        own = torch.from_numpy(shares).to(self.low)
+        start, t = (own @ self.C).view(1, 1, *self.layers.outputs), own @ self.t
+        signed = torch.zeros(1, 1, len(self.low), dtype=self.low.dtype, device=self.low.device)
+        index = (signs[0] != 0).nonzero()[:, 0]
+        signed[0, 0, index] = torch.from_numpy(betas).to(self.low) * signs[0, index]
+        lower, _, scale = _backward(
+            self.layers,
+            len(self.layers.parts),
+            start,
+            self._ranges(signs),
+            self.box,
+            None,
+            self.terms,
+            self._by_layer(signed),
+        )
+        return float(lower - self.verifier.rounding * (scale + own @ self.t.abs()) - t)
+
+    def _linear(self, signs: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """`s z(x) = W x + c` of the units that have a sign, and the rows `F x + f`, where all units have one."""
         box = Box(self.box.lower.double(), self.box.upper.double())
         count = box.lower[0].numel()
         M, m = np.eye(count), np.zeros(count)
@@ -356,4 +378,5 @@ class _Search:
             offsets.append(sign[sign != 0] * m[sign != 0])
             on = np.where(sign != 0, sign > 0, self.low[at].numpy() >= 0)
             M, m = M * on[:, None], m * on
-        return np.concatenate(rows), np.concatenate(offsets), self.C[0].double().numpy() @ M
+        C = self.C.double().numpy()
+        return np.concatenate(rows), np.concatenate(offsets), C @ M, C @ m - self.t.double().numpy()
