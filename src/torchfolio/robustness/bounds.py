@@ -3,7 +3,7 @@
 - `ibp`: interval bound propagation (Gowal et al., 2018), cheap, loose, differentiable;
 - `crown`: linear bounds propagated backward (Zhang et al., NeurIPS 2018), optionally with optimised slopes (Xu et al.,
   "Fast and Complete", ICLR 2021);
-- `Interval`, `Crown`, `CrownSplit`: verifiers, the last complete in the limit;
+- `Interval`, `Crown`, `CrownSplit`: verifiers, the last complete in the limit (`relu_split.ReluSplit` is for wide inputs);
 - `milp_verify`: exact, for small ReLU networks.
 
 Networks are (nested) `nn.Sequential`s of the layers in `KNOWN`, taken in evaluation mode.
