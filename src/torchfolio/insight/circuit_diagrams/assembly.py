@@ -245,6 +245,8 @@ class _Assembly:
 
     def sheet(self) -> Sheet:
         self.sources = {id(v) for v in [*self.graph.inputs, *(o for s in self.steps for o in s.outputs)]}
+        used = [*(v for s in self.steps for v in s.inputs), *self.outputs]
+        self.wanted = {id(self.base(v)) for v in used}
         column: dict[int, int] = {}
         ready: dict[int, int] = {}
         for i, step in enumerate(self.steps):
@@ -279,7 +281,8 @@ class _Assembly:
         return name_spans("x" + name[1:], style="bold", over=True) if group else name_spans(name)
 
     def _step(self, index: int, step: Draft) -> Step:
-        inputs, outputs = tuple(map(self._tensor, step.inputs)), tuple(map(self._tensor, step.outputs))
+        inputs = tuple(map(self._tensor, step.inputs))
+        outputs = tuple(self._tensor(o) for o in step.outputs if id(o) in self.wanted)
         core = frozenset(f"a{self.graph.find(a)}" for a in step.core)
         params = dict(step.params)
         if "spatial" in params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -166,6 +167,7 @@ class Reader(Graph):
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
                 **signature.inputs_to_lifted_tensor_constants}  # fmt: skip
         nodes = list(self.program.graph.nodes)
+        self.uses = Counter(a for node in nodes for a in nodes_of(node))
         given = [n for n in nodes if n.op == "placeholder" and n.name in signature.user_inputs]
         given = [n for n in given if isinstance(n.meta.get("val"), TorchTensor)]
         words = dict(zip(given, input_names([n.meta["val"] for n in given], self.names), strict=True))
@@ -248,7 +250,7 @@ class Reader(Graph):
         found = self.values.get(argument) if hasattr(argument, "op") else None
         if not isinstance(found, Value):
             return None
-        return found if len(argument.users) == 1 else self.use(found)
+        return found if self.uses[argument] == 1 else self.use(found)
 
 
 def _whole(tensor: TorchTensor) -> bool:

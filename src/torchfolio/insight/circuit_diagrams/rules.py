@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -367,6 +368,10 @@ def _binary(r: Reader, node: Any, name: str) -> Value | None:
     return r.add("binary", [left, right], [made], what=name, **writing)
 
 
+KINDS = ("linear", "embedding", "einsum", "softmax", "split", "index", "copy", "transpose", "view", "reshape", "norm", "pool",
+         "conv", "concat", "reduce", "binary", "elementwise", "dropout", "block", "save", "load", "constant")  # fmt: skip
+"""Operations that are known by their axes, or have a sign of their own."""
+
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
@@ -421,28 +426,51 @@ def _matmul(r: Reader, node: Any, name: str) -> Value | None:
 
 
 def _einsum(r: Reader, node: Any, name: str) -> Value | None:
-    equation, operands = node.args[0].replace(" ", ""), [r.value(a) for a in node.args[1]]
+    operands = [r.value(a) for a in node.args[1]]
     sources = [o for o in operands if o is not None]
-    writing = call(r, node, "torch.einsum", [equation, *node.args[1]])
-    if "..." in equation or "->" not in equation or len(sources) != len(operands):
+    writing = call(r, node, "torch.einsum", [node.args[0], *node.args[1]])
+    terms = _terms(node.args[0], [len(o.axes) for o in sources]) if len(sources) == len(operands) else None
+    if terms is None:
         return _unknown(r, node, name, sources)
-    left, result = equation.split("->")
+    *left, result = terms
     letters: dict[str, int] = {}
-    for term, source in zip(left.split(","), sources, strict=True):
+    for term, source in zip(left, sources, strict=True):
         for letter, axis in zip(term, source.axes, strict=True):
+            if letter in letters and r.size[letters[letter]] != r.size[axis]:  # one of them is of length one
+                return _unknown(r, node, name, sources)
             letters[letter] = r.unite(letters[letter], axis) if letter in letters else axis
     core = [a for c, a in letters.items() if c not in result]
     return r.add("einsum", sources, [Value([letters[c] for c in result])], core, **writing)
+
+
+def _terms(equation: str, ranks: Sequence[int]) -> list[str] | None:
+    """The letters of every operand and of the result, with letters in place of an ellipsis and a result that is said."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(ranks):
+        return None
+    if not arrow:
+        counts = Counter(left.replace(",", "").replace(".", ""))
+        result = ("..." if "..." in left else "") + "".join(sorted(c for c, n in counts.items() if n == 1))
+    free = [c for c in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if c not in equation]
+    widths = [rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True)]
+    most = max((w for t, w in zip(terms, widths, strict=True) if "..." in t), default=0)
+    if most > len(free):
+        return None
+    dots = "".join(free[:most])
+    return [
+        *(t.replace("...", dots[most - w :]) for t, w in zip(terms, widths, strict=True)),
+        result.replace("...", dots),
+    ]
 
 
 def _attention(r: Reader, node: Any, name: str) -> Value | None:
     q, k, v = (r.value(a) for a in node.args[:3])
     mask, rate = _argument(node, 3, "attn_mask"), _argument(node, 4, "dropout_p", 0.0)
     causal, scale = _argument(node, 5, "is_causal", False), node.kwargs.get("scale")
+    given = r.value(mask)  # a mask that the network makes of its inputs
     if q is None or k is None or v is None or node.kwargs.get("enable_gqa"):
-        return _unknown(r, node, name, [x for x in (q, k, v) if x is not None])
-    if hasattr(mask, "op") and isinstance(r.values.get(mask), Value):
-        return _unknown(r, node, name, [q, k, v])
+        return _unknown(r, node, name, [x for x in (q, k, v, given) if x is not None])
     outer = r._stack
     r._stack = (*outer, (f"{outer[-1][0] if outer else ''}.sdpa{len(r.steps)}", "Scaled Dot-Product Attention"))
     batch = [r.unite(a, b) if r.size[a] == r.size[b] else a for a, b in zip(q.axes[:-2], k.axes[:-2], strict=True)]
@@ -452,7 +480,14 @@ def _attention(r: Reader, node: Any, name: str) -> Value | None:
     code, sizes = ("{0} * {s0} ** -0.5", [shared]) if scale is None else (f"{{0}} * {scale!r}", [])
     sign = "∗k^−½" if scale is None else f"∗{scale:.3g}"
     score = r.add("elementwise", [score], [Value(list(score.axes))], sign=sign, code=code, sizes=sizes, linear=True)
-    if hasattr(mask, "op") or causal:
+    if given is not None:
+        made = Value(_broadcast(r, score.axes, given.axes))
+        if mask.meta["val"].dtype == torch.bool:
+            code, core = "{0}.masked_fill(~{1}, float('-inf'))", [*score.axes, *given.axes]
+            score = r.add("mask", [score, given], [made], core, code=code)
+        else:
+            score = r.add("binary", [score, given], [made], what="add", code="{0} + {1}")
+    elif hasattr(mask, "op") or causal:
         weights, sizes = [], []
         if causal:
             ones = "torch.ones({s0}, {s1}, dtype=torch.bool, device={device})"
@@ -669,7 +704,9 @@ def _unknown(r: Reader, node: Any, name: str, sources: Sequence[Value] | None = 
     writing = call(r, node)
     if len(sources) != writing.pop("count", len(sources)):
         writing = {}
-    r.add(name, sources, outputs, core, learned=_learned(writing.get("weights", [])), **writing)
+    # A box by another name than that of an operation whose axes are known.
+    kind = f"torch.{name}" if name in KINDS else name
+    r.add(kind, sources, outputs, core, learned=_learned(writing.get("weights", [])), **writing)
     return outputs if several else outputs[0]
 
 
