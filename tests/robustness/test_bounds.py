@@ -344,3 +344,13 @@ def test_robust_convex_training_keeps_neurons_on_their_side():
         lower = crown(net, box, Property.rows(torch.tensor([[sign]]).double())).lower[:, 0]
         # Where no neuron changes its pattern in the ball, the network is linear there and the bound is reached.
         torch.testing.assert_close(lower, (sign * net(corners)[..., 0]).amin(0), atol=1e-5, rtol=0)
+
+
+def test_rows_in_turns_are_bounded_alike(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.rand(4, 5, dtype=torch.float64)
+    box, prop = Box(x - 0.2, x + 0.2), classification(0, 3)
+    whole = crown(net, box, prop)
+    monkeypatch.setattr("torchfolio.robustness.bounds.ELEMENTS", 1)
+    torch.testing.assert_close(crown(net, box, prop).lower, whole.lower, rtol=0, atol=1e-12)

@@ -12,6 +12,7 @@ Networks are (nested) `nn.Sequential`s of the layers in `KNOWN`, taken in evalua
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ KNOWN = (
     "BatchNorm2d", "ElementwiseAffine",
 )  # fmt: skip
 Range = tuple[Tensor, Tensor]
+ELEMENTS = 2**25
+"""Coefficients that are held at once while the inputs of activations are bounded; more rows are taken in turns."""
 
 
 class ElementwiseAffine(nn.Module):
@@ -338,15 +341,16 @@ def _tightened(
     rows = unstable.nonzero()[:, 0]
     if not len(rows):
         return low, high
-    eye = torch.zeros(len(rows), flat_low.shape[1], dtype=low.dtype, device=low.device)
-    eye[torch.arange(len(rows)), rows] = 1
-    both = torch.cat([eye, -eye]).view(1, 2 * len(rows), *low.shape[1:])
-    bound, _, scale = _backward(layers, k, both, ranges, box, terms=terms)
-    bound = bound - rounding * scale
-    lower, upper = bound[:, : len(rows)], -bound[:, len(rows) :]
     tight_low, tight_high = flat_low.clone(), flat_high.clone()
-    tight_low[:, rows] = torch.maximum(flat_low[:, rows], lower)
-    tight_high[:, rows] = torch.minimum(flat_high[:, rows], upper)
+    widest = max(math.prod(shape) for shape in layers.shapes[: k + 1])
+    for part in rows.split(max(1, ELEMENTS // (2 * len(box) * widest))):
+        eye = torch.zeros(len(part), flat_low.shape[1], dtype=low.dtype, device=low.device)
+        eye[torch.arange(len(part)), part] = 1
+        both = torch.cat([eye, -eye]).view(1, 2 * len(part), *low.shape[1:])
+        bound, _, scale = _backward(layers, k, both, ranges, box, terms=terms)
+        bound = bound - rounding * scale
+        tight_low[:, part] = torch.maximum(flat_low[:, part], bound[:, : len(part)])
+        tight_high[:, part] = torch.minimum(flat_high[:, part], -bound[:, len(part) :])
     # Rounding must not make a bound cross the other.
     tight_low = torch.minimum(tight_low, tight_high)
     return tight_low.view_as(low), tight_high.view_as(high)

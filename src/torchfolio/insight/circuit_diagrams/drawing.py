@@ -330,6 +330,7 @@ def _operation(step: Step) -> dict[str, Any]:
         "inputs": [t.key for t in step.inputs],
         "outputs": [t.key for t in step.outputs],
         "core": sorted(step.core),
+        "weave": sorted({w.axis for w in (*step.in_wires, *step.out_wires)} - step.core),
         "params": params,
         "learned": step.learned,
         "path": step.path,
