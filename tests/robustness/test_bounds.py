@@ -9,16 +9,13 @@ from torch import nn
 from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.bounds import (
     Bounds,
-    Crown,
-    CrownSplit,
     ElementwiseAffine,
-    Interval,
     _sigmoidal_lines,
     crown,
     ibp,
-    milp_verify,
 )
 from torchfolio.robustness.properties import Box, Property, Verifier, classification
+from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval, milp_verify
 
 
 def small(activation=nn.ReLU, seed=0, classes=3):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.robustness.bounds import CrownSplit, ElementwiseAffine, milp_verify
+from torchfolio.robustness.bounds import ElementwiseAffine
 from torchfolio.robustness.properties import Box, Property, classification
 from torchfolio.robustness.relu_split import ReluSplit
+from torchfolio.robustness.verifiers import CrownSplit, milp_verify
 
 
 def network(seed, inputs=6, width=8, classes=3):

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from torchfolio.engine import fit
 from torchfolio.errors import TorchfolioError
-from torchfolio.robustness.bounds import Crown, CrownSplit, Interval
 from torchfolio.robustness.properties import Verdict
 from torchfolio.robustness.soundness_bench import (
     AttackOnly,
@@ -31,6 +30,7 @@ from torchfolio.robustness.soundness_bench import (
     survives,
     withstands,
 )
+from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval
 from torchfolio.robustness.vnnlib import read_vnnlib
 
 

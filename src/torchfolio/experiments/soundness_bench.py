@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.models import MLP
-from torchfolio.robustness.bounds import Crown, CrownSplit, Interval
 from torchfolio.robustness.properties import Box
 from torchfolio.robustness.soundness_bench import (
     AttackOnly,
@@ -31,6 +30,7 @@ from torchfolio.robustness.soundness_bench import (
     survives,
     withstands,
 )
+from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval
 from torchfolio.runs import Results, Run
 
 

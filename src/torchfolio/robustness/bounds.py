@@ -1,22 +1,18 @@
-"""Sound bounds on the outputs of small networks over boxes of inputs, and verification by splitting them.
+"""Sound bounds on the outputs of small networks over boxes of inputs.
 
 - `ibp`: interval bound propagation (Gowal et al., 2018), cheap, loose, differentiable;
 - `crown`: linear bounds propagated backward (Zhang et al., NeurIPS 2018), optionally with optimised slopes (Xu et al.,
-  "Fast and Complete", ICLR 2021);
-- `Interval`, `Crown`, `CrownSplit`: verifiers, the last complete in the limit (`relu_split.ReluSplit` is for wide inputs);
-- `milp_verify`: exact, for small ReLU networks.
+  "Fast and Complete", ICLR 2021).
 
-Networks are (nested) `nn.Sequential`s of the layers in `KNOWN`, taken in evaluation mode.
+What is decided with them is in `verifiers` and `relu_split`. Networks are (nested) `nn.Sequential`s of the layers in `KNOWN`, taken in evaluation mode.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,21 +20,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from torchfolio.measure import untouched
-from torchfolio.robustness.attacks import pgd
-from torchfolio.robustness.properties import Box, Property, Verdict, classification
+from torchfolio.robustness.properties import Box, Property
+
+if TYPE_CHECKING:
+    from torchfolio.robustness.verifiers import Crown
 
 __all__ = [
     "KNOWN",
     "Bounds",
-    "Crown",
-    "CrownSplit",
     "ElementwiseAffine",
-    "Interval",
     "Layers",
+    "activation_ranges",
     "crown",
     "ibp",
-    "milp_verify",
+    "linear_bounds",
+    "matrix_of",
+    "optimised_bounds",
 ]
 
 KNOWN = (
@@ -65,7 +62,7 @@ class ElementwiseAffine(nn.Module):
         return x * self.scale + self.shift
 
 
-class _Affine:
+class Affine:
     """A layer $x \\mapsto L x + c$, forward, with the absolute values of $L$, and backward."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -146,7 +143,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
-        self.parts: list[_Affine | str] = []
+        self.parts: list[Affine | str] = []
         self.shapes: list[tuple[int, ...]] = []
         weight = next((p for p in model.parameters()), torch.empty(0))
         x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
@@ -157,7 +154,7 @@ class Layers:
                     continue
                 self.parts.append(part)
                 self.shapes.append(tuple(x.shape[1:]))
-                x = part.forward(x) if isinstance(part, _Affine) else x
+                x = part.forward(x) if isinstance(part, Affine) else x
         self.outputs = tuple(x.shape[1:])
         self.dtype, self.device = x.dtype, x.device
 
@@ -177,7 +174,7 @@ def _flat(model: nn.Module) -> list[nn.Module]:
     return [model]
 
 
-def _part(layer: nn.Module) -> _Affine | str | None:
+def _part(layer: nn.Module) -> Affine | str | None:
     if _is(layer, (nn.Identity, nn.Dropout)):
         return None
     activations = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -186,7 +183,7 @@ def _part(layer: nn.Module) -> _Affine | str | None:
     if _is(layer, AFFINE):
         if isinstance(layer, nn.Flatten) and layer.start_dim != 1:
             raise TypeError("interval bounds need nn.Flatten(1), which keeps the batch axis")
-        return _Affine(layer)
+        return Affine(layer)
     raise TypeError(f"interval bounds for {type(layer).__name__} are not known; known: {', '.join(KNOWN)}")
 
 
@@ -230,7 +227,7 @@ def ibp(model: nn.Module, box: Box, prop: Property | None = None, *, rounding: f
         return last
     C, t = prop.C.to(last[0]), prop.t.to(last[0])
     tail = layers.parts[-1] if layers.parts else None
-    if isinstance(tail, _Affine) and isinstance(tail.layer, nn.Linear):
+    if isinstance(tail, Affine) and isinstance(tail.layer, nn.Linear):
         low, high = ranges[-1]
         W, b = C @ tail.layer.weight, C @ tail.layer.bias if tail.layer.bias is not None else C.new_zeros(len(C))
         lower = (low + high) / 2 @ W.T + b - (high - low) / 2 @ W.abs().T - t
@@ -252,7 +249,7 @@ def _intervals(layers: Layers, box: Box, rounding: float = 0.0) -> tuple[list[Ra
     return ranges, (low, high)
 
 
-def _step(part: _Affine | str, low: Tensor, high: Tensor, rounding: float) -> Range:
+def _step(part: Affine | str, low: Tensor, high: Tensor, rounding: float) -> Range:
     """Intervals through one layer."""
     if isinstance(part, str):
         return ACTIVATIONS[part](low), ACTIVATIONS[part](high)
@@ -291,13 +288,13 @@ def crown(
     if intermediate not in ("crown", "ibp"):
         raise ValueError(f"expected intermediate to be 'crown' or 'ibp', got {intermediate!r}")
     layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
-    ranges, terms = _activation_ranges(layers, box, intermediate, verifier, rounding)
+    ranges, terms = activation_ranges(layers, box, intermediate, verifier, rounding)
     C, t = prop.C.to(box.lower), prop.t.to(box.lower)
     start = C.view(1, len(C), *layers.outputs)
-    lower, coefficients, scale = _backward(layers, len(layers.parts), start, ranges, box, terms=terms)
+    lower, coefficients, scale = linear_bounds(layers, len(layers.parts), start, ranges, box, terms=terms)
     lower = lower - rounding * (scale + t.abs())
     if alpha_steps:
-        tuned = _optimised(layers, start, ranges, box, alpha_steps, terms)
+        tuned = optimised_bounds(layers, start, ranges, box, alpha_steps, terms)
         if tuned is not None:
             value = tuned[0] - rounding * (tuned[2] + t.abs())
             better = value > lower
@@ -308,7 +305,7 @@ def crown(
     return Bounds(lower - t, coefficients)
 
 
-def _activation_ranges(
+def activation_ranges(
     layers: Layers, box: Box, intermediate: str, verifier: Crown | None, rounding: float = 0.0
 ) -> tuple[dict[int, Range], dict[int, Tensor]]:
     """Bounds of the inputs of every activation, by its place; of every affine layer what its outputs are summed from."""
@@ -316,13 +313,13 @@ def _activation_ranges(
     found: dict[int, Range] = {}
     terms: dict[int, Tensor] = {}
     for k, part in enumerate(layers.parts):
-        if isinstance(part, _Affine):
+        if isinstance(part, Affine):
             if rounding:
                 terms[k] = part.magnitude(low, high)
             low, high = _step(part, low, high, rounding)
             continue
         # Behind a single layer that mixes its inputs intervals are exact.
-        if intermediate == "crown" and (found or sum(isinstance(p, _Affine) and p.mixes for p in layers.parts[:k]) > 1):
+        if intermediate == "crown" and (found or sum(isinstance(p, Affine) and p.mixes for p in layers.parts[:k]) > 1):
             low, high = _tightened(layers, k, low, high, found, box, terms, rounding)
         if verifier is not None:
             low, high = verifier.adjust(low, high)
@@ -347,7 +344,7 @@ def _tightened(
         eye = torch.zeros(len(part), flat_low.shape[1], dtype=low.dtype, device=low.device)
         eye[torch.arange(len(part)), part] = 1
         both = torch.cat([eye, -eye]).view(1, 2 * len(part), *low.shape[1:])
-        bound, _, scale = _backward(layers, k, both, ranges, box, terms=terms)
+        bound, _, scale = linear_bounds(layers, k, both, ranges, box, terms=terms)
         bound = bound - rounding * scale
         tight_low[:, part] = torch.maximum(flat_low[:, part], bound[:, : len(part)])
         tight_high[:, part] = torch.minimum(flat_high[:, part], -bound[:, len(part) :])
@@ -356,7 +353,7 @@ def _tightened(
     return tight_low.view_as(low), tight_high.view_as(high)
 
 
-def _backward(
+def linear_bounds(
     layers: Layers,
     k: int,
     A: Tensor,
@@ -379,7 +376,7 @@ def _backward(
     counted = False  # the sums of the next affine layer, by the activation behind it
     for i in reversed(range(k)):
         part = layers.parts[i]
-        if isinstance(part, _Affine):
+        if isinstance(part, Affine):
             if terms and not counted:
                 scale = scale + _weighed(A.abs(), terms[i])
             A, constant = part.backward(A, layers.shapes[i])
@@ -499,10 +496,10 @@ def _tangent_from(f, derivative, end: Tensor, other: Tensor) -> Range:
     return slope, f(end) - slope * end
 
 
-def _optimised(
+def optimised_bounds(
     layers: Layers, start: Tensor, ranges: dict[int, Range], box: Box, steps: int, terms: dict[int, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The best of the bounds over slopes of unstable ReLUs, each row with its own, as `_backward` gives them."""
+    """The best of the bounds over slopes of unstable ReLUs, each row with its own, as `linear_bounds` gives them."""
     rows = start.shape[1]
     alphas = {}
     for k, (low, high) in ranges.items():
@@ -515,7 +512,7 @@ def _optimised(
     best = None
     for step in range(steps + 1):
         with torch.enable_grad():
-            lower, A, scale = _backward(layers, len(layers.parts), start, ranges, box, alphas, terms)
+            lower, A, scale = linear_bounds(layers, len(layers.parts), start, ranges, box, alphas, terms)
         found = lower.detach(), A.detach(), scale.detach()
         if best is None:
             best = found
@@ -537,353 +534,7 @@ def _optimised(
     return best[0], best[1], best[2]
 
 
-class Interval:
-    """A verifier by interval bounds of the whole box: sound, never falsifies by more than trying the centre.
-
-    Args:
-        dtype: that bounds are computed in. Bounds are lowered by what their rounding may be, 1e-12 in float64 and 1e-5
-            in float32 of the absolute values that were summed.
-    """
-
-    name = "interval"
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype = dtype
-        self.rounding = 1e-12 if dtype == torch.float64 else 1e-5
-
-    def verify(self, model: nn.Module, lower: Tensor, upper: Tensor, label: int, timeout: float = 60.0) -> Verdict:
-        """Whether all inputs between `lower` and `upper`, of one input's shape, have the label."""
-        box = Box(lower[None], upper[None])
-        with untouched(model, training=False), torch.no_grad():
-            classes = model(box.center.to(next(model.parameters()).dtype)).shape[1]
-        return self.decide(model, box, classification(label, classes), timeout)
-
-    def decide(self, model: nn.Module, box: Box, prop: Property, timeout: float = 60.0) -> Verdict:
-        """Whether a property holds on one box.
-
-        Args:
-            model: the network, left as it is.
-            box: one box of inputs.
-            prop: the property.
-            timeout: seconds, of verifiers that search.
-        """
-        if len(box) != 1:
-            raise ValueError(f"expected one box, got {len(box)}")
-        started = time.perf_counter()
-        exact = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
-        verdict = self._decide(exact, box.to(self.dtype), prop, started + timeout)
-        if verdict.witness is not None and not self._confirmed(exact, box, prop, verdict.witness):
-            verdict = Verdict("unknown", None, verdict.seconds, verdict.boxes)
-        return Verdict(verdict.status, verdict.witness, time.perf_counter() - started, verdict.boxes)
-
-    @torch.no_grad()
-    def _confirmed(self, model: nn.Module, box: Box, prop: Property, witness: Tensor) -> bool:
-        inside = bool(box.to(self.dtype).contains(witness[None]).all())
-        return inside and bool(prop.violated(model(witness[None]))[0])
-
-    def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
-        with torch.no_grad():
-            bounds = ibp(model, box, prop, rounding=self.rounding)
-        assert isinstance(bounds, Bounds)
-        return self._judge(model, box, prop, bounds)
-
-    def _judge(self, model: nn.Module, box: Box, prop: Property, bounds: Bounds) -> Verdict:
-        if bool(prop.holds(bounds.lower)[0]):
-            return Verdict("verified", boxes=1)
-        with torch.no_grad():
-            found = prop.violated(model(box.center))
-        return Verdict("falsified", box.center[0], boxes=1) if bool(found[0]) else Verdict("unknown", boxes=1)
-
-
-class Crown(Interval):
-    """A verifier by CROWN bounds of the whole box.
-
-    Args:
-        intermediate: see `crown`.
-        alpha_steps: see `crown`.
-        dtype: see `Interval`.
-
-    A subclass may change what the verifier believes in `shrink` and `adjust`; this class changes nothing.
-    """
-
-    name = "crown"
-
-    def __init__(self, intermediate: str = "crown", alpha_steps: int = 0, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__(dtype)
-        self.intermediate, self.alpha_steps = intermediate, alpha_steps
-
-    def shrink(self, box: Box) -> Box:
-        """The box that is looked at in the place of the one that was asked for."""
-        return box
-
-    def adjust(self, low: Tensor, high: Tensor) -> Range:
-        """The bounds of the inputs of an activation that are used in the place of those found."""
-        return low, high
-
-    def bounds(self, layers: Layers, box: Box, prop: Property) -> Bounds:
-        with torch.no_grad():
-            return crown(
-                layers, box, prop, intermediate=self.intermediate, alpha_steps=self.alpha_steps, verifier=self,
-                rounding=self.rounding,
-            )  # fmt: skip
-
-    def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
-        box = self.shrink(box)
-        return self._judge(model, box, prop, self.bounds(Layers(model, box.lower.shape[1:]), box, prop))
-
-
-class CrownSplit(Crown):
-    """CROWN on ever smaller boxes: a box that is not verified is halved across the coordinate of most influence.
-
-    The search begins with PGD. Boxes of least bound come first; of each the centre and the corner that the linear bound
-    points to are tried. Complete in the limit: with time every property is decided, but for ties.
-
-    Args:
-        batch: boxes that are bounded at once.
-        max_boxes: after which the answer is unknown.
-        attack_steps: of PGD in the beginning, from 32 starts; 0 leaves it out.
-        intermediate: see `crown`.
-        alpha_steps: see `crown`.
-        dtype: see `Interval`.
-    """
-
-    name = "crown+split"
-
-    def __init__(
-        self,
-        batch: int = 256,
-        max_boxes: int | None = None,
-        attack_steps: int = 50,
-        intermediate: str = "crown",
-        alpha_steps: int = 0,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        super().__init__(intermediate, alpha_steps, dtype)
-        self.batch, self.max_boxes, self.attack_steps = batch, max_boxes, attack_steps
-
-    def keep(self, boxes: Box) -> Tensor:
-        """Which of the halves are looked at further, bool `[B]`."""
-        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.lower.device)
-
-    def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
-        box = self.shrink(box)
-        witness = _attack(model, box, prop, self.attack_steps) if self.attack_steps else None
-        if witness is not None:
-            return Verdict("falsified", witness)
-        layers = Layers(model, box.lower.shape[1:])
-        queue = _Queue(box)
-        seen = 0
-        while len(queue):
-            if time.perf_counter() > deadline or (self.max_boxes is not None and seen >= self.max_boxes):
-                return Verdict("unknown", boxes=seen)
-            boxes = queue.pop(self.batch)
-            seen += len(boxes)
-            bounds = self.bounds(layers, boxes, prop)
-            open_ = ~prop.holds(bounds.lower)
-            if not bool(open_.any()):
-                continue
-            assert bounds.A is not None
-            boxes, lower, A = boxes[open_], bounds.lower[open_], bounds.A[open_]
-            witness = _tried(model, boxes, prop, lower, A)
-            if witness is not None:
-                return Verdict("falsified", witness, boxes=seen)
-            halves, order = _halved(boxes, prop, lower, A)
-            if halves is None:
-                return Verdict("unknown", boxes=seen)
-            kept = self.keep(halves)
-            queue.push(halves[kept], order[kept])
-        return Verdict("verified", boxes=seen)
-
-
-class _Queue:
-    """Boxes, taken in the order of their bounds, the least first."""
-
-    def __init__(self, box: Box) -> None:
-        self.boxes, self.order = box, box.lower.new_zeros(1)
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def push(self, boxes: Box, order: Tensor) -> None:
-        self.boxes, self.order = Box.cat([self.boxes, boxes]), torch.cat([self.order, order])
-
-    def pop(self, count: int) -> Box:
-        index = self.order.argsort(stable=True)
-        taken, left = self.boxes[index[:count]], index[count:]
-        self.boxes, self.order = self.boxes[left], self.order[left]
-        return taken
-
-
-def _worst(prop: Property, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """The row that holds up each box, the best one of its worst group, and its bound, `[B]`."""
-    groups = prop.by_group(lower)
-    value, group = groups.min(1)
-    inside = prop.groups.to(lower.device)[None] == group[:, None]
-    row = torch.where(inside, lower, -torch.inf).argmax(1)
-    return row, value
-
-
-def _halved(boxes: Box, prop: Property, lower: Tensor, A: Tensor) -> tuple[Box | None, Tensor]:
-    """Both halves of every box, across the coordinate on which its bound depends most, and their places in the queue."""
-    row, value = _worst(prop, lower)
-    influence = (A[torch.arange(len(A)), row].abs() * (boxes.upper - boxes.lower)).flatten(1)
-    # Where the bound depends on nothing any more, the widest coordinate.
-    width = (boxes.upper - boxes.lower).flatten(1)
-    influence = torch.where(influence.amax(1, keepdim=True) > 0, influence, width)
-    axis = influence.argmax(1, keepdim=True)
-    low, high = boxes.lower.flatten(1), boxes.upper.flatten(1)
-    middle = (low.gather(1, axis) + high.gather(1, axis)) / 2
-    if bool(((middle <= low.gather(1, axis)) | (middle >= high.gather(1, axis))).all()):
-        return None, value  # no number lies between the ends any more
-    shape = boxes.lower.shape
-    left = Box(boxes.lower, high.scatter(1, axis, middle).view(shape))
-    right = Box(low.scatter(1, axis, middle).view(shape), boxes.upper)
-    return Box.cat([left, right]), torch.cat([value, value])
-
-
-@torch.no_grad()
-def _tried(model: nn.Module, boxes: Box, prop: Property, lower: Tensor, A: Tensor) -> Tensor | None:
-    """A violating input among the centres and the corners that the bounds point to."""
-    row, _ = _worst(prop, lower)
-    down = A[torch.arange(len(A)), row] > 0
-    corners = torch.where(down, boxes.lower, boxes.upper)
-    points = torch.cat([boxes.center, corners])
-    hits = prop.violated(model(points)).nonzero()[:, 0]
-    return points[hits[0]] if len(hits) else None
-
-
-def _attack(model: nn.Module, box: Box, prop: Property, steps: int) -> Tensor | None:
-    """A violating input by PGD on the box, measured in its radii."""
-    center, radius = box.center, box.radius
-
-    def scaled(u: Tensor) -> Tensor:
-        return model(torch.minimum(torch.maximum(center + radius * u, box.lower), box.upper))
-
-    def loss(outputs: Tensor, _: Tensor) -> Tensor:
-        return -prop.by_group(prop.slack(outputs)).amin(1)
-
-    zeros, label = torch.zeros_like(center), torch.zeros(1, dtype=torch.long, device=center.device)
-    generator = torch.Generator(center.device).manual_seed(0)
-    settings = {"eps": 1.0, "alpha": torch.linspace(0.5, 0.02, steps), "steps": steps, "restarts": 32}
-    found = pgd(scaled, zeros, label, loss=loss, generator=generator, **settings)  # pyright: ignore[reportArgumentType]
-    point = torch.minimum(torch.maximum(center + radius * found.x_adv, box.lower), box.upper)
-    with torch.no_grad():
-        return point[0] if bool(prop.violated(model(point))[0]) else None
-
-
-def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.0) -> Verdict:
-    """Decide a property of a ReLU network exactly, by a mixed-integer linear program per row (HiGHS).
-
-    Constants of the "big M" come from CROWN bounds. For about 60 unstable units; rows of one group are asked for together.
-
-    Args:
-        model: the network.
-        box: one box.
-        prop: the property.
-        timeout: seconds per program.
-
-    Reference:
-        Tjeng, Xiao, Tedrake, "Evaluating Robustness of Neural Networks with Mixed Integer Programming", ICLR 2019.
-    """
-    from scipy.optimize import Bounds as Limits
-    from scipy.optimize import LinearConstraint, milp
-
-    started = time.perf_counter()
-    exact = copy.deepcopy(model).double().eval().requires_grad_(False)
-    box = box.to(torch.float64)
-    layers = Layers(exact, box.lower.shape[1:])
-    with torch.no_grad():
-        program = _Program(layers, box)
-    groups = prop.groups.unique().tolist()
-    for group in groups:
-        rows = (prop.groups == group).nonzero()[:, 0]
-        # Violated where all rows are at most t: minimise s with C_r z - t_r <= s.
-        objective, (A, low, high) = program.objective(prop.C[rows].double().numpy(), prop.t[rows].double().numpy())
-        limits: Any = [*program.low, -np.inf], [*program.high, np.inf]
-        solved = milp(
-            objective, constraints=LinearConstraint(A, low, high), integrality=[*program.integrality, 0],
-            bounds=Limits(*limits), options={"time_limit": timeout},
-        )  # fmt: skip
-        if solved.x is None or solved.status not in (0,):
-            return Verdict("unknown", seconds=time.perf_counter() - started)
-        point = torch.from_numpy(solved.x[: box.lower[0].numel()]).view(box.lower.shape)
-        point = torch.minimum(torch.maximum(point, box.lower), box.upper)
-        if solved.fun <= 0:
-            with torch.no_grad():
-                real = bool(prop.violated(exact(point))[0])
-            return Verdict(
-                "falsified" if real else "unknown", point[0] if real else None, time.perf_counter() - started
-            )
-    return Verdict("verified", seconds=time.perf_counter() - started)
-
-
-class _Program:
-    """The constraints of a ReLU network: variables are the input, then every activation's output and binary."""
-
-    def __init__(self, layers: Layers, box: Box) -> None:
-        if any(isinstance(p, str) and p != "relu" for p in layers.parts):
-            raise TypeError("the exact verifier is for networks whose activations are ReLUs")
-        ranges, _ = _activation_ranges(layers, box, "crown", None, 1e-12)
-        count = box.lower[0].numel()
-        self.low, self.high = box.lower.flatten().tolist(), box.upper.flatten().tolist()
-        self.integrality: list[int] = [0] * count
-        self.rows: list[tuple[dict[int, float], float, float]] = []
-        # The current layer's values as affine functions of variables: matrix over `columns`, and a constant.
-        W, c, columns = np.eye(count), np.zeros(count), list(range(count))
-        for k, part in enumerate(layers.parts):
-            if isinstance(part, _Affine):
-                L, b = _matrix(part, layers.shapes[k], box)
-                W, c = L @ W, L @ c + b
-                continue
-            low, high = (t.flatten().numpy() for t in ranges[k])
-            W, c, columns = self._relu(W, c, columns, low, high)
-        self.W, self.c, self.columns = W, c, columns
-
-    def _relu(
-        self, W: np.ndarray, c: np.ndarray, columns: list[int], low: np.ndarray, high: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """New variables $a = \\max(z, 0)$ with $z = W v + c$, a binary for each unstable unit."""
-        outputs = []
-        for i in range(len(W)):
-            a = len(self.low)
-            self.low.append(max(0.0, float(low[i])))
-            self.high.append(max(0.0, float(high[i])))
-            self.integrality.append(0)
-            z = {columns[j]: float(W[i, j]) for j in range(len(columns)) if W[i, j]}
-            minus_z = {j: -w for j, w in z.items()}
-            if low[i] >= 0:
-                self.rows.append(({**minus_z, a: 1.0}, float(c[i]), float(c[i])))
-            elif high[i] > 0:
-                binary = len(self.low)
-                self.low.append(0.0)
-                self.high.append(1.0)
-                self.integrality.append(1)
-                self.rows.append(({**minus_z, a: 1.0}, float(c[i]), np.inf))  # a >= z
-                # a <= z - l (1 - q), a <= u q
-                self.rows.append(({**minus_z, a: 1.0, binary: -float(low[i])}, -np.inf, float(c[i] - low[i])))
-                self.rows.append(({a: 1.0, binary: -float(high[i])}, -np.inf, 0.0))
-            outputs.append(a)
-        return np.eye(len(outputs)), np.zeros(len(outputs)), outputs
-
-    def objective(self, C: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, tuple[Any, Any, Any]]:
-        """Cost and constraints that minimise the largest row of $C z - t$, in one variable more."""
-        from scipy.sparse import lil_matrix
-
-        count = len(self.low)
-        rows = [*self.rows]
-        for weights, offset in zip(C @ self.W, C @ self.c - t, strict=True):
-            entry = {column: float(w) for column, w in zip(self.columns, weights, strict=True) if w}
-            rows.append(({**entry, count: -1.0}, -np.inf, -float(offset)))
-        A = lil_matrix((len(rows), count + 1))
-        for i, (entry, _, _) in enumerate(rows):
-            for j, value in entry.items():
-                A[i, j] = value
-        cost = np.zeros(count + 1)
-        cost[-1] = 1
-        return cost, (A.tocsr(), np.array([r[1] for r in rows]), np.array([r[2] for r in rows]))
-
-
-def _matrix(part: _Affine, shape: Sequence[int], box: Box) -> tuple[np.ndarray, np.ndarray]:
+def matrix_of(part: Affine, shape: Sequence[int], box: Box) -> tuple[np.ndarray, np.ndarray]:
     """An affine layer as a matrix and a constant."""
     count = int(np.prod(shape))
     eye = torch.eye(count, dtype=torch.float64).view(count, *shape)

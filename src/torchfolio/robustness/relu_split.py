@@ -25,17 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import (
-    Crown,
-    Layers,
-    Range,
-    _activation_ranges,
-    _attack,
-    _backward,
-    _matrix,
-    _optimised,
-)
+from torchfolio.robustness.bounds import Layers, Range, activation_ranges, linear_bounds, matrix_of, optimised_bounds
 from torchfolio.robustness.properties import Box, Property, Verdict
+from torchfolio.robustness.verifiers import Crown, searched
 
 __all__ = ["ReluSplit"]
 
@@ -86,11 +78,11 @@ class ReluSplit(Crown):
         others = {p for p in layers.parts if isinstance(p, str)} - {"relu"}
         if others:
             raise TypeError(f"signs can be decided of ReLUs only, got {', '.join(sorted(others))}")
-        witness = _attack(model, box, prop, self.attack_steps) if self.attack_steps else None
+        witness = searched(model, box, prop, self.attack_steps) if self.attack_steps else None
         if witness is not None:
             return Verdict("falsified", witness)
         with torch.no_grad():
-            ranges, terms = _activation_ranges(layers, box, self.intermediate, self, self.rounding)
+            ranges, terms = activation_ranges(layers, box, self.intermediate, self, self.rounding)
         seen = 1
         lower = self._whole(layers, prop, ranges, terms, box)
         values = prop.by_group(lower)[0]
@@ -116,9 +108,9 @@ class ReluSplit(Crown):
         C, t = prop.C.to(box.lower), prop.t.to(box.lower)
         start = C.view(1, len(C), *layers.outputs)
         with torch.no_grad():
-            lower, _, scale = _backward(layers, len(layers.parts), start, ranges, box, terms=terms)
+            lower, _, scale = linear_bounds(layers, len(layers.parts), start, ranges, box, terms=terms)
         lower = lower - self.rounding * (scale + t.abs())
-        tuned = _optimised(layers, start, ranges, box, self.alpha_steps, terms) if self.alpha_steps else None
+        tuned = optimised_bounds(layers, start, ranges, box, self.alpha_steps, terms) if self.alpha_steps else None
         if tuned is not None:
             lower = torch.maximum(lower, tuned[0] - self.rounding * (tuned[2] + t.abs()))
         return lower - t
@@ -246,7 +238,7 @@ class _Search:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Bounds, coefficients on the input, and scales of the sums, of all rows."""
         signed = betas * signs[:, None]
-        return _backward(
+        return linear_bounds(
             self.layers, len(self.layers.parts), self.start, self._ranges(signs), self.box, self._by_layer(alphas), self.terms,
             self._by_layer(signed), trace,
         )  # fmt: skip
@@ -348,7 +340,7 @@ class _Search:
         signed = torch.zeros(1, 1, len(self.low), dtype=self.low.dtype, device=self.low.device)
         index = (signs[0] != 0).nonzero()[:, 0]
         signed[0, 0, index] = torch.from_numpy(betas).to(self.low) * signs[0, index]
-        lower, _, scale = _backward(
+        lower, _, scale = linear_bounds(
             self.layers,
             len(self.layers.parts),
             start,
@@ -369,7 +361,7 @@ class _Search:
         offsets: list[np.ndarray] = []
         for k, part in enumerate(self.layers.parts):
             if not isinstance(part, str):
-                L, b = _matrix(part, self.layers.shapes[k], box)
+                L, b = matrix_of(part, self.layers.shapes[k], box)
                 M, m = L @ M, L @ m + b
                 continue
             at = self.places[k][1]

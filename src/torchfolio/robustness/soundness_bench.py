@@ -632,7 +632,7 @@ def run_verifier(benchmark: Benchmark, verifier: Any, timeout: float | None = No
 
     Args:
         benchmark: of `load`.
-        verifier: with `decide(model, box, property, timeout)`, as those of `torchfolio.robustness.bounds`; or a
+        verifier: with `decide(model, box, property, timeout)`, as those of `torchfolio.robustness.verifiers`; or a
             `Verifier`, for properties of classifiers; or a `CommandVerifier`.
         timeout: in the place of the instances' own.
 
