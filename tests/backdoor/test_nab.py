@@ -22,6 +22,8 @@ from torchfolio.backdoor.nab import (
     Stamp,
     StampedModel,
     VerifiedDataRelabeler,
+    _gap,
+    _losses,
     cosine_tail,
     flooding,
 )
@@ -154,23 +156,75 @@ def net():
     return SmallConvNet(1, 10, width=4)
 
 
-def test_what_is_easy_is_isolated():
+@pytest.fixture(scope="module")
+def noise():
     """Labels of noise cannot be learned; those that go with a patch can."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(600, 1, 8, 8, generator=generator) / 2, torch.randint(10, (600,), generator=generator)
-    bad = poison(clean, PatchTrigger.checkerboard((1, 8, 8), margin=0), AllToOne(0, 10), rate=0.1, seed=0)
-    for epochs in (3, "auto"):
-        isolator = LGAIsolator(net, epochs=epochs, lr=0.1, max_epochs=4)
-        nab = NAB(isolator, PrecomputedRelabeler(bad.y_true), Stamp(value=0.5))
-        made = nab.prepare(bad, seed=0)
-        report = made.report(bad.is_poison, bad.y_true)
-        assert report["precision"] > 0.85
-        assert report["label_accuracy"] == 1
-        assert made.isolated.sum() == 30
-        assert len(isolator.gaps_) == (1 if epochs == 3 else 4)
-        assert isolator.epoch_ == (3 if epochs == 3 else 1 + int(np.argmax(isolator.gaps_)))
-        again = LGAIsolator(net, epochs=epochs, lr=0.1, max_epochs=4)(bad.tensors(), seed=0)
-        assert torch.equal(again, made.scores)
+    return poison(clean, PatchTrigger.checkerboard((1, 8, 8), margin=0), AllToOne(0, 10), rate=0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 3, "looks": 1, "choose": "last", "statistics": "running", "restarts": 1},  # as the authors do
+        {"epochs": 4, "looks": 1, "choose": "gap", "statistics": "running", "restarts": 1},
+        {"epochs": 2, "looks": 2, "restarts": 2},
+    ],
+)
+def test_what_is_easy_is_isolated(noise, settings):
+    isolator = LGAIsolator(net, lr=0.1, **settings)
+    made = NAB(isolator, PrecomputedRelabeler(noise.y_true), Stamp(value=0.5)).prepare(noise, seed=0)
+    report = made.report(noise.is_poison, noise.y_true)
+    assert report["precision"] > 0.85
+    assert report["label_accuracy"] == 1
+    assert made.isolated.sum() == 30
+    moments = settings["epochs"] * settings["looks"]
+    assert [len(gaps) for gaps in isolator.gaps_] == [moments] * settings["restarts"]
+    for gaps, epoch in zip(isolator.gaps_, isolator.epochs_, strict=True):
+        chosen = moments if settings.get("choose") == "last" else 1 + int(np.argmax(gaps))
+        assert epoch == pytest.approx(chosen / settings["looks"], abs=0.06)  # looks are after whole steps
+    again = LGAIsolator(net, lr=0.1, **settings)(noise.tensors(), seed=0)
+    assert made.scores is not None
+    assert torch.equal(again, made.scores)
+
+
+def test_restarts_are_averaged_geometrically(noise):
+    kept = []
+
+    class Kept(LGAIsolator):
+        def _restart(self, data, seed):
+            kept.append(super()._restart(data, seed))
+            return kept[-1]
+
+    score = Kept(net, epochs=1, looks=1, restarts=2)(noise.tensors(), seed=0)
+    torch.testing.assert_close(score, -(kept[0] * kept[1]).sqrt())
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_losses_by_batch_statistics_leave_the_network_alone(noise):
+    """Running averages that fit no data do not matter, are not touched, and whole batches give what training would see."""
+    x, y = (t[:300] for t in noise.tensors())
+    model = net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.get_buffer("running_mean"), 7.0)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    by_batch = _losses(model, (x, y), True, 64, seed=0)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with torch.no_grad():
+        seen = F.cross_entropy(model(x).double(), y, reduction="none")
+    torch.testing.assert_close(by_batch, seen, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(_losses(model.eval(), (x, y), False, 64, seed=0), seen)
+
+
+def test_gaps_by_hand():
+    losses = torch.tensor([0.5, 1e-4, 1e-2, 1.0, 4.0, 1e-3, 1e-1, 2.0, 3.0, 5.0], dtype=torch.float64)
+    assert _gap(losses, 0.2, logarithms=False) == pytest.approx(0.055 - 0.00055)
+    assert _gap(losses, 0.2, logarithms=True) == pytest.approx(2 * np.log(10))
 
 
 def test_a_few_verified_examples_relabel(poisoned):
@@ -212,8 +266,16 @@ def test_bad_input_is_refused(settings, message):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="epochs"):
-        LGAIsolator(net, epochs=0)
+    for name, value in (
+        ("epochs", 0),
+        ("looks", 0),
+        ("restarts", 0),
+        ("choose", "best"),
+        ("statistics", "none"),
+        ("ratio", 0.6),
+    ):
+        with pytest.raises(ValueError, match=name):
+            LGAIsolator(net, **{name: value})  # pyright: ignore
     with pytest.raises(ValueError, match="corner"):
         Stamp(corner="middle")  # pyright: ignore
     with pytest.raises(ValueError, match="median"):

@@ -49,8 +49,10 @@ class Task:
         width: of the network.
         epochs: of the final training.
         lr: of the final training.
-        isolation_epochs: of the isolator.
+        isolation_epochs: of each training of the isolator.
         isolation_lr: of the isolator.
+        restarts: trainings of the isolator.
+        looks: its measurements an epoch.
         verified_epochs: of the classifier of verified images.
         verified_lr: of it.
         stamp: value of the stamp, or `"mean"`.
@@ -68,8 +70,10 @@ class Task:
     lr: float = 0.05
     isolation_epochs: int = 2
     isolation_lr: float = 0.05
-    verified_epochs: int = 15
-    verified_lr: float = 0.05
+    restarts: int = 4
+    looks: int = 4
+    verified_epochs: int = 40
+    verified_lr: float = 0.1
     stamp: float | str = 0.5
     flip: bool = False
 
@@ -90,8 +94,8 @@ class Settings:
 
     digits: Task = Task()
     photos: Task | None = Task(
-        data="cifar10", train_size=10_000, test_size=3000, clean_size=1000, width=16, epochs=8, lr=0.05, verified_epochs=15, isolation_epochs=3,
-        stamp="mean", flip=True,
+        data="cifar10", train_size=10_000, test_size=3000, clean_size=1000, width=16, epochs=8, lr=0.05, isolation_epochs=4,
+        restarts=2, looks=2, stamp="mean", flip=True,
     )  # fmt: skip
     rate: float = 0.1
     ratio: float = 0.05
@@ -102,7 +106,7 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        digits=Task(data="digits", clean_size=120, epochs=3, isolation_epochs=1, isolation_lr=0.1, verified_epochs=5),
+        digits=Task(data="digits", clean_size=120, epochs=3, isolation_epochs=1, isolation_lr=0.1, restarts=2, looks=2, verified_epochs=5),
         photos=None,
     ),
     "quick": Settings(),
@@ -110,7 +114,7 @@ SCALES = {
         digits=Task(epochs=30),
         photos=Task(
             data="cifar10", clean_size=2500, network="resnet18", width=64, epochs=100, lr=0.1, isolation_epochs=20,
-            isolation_lr=0.1, verified_epochs=100, verified_lr=0.01, stamp="mean", flip=True,
+            isolation_lr=0.1, restarts=1, looks=1, verified_epochs=100, verified_lr=0.01, stamp="mean", flip=True,
         ),
     ),
 }  # fmt: skip
@@ -193,6 +197,10 @@ class Scene:
     def network(self) -> nn.Module:
         return victim(self.data, self.task.network, self.task.width, self.run.seed)
 
+    def another(self) -> nn.Module:
+        """A network of its own at every call, by torch's global generator."""
+        return victim(self.data, self.task.network, self.task.width, int(torch.randint(2**31, ())))
+
     def stamp(self) -> Stamp:
         return Stamp(value=self.task.stamp)  # pyright: ignore[reportArgumentType]
 
@@ -200,8 +208,9 @@ class Scene:
         """Which samples are isolated and how they are relabelled, once for all arms."""
         task, settings = self.task, self.run.settings
         isolator = LGAIsolator(
-            self.network, epochs=epochs, lr=task.isolation_lr, batch_size=settings.batch_size, device=self.run.device
-        )
+            self.another, epochs=epochs, lr=task.isolation_lr, looks=task.looks, restarts=task.restarts,
+            batch_size=settings.batch_size, ratio=settings.ratio, device=self.run.device,
+        )  # fmt: skip
         relabeler = VerifiedDataRelabeler(
             model_fn=self.network, epochs=task.verified_epochs, lr=task.verified_lr, batch_size=32, augment=self.augment,
             device=self.run.device,
@@ -215,7 +224,7 @@ class Scene:
         shares = np.linspace(0.01, 0.2, 20)
         curve = [float(bad[: max(1, int(s * len(bad)))].mean()) for s in shares]
         return {
-            **report, "seconds": time.perf_counter() - started, "gap": isolator.gaps_[-1],
+            **report, "seconds": time.perf_counter() - started, "gaps": isolator.gaps_, "epochs": isolator.epochs_,
             "isolated": made.isolated.nonzero()[:, 0].tolist(), "pseudo": made.pseudo_labels[made.isolated].tolist(),
             "shares": shares.tolist(), "precision_by_share": curve,
         }  # fmt: skip
