@@ -262,6 +262,10 @@ def test_errors_name_what_is_wrong():
         method.fit(base, tuned, [[], [], []])
     with pytest.raises(ValueError, match="safety"):
         DefenseAwareMerging(safety="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="search to be 'adam' or 'restarts', got 'none'"):
+        DefenseAwareMerging(search="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="delta_steps"):
+        DefenseAwareMerging(delta_steps=0)
     with pytest.raises(ValueError, match="weights of shape"):
         merge(base, task_vectors(base, tuned), [0.1, 0.2])
     with pytest.raises(TypeError, match="alpha"):
