@@ -6,7 +6,7 @@ distances from differences of all pairs at once; and the members of an ensemble 
     python benchmarks/bench_adaptive_mi.py [--rounds 5]
 
 Measured on one thread of a small cloud CPU that did other work too, medians of paired ratios: counting by tuples takes 9 times
-as long (2.6 to 13), the matrix of all pairs 3.1 times, and training one by one 2.5 times (1.8 to 3.2).
+as long (2.6 to 13), the matrix of all pairs 3.1 times, and training one by one 3.4 times (2.9 to 4.3).
 """
 
 from __future__ import annotations

@@ -103,6 +103,36 @@ def test_detection_moves_the_perturbations_alone():
     assert all(delta.abs().max() > 0 for delta in training.deltas)
 
 
+def test_the_search_finds_its_way_back_from_below_the_range():
+    """A perturbation that is negative where every input is 0 changes nothing, and yet has a gradient."""
+    training, _ = state_of(DefenseAwareMerging(**{**SMALL, "delta_lr": 1e-3}))
+    x = [torch.zeros(4, *t.shape[1:]) for t in inputs()]
+    training._start_perturbations(x)
+    for delta in training.deltas:
+        delta.data.fill_(-0.1)
+    training._detect(training.tasks.theta(training.weights, torch.ones_like(training.tasks.base)), x)
+    assert all((delta.detach() != -0.1).any() for delta in training.deltas)
+
+
+def test_restarts_find_stronger_perturbations_than_chance_and_leave_masks_alone():
+    training, x = state_of(DefenseAwareMerging(search="restarts", delta_steps=4, **SMALL))
+    training._start_perturbations(x)
+    theta = training.tasks.theta(training.weights, torch.ones_like(training.tasks.base))
+    before = training.generator.get_state()
+    labels, _ = training._detect(theta, x)
+    found = [d.detach().clone() for d in training.deltas]
+    training._restart()
+    drawn = [d.detach().clone() for d in training.deltas]
+
+    def damage(deltas):
+        logits = training.tasks.logits(theta, training._perturbed(x, deltas))
+        return sum(float(nn.functional.cross_entropy(z, y)) for z, y in zip(logits, labels, strict=True))
+
+    assert damage(found) > damage(drawn)
+    assert not torch.equal(found[0], drawn[0])
+    assert torch.equal(before, training.generator.get_state())
+
+
 def test_each_loss_reaches_its_own_mask():
     training, x = state_of(DefenseAwareMerging(**SMALL))
     reached = []
@@ -120,8 +150,10 @@ def test_each_loss_reaches_its_own_mask():
     assert reached == [[True, False], [False, True]]
 
 
-def test_perturbations_stay_within_their_bound_and_inputs_in_range():
-    training, x = state_of(DefenseAwareMerging(epsilon=0.05, input_range=(-1.0, 3.0), **{**SMALL, "delta_lr": 1.0}))
+@pytest.mark.parametrize("search", ["adam", "restarts"])
+def test_perturbations_stay_within_their_bound_and_inputs_in_range(search):
+    settings = {**SMALL, "delta_lr": 1.0, "search": search, "delta_steps": 3}
+    training, x = state_of(DefenseAwareMerging(epsilon=0.05, input_range=(-1.0, 3.0), **settings))
     for step in range(3):
         training.step(x, step)
     assert all(float(d.detach().abs().max()) <= 0.05 * 4 + 1e-6 for d in training.deltas)
@@ -230,6 +262,10 @@ def test_errors_name_what_is_wrong():
         method.fit(base, tuned, [[], [], []])
     with pytest.raises(ValueError, match="safety"):
         DefenseAwareMerging(safety="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="search to be 'adam' or 'restarts', got 'none'"):
+        DefenseAwareMerging(search="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="delta_steps"):
+        DefenseAwareMerging(delta_steps=0)
     with pytest.raises(ValueError, match="weights of shape"):
         merge(base, task_vectors(base, tuned), [0.1, 0.2])
     with pytest.raises(TypeError, match="alpha"):

@@ -88,6 +88,70 @@ def test_own_orders_and_own_data():
     check_alone(together, alone, list(zip(x, y, strict=True)), sgd, seeds, 7)
 
 
+def chains(n: int = 3) -> list[nn.Sequential]:
+    found: list[nn.Sequential] = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        inner = nn.Sequential(nn.Linear(4, 6, bias=False), nn.PReLU(), nn.Linear(6, 5), nn.ELU())
+        found.append(nn.Sequential(nn.Flatten(), inner, nn.Linear(5, 3)).double())
+    return found
+
+
+class Called(nn.Sequential):
+    """The same chain, whose own forward keeps it from running as one."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("own_data", [True, False])
+@pytest.mark.parametrize("loss", [None, lambda z, y: nn.functional.cross_entropy(z, y)])
+def test_chains_take_the_same_steps_as_other_networks(own_data, loss):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 20, 2, 2, dtype=torch.float64, generator=generator)
+    y = torch.randint(3, (3, 20), generator=generator)
+    y[:, 3] = -100  # a target that cross-entropy passes over
+    x, y = (x, y) if own_data else (x[0], y[0])
+    together, wrapped = chains(), [Called(*net) for net in chains()]
+
+    def penalty(p):
+        return 0.1 * p["2.weight"].square().flatten(1).sum(1)
+
+    settings = {"steps": 10, "lr": 0.05, "optimizer": "adam", "batch_size": 7, "own_data": own_data, "seed": [1, 2, 3]}
+    a = fit_many(together, x, y, loss=loss, penalty=penalty, **settings)
+    b = fit_many(wrapped, x, y, loss=loss, penalty=penalty, **settings)
+    torch.testing.assert_close(a.losses, b.losses, rtol=0, atol=1e-9)
+    for one, other in zip(together, wrapped, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+
+
+def test_a_penalty_acts_like_weight_decay():
+    together, alone = nets(), nets()
+
+    def penalty(p):
+        return 0.05 * torch.stack([v.square().flatten(1).sum(1) for v in p.values()]).sum(0)
+
+    fit_many(together, X, Y, steps=10, lr=0.1, penalty=penalty)
+    fit_many(alone, X, Y, steps=10, lr=0.1, weight_decay=0.1)
+    for one, other in zip(together, alone, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"penalty for each member, shape \(4,\)"):
+        fit_many(nets(), X, Y, steps=1, penalty=lambda p: p["0.weight"].sum())
+
+
+def test_frozen_parameters_stay():
+    together = nets()
+    for net in together:
+        net.get_parameter("0.weight").requires_grad_(False)
+    before = [net.get_parameter("0.weight").clone() for net in together]
+    fit_many(together, X, Y, steps=3, lr=0.1, weight_decay=0.1)
+    assert all(torch.equal(net.get_parameter("0.weight"), w) for net, w in zip(together, before, strict=True))
+    with pytest.raises(ValueError, match="none that require a gradient"):
+        fit_many([net.requires_grad_(False) for net in together], X, Y, steps=1)
+
+
 def test_a_member_that_diverges_leaves_the_others_alone():
     together = [nn.Linear(3, 1) for _ in range(3)]
     alone = copy.deepcopy(together[0])

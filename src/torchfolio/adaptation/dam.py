@@ -33,6 +33,7 @@ from torchfolio.adaptation.merging import (
     initial_weights,
     sum_of,
 )
+from torchfolio.engine.checks import check_positive
 
 __all__ = ["ConcreteMerging", "DefenseAwareMerging"]
 
@@ -50,26 +51,35 @@ class DefenseAwareMerging:
     1. sample the masks;
     2. move $\\lambda$ from $\\lambda^0$ by one gradient step on $\\sum_i H(f_i(x_i))$, the mask held fixed;
     3. move the universal perturbation $\\delta_i$ of every task towards what flips the network's predictions
-       $\\hat y_i$, and clamp it to $\\lVert\\delta_i\\rVert_\\infty \\le \\varepsilon$;
+       $\\hat y_i$, up $\\sum_i \\mathrm{CE}(f_i(x_i + \\delta_i), \\hat y_i)$, and clamp it to
+       $\\lVert\\delta_i\\rVert_\\infty \\le \\varepsilon$;
     4. move $\\varphi_1$ down $L_\\text{perf} = \\sum_i H(f_i(x_i))$, $M_2$ held fixed;
     5. move $\\varphi_2$ down $L_\\text{perf} + \\alpha L_\\text{safe}$, $M_1$ and $\\delta$ held fixed, with
        $L_\\text{safe} = \\sum_i \\mathrm{CE}(f_i(x_i + \\delta_i), \\hat y_i)$.
 
-    Afterwards the mask is fixed and $\\lambda$ may be adapted by least entropy.
+    Afterwards the mask is fixed and $\\lambda$ may be adapted by least entropy. Perturbed inputs are clamped to
+    their range; step 3 passes gradients through that clamp, for a pixel of a black border that a perturbation has
+    once pushed below zero has no gradient and would stay there.
 
     Args:
         safety: $L_\\text{safe}$: `"consistency"` as above, or `"entropy"`, $\\sum_i H(f_i(x_i + \\delta_i))$, which
             the authors' code uses and which mostly makes perturbed predictions confident.
         masks: `"dual"` as in the paper, or `"single"`: one mask that takes both losses, as in the authors' code.
         alpha: weight $\\alpha$ of safety. Large values make a constant network the optimum.
-        epsilon: bound of the perturbation, as a share of the input range.
+        epsilon: bound of the perturbation, as a share of the input range. A trigger that flips no prediction at
+            this strength is not found.
+        search: how step 3 looks for $\\delta$: `"adam"`, one perturbation that starts at zero and follows Adam, as in
+            the authors' code; or `"restarts"`: at every step a uniform draw within the bound and `delta_steps` steps
+            of $2 \\varepsilon$ / `delta_steps` along the gradient's sign. Adam follows the mask into one corner of
+            the ball, and the mask forgets the others; restarts keep showing it new ones.
+        delta_steps: steps of the search at every step of the masks.
         temperature: $T$ of the masks.
         weight: $\\lambda^0$.
         layerwise: one coefficient per task and tensor rather than per task.
         inner_lr: step size on $\\lambda$ in 2; 0 keeps $\\lambda^0$. (The authors' code takes a step of Adam at rate
             1, a jump of one per coefficient.)
         mask_lr: of Adam on the masks' logits; 2e-2 suits small networks.
-        delta_lr: of Adam on the perturbations; likewise.
+        delta_lr: of Adam on the perturbations; likewise. Restarts do without.
         steps: number of steps; the authors take 1000 to 2000 on CLIP, small networks need about 100.
         adapt_steps: steps of the adaptation of $\\lambda$ afterwards; 0 keeps $\\lambda^0$.
         adapt_lr: its learning rate.
@@ -95,6 +105,8 @@ class DefenseAwareMerging:
         masks: Literal["dual", "single"] = "dual",
         alpha: float = 0.1,
         epsilon: float = 0.15,
+        search: Literal["adam", "restarts"] = "adam",
+        delta_steps: int = 1,
         temperature: float = 0.5,
         weight: float = 0.3,
         layerwise: bool = False,
@@ -111,15 +123,18 @@ class DefenseAwareMerging:
     ) -> None:
         _one_of("safety", safety, ("consistency", "entropy"))
         _one_of("masks", masks, ("dual", "single"))
+        _one_of("search", search, ("adam", "restarts"))
         _one_of("eval_mask", eval_mask, ("mean", "sample", "discrete"))
         for name, value in {"alpha": alpha, "epsilon": epsilon, "inner_lr": inner_lr, "steps": steps}.items():
             if not value >= 0:
                 raise ValueError(f"expected {name} >= 0, got {value}")
+        check_positive(delta_steps=delta_steps)
         if not temperature > 0:
             raise ValueError(f"expected temperature > 0, got {temperature}")
         self.safety, self.masks, self.alpha, self.epsilon = safety, masks, alpha, epsilon
         self.temperature, self.weight, self.layerwise, self.inner_lr = temperature, weight, layerwise, inner_lr
         self.mask_lr, self.delta_lr, self.steps = mask_lr, delta_lr, steps
+        self.search, self.delta_steps = search, delta_steps
         self.adapt_steps, self.adapt_lr, self.eval_mask = adapt_steps, adapt_lr, eval_mask
         self.batch_size, self.input_range, self.seed = batch_size, input_range, seed
 
@@ -170,7 +185,8 @@ class ConcreteMerging(DefenseAwareMerging):
     """Concrete subspace merging: the task-shared mask alone, without a search for backdoors.
 
     Args:
-        **settings: those of `DefenseAwareMerging`, except `safety`, `masks`, `alpha`, `epsilon` and `delta_lr`.
+        **settings: those of `DefenseAwareMerging`, except `safety`, `masks`, `alpha` and those of the search: `epsilon`,
+            `search`, `delta_steps` and `delta_lr`.
 
     Reference:
         A. Tang et al., "Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion", 2023,
@@ -178,7 +194,7 @@ class ConcreteMerging(DefenseAwareMerging):
     """
 
     def __init__(self, **settings: object) -> None:
-        fixed = {"safety", "masks", "alpha", "epsilon", "delta_lr"} & set(settings)
+        fixed = {"safety", "masks", "alpha", "epsilon", "search", "delta_steps", "delta_lr"} & set(settings)
         if fixed:
             raise TypeError(f"ConcreteMerging takes no {', '.join(sorted(fixed))}")
         super().__init__(masks="single", alpha=0.0, **settings)  # type: ignore[arg-type]
@@ -194,6 +210,8 @@ class _MaskTraining:
         self.mask_optimizers = [torch.optim.Adam([phi], lr=method.mask_lr) for phi in self.phis]
         self.deltas: list[Tensor] = []
         self.generator = torch.Generator(tasks.base.device).manual_seed(method.seed)
+        # Of its own, so that masks are the same whatever the search draws.
+        self.restarts = torch.Generator(tasks.base.device).manual_seed(method.seed + 1)
 
     def step(self, inputs: list[Tensor], step: int) -> dict[str, float]:
         """Steps 1 to 5 of the algorithm."""
@@ -225,6 +243,10 @@ class _MaskTraining:
         self.deltas = [torch.zeros_like(x[0], requires_grad=True) for x in inputs]
         self.delta_optimizers = [torch.optim.Adam([delta], lr=self.method.delta_lr) for delta in self.deltas]
         self.bounds = [_bounds(self.method.input_range, x) for x in inputs]
+        self.radii = [
+            _like(self.method.epsilon * (1 if low is None or high is None else high - low), delta)
+            for delta, (low, high) in zip(self.deltas, self.bounds, strict=True)
+        ]
 
     def _sample(self, phi: Tensor) -> Tensor:
         u = torch.rand(phi.shape, generator=self.generator, device=phi.device, dtype=phi.dtype)
@@ -245,28 +267,46 @@ class _MaskTraining:
         return (weights - self.method.inner_lr * gradient).detach()
 
     def _detect(self, theta: Tensor, inputs: list[Tensor]) -> tuple[list[Tensor], float]:
-        """Predictions on clean inputs, after a step of the perturbations towards flipping them."""
+        """Predictions on clean inputs, after a search for perturbations that flip them."""
         with torch.no_grad():
             labels = [z.argmax(-1) for z in self.tasks.logits(theta, inputs)]
-        logits = self.tasks.logits(theta, self._perturbed(inputs, self.deltas))
-        loss = -sum_of(F.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True))
-        gradients = torch.autograd.grad(loss, self.deltas)
-        for delta, gradient, optimizer, (low, high) in zip(
-            self.deltas, gradients, self.delta_optimizers, self.bounds, strict=True
-        ):
-            delta.grad = gradient
-            optimizer.step()
-            radius = self.method.epsilon * (1 if low is None or high is None else high - low)
-            with torch.no_grad():
-                delta.copy_(torch.clamp(delta, -_like(radius, delta), _like(radius, delta)))
+        if self.method.search == "restarts":
+            self._restart()
+        logits: list[Tensor] = []
+        for _ in range(self.method.delta_steps):
+            logits = self.tasks.logits(theta, self._perturbed(inputs, self.deltas, through=True))
+            loss = -sum_of(F.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True))
+            self._move(torch.autograd.grad(loss, self.deltas))
         flipped = [(z.argmax(-1) != y).float().mean() for z, y in zip(logits, labels, strict=True)]
         return labels, float(torch.stack(flipped).mean())
 
-    def _perturbed(self, inputs: list[Tensor], deltas: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            torch.clamp(x + d, low, high) if low is not None else x + d
-            for x, d, (low, high) in zip(inputs, deltas, self.bounds, strict=True)
-        ]
+    @torch.no_grad()
+    def _restart(self) -> None:
+        for delta, radius in zip(self.deltas, self.radii, strict=True):
+            u = torch.rand(delta.shape, generator=self.restarts, device=delta.device, dtype=delta.dtype)
+            delta.copy_((2 * u - 1) * radius)
+
+    @torch.no_grad()
+    def _move(self, gradients: Sequence[Tensor]) -> None:
+        """A step of every perturbation against its gradient, back into the bound."""
+        for delta, gradient, optimizer, radius in zip(
+            self.deltas, gradients, self.delta_optimizers, self.radii, strict=True
+        ):
+            if self.method.search == "restarts":
+                delta.sub_(2 * radius / self.method.delta_steps * gradient.sign())
+            else:
+                delta.grad = gradient
+                optimizer.step()
+            delta.copy_(torch.clamp(delta, -radius, radius))
+
+    def _perturbed(self, inputs: list[Tensor], deltas: Sequence[Tensor], through: bool = False) -> list[Tensor]:
+        """Inputs plus perturbations, clamped to their range; with `through`, gradients ignore the clamp."""
+        perturbed = []
+        for x, d, (low, high) in zip(inputs, deltas, self.bounds, strict=True):
+            moved = x + d
+            clamped = moved if low is None else torch.clamp(moved, low, high)
+            perturbed.append(moved + (clamped - moved).detach() if through else clamped)
+        return perturbed
 
     def _loss(
         self, theta: Tensor, inputs: list[Tensor], labels: list[Tensor] | None

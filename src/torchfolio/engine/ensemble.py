@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
 
 from torchfolio.engine.checks import check_data, check_positive
 from torchfolio.engine.loader import TensorBatches
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 Setting = float | Sequence[float] | Tensor
 Stacked = dict[str, Tensor]
+Outputs = Callable[[Stacked, Stacked, Tensor], Tensor]
+
+IGNORED = -100  # the target that cross-entropy passes over
+
+# Layers without parameters that treat every number by itself, so that one call serves all members.
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Identity,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ def fit_many(
     eps: float = 1e-8,
     batch_size: int | None = None,
     loss: Loss | None = None,
+    penalty: Callable[[Stacked], Tensor] | None = None,
     own_data: bool = False,
     seed: int | Sequence[int] = 0,
     record: Callable[[int, Stacked], None] | None = None,
@@ -81,7 +91,9 @@ def fit_many(
     """Train networks of one architecture in one vectorised pass: many seeds or settings, the price of one.
 
     Every member takes the steps that `fit` with `torch.optim.SGD`, `Adam` or `AdamW` would take on it alone,
-    in the same order of batches for the same seed. A member that diverges leaves the others alone.
+    in the same order of batches for the same seed. A member that diverges leaves the others alone. Frozen
+    parameters stay as they are. Chains of linear layers and activations run as batched matrix products, other
+    networks through `torch.func.vmap`, which costs more for each operation.
 
     Args:
         models: networks of equal architecture, trained in place.
@@ -96,17 +108,19 @@ def fit_many(
         eps: of Adam.
         batch_size: examples of a step; all by default.
         loss: criterion with mean reduction; see `Backprop` for the default.
+        penalty: what is added to the losses, `[members]`, as a function of the stacked parameters.
         own_data: `x` and `y` hold a data set for each member along their first axis.
         seed: of the order of batches, as in `fit`; one for each member gives each its own order.
-        record: called with the steps taken and the stacked parameters before every step and after the last.
+        record: called with the steps taken and the stacked parameters before every step and after the last. They
+            change in place with the steps: clone what is kept.
 
     Returns:
         The trained networks and their losses.
 
     Raises:
-        ValueError: on networks that differ, share parameters or hold a batch norm (whose running statistics a
-            vectorised pass cannot keep), on data as in `fit`, or settings of another length than there are
-            members.
+        ValueError: on networks that differ, share parameters, have none to train or hold a batch norm (whose
+            running statistics a vectorised pass cannot keep), on data as in `fit`, on settings of another length
+            than there are members, or on a penalty of another shape.
 
     Example:
         >>> nets = [MLP(2, 2) for _ in range(100)]
@@ -120,37 +134,132 @@ def fit_many(
     if optimizer not in ("sgd", "adam", "adamw"):
         raise ValueError(f"expected optimizer to be 'sgd', 'adam' or 'adamw', got {optimizer!r}")
     rates = [_per_member(v, members, n) for n, v in (("lr", lr), ("momentum", momentum), ("decay", weight_decay))]
-    parameters, buffers = stack_module_state(models)
-    parameters = {name: value.detach() for name, value in parameters.items()}
     batches = _Batches(x, y, batch_size, seed, members, own_data)
-    gradient = _gradient(models[0], loss or default_loss, batches.each)
-    update = _Update(optimizer, parameters, rates, betas, eps)
+    state = _State(models)
+    outputs = _outputs(models[0], members, batches.each)
+    criterion = _criterion(loss, batches.each)
+    update = _Update(optimizer, state.flat, rates, betas, eps)
     losses = []
     with seeded(batches.seeds[0]):  # dropout; the global generators are put back
         for step in range(steps):
             if record is not None:
-                record(step, parameters)
-            gradients, values = gradient(parameters, buffers, *batches.next())
+                record(step, state.parameters)
+            inputs, targets = batches.next()
+            values = criterion(outputs(state.parameters, state.buffers, inputs), targets)
+            if penalty is not None:
+                values = values + _checked_penalty(penalty(state.parameters), members)
             losses.append(values.detach())
-            update(parameters, gradients, step + 1)
+            update(state.flat, state.gradient(values), step + 1)
     if record is not None:
-        record(steps, parameters)
-    with torch.no_grad():
-        for k, model in enumerate(models):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(parameters[name][k])
+        record(steps, state.parameters)
+    state.write(models)
     return EnsembleResult(models, torch.stack(losses))
 
 
-def _gradient(model: nn.Module, criterion: Loss, each: bool) -> Callable[..., tuple[Stacked, Tensor]]:
-    """Gradients and losses of all members, from stacked parameters and buffers and a batch."""
+class _State:
+    """Parameters of all members, `[members, ...]` by name: views of one flat tensor, which an optimizer moves at once."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        parameters, self.buffers = stack_module_state(list(models))
+        self.names = [name for name, p in models[0].named_parameters() if p.requires_grad]
+        if not self.names:
+            raise ValueError("expected networks with parameters to train, got none that require a gradient")
+        trained = [parameters[name].detach() for name in self.names]
+        if len({(p.dtype, p.device) for p in trained}) > 1:
+            raise ValueError("expected parameters of one dtype on one device")
+        self.flat = _flatten(trained)
+        parts = self.flat.split([p[0].numel() for p in trained], dim=1)
+        views = {n: part.view(p.shape) for n, part, p in zip(self.names, parts, trained, strict=True)}
+        self.parameters = {
+            name: views[name].requires_grad_() if name in views else p.detach() for name, p in parameters.items()
+        }
+
+    def gradient(self, losses: Tensor) -> Tensor:
+        """Of every member's loss by its own parameters, flat."""
+        leaves = [self.parameters[name] for name in self.names]
+        # No member's loss depends on another's parameters: the gradient of the sum is that of each.
+        return _flatten(torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True))
+
+    @torch.no_grad()
+    def write(self, models: Sequence[nn.Module]) -> None:
+        """Put the parameters into the networks."""
+        for k, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.parameters[name][k])
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(len(t), -1) for t in tensors], dim=1)
+
+
+def _checked_penalty(value: Tensor, members: int) -> Tensor:
+    if value.shape != (members,):
+        raise ValueError(f"expected a penalty for each member, shape ({members},), got {tuple(value.shape)}")
+    return value
+
+
+def _criterion(loss: Loss | None, each: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Losses of all members from their outputs and the targets."""
+    general = vmap(loss or default_loss, in_dims=(0, 0 if each else None), randomness="different")
+    if loss is not None:
+        return general
+
+    def default(z: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point() or z.dim() < 3:
+            return general(z, y)
+        y = y if each else y.expand(len(z), *y.shape)
+        values = F.cross_entropy(z.flatten(0, 1), y.flatten(0, 1), reduction="none").view(len(z), -1)
+        return values.sum(1) / (y != IGNORED).flatten(1).sum(1)
+
+    return default
+
+
+def _outputs(model: nn.Module, members: int, each: bool) -> Outputs:
+    """Outputs of all members from stacked parameters and buffers and a batch."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    chain = _chain(model, names)
+    if chain is not None:
+
+        def through(values: Stacked, rest: Stacked, x: Tensor) -> Tensor:
+            z = x if each else x.expand(members, *x.shape)
+            for layer in chain:
+                z = layer(values, z)
+            return z
+
+        return through
     base = copy.deepcopy(model).to("meta").train()
 
-    def member_loss(values: Stacked, rest: Stacked, x: Tensor, y: Tensor) -> Tensor:
-        return criterion(functional_call(base, (values, rest), (x,)), y)
+    def of_one(values: Stacked, rest: Stacked, x: Tensor) -> Tensor:
+        return functional_call(base, (values, rest), (x,))
 
-    data = 0 if each else None
-    return vmap(grad_and_value(member_loss), in_dims=(0, 0, data, data), randomness="different")
+    return vmap(of_one, in_dims=(0, 0, 0 if each else None), randomness="different")
+
+
+def _chain(model: nn.Module, names: dict[int, str]) -> list[Callable[[Stacked, Tensor], Tensor]] | None:
+    """The layers of a network as functions of all members' parameters and inputs `[members, N, ...]`, if all can be."""
+    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+        return None
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        parts = [_chain(child, names) for child in model]
+        return None if any(p is None for p in parts) else [layer for p in parts if p is not None for layer in p]
+    if type(model) is nn.Linear:
+        weight, bias = names[id(model.weight)], None if model.bias is None else names[id(model.bias)]
+        return [lambda values, z: _linear(z, values[weight], None if bias is None else values[bias])]
+    if type(model) is nn.PReLU and model.num_parameters == 1:
+        slope = names[id(model.weight)]
+        return [lambda values, z: torch.where(z > 0, z, values[slope].view(-1, *[1] * (z.dim() - 1)) * z)]
+    if type(model) is nn.Flatten and (model.start_dim, model.end_dim) == (1, -1):
+        return [lambda _, z: z.flatten(2)]
+    if type(model) in ELEMENTWISE and not getattr(model, "inplace", False):
+        return [lambda _, z: model(z)]
+    return None
+
+
+def _linear(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[members, N, ..., in]` by `[members, out, in]`."""
+    rows = z.flatten(1, -2) if z.dim() > 3 else z
+    product = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return product.view(*z.shape[:-1], -1)
 
 
 class _Batches:
@@ -196,40 +305,37 @@ class _Batches:
 
 
 class _Update:
-    """The optimizer's rule on stacked parameters.
+    """The optimizer's rule on parameters `[members, count]`.
 
     Reference:
         The algorithms in the documentation of `torch.optim.SGD`, `Adam` and `AdamW`.
     """
 
     def __init__(
-        self, kind: str, parameters: Stacked, rates: Sequence[Tensor], betas: tuple[float, float], eps: float
+        self, kind: str, parameters: Tensor, rates: Sequence[Tensor], betas: tuple[float, float], eps: float
     ) -> None:
         self.kind, self.betas, self.eps = kind, betas, eps
-        self.lr, self.momentum, self.decay = rates
-        self.first = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        self.second = {} if kind == "sgd" else {k: torch.zeros_like(v) for k, v in parameters.items()}
+        self.lr, self.momentum, self.decay = (rate.to(parameters)[:, None] for rate in rates)
+        self.decays = bool((self.decay != 0).any())
+        self.first = torch.zeros_like(parameters)
+        self.second = torch.zeros_like(parameters) if kind != "sgd" else parameters.new_empty(0)
 
     @torch.no_grad()
-    def __call__(self, parameters: Stacked, gradients: Stacked, step: int) -> None:
-        for name, p in parameters.items():
-            shape = (-1, *[1] * (p.dim() - 1))
-            lr, momentum, decay = (rate.to(p).view(shape) for rate in (self.lr, self.momentum, self.decay))
-            g = gradients[name]
-            if self.kind == "adamw":
-                p.mul_(1 - lr * decay)
-            else:
-                g = g + decay * p
-            if self.kind == "sgd":
-                # torch's SGD starts its buffer at the first gradient, which a buffer of zeros does too.
-                p.sub_(lr * self.first[name].mul_(momentum).add_(g))
-            else:
-                p.sub_(lr * self._direction(name, g, step))
+    def __call__(self, parameters: Tensor, gradient: Tensor, step: int) -> None:
+        if self.kind == "adamw":
+            parameters.mul_(1 - self.lr * self.decay)
+        elif self.decays:
+            gradient = gradient + self.decay * parameters
+        if self.kind == "sgd":
+            # torch's SGD starts its buffer at the first gradient, which a buffer of zeros does too.
+            parameters.sub_(self.lr * self.first.mul_(self.momentum).add_(gradient))
+        else:
+            parameters.sub_(self.lr * self._direction(gradient, step))
 
-    def _direction(self, name: str, g: Tensor, step: int) -> Tensor:
+    def _direction(self, g: Tensor, step: int) -> Tensor:
         one, two = self.betas
-        first = self.first[name].lerp_(g, 1 - one)
-        second = self.second[name].mul_(two).addcmul_(g, g, value=1 - two)
+        first = self.first.lerp_(g, 1 - one)
+        second = self.second.mul_(two).addcmul_(g, g, value=1 - two)
         return first / (1 - one**step) / (second / (1 - two**step)).sqrt_().add_(self.eps)
 
 

@@ -48,8 +48,9 @@ class Settings:
         weight: the coefficient of every task vector.
         steps: of mask training.
         alpha: weight of safety.
-        rate: learning rate of masks and perturbations.
-        epsilon: bound of the perturbations.
+        rate: learning rate of the masks.
+        epsilon: bound of the perturbations. A patch of a strength below 0.3 flips hardly any prediction.
+        delta_steps: steps of the search for perturbations, which starts anew at every step of the masks.
         batch_size: of every training.
         extra: also measure the entropy form of safety, plain averages and AdaMerging.
     """
@@ -72,7 +73,8 @@ class Settings:
     steps: int = 120
     alpha: float = 0.05
     rate: float = 2e-2
-    epsilon: float = 0.15
+    epsilon: float = 0.3
+    delta_steps: int = 4
     batch_size: int = 32
     extra: bool = True
 
@@ -133,7 +135,8 @@ def run(run: Run[Settings]) -> None:
     own = {
         "alpha": settings.alpha,
         "epsilon": settings.epsilon,
-        "delta_lr": settings.rate,
+        "search": "restarts",
+        "delta_steps": settings.delta_steps,
         **_common(settings, run.seed),
     }
     single = {**own, "masks": "single", "inner_lr": 0.0}
