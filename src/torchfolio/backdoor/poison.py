@@ -85,7 +85,8 @@ class PoisonedDataset(Dataset):
             if self.is_cover.any():
                 cover = self.is_cover[rows]
                 made[cover] = _triggered(self.base, self.source_index[rows][cover], self.cover_trigger, cover[cover])
-            self._block = (255 * made).round() / 255 if self.info["quantize"] else made
+            # In place: the images were copied from the base.
+            self._block = made.mul_(255).round_().div_(255) if self.info["quantize"] else made
         return self._block
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -359,7 +360,7 @@ def _labels(dataset: Base) -> np.ndarray:
 
 
 def _images(dataset: Base, index: np.ndarray) -> Tensor:
-    """Images of some samples, `[len(index), C, H, W]`."""
+    """Images of some samples, a copy `[len(index), C, H, W]`."""
     pair = tensors_of(dataset)
     if pair is not None:
         return pair[0][torch.from_numpy(index)]
@@ -372,9 +373,13 @@ def _triggered(base: Base, index: np.ndarray, trigger: ImageMap | None, which: n
     x = _images(base, index)
     rows = torch.from_numpy(which)
     if trigger is not None and rows.any():
-        x = x.clone()
         keys = torch.from_numpy(index)[rows]
-        x[rows] = trigger(x[rows], index=keys).to(x.dtype) if isinstance(trigger, Trigger) else trigger(x[rows])
+        part = x if rows.all() else x[rows]
+        made = trigger(part, index=keys) if isinstance(trigger, Trigger) else trigger(part)
+        if part is x:
+            x.copy_(made)
+        else:
+            x[rows] = made.to(x.dtype)
     return x
 
 
