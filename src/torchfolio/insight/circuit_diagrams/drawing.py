@@ -143,7 +143,7 @@ class Drawing:
         Example:
             >>> both = ncd("y k, x k -> y x") * op.identity("x l") @ ncd("y x, x l -> y l")
             >>> both.drawing(y=512, x=512, k=8, l=8).contraction_orders()[0].order
-            ('x k, x l -> k l', 'k y, k l -> l y')
+            ('k x, l x -> k l', 'k y, k l -> l y')
         """
         return contraction_orders(self.graph, axis_symbols(assemble(self.graph, "")))
 
