@@ -80,8 +80,7 @@ class Rows:
             if rank[lower] <= rank[upper] and _reaches(after, lower, upper):
                 continue
             after[upper].append(lower)
-            if rank[lower] <= rank[upper]:
-                rank = _ranks(after)
+            _raise(rank, after, lower, rank[upper] + 1)
             taken.append((upper, lower, gap))
         return taken
 
@@ -102,6 +101,16 @@ def _ranks(after: list[list[int]]) -> list[int]:
             if not incoming[f]:
                 ready.append(f)
     return rank
+
+
+def _raise(rank: list[int], after: list[list[int]], node: int, least: int) -> None:
+    """Put a node at a rank or beyond, and what follows it further on."""
+    stack = [(node, least)]
+    while stack:
+        node, least = stack.pop()
+        if rank[node] < least:
+            rank[node] = least
+            stack += [(f, least + 1) for f in after[node]]
 
 
 def _reaches(after: list[list[int]], start: int, goal: int) -> bool:
