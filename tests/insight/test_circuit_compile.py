@@ -11,20 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.insight.test_circuit_diagrams import Of
 from torchfolio.errors import TorchfolioError
 from torchfolio.insight.circuit_diagrams import draw
 from torchfolio.models import MLP, BasicBlock, UNet, ViT
-
-
-class Of(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors):
-        return self.function(*tensors)
 
 
 class Causal(nn.Module):

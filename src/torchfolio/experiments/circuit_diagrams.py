@@ -289,7 +289,7 @@ def _round_trip(net: nn.Module, drawing: Drawing, inputs: Sequence[Sequence[tupl
     """Largest differences of a module and what was made of its drawing: of the first sizes, of others, and of the source."""
     back, space = drawing.to_module(), dict[str, Any]()
     exec(drawing.to_source("f"), space)
-    weights = {"weights": net.state_dict()} if back._names else {}
+    weights = {"weights": net.state_dict()} if "weights[" in back.source else {}
     same = other = source = 0.0
     with torch.no_grad():
         for row in inputs:

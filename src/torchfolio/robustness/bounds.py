@@ -36,6 +36,7 @@ __all__ = [
     "linear_bounds",
     "matrix_of",
     "optimised_bounds",
+    "row_bounds",
 ]
 
 KNOWN = (
@@ -289,6 +290,14 @@ def crown(
         raise ValueError(f"expected intermediate to be 'crown' or 'ibp', got {intermediate!r}")
     layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
     ranges, terms = activation_ranges(layers, box, intermediate, verifier, rounding)
+    return row_bounds(layers, box, prop, ranges, terms, alpha_steps, rounding)
+
+
+def row_bounds(
+    layers: Layers, box: Box, prop: Property, ranges: dict[int, Range], terms: dict[int, Tensor], alpha_steps: int,
+    rounding: float,
+) -> Bounds:  # fmt: skip
+    """Bounds of a property's rows from those of the inputs of activations; see `crown` and `activation_ranges`."""
     C, t = prop.C.to(box.lower), prop.t.to(box.lower)
     start = C.view(1, len(C), *layers.outputs)
     lower, coefficients, scale = linear_bounds(layers, len(layers.parts), start, ranges, box, terms=terms)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import Layers, Range, activation_ranges, linear_bounds, matrix_of, optimised_bounds
+from torchfolio.robustness.bounds import Layers, Range, activation_ranges, linear_bounds, matrix_of, row_bounds
 from torchfolio.robustness.properties import Box, Property, Verdict
 from torchfolio.robustness.verifiers import Crown, searched
 
@@ -84,7 +84,7 @@ class ReluSplit(Crown):
         with torch.no_grad():
             ranges, terms = activation_ranges(layers, box, self.intermediate, self, self.rounding)
         seen = 1
-        lower = self._whole(layers, prop, ranges, terms, box)
+        lower = row_bounds(layers, box, prop, ranges, terms, self.alpha_steps, self.rounding).lower
         values = prop.by_group(lower)[0]
         for group in values.argsort().tolist():  # what is hardest is asked first
             if values[group] > 0:
@@ -100,20 +100,6 @@ class ReluSplit(Crown):
                     witness = None
                 return Verdict("unknown" if witness is None else "falsified", witness, boxes=seen)
         return Verdict("verified", boxes=seen)
-
-    def _whole(
-        self, layers: Layers, prop: Property, ranges: dict[int, Range], terms: dict[int, Tensor], box: Box
-    ) -> Tensor:
-        """Bounds of the rows on the whole box, with optimised slopes."""
-        C, t = prop.C.to(box.lower), prop.t.to(box.lower)
-        start = C.view(1, len(C), *layers.outputs)
-        with torch.no_grad():
-            lower, _, scale = linear_bounds(layers, len(layers.parts), start, ranges, box, terms=terms)
-        lower = lower - self.rounding * (scale + t.abs())
-        tuned = optimised_bounds(layers, start, ranges, box, self.alpha_steps, terms) if self.alpha_steps else None
-        if tuned is not None:
-            lower = torch.maximum(lower, tuned[0] - self.rounding * (tuned[2] + t.abs()))
-        return lower - t
 
 
 @dataclass

@@ -143,14 +143,15 @@ class Expression(nn.Module, ABC):
         Raises:
             SignatureError: if an axis has two sizes.
         """
-        b = Building(self, {})
-        for name, size in sizes.items():
-            b.sizes[name] = size
+        return self._built(sizes).graph
+
+    def _built(self, sizes: Mapping[str, int]) -> Building:
+        b = Building(self, sizes)
         b.graph.inputs = [b.tensor(axes) for axes in self.inputs]
         b.graph.outputs = self.build(b, self.inputs, [Value(list(v.axes), v) for v in b.graph.inputs])
         b.graph.size = [b.sizes.get(n, z) if n else z for n, z in zip(b.graph.name, b.graph.size, strict=True)]
         b.graph.settle()
-        return b.graph
+        return b
 
     def forward(self, *tensors: Tensor) -> Any:
         if len(tensors) != len(self.inputs):
@@ -222,13 +223,11 @@ class Expression(nn.Module, ABC):
         from torchfolio.insight.circuit_diagrams.assembly import assemble
         from torchfolio.insight.circuit_diagrams.drawing import Drawing
 
-        b = Building(self, sizes)
-        self.build(b, self.inputs, [b.tensor(axes) for axes in self.inputs])
+        b = self._built(sizes)
         missing = [a for a in b.axes if a not in b.sizes]
         if missing:
             raise SignatureError(f"the axis {missing[0]} has no size; give it: drawing({missing[0]}=...)")
-        graph = self.graph(**b.sizes)
-        return Drawing(assemble(graph, self.signature()), graph=graph)
+        return Drawing(assemble(b.graph, self.signature()), graph=b.graph)
 
     def backward(self, **sizes: int) -> BackwardDrawing:
         """The backward pass by the rules of the operations, as a drawing that runs without autograd."""

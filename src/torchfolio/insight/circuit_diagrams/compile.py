@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -53,9 +52,7 @@ class _Writer:
         self.used: set[str] = set()
         self.held: dict[int, str] = {}
         self.maker = {id(o): step for step in graph.constants for o in step.outputs}
-        self.members: dict[int, list[int]] = defaultdict(list)
-        for axis in range(len(graph.parent)):
-            self.members[graph.find(axis)].append(axis)
+        self.members = graph.members()
 
     # -- the whole
 
@@ -76,7 +73,7 @@ class _Writer:
         for step in self.graph.constants:
             if step.params.get("effect"):
                 self._statement(step)
-        for step in _needed(self.graph, outputs):
+        for step in self.graph.alive(outputs):
             self._statement(step)
         results = [self.name(v) for v in outputs]
         weights = bool(self.graph.weights) and any("weights[" in line for line in [*self.lines, *results])
@@ -225,24 +222,6 @@ class _Writer:
             return None
         left, right = (["".join(letters[a] for a in t or []) for t in side] for side in (terms, [made]))
         return f"torch.einsum({','.join(left) + '->' + right[0]!r}, {', '.join(map(self.name, operands))})"
-
-
-def _needed(graph: Graph, outputs: Sequence[Value]) -> list[Draft]:
-    """The operations that outputs depend on."""
-    wanted, kept = {id(v.root) for v in outputs}, []
-    made = {id(o) for s in graph.steps for o in s.outputs}
-
-    def tensor(value: Value) -> int:
-        while id(value) not in made and value.origin is not None:
-            value = value.origin
-        return id(value)
-
-    wanted = {tensor(v) for v in outputs}
-    for step in reversed(graph.steps):
-        if any(id(o) in wanted for o in step.outputs):
-            kept.append(step)
-            wanted |= {tensor(v) for v in step.inputs}
-    return kept[::-1]
 
 
 def _product(parts: Sequence[str | int]) -> str | int:

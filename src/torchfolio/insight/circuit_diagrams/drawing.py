@@ -215,6 +215,14 @@ class BackwardDrawing(Drawing):
     pullback: Pullback = field(default_factory=lambda: Pullback(Graph(), [], [], []), repr=False)
     forward: Graph = field(default_factory=Graph, repr=False)
 
+    @cached_property
+    def _passes(self) -> tuple[CircuitModule | None, CircuitModule]:
+        """What gives the saved tensors, if there are any, and what takes them."""
+        if not self.pullback.saved:
+            return None, self.to_module()
+        graph, source = self.forward, source_of(self.forward, "forward", outputs=self.pullback.saved)
+        return CircuitModule(source, "forward", graph.weights, graph.saved, graph.functions), self.to_module()
+
     def gradients(
         self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
@@ -237,13 +245,10 @@ class BackwardDrawing(Drawing):
             if len(given) != len(wanted):
                 raise ValueError(f"expected {len(wanted)} {what}, got {len(given)}")
         with torch.no_grad():
-            saved = ()
-            if self.pullback.saved:
-                before = source_of(self.forward, "forward", outputs=self.pullback.saved)
-                graph = self.forward
-                saved = CircuitModule(before, "forward", graph.weights, graph.saved, graph.functions)(*inputs)
-                saved = (saved,) if isinstance(saved, Tensor) else saved
-            found = self.to_module()(*saved, *cotangents)
+            first, second = self._passes
+            saved = () if first is None else first(*inputs)
+            saved = (saved,) if isinstance(saved, Tensor) else saved
+            found = second(*saved, *cotangents)
         found = (found,) if isinstance(found, Tensor) else found
         own: list[Tensor | None] = [None] * len(inputs)
         for place, cotangent in zip(self.pullback.inputs, found, strict=False):

@@ -244,9 +244,16 @@ class Graph:
         """The axes of a tensor that are drawn: those of length one are not."""
         return [self.find(a) for a in value.axes if self.size[a] != 1]
 
-    def alive(self) -> list[Draft]:
-        """The operations that an output depends on."""
-        wanted = {id(v.root) for v in self.outputs}
+    def members(self) -> dict[int, list[int]]:
+        """All identities that came to be one axis, by the one that stands for them."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for axis in range(len(self.parent)):
+            found[self.find(axis)].append(axis)
+        return found
+
+    def alive(self, outputs: Sequence[Value] | None = None) -> list[Draft]:
+        """The operations that some tensors depend on, the outputs by default."""
+        wanted = {id(v.root) for v in (self.outputs if outputs is None else outputs)}
         kept = []
         for step in reversed(self.steps):
             if any(id(o) in wanted for o in step.outputs):

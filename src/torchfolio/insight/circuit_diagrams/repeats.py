@@ -68,11 +68,7 @@ class _Folding:
                 continue
             period, count = found
             first = items[start : start + period]
-            copies = [
-                [s for item in items[start + c * period : start + (c + 1) * period] for s in item.steps]
-                for c in range(count)
-            ]
-            self._fold(copies, depth, first)
+            self._fold(_copies(items, start, period, count), depth, first)
             del items[start + period : start + count * period]
             start += period
         for item in items:
@@ -118,11 +114,7 @@ class _Folding:
                 count += 1
             if count < self.least or (best is not None and count * period <= best[0] * best[1]):
                 continue
-            copies = [
-                [s for item in items[start + c * period : start + (c + 1) * period] for s in item.steps]
-                for c in range(count)
-            ]
-            if self._chained(copies):
+            if self._chained(_copies(items, start, period, count)):
                 best = period, count
         return best
 
@@ -181,3 +173,9 @@ class _Folding:
         self.repeats[path] = len(copies)
         for step in copies[0]:
             step.times *= len(copies)
+
+
+def _copies(items: Sequence[_Item], start: int, period: int, count: int) -> list[list[Draft]]:
+    """The steps of so many parts of so many items each, which follow each other."""
+    places = [start + c * period for c in range(count)]
+    return [[s for item in items[at : at + period] for s in item.steps] for at in places]

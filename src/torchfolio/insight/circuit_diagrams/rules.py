@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor as TorchTensor
 
+from torchfolio.insight.circuit_diagrams.compile import OPERATORS
 from torchfolio.insight.circuit_diagrams.graph import Value, hint
 
 if TYPE_CHECKING:
@@ -372,8 +373,6 @@ KINDS = ("linear", "embedding", "einsum", "softmax", "split", "index", "copy", "
          "conv", "concat", "reduce", "binary", "elementwise", "dropout", "block", "save", "load", "constant")  # fmt: skip
 """Operations that are known by their axes, or have a sign of their own."""
 
-OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-
 
 def _operands(code: str) -> list[str]:
     """The two arguments in `f(a, b)`."""
@@ -702,11 +701,9 @@ def _unknown(r: Reader, node: Any, name: str, sources: Sequence[Value] | None = 
         outputs.append(Value(twins))
     core = [a for s in sources for a in s.axes] + [a for o in outputs for a in o.axes]
     writing = call(r, node)
-    if len(sources) != writing.pop("count", len(sources)):
-        writing = {}
     # A box by another name than that of an operation whose axes are known.
     kind = f"torch.{name}" if name in KINDS else name
-    r.add(kind, sources, outputs, core, learned=_learned(writing.get("weights", [])), **writing)
+    r.add(kind, sources, outputs, core, learned=_learned(writing["weights"]), **writing)
     return outputs if several else outputs[0]
 
 

@@ -91,9 +91,7 @@ class _Chain:
         graph.outputs = [v for i in inputs if (v := self.total(forward.inputs[i])) is not None]
         for step in reversed(forward.constants):
             found = [self.total(o) for o in step.outputs]
-            if any(g is not None for g in found) and any(
-                w.root.learned or id(w.root) in self.trained for w in step.weights
-            ):
+            if any(g is not None for g in found) and any(self.trains(w) for w in step.weights):
                 _any(self, step, found)
         weights: dict[str, Value] = {}
         for value in self._weights():
@@ -110,8 +108,12 @@ class _Chain:
         graph.settle(apart=True)
         return Pullback(graph, [origin for origin, _ in kept], inputs, list(weights))
 
+    def trains(self, weight: Value) -> bool:
+        """Whether a weight is trained, or is a constant that depends on one that is."""
+        return weight.root.learned or id(weight.root) in self.trained
+
     def _wanted(self, step: Draft) -> bool:
-        return any(not v.root.whole for v in step.inputs) or any(w.root.learned for w in step.weights)
+        return any(not v.root.whole for v in step.inputs) or any(self.trains(w) for w in step.weights)
 
     def _weights(self) -> list[Value]:
         steps = [*self.forward.steps, *self.forward.constants]
@@ -200,18 +202,18 @@ class _Chain:
         for value in [*forward.inputs, *(o for s in forward.steps for o in s.outputs)]:
             for axis in value.axes:
                 holders.setdefault(graph.find(axis), value)
+        members = graph.members()
         given = {a for v in [own for _, own in self.kept.values()] + forward.outputs for a in self.find(v.axes)}
 
         def look(axis: int, depth: int = 0) -> None:
             root = graph.find(axis)
-            members = [m for m in range(len(graph.parent)) if graph.find(m) == root]
-            if root in given or graph.size[axis] == 1 or any(m in graph.stated for m in members) or depth > 8:
+            if root in given or graph.size[axis] == 1 or any(m in graph.stated for m in members[root]) or depth > 8:
                 return
             if root in graph.factors:
                 for factor in graph.factors[root]:
                     look(factor, depth + 1)
                 return
-            older = [graph.twins[m] for m in members if m in graph.twins and graph.find(graph.twins[m]) < root]
+            older = [graph.twins[m] for m in members[root] if m in graph.twins and graph.find(graph.twins[m]) < root]
             if older:
                 look(older[0], depth + 1)
             elif root in holders:
@@ -256,7 +258,7 @@ def _any(c: _Chain, step: Draft, found: list[Value | None]) -> None:
     if not step.code:
         raise TorchfolioError(f"there is no rule for the backward pass of {step.kind!r}")
     inputs = [v for v in step.inputs if not v.root.whole]
-    weights = [w for w in step.weights if w.root.learned or id(w.root) in c.trained]
+    weights = [w for w in step.weights if c.trains(w)]
     free = {f"{{{i}}}": f"v{i}" for i, v in enumerate(step.inputs) if not v.root.whole}
     free |= {f"{{w{j}}}": f"u{j}" for j, w in enumerate(step.weights) if any(w is x for x in weights)}
     inner = re.sub(r"\{w?\d+\}", lambda m: free.get(m[0], m[0]), step.pure or step.code)
@@ -301,9 +303,9 @@ def _linear(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
         back = c.add("linear", [made], source.axes, core, weights=[Value(list(weight.axes), weight)], learned=True,
                      name=f"{step.params.get('name', '')}T")  # fmt: skip
         c.push(source, back)
-    if weight.root.learned or id(weight.root) in c.trained:
+    if c.trains(weight):
         c.push(weight, c.contract([made, c.saved(source)], weight.axes))
-    if bias and (bias[0].root.learned or id(bias[0].root) in c.trained):
+    if bias and c.trains(bias[0]):
         c.push(bias[0], c.contract([made], bias[0].axes))
 
 
@@ -316,7 +318,7 @@ def _elementwise(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
         if others:
             return False
         c.push(source, c.contract([made], source.axes))
-        if weight.root.learned or id(weight.root) in c.trained:
+        if c.trains(weight):
             c.push(weight, c.contract([made], weight.axes))
         return None
     if step.weights or not same:
@@ -438,12 +440,12 @@ def _conv(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
         back = c.add("conv", [made], source.axes, step.core, weights=[weight], code=code, sizes=sizes, learned=True,
                      transposed=not transposed, bias=False, name="T", **more)  # fmt: skip
         c.push(source, back)
-    if weight.root.learned or id(weight.root) in c.trained:
+    if c.trains(weight):
         pair = [made, c.saved(source)] if transposed else [c.saved(source), made]
         code = f"torch.nn.grad.conv{dims}d_weight({{0}}, {{w0}}.shape, {{1}}, {how})"
         core = [*step.core, *made.axes, *source.axes, *weight.axes]
         c.push(weight, c.add("conv weight", pair, weight.axes, core, weights=[weight], code=code, text="★ᵀ", **shared))
-    if bias and bias[0].root.learned:
+    if bias and c.trains(bias[0]):
         c.push(bias[0], c.contract([made], [made.axes[1]]))
     return None
 
@@ -461,13 +463,8 @@ def _reduce(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
     return None
 
 
-def _silent(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
-    """A tag: `_any` knows a cast and a detachment."""
-    return False
-
-
 RULES: dict[str, Rule] = {
     "einsum": _einsum, "linear": _linear, "elementwise": _elementwise, "binary": _binary, "softmax": _softmax,
     "transpose": _transpose, "view": _reshape, "reshape": _reshape, "concat": _concat, "split": _split, "conv": _conv,
-    "reduce": _reduce, "dropout": _silent,
+    "reduce": _reduce,
 }  # fmt: skip
