@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 from torchfolio import catalog
 
 RECORDED = Path(__file__).parent / "outcomes"
+EXAMPLES = Path(__file__).parent / "examples"
 
 
 def on_files(files: Files, config) -> Files:
@@ -37,11 +38,21 @@ def _page(paper: catalog.Paper) -> str:
     links += [f"[official code]({paper.code.url})"] if paper.code else []
     lines += ["", " · ".join(links), "", paper.summary, ""]
     if paper.is_in:
-        lines += ["```bash", f"torchfolio run {paper.slug}", "```", ""]
+        lines += _example(paper)
+        lines += ["Its claims, measured on your machine:", "", "```bash", f"torchfolio run {paper.slug}", "```", ""]
     lines += ["## Claims", "", *_claims(paper)]
     if paper.is_in:
         lines += ["", "## Reference", "", f"::: {paper.module}", ""]
     return "\n".join(lines)
+
+
+def _example(paper: catalog.Paper) -> list[str]:
+    """A script that runs as it stands, on data and a network of its own."""
+    path = EXAMPLES / f"{paper.slug}.py"
+    if not path.is_file():
+        return []
+    title, _, code = path.read_text(encoding="utf-8").partition("\n")
+    return ["## Start here", "", title.strip('"'), "", "```python", code.strip(), "```", ""]
 
 
 def _claims(paper: catalog.Paper) -> list[str]:

@@ -7,7 +7,14 @@
 """
 
 from torchfolio.backdoor.labels import X2X, AllToAll, AllToOne, CleanLabel, LabelMap
+from torchfolio.backdoor.metrics import attack_metrics, auroc, filter_metrics, threshold_at_fpr, tpr_at_fpr
 from torchfolio.backdoor.poison import PoisonedDataset, poison, poisoned_test
+from torchfolio.backdoor.protocol import (
+    evaluate_attack,
+    evaluate_defense,
+    evaluate_input_detector,
+    evaluate_model_detector,
+)
 from torchfolio.backdoor.triggers import (
     AdditiveTrigger,
     BlendTrigger,
@@ -34,6 +41,15 @@ __all__ = [
     "TokenTrigger",
     "Trigger",
     "WarpTrigger",
+    "attack_metrics",
+    "auroc",
+    "evaluate_attack",
+    "evaluate_defense",
+    "evaluate_input_detector",
+    "evaluate_model_detector",
+    "filter_metrics",
     "poison",
     "poisoned_test",
+    "threshold_at_fpr",
+    "tpr_at_fpr",
 ]

@@ -12,3 +12,30 @@ activations. The parts, one module each:
 - `nets`: small reference networks.
 - `bptt`: backpropagation through time, the rule that others are measured against.
 """
+
+from torchfolio.spiking.conversion import to_spiking
+from torchfolio.spiking.encoders import frames, latency, poisson, repeat
+from torchfolio.spiking.neurons import IF, LIF
+from torchfolio.spiking.sequence import Unrolled, multi_step, run_sequence
+from torchfolio.spiking.state import SequenceDropout, detach_state, reset_state
+from torchfolio.spiking.surrogates import ATan, Rectangle, Sigmoid, Triangle
+
+__all__ = [
+    "IF",
+    "LIF",
+    "ATan",
+    "Rectangle",
+    "SequenceDropout",
+    "Sigmoid",
+    "Triangle",
+    "Unrolled",
+    "detach_state",
+    "frames",
+    "latency",
+    "multi_step",
+    "poisson",
+    "repeat",
+    "reset_state",
+    "run_sequence",
+    "to_spiking",
+]

@@ -22,6 +22,7 @@ class Convergence:
         solver: its name, for messages.
         tol: relative tolerance; a residual $r$ of scale $c$ is within it when $r \\le \\mathrm{tol}\\,(1 + c)$.
         max_iter: most iterations.
+        advice: what else may help, by the name of the residual that is left, for the warning.
 
     Attributes:
         converged: whether the residuals met the tolerance.
@@ -41,7 +42,7 @@ class Convergence:
         (True, 10)
     """
 
-    def __init__(self, solver: str, *, tol: float, max_iter: int) -> None:
+    def __init__(self, solver: str, *, tol: float, max_iter: int, advice: Mapping[str, str] | None = None) -> None:
         if not tol >= 0:
             raise ValueError(f"expected tol to be at least 0, got {tol!r}")
         if max_iter < 1:
@@ -51,7 +52,8 @@ class Convergence:
         self.max_iter = max_iter
         self.converged = False
         self.rows: list[dict[str, float]] = []
-        self._excess = ""
+        self.advice = advice or {}
+        self._excess: dict[str, str] = {}
 
     @property
     def n_iter(self) -> int:
@@ -62,9 +64,10 @@ class Convergence:
             yield iteration
             if self.converged:
                 return
+        hints = ["raise max_iter or tol", *(self.advice[name] for name in self._excess if name in self.advice)]
         warnings.warn(
-            f"{self.solver} stopped at max_iter={self.max_iter} with {self._excess}; raise max_iter or tol, or scale "
-            "the features so that examples have a norm of about 1",
+            f"{self.solver} stopped at max_iter={self.max_iter} with {' and '.join(self._excess.values())}; "
+            f"{', '.join(hints)}, or scale the features so that examples have a norm of about 1",
             ConvergenceWarning,
             stacklevel=3,
         )
@@ -77,15 +80,14 @@ class Convergence:
             **values: further numbers to keep.
         """
         self.rows.append({**{name: value for name, (value, _) in residuals.items()}, **values})
-        excess = []
+        self._excess = {}
         for name, (value, scale) in residuals.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} residual of {self.solver} is {value} at iteration {self.n_iter}")
             limit = self.tol * (1 + scale)
             if value > limit:
-                excess.append(f"a {name} residual of {value:.2g} (allowed {limit:.2g})")
-        self._excess = " and ".join(excess)
-        self.converged = not excess
+                self._excess[name] = f"a {name} residual of {value:.2g} (allowed {limit:.2g})"
+        self.converged = not self._excess
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each iteration (index `iteration`, from 1), a column for each number recorded."""

@@ -112,7 +112,7 @@ def admm(
     # G's transpose of the slacks and of their dual; the latter follows by recursion without touching n-vectors.
     Gs, Gnu = (E * s) @ X, (E * nu) @ X
     pace = 1.0 if gamma is None else gamma / rho
-    progress = Convergence("ADMM", tol=tol, max_iter=max_iter)
+    progress = Convergence("ADMM", tol=tol, max_iter=max_iter, advice={"dual": "lower rho", "primal": "raise rho"})
     for k in progress:
         u, Xu = step(v - lam + Gs - Gnu)
         Gu = E * Xu
