@@ -170,6 +170,8 @@ def test_bad_settings_are_refused(victim):
         BaDExpert(score="hexagon")  # pyright: ignore
     with pytest.raises(ValueError, match="fpr"):
         BaDExpert(fpr=0.0)
+    with pytest.raises(ValueError, match="finetune_batch"):
+        BaDExpert(finetune_batch=0)
     with pytest.raises(ValueError, match="mislabel"):
         BaDExpert(mislabel="swap")  # pyright: ignore
     with pytest.raises(ValueError, match="nothing to unlearn"):
@@ -190,3 +192,14 @@ def test_weak_and_strong_unlearning_and_small_calibration_warn(victim):
         detector(unlearn_lr=0.1, check_every=5, score="expert").fit(net, clean)
     with pytest.warns(UserWarning, match="cannot tell"):
         detector(fpr=0.001, score="expert").fit(net, clean)
+
+
+def test_batches_of_few_examples_make_as_many_steps_as_the_authors():
+    from torchfolio.backdoor.badexpert import _batch
+
+    assert _batch("auto", 1400, 11, 128) == 127
+    assert _batch("auto", 350, 11, 128) == 32
+    assert _batch("auto", 350, 22, 64) == 16
+    assert _batch("auto", 100_000, 22, 64) == 64
+    assert _batch("auto", 10, 22, 64) == 10
+    assert _batch(48, 350, 22, 64) == 48

@@ -108,7 +108,8 @@ class BaDExpert:
             large and it forgets the backdoor; the stop makes it less so. The authors take 8e-5 for VGG, 5e-5 for
             MobileNetV2, 1e-6 for ViT. `"auto"` begins at 1e-6 and goes up in steps of about 3 to the first rate at
             which the stop is reached.
-        unlearn_batch: batch size.
+        unlearn_batch: batch size. `"auto"` makes 11 steps an epoch, as many as the authors make of 2,000 examples in
+            batches of 128, down to batches of 16.
         unlearn_epochs: passes over the examples, at most.
         stop_acc: end unlearning at the first step where the expert gets no more than this share of half of the
             examples right; `None` takes half of what the network gets right, 0 never stops. (The authors stop on test
@@ -116,7 +117,8 @@ class BaDExpert:
         check_every: steps between those looks.
         finetune_lr: of SGD, divided by 10 at epochs 2, 4, 6 and 8.
         finetune_epochs: passes of the auxiliary network; 10.
-        finetune_batch: batch size.
+        finetune_batch: batch size. `"auto"` makes 22 steps an epoch in the same way (batches of 64). With few examples
+            this matters: an auxiliary network that took few steps keeps the backdoor.
         auxiliary: another repaired network in the place of the finetuned one.
         calib_frac: share of the examples that the threshold is chosen on.
         augment: of the batches of both finetunings.
@@ -148,13 +150,13 @@ class BaDExpert:
         fpr: float = 0.01,
         mislabel: Mislabel = "shift",
         unlearn_lr: float | Literal["auto"] = 1e-4,
-        unlearn_batch: int = 128,
+        unlearn_batch: int | Literal["auto"] = 128,
         unlearn_epochs: int = 1,
         stop_acc: float | None = None,
         check_every: int = 1,
         finetune_lr: float = 0.1,
         finetune_epochs: int = 10,
-        finetune_batch: int = 64,
+        finetune_batch: int | Literal["auto"] = 64,
         auxiliary: nn.Module | None = None,
         calib_frac: float = 0.3,
         augment: Callable[[Tensor], Tensor] | None = None,
@@ -170,6 +172,9 @@ class BaDExpert:
         for name, value in {"fpr": fpr, "calib_frac": calib_frac}.items():
             if not 0 < value < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value}")
+        for name, value in {"unlearn_batch": unlearn_batch, "finetune_batch": finetune_batch}.items():
+            if value != "auto" and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"expected {name} to be a positive integer or 'auto', got {value!r}")
         self.score_name, self.kappa, self.fpr = score, kappa, fpr
         self.mislabel: Mislabel = mislabel
         self.unlearn_lr, self.unlearn_batch, self.unlearn_epochs = unlearn_lr, unlearn_batch, unlearn_epochs
@@ -258,7 +263,7 @@ class BaDExpert:
 
         x, y = examples
         expert = copy.deepcopy(model).requires_grad_(True)
-        size = min(self.unlearn_batch, len(x))
+        size = _batch(self.unlearn_batch, len(x), 11, 128)
         fit(
             expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=lr),
             epochs=self.unlearn_epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
@@ -289,7 +294,7 @@ class BaDExpert:
             return None
         sgd = partial(torch.optim.SGD, lr=self.finetune_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
         net = copy.deepcopy(model).requires_grad_(True)
-        size = min(self.finetune_batch, len(examples[0]))
+        size = _batch(self.finetune_batch, len(examples[0]), 22, 64)
         fit(
             net, examples, optimizer=sgd, scheduler=partial(MultiStepLR, milestones=[2, 4, 6, 8]), schedule="epoch",
             epochs=self.finetune_epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=self.augment,
@@ -420,6 +425,12 @@ def _check(outputs: Tensor, y: Tensor) -> int:
     if len(y.unique()) < 2:
         raise ValueError(f"expected examples of at least two classes, got class {int(y[0])} alone")
     return classes
+
+
+def _batch(wanted: int | str, count: int, steps: int, largest: int) -> int:
+    """Batch size: at least 16 if it is chosen here, for batch norm's sake."""
+    chosen = min(largest, max(16, round(count / steps))) if isinstance(wanted, str) else wanted
+    return min(chosen, count)
 
 
 def _wrong(y: Tensor, classes: int, mislabel: Mislabel, seed: int) -> Tensor:

@@ -35,7 +35,7 @@ FORMAT = 1
 SUSPICIOUS = 1
 RECORD, PAGE, NETWORK = "audit.json", "index.html", "net"
 # Rates that published networks were finetuned at say little about yours.
-DEFAULTS = {"badexpert": {"unlearn_lr": "auto"}}
+DEFAULTS = {"badexpert": {"unlearn_lr": "auto", "unlearn_batch": "auto", "finetune_batch": "auto"}}
 
 
 def register(app: typer.Typer) -> None:
