@@ -120,6 +120,25 @@ def test_some_clean_samples_may_be_stamped():
     assert torch.equal(made.stamped, nab.prepare((x, y), seed=3).stamped)
 
 
+def test_samples_stamped_beside_even_out_the_labels_of_stamps():
+    y = torch.arange(5).repeat(40)
+    x = torch.rand(len(y), 1, 8, 8)
+    isolated = torch.zeros(len(y), dtype=torch.bool)
+    isolated[y == 0] = torch.arange(40) < 12  # relabelled, and so stamped, away from class 0
+    believed = torch.where(isolated, torch.tensor([1, 2, 3, 4] * 50), y)
+    nab = NAB(
+        PrecomputedIsolator(isolated), PrecomputedRelabeler(believed), Stamp(value=0.0), stamp_clean_fraction=20 / 188
+    )
+    made = nab.prepare((x, y), seed=0)
+    assert made.stamped.sum() == 12 + 20
+    shares = torch.bincount(believed[made.stamped], minlength=5) / torch.bincount(believed, minlength=5)
+    assert shares.max() - shares.min() < 0.04
+    few = NAB(
+        PrecomputedIsolator(isolated), PrecomputedRelabeler(believed), Stamp(value=0.0), stamp_clean_fraction=2 / 188
+    ).prepare((x, y), seed=0)
+    assert set(y[few.stamped & ~isolated].tolist()) == {0}  # the only label below the level
+
+
 def test_the_mean_is_filled_in_and_deployed():
     x, y = data()
     nab = NAB(PrecomputedIsolator(nothing()), PrecomputedRelabeler(y))

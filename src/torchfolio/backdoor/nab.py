@@ -414,6 +414,28 @@ class PrecomputedRelabeler:
         return self.labels
 
 
+def _evened(candidates: Tensor, count: int, labels: Tensor, stamped: Tensor) -> Tensor:
+    """The first `count` candidates whose stamps bring every label's share of stamped samples closest to one level.
+
+    The level is where the missing stamps add up to `count`; labels that are above it already get none.
+    """
+    classes = int(labels.max()) + 1
+    total, there = (torch.bincount(chosen, minlength=classes) for chosen in (labels, labels[stamped]))
+    free = torch.bincount(labels[candidates], minlength=classes)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        level = (low + high) / 2
+        wanted = (level * total - there).clamp_min(0).minimum(free)
+        low, high = (level, high) if wanted.sum() < count else (low, level)
+    wanted = (high * total - there).clamp_min(0).minimum(free)
+    quota = wanted.floor().long()
+    short = (wanted - quota).argsort(descending=True, stable=True)[: count - int(quota.sum())]
+    quota[short] += 1
+    turn = torch.stack([(labels[candidates] == c).long().cumsum(0) for c in range(classes)])
+    mine = turn.gather(0, labels[candidates][None])[0]
+    return candidates[mine <= quota[labels[candidates]]]
+
+
 class NABDataset(Dataset):
     """Training samples as the defence wants them: isolated ones with believed labels, and stamped where that changes one.
 
@@ -502,7 +524,9 @@ class NAB:
         stamp: the defender's trigger; 2x2 pixels at the top left of the mean colour, as in the authors' code.
         ratio: $\\mu$, share of the samples that is isolated; 0.05.
         stamp_clean_fraction: share of the other samples that is stamped too, their labels kept. Not in the paper; 0.
-            It helps where almost no clean sample ever carries the stamp.
+            Stamped samples are almost never of the attacker's target, so that a stamp comes to mean "not that class",
+            and what accuracy the stamp costs it costs there. These samples are drawn at random such that every label's
+            share of stamped samples comes as close to one level as possible: then the stamp says little of the label.
         augment: from batches of images to such, applied before the stamp.
 
     Example:
@@ -567,7 +591,7 @@ class NAB:
         if extra:
             others = (~isolated).nonzero()[:, 0]
             order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-            stamped[others[order[:extra]]] = True
+            stamped[_evened(others[order], extra, pseudo, stamped)] = True
         scores = None if given.dtype == torch.bool else given
         return NABDataset(dataset, y, isolated, pseudo, stamped, self.stamp, augment=self.augment, scores=scores)
 

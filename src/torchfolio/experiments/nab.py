@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.backdoor import PoisonedDataset, poison, poisoned_test
@@ -27,7 +27,7 @@ from torchfolio.backdoor.nab import (
     VerifiedDataRelabeler,
 )
 from torchfolio.backdoor.protocol import evaluate_defense
-from torchfolio.backdoor.zoo import fit_classifier
+from torchfolio.backdoor.zoo import Cutout, fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import Backprop, fit
 from torchfolio.engine.state import FitState
@@ -72,7 +72,7 @@ class Task:
     isolation_lr: float = 0.05
     restarts: int = 4
     looks: int = 4
-    verified_epochs: int = 40
+    verified_epochs: int = 100
     verified_lr: float = 0.1
     stamp: float | str = 0.5
     flip: bool = False
@@ -197,6 +197,10 @@ class Scene:
     def network(self) -> nn.Module:
         return victim(self.data, self.task.network, self.task.width, self.run.seed)
 
+    def varied(self, x: Tensor) -> Tensor:
+        """Batches of verified images, cropped, flipped and cut as in the authors' code (4 pixels of 32)."""
+        return Cutout(3)(CropFlip(padding=x.shape[-1] // 8, flip=self.task.flip)(x))
+
     def another(self) -> nn.Module:
         """A network of its own at every call, by torch's global generator."""
         return victim(self.data, self.task.network, self.task.width, int(torch.randint(2**31, ())))
@@ -212,7 +216,7 @@ class Scene:
             batch_size=settings.batch_size, ratio=settings.ratio, device=self.run.device,
         )  # fmt: skip
         relabeler = VerifiedDataRelabeler(
-            model_fn=self.network, epochs=task.verified_epochs, lr=task.verified_lr, batch_size=32, augment=self.augment,
+            model_fn=self.network, epochs=task.verified_epochs, lr=task.verified_lr, batch_size=32, augment=self.varied,
             device=self.run.device,
         )  # fmt: skip
         nab = NAB(isolator, relabeler, self.stamp(), settings.ratio)
