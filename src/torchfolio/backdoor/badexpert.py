@@ -207,6 +207,12 @@ class BaDExpert:
                 f"the network gets none of {held} calibration examples right: there is nothing to unlearn; are inputs "
                 "and labels those that it was trained on?"
             )
+        if right.float().mean() <= 1 / classes:
+            warnings.warn(
+                f"the network gets only {right.float().mean():.3f} of the clean examples right, no more than chance; are "
+                "they prepared as in its training?",
+                stacklevel=2,
+            )
         if right.sum() < 1 / self.fpr:
             warnings.warn(
                 f"{int(right.sum())} calibration examples cannot tell a false-positive rate of {self.fpr:g}; expected "
