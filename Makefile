@@ -13,7 +13,7 @@ demo: $(VENV)/.package
 	$(BIN)/torchfolio run auglocal --scale smoke --out $(RUNS)
 	$(BIN)/torchfolio report $(RUNS) --output $(RUNS)/report.html
 
-test: lint unit smoke
+test: lint unit smoke docs
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

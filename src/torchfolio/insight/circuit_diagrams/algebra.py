@@ -355,7 +355,10 @@ class Convolution(Operation):
         signature: of one tensor, its channels first. An axis along which the window runs may keep its name where it keeps
             its length.
         kernel: sides of the window, one number for all.
-        stride, padding, dilation, groups: as `torch.nn.Conv2d` has them.
+        stride: as that of `torch.nn.Conv2d`, like the three that follow.
+        padding: on every side.
+        dilation: of the window.
+        groups: of channels.
         bias: add a learned constant to each channel.
         transposed: whether it is the transpose of a convolution, as `torch.nn.ConvTranspose2d`.
         **sizes: of the channels.
