@@ -52,7 +52,8 @@ def _example(paper: catalog.Paper) -> list[str]:
     if not path.is_file():
         return []
     title, _, code = path.read_text(encoding="utf-8").partition("\n")
-    return ["## Start here", "", title.strip('"'), "", "```python", code.strip(), "```", ""]
+    code = code.replace("  # fmt: skip", "").strip()
+    return ["## Start here", "", title.strip('"'), "", "```python", code, "```", ""]
 
 
 def _claims(paper: catalog.Paper) -> list[str]:
