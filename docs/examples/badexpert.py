@@ -24,7 +24,9 @@ engine.fit(net, poisoned.tensors(), epochs=20, optimizer=partial(torch.optim.Ada
 # What you do: a few clean images, and the network.
 images, labels = digits.test.tensors
 clean, test = (images[:200], labels[:200]), (images[200:], labels[200:])
-detector = BaDExpert(unlearn_lr="auto", unlearn_batch="auto", finetune_batch="auto", fpr=0.05).fit(net, clean)
+detector = BaDExpert(unlearn_lr="auto", unlearn_batch="auto", finetune_batch="auto", finetune_lr=0.05, fpr=0.05).fit(
+    net, clean
+)
 print("right answers of network, expert and auxiliary network:", detector.accuracy_)
 said, rejected = detector.filtered(test[0])
 print("clean images that are rejected:", float(rejected.float().mean()))

@@ -106,7 +106,9 @@ def audit(
     x, y = _examples(splits, source.manifest, size, seed)
     report = _fit(kind, made, source, (x, y), name, detector, device)
     if reference:
-        report["network"] = _compare(source, reference, (x, y), given, alpha, seed, allowed, device)
+        # The figures in the documentation are of experts that were made so.
+        alike = {"unlearn_lr": "auto", "augment": None, **parse_settings(setting)}
+        report["network"] = _compare(source, reference, (x, y), alike, alpha, seed, allowed, device)
     _write(output, made, source, report, detector, kind)
     _show(report, output, as_json)
     if report["suspicious"] or report.get("network", {}).get("suspicious"):
