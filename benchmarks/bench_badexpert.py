@@ -7,10 +7,10 @@ Run it with
 
     python benchmarks/bench_badexpert.py [--inputs 10000] [--rounds 5]
 
-Measured on a heavily loaded machine with 320 inputs and 3 rounds only (one thread, torch 2.13, a SmallConvNet of width 8
-on 28x28 images), time over that of `score`, median and quartiles:
+Measured with 10,000 inputs and 3 rounds on a shared machine (one thread, torch 2.13, a SmallConvNet of width 8 on 28x28
+images), time over that of `score`, median and quartiles:
 
-    floor 0.32 (0.30-0.34), loop 0.98 (0.89-1.14), stacked 1.69 (1.50-1.71), formula alone 0.0003
+    floor 0.31 (0.31-0.37), loop 1.01 (0.99-1.10), stacked 2.07 (1.90-2.29), formula alone 0.00004
 
 So the forward passes are nearly all of the time, the loop makes no difference that this shows, and stacking the networks
 is slower on a CPU, which is why `score` does not.
