@@ -62,7 +62,7 @@ def victim():
 
 def detector(**settings):
     return BaDExpert(
-        **{"unlearn_lr": 3e-3, "unlearn_batch": 16, "unlearn_epochs": 3, "finetune_lr": 0.05, "fpr": 0.05, **settings}
+        **{"unlearn_lr": 3e-3, "unlearn_batch": 16, "unlearn_epochs": 2, "finetune_lr": 0.05, "fpr": 0.05, **settings}
     )
 
 

@@ -40,6 +40,7 @@ from torchfolio.measure.batches import gathered
 __all__ = ["SCORES", "BaDExpert", "extract_backdoor_expert", "suspicion", "triangle_score"]
 
 Mislabel = Literal["shift", "random", "none"] | Callable[[Tensor, int], Tensor]
+Augment = Callable[[Tensor], Tensor] | Literal["auto"] | None
 Score = Literal["triangle", "expert", "auxiliary", "ratio", "diff", "radius", "rectangle"]
 EPS = 1e-8
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -122,10 +123,12 @@ class BaDExpert:
             this matters: an auxiliary network that took few steps keeps the backdoor.
         auxiliary: another repaired network in the place of the finetuned one.
         calib_frac: share of the examples that the threshold is chosen on.
-        augment: of the batches of both finetunings; `"auto"` crops images `[N, C, H, W]` at random, padded by an eighth
-            of their height (4 of 32), as the authors do, and leaves other inputs as they are. An auxiliary network that
-            is finetuned on crops forgets a trigger that covers the image much more surely. Add what the task allows,
-            flips for photographs: `CropFlip()`. `None` changes nothing.
+        augment: of the auxiliary network's batches; `"auto"` crops images `[N, C, H, W]` at random, padded by an eighth
+            of their height (4 of 32), as the authors do, and leaves other inputs as they are. A network that is
+            finetuned on crops forgets a trigger that covers the image much more surely. Add what the task allows, flips
+            for photographs: `CropFlip()`. `None` changes nothing.
+        unlearn_augment: of the expert's batches, likewise; none by default. The authors augment here too, as they do in
+            the training of their victims; where the network was trained otherwise, crops alone disturb it.
         seed: of the split, of order and of random labels.
         device: of the finetunings; that of the network by default.
 
@@ -163,7 +166,8 @@ class BaDExpert:
         finetune_batch: int | Literal["auto"] = 64,
         auxiliary: nn.Module | None = None,
         calib_frac: float = 0.3,
-        augment: Callable[[Tensor], Tensor] | Literal["auto"] | None = "auto",
+        augment: Augment = "auto",
+        unlearn_augment: Augment = None,
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
@@ -176,8 +180,9 @@ class BaDExpert:
         for name, value in {"fpr": fpr, "calib_frac": calib_frac}.items():
             if not 0 < value < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value}")
-        if augment is not None and augment != "auto" and not callable(augment):
-            raise ValueError(f"expected augment to be a function of a batch, 'auto' or None, got {augment!r}")
+        for name, value in {"augment": augment, "unlearn_augment": unlearn_augment}.items():
+            if value is not None and value != "auto" and not callable(value):
+                raise ValueError(f"expected {name} to be a function of a batch, 'auto' or None, got {value!r}")
         for name, value in {"unlearn_batch": unlearn_batch, "finetune_batch": finetune_batch}.items():
             if value != "auto" and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"expected {name} to be a positive integer or 'auto', got {value!r}")
@@ -187,6 +192,7 @@ class BaDExpert:
         self.stop_acc, self.check_every = stop_acc, check_every
         self.finetune_lr, self.finetune_epochs, self.finetune_batch = finetune_lr, finetune_epochs, finetune_batch
         self.auxiliary, self.calib_frac, self.augment = auxiliary, calib_frac, augment
+        self.unlearn_augment = unlearn_augment
         self.seed, self.device = seed, device
 
     def fit(self, model: nn.Module, clean: Any) -> BaDExpert:
@@ -279,7 +285,7 @@ class BaDExpert:
         fit(
             expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=lr),
             epochs=self.unlearn_epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
-            augment=self._augment(x), seed=self.seed, device=self._device(model), progress=False,
+            augment=_augmentation(self.unlearn_augment, x), seed=self.seed, device=self._device(model), progress=False,
         )  # fmt: skip
         return expert, seen
 
@@ -309,16 +315,10 @@ class BaDExpert:
         size = _batch(self.finetune_batch, len(examples[0]), 22, 64)
         fit(
             net, examples, optimizer=sgd, scheduler=partial(MultiStepLR, milestones=[2, 4, 6, 8]), schedule="epoch",
-            epochs=self.finetune_epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=self._augment(examples[0]),
+            epochs=self.finetune_epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=_augmentation(self.augment, examples[0]),
             seed=self.seed, device=self._device(model), progress=False,
         )  # fmt: skip
         return net
-
-    def _augment(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        if self.augment == "auto":
-            padding = x.shape[-2] // 8 if x.dim() == 4 else 0
-            return CropFlip(padding, flip=False, mode="constant") if padding else None
-        return self.augment  # pyright: ignore[reportReturnType]
 
     def _device(self, model: nn.Module) -> str | torch.device:
         own = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -443,6 +443,14 @@ def _check(outputs: Tensor, y: Tensor) -> int:
     if len(y.unique()) < 2:
         raise ValueError(f"expected examples of at least two classes, got class {int(y[0])} alone")
     return classes
+
+
+def _augmentation(wanted: Augment, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The augmentation of such examples."""
+    if not isinstance(wanted, str):
+        return wanted
+    padding = x.shape[-2] // 8 if x.dim() == 4 else 0
+    return CropFlip(padding, flip=False, mode="constant") if padding else None
 
 
 def _batch(wanted: int | str, count: int, steps: int, largest: int) -> int:

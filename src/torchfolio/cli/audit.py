@@ -107,7 +107,7 @@ def audit(
     report = _fit(kind, made, source, (x, y), name, detector, device)
     if reference:
         # The figures in the documentation are of experts that were made so.
-        alike = {"unlearn_lr": "auto", "augment": None, **parse_settings(setting)}
+        alike = {"unlearn_lr": "auto", **parse_settings(setting)}
         report["network"] = _compare(source, reference, (x, y), alike, alpha, seed, allowed, device)
     _write(output, made, source, report, detector, kind)
     _show(report, output, as_json)

@@ -48,7 +48,7 @@ class Settings:
             in batches of 64.
         kappa: of the score.
         batch_size: of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in four epochs.
-        flip: train victims and finetune on flipped images too. Finetunings always crop at random.
+        flip: train victims and finetune on flipped images too. The auxiliary network always sees random crops.
         traced: images of each kind behind the curve of unlearning.
     """
 
@@ -175,7 +175,8 @@ def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) ->
     chosen: dict[str, Any] = {
         "kappa": settings.kappa, "unlearn_lr": settings.unlearn_lr, "unlearn_batch": settings.unlearn_batch,
         "finetune_lr": settings.finetune_lr, "finetune_batch": settings.finetune_batch, "seed": run.seed,
-        "augment": CropFlip(mode="constant") if settings.flip else "auto", **changes,
+        "augment": CropFlip(mode="constant") if settings.flip else "auto",
+        "unlearn_augment": CropFlip(mode="constant") if settings.flip else None, **changes,
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said in numbers below
