@@ -191,8 +191,9 @@ class BaDExpert:
         self.unlearn_lr, self.unlearn_batch, self.unlearn_epochs = unlearn_lr, unlearn_batch, unlearn_epochs
         self.stop_acc, self.check_every = stop_acc, check_every
         self.finetune_lr, self.finetune_epochs, self.finetune_batch = finetune_lr, finetune_epochs, finetune_batch
-        self.auxiliary, self.calib_frac, self.augment = auxiliary, calib_frac, augment
-        self.unlearn_augment = unlearn_augment
+        self.auxiliary, self.calib_frac = auxiliary, calib_frac
+        self.augment: Augment = augment
+        self.unlearn_augment: Augment = unlearn_augment
         self.seed, self.device = seed, device
 
     def fit(self, model: nn.Module, clean: Any) -> BaDExpert:
