@@ -68,6 +68,13 @@ def main() -> None:
     pixels, hot = x.numpy(), np.eye(10, dtype=np.float32)[y.numpy()]
     found: dict[str, Any] = {}
 
+    @torch.inference_mode()
+    def tell() -> None:
+        for name, changed in found.items():
+            distance = (changed - x).flatten(1).norm(dim=1)
+            wrong = net(changed).argmax(1) != y
+            print(f"{name}: {float(wrong.float().mean()):.2f} misclassified, median L2 {float(distance.median()):.4f}")
+
     def art_hop() -> None:
         counted.count = 0
         attack = HopSkipJump(classifier, norm=2, max_iter=10, max_eval=1000, init_eval=100, verbose=False)
@@ -82,11 +89,7 @@ def main() -> None:
 
     print(f"HopSkipJump, {queries} queries a sample")
     print(alternate(torchfolio=our_hop, art=art_hop, repeats=arguments.rounds))
-    with torch.inference_mode():
-        for name, changed in found.items():
-            distance = (changed - x).flatten(1).norm(dim=1)
-            wrong = net(changed).argmax(1) != y
-            print(f"{name}: {float(wrong.float().mean()):.2f} misclassified, median L2 {float(distance.median()):.4f}")
+    tell()
 
     def art_pgd() -> None:
         attack = ProjectedGradientDescent(classifier, "inf", 0.1, 0.02, max_iter=20, num_random_init=5, verbose=False)
@@ -99,9 +102,7 @@ def main() -> None:
 
     print("PGD")
     print(alternate(torchfolio=our_pgd, art=art_pgd, repeats=arguments.rounds))
-    with torch.inference_mode():
-        for name, changed in found.items():
-            print(f"{name}: {float((net(changed).argmax(1) != y).float().mean()):.2f} misclassified")
+    tell()
 
 
 if __name__ == "__main__":

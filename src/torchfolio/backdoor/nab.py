@@ -415,25 +415,16 @@ class PrecomputedRelabeler:
 
 
 def _evened(candidates: Tensor, count: int, labels: Tensor, stamped: Tensor) -> Tensor:
-    """The first `count` candidates whose stamps bring every label's share of stamped samples closest to one level.
+    """`count` candidates, the earlier first, whose stamps bring every label's share of stamped samples to one level.
 
-    The level is where the missing stamps add up to `count`; labels that are above it already get none.
+    Each raises its label's share to a certain level when those of its label before it are stamped too; those with the
+    lowest levels are taken, so that a label which is above the level already gets none.
     """
     classes = int(labels.max()) + 1
     total, there = (torch.bincount(chosen, minlength=classes) for chosen in (labels, labels[stamped]))
-    free = torch.bincount(labels[candidates], minlength=classes)
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        level = (low + high) / 2
-        wanted = (level * total - there).clamp_min(0).minimum(free)
-        low, high = (level, high) if wanted.sum() < count else (low, level)
-    wanted = (high * total - there).clamp_min(0).minimum(free)
-    quota = wanted.floor().long()
-    short = (wanted - quota).argsort(descending=True, stable=True)[: count - int(quota.sum())]
-    quota[short] += 1
-    turn = torch.stack([(labels[candidates] == c).long().cumsum(0) for c in range(classes)])
-    mine = turn.gather(0, labels[candidates][None])[0]
-    return candidates[mine <= quota[labels[candidates]]]
+    mine = labels[candidates]
+    turn = F.one_hot(mine, classes).cumsum(0).gather(1, mine[:, None])[:, 0]
+    return candidates[((there[mine] + turn) / total[mine]).argsort(stable=True)[:count]]
 
 
 class NABDataset(Dataset):

@@ -94,8 +94,8 @@ def audit(
     if reference and detector != "badexpert":
         raise TorchfolioError(f"--reference compares the experts of badexpert, which {detector} does not make")
     _refuse_strangers(output)
-    given = {**DEFAULTS.get(detector, {}), **parse_settings(setting)}
-    kind, made = _detector(detector, given, seed, device)
+    chosen = parse_settings(setting)
+    kind, made = _detector(detector, {**DEFAULTS.get(detector, {}), **chosen}, seed, device)
     if folder is not None and (folder / RECORD).is_file():
         raise TorchfolioError(f"{folder} is a filter already; try it with --input")
     source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
@@ -107,7 +107,7 @@ def audit(
     report = _fit(kind, made, source, (x, y), name, detector, device)
     if reference:
         # The figures in the documentation are of experts that were made so.
-        alike = {"unlearn_lr": "auto", **parse_settings(setting)}
+        alike = {"unlearn_lr": "auto", **chosen}
         report["network"] = _compare(source, reference, (x, y), alike, alpha, seed, allowed, device)
     _write(output, made, source, report, detector, kind)
     _show(report, output, as_json)

@@ -172,11 +172,11 @@ def measure(
 def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) -> BaDExpert:
     """The detector of the experiment."""
     settings = run.settings
+    flips = CropFlip(mode="constant") if settings.flip else None
     chosen: dict[str, Any] = {
         "kappa": settings.kappa, "unlearn_lr": settings.unlearn_lr, "unlearn_batch": settings.unlearn_batch,
         "finetune_lr": settings.finetune_lr, "finetune_batch": settings.finetune_batch, "seed": run.seed,
-        "augment": CropFlip(mode="constant") if settings.flip else "auto",
-        "unlearn_augment": CropFlip(mode="constant") if settings.flip else None, **changes,
+        "augment": flips or "auto", "unlearn_augment": flips, **changes,
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said in numbers below
