@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchfolio.backdoor.audit import ExpertConcentration, chance, concentration, false_positives, judge, p_values
-from torchfolio.backdoor.protocol import ModelDetector
+from torchfolio.backdoor.detectors import ModelDetector
 
 
 def test_the_share_of_false_positives_is_beta():

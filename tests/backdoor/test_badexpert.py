@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchfolio.backdoor import AllToOne, PatchTrigger, poison, poisoned_test
 from torchfolio.backdoor.badexpert import SCORES, BaDExpert, extract_backdoor_expert, suspicion, triangle_score
+from torchfolio.backdoor.detectors import InputDetector
+from torchfolio.backdoor.evaluation import evaluate_input_detector
 from torchfolio.backdoor.metrics import attack_metrics, auroc
-from torchfolio.backdoor.protocol import InputDetector, evaluate_input_detector
 from torchfolio.backdoor.zoo import SmallConvNet, fit_classifier
 from torchfolio.data import load
 
@@ -123,7 +124,7 @@ def test_seeds_reproduce_and_filters_are_saved(victim, fitted, tmp_path):
     again = detector().fit(net, TensorDataset(*clean))
     assert torch.equal(again.score(test[0]), fitted.score(test[0]))
     fitted.save(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["badexpert.json", "badexpert.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["detector.json", "detector.safetensors"]
     loaded = BaDExpert.load(tmp_path, net)
     assert torch.equal(loaded.score(test[0]), fitted.score(test[0]))
     assert loaded.threshold_ == fitted.threshold_
@@ -174,7 +175,7 @@ def test_bad_settings_are_refused(victim):
         BaDExpert(finetune_batch=0)
     with pytest.raises(ValueError, match="mislabel"):
         BaDExpert(mislabel="swap")  # pyright: ignore
-    with pytest.raises(ValueError, match="nothing to unlearn"):
+    with pytest.raises(ValueError, match="none of 54 calibration"):
         detector().fit(net, (x, (net(x).argmax(1) + 1) % 10))
     with pytest.raises(ValueError, match="NaN"):
         detector().fit(net, (x * torch.nan, y))

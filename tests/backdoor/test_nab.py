@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchfolio.backdoor import AllToOne, PatchTrigger, poison
+from torchfolio.backdoor.defenses import TrainingDefense
 from torchfolio.backdoor.nab import (
     NAB,
     LGAIsolator,
@@ -27,7 +28,6 @@ from torchfolio.backdoor.nab import (
     cosine_tail,
     flooding,
 )
-from torchfolio.backdoor.protocol import TrainingDefense
 from torchfolio.backdoor.zoo import SmallConvNet
 from torchfolio.data import CropFlip, load
 from torchfolio.engine import fit

@@ -73,7 +73,7 @@ def test_the_report_says_what_is_known_and_no_more(folders):
     assert "cannot be told" in page
     assert page.count("<svg") == 3
     names = sorted(p.name for p in (folders / "filter").rglob("*") if p.is_file())
-    assert names == ["audit.json", "badexpert.json", "badexpert.safetensors", "bundle.json", "index.html", "model.safetensors"]  # fmt: skip
+    assert names == ["audit.json", "bundle.json", "detector.json", "detector.safetensors", "index.html", "model.safetensors"]  # fmt: skip
 
 
 def test_images_are_judged(folders):

@@ -2,19 +2,19 @@
 
 - `triggers`: what makes an input obeyed by a backdoored network; `labels`: which labels the attacker gives;
 - `poison`: poisoned data sets with known truth; `metrics`: ACC, ASR, what a filter rejects, …;
-- `protocol`: one way to call attacks, detectors and defences, and to judge them;
+- `detectors`, `defenses`: base classes of detectors, defences and attacks; `evaluation`: what they are judged by;
 - `zoo`: small networks and their training.
 """
 
-from torchfolio.backdoor.labels import X2X, AllToAll, AllToOne, CleanLabel, LabelMap
-from torchfolio.backdoor.metrics import attack_metrics, auroc, filter_metrics, threshold_at_fpr, tpr_at_fpr
-from torchfolio.backdoor.poison import PoisonedDataset, poison, poisoned_test
-from torchfolio.backdoor.protocol import (
+from torchfolio.backdoor.evaluation import (
     evaluate_attack,
     evaluate_defense,
     evaluate_input_detector,
     evaluate_model_detector,
 )
+from torchfolio.backdoor.labels import X2X, AllToAll, AllToOne, CleanLabel, LabelMap
+from torchfolio.backdoor.metrics import attack_metrics, auroc, filter_metrics, threshold_at_fpr, tpr_at_fpr
+from torchfolio.backdoor.poison import PoisonedDataset, poison, poisoned_test
 from torchfolio.backdoor.triggers import (
     AdditiveTrigger,
     BlendTrigger,

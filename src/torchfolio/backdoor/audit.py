@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.backdoor.badexpert import extract_backdoor_expert
+from torchfolio.backdoor.detectors import ModelDetector, ModelVerdict, Scan
 from torchfolio.backdoor.metrics import outputs_of
-from torchfolio.backdoor.protocol import ModelVerdict
-from torchfolio.measure.batches import gathered
 
 __all__ = ["ExpertConcentration", "FalsePositives", "chance", "concentration", "false_positives", "judge", "p_values"]
 
@@ -121,7 +120,7 @@ def concentration(expert: nn.Module, x: Tensor) -> Tensor:
     return outputs_of(expert, x).double().softmax(1).mean(0)
 
 
-class ExpertConcentration:
+class ExpertConcentration(ModelDetector):
     """Whether a network's backdoor expert concentrates on one class more than those of clean networks do.
 
     The score is the largest of the confidences of `concentration`. A network is suspicious if its score exceeds the $k$-th
@@ -148,21 +147,16 @@ class ExpertConcentration:
         """How many references a verdict takes."""
         return math.ceil(1 / self.alpha - 1e-9) - 1
 
-    def scan(self, model: nn.Module, clean: Any | None = None) -> ModelVerdict:
-        """The verdict on a network.
-
-        Args:
-            model: the suspicious network.
-            clean: examples that can be trusted, (x, y).
-        """
-        if clean is None:
-            raise ValueError("expected clean examples, got none: an expert is made from them")
-        x, y = gathered(clean, "cpu")
-        shares, *others = [self._shares(net, x, y) for net in (model, *self.references)]
+    def _scan(self, model: nn.Module, clean: tuple[Tensor, Tensor] | None, scan: Scan) -> ModelVerdict:
+        assert clean is not None
+        settings = {"seed": scan.seed, **self.settings}
+        nets = [model, *self.references]
+        shares, *others = [self._shares(net, *clean, settings) for net in scan.items(nets, "experts")]
         return judge(shares, others, self.alpha)
 
-    def _shares(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return concentration(extract_backdoor_expert(net, (x, y), **self.settings), x)
+    @staticmethod
+    def _shares(net: nn.Module, x: Tensor, y: Tensor, settings: dict[str, Any]) -> Tensor:
+        return concentration(extract_backdoor_expert(net, (x, y), **settings), x)
 
 
 def judge(shares: Tensor, references: Sequence[Tensor], alpha: float) -> ModelVerdict:

@@ -17,25 +17,21 @@ suspicious. The predictions that are given out remain those of $M$.
 from __future__ import annotations
 
 import copy
-import json
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
-from torchfolio import measure
+from torchfolio.backdoor.detectors import InputDetector, checked_classes, collected
 from torchfolio.backdoor.metrics import accuracy_of, labels_of, outputs_of
 from torchfolio.data import CropFlip
 from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.state import FitState
-from torchfolio.measure.batches import gathered
 
 __all__ = ["SCORES", "BaDExpert", "extract_backdoor_expert", "suspicion", "triangle_score"]
 
@@ -93,7 +89,7 @@ def suspicion(b: Tensor, m: Tensor, score: str = "triangle", kappa: float = 0.5)
     return SCORES[score](b, m, kappa)
 
 
-class BaDExpert:
+class BaDExpert(InputDetector):
     """A filter in front of a network that rejects inputs with a backdoor trigger.
 
     With $\\hat y = \\arg\\max p_M(x)$, the score is that of `suspicion` on $b = p_B(x)_{\\hat y}$ and
@@ -149,6 +145,8 @@ class BaDExpert:
         Sections 3 and 4; settings as in the authors' code for CIFAR-10.
     """
 
+    fit_only = ("mislabel", "auxiliary", "augment", "unlearn_augment")
+
     def __init__(
         self,
         *,
@@ -171,76 +169,36 @@ class BaDExpert:
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
+        super().__init__(fpr=fpr, calib_frac=calib_frac, seed=seed, device=device)
         suspicion(torch.zeros(1), torch.zeros(1), score)
         if not (isinstance(mislabel, str) and mislabel in ("shift", "random", "none")) and not callable(mislabel):
             raise ValueError(f"expected mislabel to be 'shift', 'random' or a function, got {mislabel!r}")
         for name, value in {"kappa": kappa, "unlearn_lr": unlearn_lr, "finetune_lr": finetune_lr}.items():
             if value != "auto" and not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"expected {name} above 0, got {value}")
-        for name, value in {"fpr": fpr, "calib_frac": calib_frac}.items():
-            if not 0 < value < 1:
-                raise ValueError(f"expected {name} between 0 and 1, got {value}")
         for name, value in {"augment": augment, "unlearn_augment": unlearn_augment}.items():
             if value is not None and value != "auto" and not callable(value):
                 raise ValueError(f"expected {name} to be a function of a batch, 'auto' or None, got {value!r}")
         for name, value in {"unlearn_batch": unlearn_batch, "finetune_batch": finetune_batch}.items():
             if value != "auto" and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"expected {name} to be a positive integer or 'auto', got {value!r}")
-        self.score_name, self.kappa, self.fpr = score, kappa, fpr
+        self.score_name, self.kappa = score, kappa
         self.mislabel: Mislabel = mislabel
         self.unlearn_lr, self.unlearn_batch, self.unlearn_epochs = unlearn_lr, unlearn_batch, unlearn_epochs
         self.stop_acc, self.check_every = stop_acc, check_every
         self.finetune_lr, self.finetune_epochs, self.finetune_batch = finetune_lr, finetune_epochs, finetune_batch
-        self.auxiliary, self.calib_frac = auxiliary, calib_frac
+        self.auxiliary = auxiliary
         self.augment: Augment = augment
         self.unlearn_augment: Augment = unlearn_augment
-        self.seed, self.device = seed, device
 
-    def fit(self, model: nn.Module, clean: Any) -> BaDExpert:
-        """Train expert and auxiliary network on copies and choose the threshold. The network is left as it is.
+    def _fit(self, model: nn.Module, clean: tuple[Tensor, Tensor]) -> None:
+        classes = outputs_of(model, clean[0][:1]).shape[1]
+        self.expert_, self.history_ = self._unlearn(model, clean, classes)
+        self.auxiliary_ = self._finetune(model, clean)
 
-        Args:
-            model: the suspicious network, from inputs to logits `[N, C]`.
-            clean: examples that can be trusted: a pair of tensors, a data set or a loader of (x, y).
-
-        Raises:
-            ValueError: on fewer than two classes, labels out of range, outputs that are not `[N, C]`, or if the network
-                gets none of the calibration examples right.
-            NonFiniteLoss: if a finetuning diverges.
-        """
-        x, y = _collect(clean)
-        outputs = outputs_of(model, x)
-        classes = _check(outputs, y)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-        held = math.ceil(self.calib_frac * len(x))
-        calib, rest = order[:held], order[held:]
-        right = outputs[calib].argmax(1) == y[calib]
-        if not len(rest) or not right.any():
-            raise ValueError(
-                f"the network gets none of {held} calibration examples right: there is nothing to unlearn; are inputs "
-                "and labels those that it was trained on?"
-            )
-        if right.float().mean() <= 1 / classes:
-            warnings.warn(
-                f"the network gets only {right.float().mean():.3f} of the clean examples right, no more than chance; are "
-                "they prepared as in its training?",
-                stacklevel=2,
-            )
-        if right.sum() < 1 / self.fpr:
-            warnings.warn(
-                f"{int(right.sum())} calibration examples cannot tell a false-positive rate of {self.fpr:g}; expected "
-                f"at least {math.ceil(1 / self.fpr)}, the threshold is their largest score",
-                stacklevel=2,
-            )
-        self.model_ = model
-        examples = (x[rest], y[rest])
-        self.expert_, self.history_ = self._unlearn(model, examples, classes)
-        self.auxiliary_ = self._finetune(model, examples)
-        self.calibration_ = self.score(x[calib][right]).cpu()
-        self.threshold_ = self.threshold(self.fpr)
-        nets = {"network": model, "expert": self.expert_, "auxiliary": self.auxiliary_}
-        self.accuracy_ = {name: accuracy_of(net, x[calib], y[calib]) for name, net in nets.items() if net is not None}
-        return self
+    def _assess(self, held_out: tuple[Tensor, Tensor]) -> None:
+        nets = {"network": self.model_, "expert": self.expert_, "auxiliary": self.auxiliary_}
+        self.accuracy_ = {name: accuracy_of(net, *held_out) for name, net in nets.items() if net is not None}
 
     def _unlearn(
         self, model: nn.Module, examples: tuple[Tensor, Tensor], classes: int
@@ -330,7 +288,7 @@ class BaDExpert:
 
         Without an auxiliary network its confidence is NaN.
         """
-        self._fitted()
+        self._check_fitted()
         labels = labels_of(self.model_, x)
         at = labels[:, None]
         b = outputs_of(self.expert_, x).double().softmax(1).gather(1, at)[:, 0]
@@ -338,77 +296,16 @@ class BaDExpert:
             return b, torch.full_like(b, torch.nan), labels
         return b, outputs_of(self.auxiliary_, x).double().softmax(1).gather(1, at)[:, 0], labels
 
-    def score(self, x: Tensor) -> Tensor:
-        """Suspicion `[N]` of inputs `[N, ...]`, higher is more suspicious."""
+    def _score(self, x: Tensor) -> Tensor:
         b, m, _ = self.confidences(x)
         return suspicion(b, m, self.score_name, self.kappa)
 
-    def threshold(self, fpr: float) -> float:
-        """The score that at most a share `fpr` of the calibration examples lies above."""
-        self._fitted()
-        return measure.threshold_at_fpr(self.calibration_, fpr)
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "score": self.score_name}
 
-    def predict(self, x: Tensor, fpr: float | None = None) -> Tensor:
-        """Which inputs are rejected, bool `[N]`; at another rate than that of the constructor if it is given."""
-        return self.score(x) > self.threshold(self.fpr if fpr is None else fpr)
-
-    def filtered(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's labels `[N]` and which inputs are rejected `[N]`, whose labels are not to be used."""
-        b, m, labels = self.confidences(x)
-        return labels, suspicion(b, m, self.score_name, self.kappa) > self.threshold_
-
-    def _fitted(self) -> None:
-        if not hasattr(self, "expert_"):
-            raise RuntimeError("call fit(model, clean) first")
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the fitted filter, safetensors and JSON, without the network that it is for.
-
-        Raises:
-            ValueError: if the auxiliary network is not of the network's architecture.
-        """
-        from safetensors.torch import save_file
-
-        self._fitted()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = {k: v.shape for k, v in self.model_.state_dict().items()}
-        tensors = {"calibration": self.calibration_}
-        for name, net in (("expert", self.expert_), ("auxiliary", self.auxiliary_)):
-            state = {} if net is None else net.state_dict()
-            if net is not None and {k: v.shape for k, v in state.items()} != wanted:
-                raise ValueError(f"the {name} network is of another architecture than the network and cannot be saved")
-            tensors |= {f"{name}/{k}": v.detach().cpu().clone().contiguous() for k, v in state.items()}
-        save_file(tensors, folder / "badexpert.safetensors")
-        record = {
-            "detector": "badexpert", "score": self.score_name, "kappa": self.kappa, "fpr": self.fpr,
-            "history": self.history_, "accuracy": self.accuracy_,
-        }  # fmt: skip
-        (folder / "badexpert.json").write_text(json.dumps(record, indent=1))
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path, model: nn.Module) -> BaDExpert:
-        """A fitted filter from what `save` wrote, and the network that it is for."""
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        record = json.loads((folder / "badexpert.json").read_text())
-        tensors = load_file(folder / "badexpert.safetensors")
-        settings: dict[str, Any] = {name: record[name] for name in ("score", "kappa", "fpr")}
-        made = cls(**settings)
-        made.model_, made.auxiliary_ = model, None
-        for name in ("expert", "auxiliary"):
-            state = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            if state:
-                net = copy.deepcopy(model)
-                net.load_state_dict(state)
-                setattr(made, f"{name}_", net.eval())
-        made.calibration_ = tensors["calibration"]
-        made.history_ = [(int(step), float(accuracy)) for step, accuracy in record["history"]]
-        made.accuracy_ = record["accuracy"]
-        made.threshold_ = made.threshold(made.fpr)
-        return made
+    def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super()._restore({"auxiliary_": None, **values}, tensors)
+        self.history_ = [(int(step), float(accuracy)) for step, accuracy in self.history_]
 
 
 def extract_backdoor_expert(model: nn.Module, clean: Any, **settings: Any) -> nn.Module:
@@ -419,31 +316,9 @@ def extract_backdoor_expert(model: nn.Module, clean: Any, **settings: Any) -> nn
         clean: trusted examples (x, y).
         **settings: of `BaDExpert`: `mislabel`, `unlearn_lr`, `unlearn_batch`, `unlearn_epochs`, `stop_acc`, …
     """
-    x, y = _collect(clean)
-    classes = _check(outputs_of(model, x), y)
+    x, y = collected(clean)
+    classes = checked_classes(outputs_of(model, x), y)
     return BaDExpert(**settings)._unlearn(model, (x, y), classes)[0]
-
-
-def _collect(clean: Any) -> tuple[Tensor, Tensor]:
-    """All examples as two tensors on the CPU."""
-    x, y = gathered(clean, "cpu")
-    if y.is_floating_point() or y.dim() != 1:
-        raise ValueError(f"expected integer labels [N], got {y.dtype} of shape {tuple(y.shape)}")
-    if x.is_floating_point() and not bool(x.isfinite().all()):
-        raise ValueError("the clean examples hold NaN or infinite values")
-    return x, y
-
-
-def _check(outputs: Tensor, y: Tensor) -> int:
-    """Number of classes."""
-    if outputs.dim() != 2 or outputs.shape[1] < 2:
-        raise ValueError(f"expected logits [N, C] of at least 2 classes, got shape {tuple(outputs.shape)}")
-    classes = outputs.shape[1]
-    if int(y.min()) < 0 or int(y.max()) >= classes:
-        raise ValueError(f"expected labels from 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
-    if len(y.unique()) < 2:
-        raise ValueError(f"expected examples of at least two classes, got class {int(y[0])} alone")
-    return classes
 
 
 def _augmentation(wanted: Augment, x: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
+from torchfolio.backdoor.defenses import TrainingDefense
 from torchfolio.backdoor.metrics import labels_of, outputs_of
 from torchfolio.engine.fit import fit
 from torchfolio.engine.loader import tensors_of
@@ -505,7 +506,7 @@ class NABDataset(Dataset):
         }
 
 
-class NAB:
+class NAB(TrainingDefense):
     """The defence: what to train on, and what to deploy.
 
     Args:

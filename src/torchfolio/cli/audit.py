@@ -28,7 +28,7 @@ from torchfolio.errors import TorchfolioError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from torchfolio.backdoor.protocol import ModelVerdict
+    from torchfolio.backdoor.detectors import ModelVerdict
     from torchfolio.bundle import Bundle, Manifest
 
 FORMAT = 1
@@ -123,7 +123,7 @@ def _detector(slug: str, settings: dict[str, Any], seed: int, device: str) -> tu
     """A new detector, and whether it judges `"inputs"` or the `"model"`."""
     import inspect
 
-    from torchfolio.backdoor.protocol import InputDetector, ModelDetector
+    from torchfolio.backdoor.detectors import InputDetector, ModelDetector
     from torchfolio.engine.evaluate import resolve_device
 
     try:
@@ -338,7 +338,7 @@ def _show(report: dict[str, Any], output: Path, as_json: bool) -> None:
 def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: bool) -> None:
     """Score images with a filter."""
     from torchfolio.backdoor.audit import chance, p_values
-    from torchfolio.backdoor.protocol import InputDetector
+    from torchfolio.backdoor.detectors import InputDetector
     from torchfolio.bundle import load_bundle
     from torchfolio.engine.evaluate import resolve_device
 

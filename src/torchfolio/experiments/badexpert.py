@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from torchfolio.backdoor import poison, poisoned_test
 from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
+from torchfolio.backdoor.evaluation import evaluate_input_detector
 from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, auroc, labels_of, outputs_of
-from torchfolio.backdoor.protocol import evaluate_input_detector
 from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import fit

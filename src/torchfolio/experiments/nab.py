@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.backdoor import PoisonedDataset, poison, poisoned_test
+from torchfolio.backdoor.evaluation import evaluate_defense
 from torchfolio.backdoor.metrics import accuracy_of, attack_metrics
 from torchfolio.backdoor.nab import (
     NAB,
@@ -26,7 +27,6 @@ from torchfolio.backdoor.nab import (
     Stamp,
     VerifiedDataRelabeler,
 )
-from torchfolio.backdoor.protocol import evaluate_defense
 from torchfolio.backdoor.zoo import Cutout, fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import Backprop, fit

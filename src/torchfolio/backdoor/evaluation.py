@@ -1,19 +1,19 @@
-"""One way to call every attack, detector and defence, so that one can stand in for another.
+"""Attacks, detectors and defences judged in one call each; see `torchfolio.backdoor.metrics`.
 
-These are `typing.Protocol`s: any class with these methods fits, no base class is needed. Scores are higher for what is
-more suspicious. All leave the network as they found it: modes, `requires_grad`, running statistics.
+Networks are left as they were found, whatever is judged: modes, `requires_grad`, running statistics, also after an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from torchfolio.backdoor.detectors import InputDetector, ModelDetector
 from torchfolio.backdoor.metrics import (
     AttackMetrics,
     FilterMetrics,
@@ -25,18 +25,12 @@ from torchfolio.backdoor.metrics import (
     tpr_at_fpr,
 )
 from torchfolio.backdoor.poison import PoisonedDataset
+from torchfolio.measure import untouched
 
 __all__ = [
-    "Attack",
     "DefenseReport",
     "DetectorReport",
-    "InputDetector",
-    "InvertedTrigger",
-    "ModelDetector",
     "ModelReport",
-    "ModelVerdict",
-    "TrainingDefense",
-    "TriggerInverter",
     "evaluate_attack",
     "evaluate_defense",
     "evaluate_input_detector",
@@ -44,99 +38,8 @@ __all__ = [
 ]
 
 
-@runtime_checkable
-class InputDetector(Protocol):
-    """Tells triggered inputs of a network from clean ones."""
-
-    def fit(self, model: nn.Module, clean: Any) -> InputDetector:
-        """Get ready on clean examples, a part of which is held out to calibrate the threshold."""
-        ...
-
-    def score(self, x: Tensor) -> Tensor:
-        """Suspicion `[N]` of inputs `[N, ...]`."""
-        ...
-
-    def threshold(self, fpr: float) -> float:
-        """The score above which at most a share `fpr` of held-out clean inputs lies."""
-        ...
-
-    def predict(self, x: Tensor, fpr: float | None = None) -> Tensor:
-        """Which inputs are rejected, bool `[N]`."""
-        ...
-
-
-@dataclass(frozen=True)
-class ModelVerdict:
-    """What a detector says about a network.
-
-    Attributes:
-        is_backdoored: the verdict.
-        score: how suspicious the network is.
-        threshold: what the score was compared with.
-        pairs: `(source, target)` classes that are suspected.
-        trigger: what was recovered of it.
-        evidence: figures behind the verdict.
-    """
-
-    is_backdoored: bool
-    score: float
-    threshold: float
-    pairs: tuple[tuple[int, int], ...] = ()
-    trigger: Any = None
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-
-
-@runtime_checkable
-class ModelDetector(Protocol):
-    """Says whether a network has a backdoor."""
-
-    def scan(self, model: nn.Module, clean: Any | None = None) -> ModelVerdict: ...
-
-
-@dataclass(frozen=True)
-class InvertedTrigger:
-    """A trigger recovered from a network.
-
-    Attributes:
-        delta: what is added to an image.
-        mask: where; `None` is everywhere.
-        asr: from (model, images) to the share that the trigger sends to the target.
-    """
-
-    delta: Tensor
-    mask: Tensor | None
-    asr: Callable[[nn.Module, Tensor], float]
-
-
-@runtime_checkable
-class TriggerInverter(Protocol):
-    """Recovers a trigger from a network."""
-
-    def invert(self, model: nn.Module, x: Tensor, target: int) -> InvertedTrigger: ...
-
-
-@runtime_checkable
-class TrainingDefense(Protocol):
-    """Makes training on data that may be poisoned safe."""
-
-    def prepare(self, dataset: Any, *, clean: Any = None, seed: int = 0) -> Dataset:
-        """The data to train on."""
-        ...
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The network to deploy."""
-        ...
-
-
-@runtime_checkable
-class Attack(Protocol):
-    """Makes a trigger, and data poisoned by it."""
-
-    trigger: nn.Module
-
-    def fit(self, *args: Any, **kwargs: Any) -> Attack: ...
-
-    def poison(self, dataset: Any, seed: int) -> PoisonedDataset: ...
+def _left_alone(model: object) -> AbstractContextManager[None]:
+    return untouched(model) if isinstance(model, nn.Module) else nullcontext()
 
 
 def evaluate_attack(
@@ -191,8 +94,9 @@ def evaluate_input_detector(
     x, y = clean
     triggered, target = attacked.tensors()
     labels, attacked_labels = labels_of(model, x), labels_of(model, triggered)
-    negatives, positives = detector.score(x).cpu(), detector.score(triggered).cpu()
-    own, own_attacked = detector.predict(x, fpr).cpu(), detector.predict(triggered, fpr).cpu()
+    with _left_alone(model):
+        negatives, positives = detector.score(x).cpu(), detector.score(triggered).cpu()
+        own, own_attacked = detector.predict(x, fpr).cpu(), detector.predict(triggered, fpr).cpu()
     right = labels == y if successful_only else torch.ones_like(labels, dtype=torch.bool)
     reached = attacked_labels == target if successful_only else torch.ones_like(target, dtype=torch.bool)
     return DetectorReport(
@@ -226,7 +130,10 @@ def evaluate_model_detector(
     detector: ModelDetector, models: Sequence[tuple[nn.Module, bool]], clean: Any | None = None
 ) -> ModelReport:
     """Scan a population of networks whose truth is known, `(network, is_backdoored)`."""
-    verdicts = [detector.scan(model, clean) for model, _ in models]
+    verdicts = []
+    for model, _ in models:
+        with _left_alone(model):
+            verdicts.append(detector.scan(model, clean))
     truth = torch.tensor([bad for _, bad in models])
     said = torch.tensor([v.is_backdoored for v in verdicts])
     scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64)
@@ -262,7 +169,8 @@ def evaluate_defense(
     found = None
     if rejecting is not None:
         x, y = clean
-        labels, rejected = rejecting(x)
-        attacked_labels, attacked_rejected = rejecting(attacked.tensors()[0])
+        with _left_alone(defended):
+            labels, rejected = rejecting(x)
+            attacked_labels, attacked_rejected = rejecting(attacked.tensors()[0])
         found = filter_metrics(labels, rejected, y, attacked_labels, attacked_rejected, attacked)
     return DefenseReport(before, after, defense_effectiveness(before, after), found)
