@@ -83,6 +83,72 @@ def test_same_seed_same_examples():
     assert torch.equal(whole.train.tensors[0][:50], part.train.tensors[0])
 
 
+def rows(part) -> list[bytes]:
+    return sorted(x.numpy().tobytes() for x in part.tensors[0])
+
+
+def noise_folder(folder, n=30):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for k in range(n):
+            Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(folder / name / f"{k:03}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [*embedded_names(), "folder"])
+def test_the_split_belongs_to_the_data(name, tmp_path):
+    source = noise_folder(tmp_path / "noise") if name == "folder" else name
+    zero, one = (load(source, seed=seed, normalize=False) for seed in (0, 1))
+    for part in ("val", "test"):
+        assert torch.equal(getattr(zero, part).tensors[0], getattr(one, part).tensors[0])
+        assert torch.equal(getattr(zero, part).tensors[1], getattr(one, part).tensors[1])
+    assert rows(zero.train) == rows(one.train)
+    assert not torch.equal(zero.train.tensors[0], one.train.tensors[0])
+    assert zero.split_digest == one.split_digest != ""
+    if name == "folder":  # the embedded sets hold some examples twice
+        held = {*rows(one.test), *rows(one.val)}
+        assert not held & {*rows(zero.train)}
+        assert len(held) + len(zero.train) == 60
+    few = load(source, seed=5, train_size=20, test_size=10, val=3, normalize=False)
+    assert torch.equal(few.test.tensors[0], zero.test.tensors[0][:10])
+    assert {*rows(few.train)} <= {*rows(zero.train), *rows(zero.val)}
+
+
+def test_the_split_of_other_files_is_another(tmp_path):
+    source = noise_folder(tmp_path / "noise")
+    before = load(source).split_digest
+    assert load(source).split_digest == before
+    (tmp_path / "noise" / "a" / "000.png").rename(tmp_path / "noise" / "a" / "999.png")
+    assert load(source).split_digest != before
+    write_parquet(tmp_path / "toy")
+    assert load("toy", root=tmp_path).split_digest == "", "the set's own test part stays what it is"
+
+
+def test_one_image_a_class_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="2 examples of 2 classes, too few to hold a test part out"):
+        load(noise_folder(tmp_path / "noise", n=1))
+    two = load(noise_folder(tmp_path / "two", n=2))
+    assert (len(two.train), len(two.val), len(two.test)) == (1, 1, 2)
+
+
+def test_settled_files_are_read_through_once(tmp_path, monkeypatch):
+    from torchfolio.data import cache
+
+    write_parquet(tmp_path / "toy")
+    monkeypatch.setattr(cache, "SETTLED", -1.0)  # as if they had been there for long
+    first = load("toy", root=tmp_path)
+    load("toy", root=tmp_path)
+
+    def refuse(*arguments):
+        raise AssertionError("read through again")
+
+    monkeypatch.setattr(cache, "_content_key", refuse)
+    monkeypatch.setattr(cache, "_checksum", refuse)
+    again = load("toy", root=tmp_path)
+    assert torch.equal(first.train.tensors[0], again.train.tensors[0])
+
+
 def test_splits_do_not_overlap_and_keep_the_published_test_part(tmp_path):
     write_parquet(tmp_path / "toy")
     splits = load("toy", root=tmp_path, val=5, seed=3)

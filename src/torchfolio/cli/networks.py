@@ -63,7 +63,7 @@ def train(
     image_size: ImageSize = None,
     train_size: TrainSize = None,
     test_size: TestSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of data, network and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of network, order and subset.")] = 0,
     device: Device = "auto",
     precision: Precision = "32-true",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
@@ -124,6 +124,7 @@ def train(
         "schedule": schedule,
         "seed": seed,
         "image_size": image_size or manifest.training.get("image_size"),
+        "split": splits.split_digest,
         "start": str(start) if start else None,
         "steps": result.steps,
         "test": scores,
@@ -190,7 +191,7 @@ def evaluate(
     allow: Allow = None,
     image_size: ImageSize = None,
     test_size: TestSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of subsets.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the training part.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -227,6 +228,16 @@ def fitting_splits(
 
     size = image_size or manifest.training.get("image_size")
     splits = load(data, image_size=size, normalize=False, **options)
+    trained = manifest.training
+    if (
+        trained.get("data") == data
+        and splits.split_digest
+        and trained.get("split", "") not in ("", splits.split_digest)
+    ):
+        raise TorchfolioError(
+            f"{name} was trained when {data} held other examples, so that those held out now may be among those it was "
+            "trained on; put back what was there, or give the new examples a folder test/ beside train/"
+        )
     if splits.shape != manifest.input_shape:
         raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {data} has {splits.shape}")
     if splits.classes and manifest.classes and len(splits.classes) != len(manifest.classes):

@@ -34,9 +34,10 @@ def load(
     Args:
         name: of the set.
         val: share or number of training examples to hold out; a set with a validation split of its own keeps that.
-        seed: of all splits and subsets: the same seed gives the same examples in the same order.
+        seed: seed of the order of the training part, and so of the subset that `train_size` takes. What is held out
+            for validation and test belongs to the data and is the same for all seeds.
         train_size: number of training examples; all by default.
-        test_size: number of test examples; all by default.
+        test_size: number of test examples, the same ones for all seeds; all by default.
         image_size: side of the images; box-downsampled where it divides theirs, resized otherwise.
         normalize: subtract the mean of the training split and divide by its standard deviation, per channel or
             feature.

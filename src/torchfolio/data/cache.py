@@ -1,4 +1,8 @@
-"""Decoded arrays on disk, memory-mapped, keyed by the content of what they were decoded from."""
+"""Decoded arrays on disk, memory-mapped, keyed by the content of what they were decoded from.
+
+Contents are read through once. What was found is kept with the size and the times of the files, and holds until one of
+those changes; files that were written a moment ago are read again, since a second change need not show in their times.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,15 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+
+SETTLED = 2.0  # seconds after which a change of a file shows in its times on any usual file system
 
 
 def cache_folder() -> Path:
@@ -24,6 +31,18 @@ def cache_folder() -> Path:
 
 def content_key(paths: Sequence[Path], extra: str = "") -> str:
     """A digest of the contents of files, their names, and whatever else decides what is decoded."""
+    named = hashlib.sha256("\0".join([extra, *(str(p.resolve()) for p in paths)]).encode()).hexdigest()[:32]
+    note = cache_folder() / "keys" / f"{named}.json"
+    stamp = _stamp(paths)
+    if stamp is not None and (known := _noted(note, stamp)) is not None:
+        return known
+    key = _content_key(paths, extra)
+    if stamp is not None and stamp == _stamp(paths):
+        _note(note, stamp, key)
+    return key
+
+
+def _content_key(paths: Sequence[Path], extra: str) -> str:
     digest = hashlib.sha256(extra.encode())
     for path in paths:
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
@@ -56,15 +75,59 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
 
 def _read(folder: Path) -> Arrays | None:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, checksum in manifest["checksums"].items():
-            if _checksum(folder / name) != checksum:
-                return None
+        text = (folder / "manifest.json").read_text()
+        manifest = json.loads(text)
+        if not _verified(folder, text, manifest["checksums"]):
+            return None
         x = np.load(folder / "x.npy", mmap_mode="r", allow_pickle=False)
         y = np.load(folder / "y.npy", allow_pickle=False)
         return x, y, tuple(manifest["classes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _verified(folder: Path, manifest: str, checksums: dict[str, str]) -> bool:
+    """Whether the arrays have the checksums of the manifest."""
+    stamp = _stamp([folder / name for name in checksums])
+    kept = hashlib.sha256(manifest.encode()).hexdigest()[:32]
+    if stamp is not None and _noted(folder / "verified.json", stamp) == kept:
+        return True
+    if any(_checksum(folder / name) != checksum for name, checksum in checksums.items()):
+        return False
+    if stamp is not None:
+        _note(folder / "verified.json", stamp, kept)
+    return True
+
+
+def _stamp(paths: Sequence[Path]) -> str | None:
+    """Sizes and times of files in short; `None` where one of them is too young to tell a change by them."""
+    digest = hashlib.sha256()
+    youngest = 0.0
+    for path in paths:
+        found = path.stat()
+        youngest = max(youngest, found.st_mtime, found.st_ctime)
+        digest.update(f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0".encode())
+    return digest.hexdigest()[:32] if youngest < time.time() - SETTLED else None
+
+
+def _noted(note: Path, stamp: str) -> str | None:
+    """What was found when the files had this stamp."""
+    try:
+        known = json.loads(note.read_text())
+        return str(known["found"]) if known["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _note(note: Path, stamp: str, found: str) -> None:
+    """Keep what was found; without a word where that cannot be written."""
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".new-", delete=False) as file:
+            json.dump({"stamp": stamp, "found": found}, file)
+        os.replace(file.name, note)
+    except OSError:
+        return
 
 
 def _write(folder: Path, arrays: Arrays) -> None:

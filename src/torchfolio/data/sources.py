@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import os
 from pathlib import Path
@@ -57,8 +58,8 @@ def find(name: str, root: str | Path | None = None, image_size: int | None = Non
             return from_folder(folder / name, name, image_size)
     if name in HUB_IDS:
         return from_hub(HUB_IDS[name], name, looked=data_folders(root))
-    known = [*embedded_names(), *HUB_IDS, *(p.name for f in data_folders(root) if f.is_dir() for p in f.iterdir())]
-    close = difflib.get_close_matches(name, known, n=3)
+    known = {*embedded_names(), *HUB_IDS, *(p.name for f in data_folders(root) if f.is_dir() for p in f.iterdir())}
+    close = difflib.get_close_matches(name, sorted(known - {name}), n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise DataNotFound(
         f"no data set {name!r}: it is not embedded ({', '.join(embedded_names())}) and not in {_places(data_folders(root))}."
@@ -82,15 +83,23 @@ def from_folder(folder: Path, name: str, image_size: int | None = None) -> Raw:
         return _from_parquet(parquet, name)
     parts = {SPLITS[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLITS}
     if "train" in parts:
+        names_key = _names_key(parts["train"])
         read = {key: _read_images(path, image_size) for key, path in parts.items()}
         names = {key: classes for key, (_, _, classes) in read.items()}
         odd = next((key for key, classes in names.items() if classes != names["train"]), None)
         if odd is not None:
             raise ValueError(f"{folder} has the classes {names['train']} in train and {names[odd]} in {odd}")
-        return _raw(name, read)
+        return _raw(name, read, names_key)
     if not any(p.is_dir() for p in folder.iterdir()):
         raise DataNotFound(f"{folder} holds neither Parquet files nor class folders of images")
-    return _raw(name, {"train": _read_images(folder, image_size)})
+    names_key = _names_key(folder)
+    return _raw(name, {"train": _read_images(folder, image_size)}, names_key)
+
+
+def _names_key(folder: Path) -> str:
+    """A digest of the images' names, by whose order a row is one image and not another."""
+    paths, _, _ = list_folder(folder)
+    return hashlib.sha256("\0".join(p.relative_to(folder).as_posix() for p in paths).encode()).hexdigest()[:16]
 
 
 def _read_images(folder: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -122,14 +131,14 @@ def _joined(parts: list[Any]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _raw(name: str, read: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]]) -> Raw:
+def _raw(name: str, read: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]], key: str = "") -> Raw:
     if "train" not in read:
         raise ValueError(f"{name} has the splits {', '.join(read)}, expected train among them")
     classes = max((part[2] for part in read.values()), key=len)
     if name == "cifar10" and classes == tuple(map(str, range(10))):
         classes = CIFAR10  # files without the features' names keep the usual order
     parts = {k: (_tensor(x), torch.from_numpy(np.array(y, dtype=np.int64))) for k, (x, y, _) in read.items()}
-    return Raw(name, parts["train"], parts.get("test"), parts.get("val"), classes)
+    return Raw(name, parts["train"], parts.get("test"), parts.get("val"), classes, key)
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ class Raw:
         test: (x, y), or `None` where the set has no test split of its own.
         val: (x, y), or `None`.
         classes: names of the labels; empty for regression.
+        key: digest of the names of its files, where their order decides what a row is.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Raw:
     test: tuple[Tensor, Tensor] | None
     val: tuple[Tensor, Tensor] | None
     classes: tuple[str, ...]
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class DataSplits:
         mean: per channel or feature, of the training split before normalisation; images are in [0, 1].
         std: likewise; 1 where a feature is constant.
         normalized: whether x has been normalised with them.
+        split_digest: tells which examples are held out of a set without a test part of its own; empty for others.
     """
 
     name: str
@@ -55,6 +59,7 @@ class DataSplits:
     mean: Tensor
     std: Tensor
     normalized: bool
+    split_digest: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -89,23 +94,24 @@ def split(
     image_size: int | None,
     normalize: bool,
 ) -> DataSplits:
-    """Cut, scale and normalise what was read. See `torchfolio.data.load` for the arguments."""
-    generator = torch.Generator().manual_seed(seed)
+    """Cut, scale and normalise what was read. See `torchfolio.data.load` for the arguments.
+
+    Rows are chosen first and read last: what is left out costs nothing.
+    """
     _check_labels(raw)
-    train, test = raw.train, raw.test
-    if test is None:
-        train, test = _cut_by_class(train, 0.2, generator) if raw.classes else _cut(train, 0.2, generator)
-    if raw.val is not None:
-        held, train = raw.val, _take(train, torch.randperm(len(train[1]), generator=generator))
-    else:
-        train, held = _cut(train, val, generator)
-    test = _take(test, torch.randperm(len(test[1]), generator=generator))
-    train, test = _first(train, train_size, "train_size"), _first(test, test_size, "test_size")
-    parts = [(_scaled(x, image_size), y) for x, y in (train, held, test)]
+    rest, cut = _cut_test(raw)
+    train, held = _cut_val(raw, rest, val)
+    # The seed shuffles the training part alone; what is held out is the same for all of them, and in one order.
+    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
+    train = _first(train, train_size, "train_size")
+    test = _first(cut if raw.test is None else _constant_order(len(raw.test[1])), test_size, "test_size")
+    sources = ((raw.train, train), (raw.val or raw.train, held), (raw.test or raw.train, test))
+    parts = [(_scaled(x[rows], image_size), y[rows]) for (x, y), rows in sources]
     mean, std = _statistics(parts[0][0])
     if normalize:
         shape = (1, -1, *[1] * (parts[0][0].dim() - 2))
-        parts = [((x - mean.view(shape)) / std.view(shape), y) for x, y in parts]
+        for x, _ in parts:  # copies of our own
+            x.sub_(mean.view(shape)).div_(std.view(shape))
     x_train = parts[0][0]
     sets = [TensorDataset(x.contiguous(), y) for x, y in parts]
     return DataSplits(
@@ -118,46 +124,68 @@ def split(
         mean=mean,
         std=std,
         normalized=normalize,
+        split_digest=_digest(raw, cut) if raw.test is None else "",
     )
 
 
-def _take(part: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    return part[0][index], part[1][index]
+SPLIT_SEED = 0  # of what is held out: the split belongs to the data, not to a training
+TEST_SHARE = 0.2
 
 
-def _first(part: tuple[Tensor, Tensor], size: int | None, name: str) -> tuple[Tensor, Tensor]:
-    if size is None:
-        return part
-    if not 1 <= size <= len(part[1]):
-        raise ValueError(f"expected {name} between 1 and {len(part[1])}, the examples there are, got {size}")
-    return part[0][:size], part[1][:size]
+def _constant_order(n: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
 
 
-def _cut(
-    part: tuple[Tensor, Tensor], held: float | int, generator: torch.Generator
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Shuffle and hold a share or number of examples out."""
-    n = len(part[1])
-    if isinstance(held, float) and not 0 <= held < 1:
-        raise ValueError(f"expected the validation share to be at least 0 and below 1, got {held}")
-    count = round(held * n) if isinstance(held, float) else held
+def _cut_test(raw: Raw) -> tuple[Tensor, Tensor]:
+    """Rows of the training source that are left to train on, and those held out for a set without a test part.
+
+    A fifth of every class is held out, and at least one example of a class of two.
+    """
+    labels = raw.train[1]
+    order = _constant_order(len(labels))
+    if raw.test is not None:
+        return order, order[:0]
+    held = torch.zeros(len(order), dtype=torch.bool)
+    groups = labels[order] if raw.classes else torch.zeros(len(order), dtype=torch.long)
+    for group in groups.unique():
+        where = (groups == group).nonzero().flatten()
+        held[where[: max(round(TEST_SHARE * len(where)), int(len(where) > 1))]] = True
+    if not held.any():
+        raise ValueError(
+            f"{raw.name} has {len(order)} examples of {len(raw.classes)} classes, too few to hold a test part out; "
+            "expected two or more of a class, or a test split of its own (folders train/ and test/)"
+        )
+    return order[~held], order[held]
+
+
+def _cut_val(raw: Raw, rest: Tensor, val: float | int) -> tuple[Tensor, Tensor]:
+    """Rows to train on, and rows to validate on: of the validation source where there is one."""
+    if raw.val is not None:
+        return rest, torch.arange(len(raw.val[1]))
+    n = len(rest)
+    if isinstance(val, float) and not 0 <= val < 1:
+        raise ValueError(f"expected the validation share to be at least 0 and below 1, got {val}")
+    count = max(round(val * n), int(val > 0 and n > 1)) if isinstance(val, float) else val
     if not 0 <= count < n:
         raise ValueError(f"expected to hold out between 0 and {n - 1} of {n} training examples, got {count}")
-    order = torch.randperm(n, generator=generator)
-    return _take(part, order[count:]), _take(part, order[:count])
+    order = rest[_constant_order(n)]
+    return order[count:], order[:count]
 
 
-def _cut_by_class(
-    part: tuple[Tensor, Tensor], share: float, generator: torch.Generator
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Shuffle and hold the same share of every class out."""
-    order = torch.randperm(len(part[1]), generator=generator)
-    labels = part[1][order]
-    held = torch.zeros(len(order), dtype=torch.bool)
-    for label in labels.unique():
-        where = (labels == label).nonzero().flatten()
-        held[where[: round(share * len(where))]] = True
-    return _take(part, order[~held]), _take(part, order[held])
+def _first(rows: Tensor, size: int | None, name: str) -> Tensor:
+    if size is None:
+        return rows
+    if not 1 <= size <= len(rows):
+        raise ValueError(f"expected {name} between 1 and {len(rows)}, the examples there are, got {size}")
+    return rows[:size]
+
+
+def _digest(raw: Raw, cut: Tensor) -> str:
+    """What tells one cut of a set from another: which rows of what."""
+    digest = hashlib.sha256(f"{raw.key} {len(raw.train[1])} {TEST_SHARE}".encode())
+    digest.update(cut.sort().values.numpy().tobytes())
+    digest.update(raw.train[1].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _scaled(x: Tensor, image_size: int | None) -> Tensor:

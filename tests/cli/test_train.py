@@ -1,0 +1,58 @@
+"""`train` and `eval`: what is reported is what was held out, whatever the seed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from torchfolio.cli import app
+
+runner = CliRunner()
+
+
+def call(*arguments: object):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def noise(tmp_path, monkeypatch):
+    """Images without anything to learn: what scores above chance on them was trained on."""
+    monkeypatch.setenv("TORCHFOLIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "noise" / name).mkdir(parents=True)
+        for k in range(60):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "noise" / name / f"{k}.png")
+    return "noise/"
+
+
+TRAIN = ("train", "--model", "mlp", "--epochs", 30, "--batch-size", 32, "--optimizer", "adamw", "--lr", 0.01, "--json")
+
+
+@pytest.mark.parametrize("test_size", [None, 10])
+def test_eval_scores_what_train_held_out(noise, test_size):
+    size = () if test_size is None else ("--test-size", test_size)
+    done = call(*TRAIN, "--data", noise, "--seed", 1, "-o", "net", *size)
+    assert done.exit_code == 0, done.output
+    trained = json.loads(done.stdout)
+    for seed in (0, 2):
+        again = call("eval", "net", "--data", noise, "--seed", seed, "--json", *size)
+        assert again.exit_code == 0, again.output
+        scores = json.loads(again.stdout)
+        assert scores["loss"] == pytest.approx(trained["loss"], abs=1e-6)
+        assert scores["accuracy"] == pytest.approx(trained["accuracy"], abs=1e-6)
+    seen = json.loads(call("eval", "net", "--data", noise, "--split", "train", "--json").stdout)
+    assert seen["accuracy"] > scores["accuracy"] + 0.2, "the network has learnt the noise by heart"
+
+
+def test_eval_refuses_a_split_that_is_no_longer_known(noise, tmp_path):
+    assert call(*TRAIN, "--data", noise, "-o", "net").exit_code == 0
+    (tmp_path / "noise" / "a" / "0.png").rename(tmp_path / "noise" / "a" / "z.png")
+    done = call("eval", "net", "--data", noise)
+    assert done.exit_code == 2
+    assert "held other examples" in done.stderr
