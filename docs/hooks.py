@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 from mkdocs.structure.files import File, Files
 
@@ -68,16 +69,20 @@ def _claims(paper: catalog.Paper) -> list[str]:
         found = measured.get(claim.id)
         values = "" if not found else "; ".join(_value(n, v) for n, v in found["values"].items())
         verdict = "" if not found else {True: "yes", False: "**no**", None: "–"}[found["holds"]]
-        if found and found["of"] > 1:
-            verdict += f" ({found['held_on']} of {found['of']} seeds)"
+        if found and found["values"] and len(outcome["seeds"]) > 1:
+            verdict += f" ({found['held_on']} of {len(outcome['seeds'])} seeds)"
         what = claim.measured + (f" **{values}**" if values else "")
         lines.append(f"| {claim.sentence} | {claim.paper or ''} | {what} | {verdict} |".replace("\n", " "))
     if measured:
-        lines += ["", f"Recorded by `{outcome['command']}` with torch {outcome['environment']['torch']}."]
+        lines += ["", f"Recorded by `{outcome['command']}` with torch {outcome['torch']}."]
+    for work, ratios in (outcome.get("peers", {}) if path.is_file() else {}).items():
+        times = ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
+        lines += ["", f"Time of others over ours, {work}: {times}."]
     return lines
 
 
-def _value(name: str, value: dict) -> str:
-    if value["mean"] is None:
+def _value(name: str, seeds: list[float | None]) -> str:
+    if None in seeds:
         return f"{name} not a number"
-    return f"{name} {value['mean']:.3g}" + (f" ± {value['sem']:.1g}" if value["sem"] is not None else "")
+    spread = f" ± {stdev(seeds) / len(seeds) ** 0.5:.1g}" if len(seeds) > 1 else ""
+    return f"{name} {mean(seeds):.3g}{spread}"

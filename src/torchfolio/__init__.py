@@ -17,9 +17,18 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HERE = Path(__file__).parent
+_PARTS = sorted(
+    path.stem
+    for path in _HERE.iterdir()
+    if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").is_file())
+)
 
 
 def __getattr__(name: str) -> ModuleType:
-    if not name.startswith("_") and ((_HERE / name).is_dir() or (_HERE / f"{name}.py").is_file()):
+    if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_PARTS, "__doc__", "__name__", "__path__", "__version__"]

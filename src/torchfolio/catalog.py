@@ -6,10 +6,11 @@ Each paper is one file, `papers/SLUG.toml`. Whether its method is in is read off
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,26 @@ FAMILIES = {
     "applications": "methods for one task",
 }
 
+KINDS = {
+    "rule": "a learning rule",
+    "objective": "an objective added to a learning rule",
+    "layer": "a layer",
+    "convert": "a conversion of networks to its layer",
+    "loss": "a loss",
+    "estimator": "an estimator",
+    "compression": "a method that compresses networks",
+    "merge": "a method that merges networks",
+    "adapter": "a method that adapts networks",
+    "input_detector": "a detector of triggered inputs",
+    "model_detector": "a detector of backdoored networks",
+    "defence": "a defence in training",
+    "attack": "an attack",
+    "analysis": "an analysis of networks",
+    "theory": "a model with exact answers",
+    "sampler": "a sampler or solver",
+    "builders": "a function that builds a network on disk",
+}
+
 _HERE = Path(__file__).parent
 
 
@@ -46,12 +67,16 @@ class Claim:
         id: what experiments call it.
         sentence: the claim in plain words.
         measured: what is measured here.
+        holds: the condition on the measured values under which it holds, such as `"ours >= baseline - 2"`.
+        every_seed: whether the condition must hold on every seed; on the means over seeds otherwise.
         paper: the paper's own figure, or `None`.
     """
 
     id: str
     sentence: str
     measured: str
+    holds: str | None = None
+    every_seed: bool = False
     paper: str | None = None
 
 
@@ -65,7 +90,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper of the catalogue."""
+    """One paper of the catalogue.
+
+    Attributes:
+        offers: public names of its module by what they are: `names` is what the family exports, the other keys are
+            of `KINDS`.
+    """
 
     slug: str
     title: str
@@ -78,6 +108,7 @@ class Paper:
     claims: tuple[Claim, ...]
     arxiv: str | None = None
     code: Code | None = None
+    offers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -132,6 +163,78 @@ def paper(slug: str) -> Paper:
     raise CatalogError(f"there is no paper {slug!r}; {hint}")
 
 
+# What papers offer
+
+
+def offering(kind: str) -> dict[str, str]:
+    """Import paths (`package.module:name`) of what papers offer of a kind, by slug, of those that are in.
+
+    Args:
+        kind: of `KINDS`.
+
+    Raises:
+        CatalogError: if there is no such kind.
+    """
+    if kind not in KINDS:
+        raise CatalogError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}")
+    ready = (found for found in papers().values() if found.is_in and kind in found.offers)
+    return {found.slug: _path(found, found.offers[kind][0]) for found in ready}
+
+
+def offered(slug: str, kind: str) -> Any:
+    """The class or function that a paper offers of a kind, imported.
+
+    Raises:
+        CatalogError: if there is no such paper, its method is not in, or it offers nothing of the kind; with those
+            that do.
+    """
+    found = paper(slug)
+    if not found.is_in:
+        raise CatalogError(f"{slug} is in the catalogue but its method is not in yet; see: torchfolio list --in")
+    known = offering(kind)
+    if slug not in known:
+        others = f"; these are: {', '.join(known)}" if known else ""
+        raise CatalogError(f"{slug} is not {KINDS[kind]}{others}; see: torchfolio show {slug}")
+    return load_name(known[slug])
+
+
+def load_name(path: str) -> Any:
+    """What an import path (`package.module:name`) of the catalogue names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def exports(family: str) -> dict[str, str]:
+    """Import paths of the public names that the papers of a family offer, by name."""
+    ready = (found for found in papers().values() if found.is_in and found.family == family)
+    return {name: _path(found, name) for found in ready for name in found.offers.get("names", ())}
+
+
+def doors(package: str, own: Iterable[str] = ()) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__` and `__dir__` of a family's package, and the names that papers offer there.
+
+    A name that a paper offers is imported when it is first used, so that the family's door opens at once.
+
+    Args:
+        package: `__name__` of the package.
+        own: names that the package holds itself.
+    """
+    family = package.rpartition(".")[2]
+    known = exports(family)
+    names = sorted({*own, *known})
+
+    def get(name: str) -> Any:
+        if name in known:
+            return load_name(known[name])
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get, lambda: [*names, "__all__", "__doc__", "__name__", "__path__"], sorted(set(known) - set(own))
+
+
+def _path(found: Paper, name: str) -> str:
+    return name if ":" in name else f"{found.module}:{name}"
+
+
 # The schema
 
 _FIELDS: dict[str, tuple[type, bool]] = {
@@ -145,8 +248,17 @@ _FIELDS: dict[str, tuple[type, bool]] = {
     "claims": (list, True),
     "arxiv": (str, False),
     "code": (dict, False),
+    "offers": (dict, False),
 }
-_CLAIM = {"id": (str, True), "sentence": (str, True), "measured": (str, True), "paper": (str, False)}
+_CLAIM = {
+    "id": (str, True),
+    "sentence": (str, True),
+    "measured": (str, True),
+    "holds": (str, False),
+    "every_seed": (bool, False),
+    "paper": (str, False),
+}
+_OFFERS: dict[str, tuple[Any, bool]] = {"names": (list, True), **dict.fromkeys(KINDS, (str | list, False))}
 _CODE = {"url": (str, True), "license": (str, False)}
 
 
@@ -180,7 +292,8 @@ def read(path: Path) -> Paper:
         if not table["code"]["url"].startswith("https://"):
             raise CatalogError(f"{path.name}: code.url is {table['code']['url']!r}, expected an https address")
         code = Code(**table["code"])
-    rest = {k: v for k, v in table.items() if k not in ("authors", "tags", "claims", "code", "summary")}
+    given = ("authors", "tags", "claims", "code", "summary", "offers")
+    rest = {k: v for k, v in table.items() if k not in given}
     return Paper(
         slug=path.stem,
         authors=tuple(table["authors"]),
@@ -188,11 +301,23 @@ def read(path: Path) -> Paper:
         summary=" ".join(table["summary"].split()),
         claims=tuple(claims),
         code=code,
+        offers=_offers(path.name, table["offers"]) if "offers" in table else {},
         **rest,
     )
 
 
-def _check(file: str, prefix: str, table: dict[str, Any], schema: dict[str, tuple[type, bool]]) -> None:
+def _offers(file: str, table: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    _check(file, "offers.", table, _OFFERS)
+    offers = {kind: (value,) if isinstance(value, str) else tuple(value) for kind, value in table.items()}
+    for kind, names in offers.items():
+        for name in names:
+            last = name.rpartition(":")[2] if isinstance(name, str) else ""
+            if not last.isidentifier():
+                raise CatalogError(f"{file}: offers.{kind} holds {name!r}, expected the name of a class or function")
+    return offers
+
+
+def _check(file: str, prefix: str, table: dict[str, Any], schema: Mapping[str, tuple[Any, bool]]) -> None:
     for name in table:
         if name not in schema:
             close = difflib.get_close_matches(name, schema, n=1)
@@ -202,9 +327,10 @@ def _check(file: str, prefix: str, table: dict[str, Any], schema: dict[str, tupl
         if name not in table:
             if required:
                 raise CatalogError(f"{file}: {prefix}{name} is missing")
-        elif not isinstance(table[name], kind) or isinstance(table[name], bool):
-            raise CatalogError(f"{file}: {prefix}{name} is a {type(table[name]).__name__}, expected {kind.__name__}")
-        elif kind in (str, list) and not table[name]:
+        elif not isinstance(table[name], kind) or (isinstance(table[name], bool) and kind is not bool):
+            expected = getattr(kind, "__name__", str(kind))
+            raise CatalogError(f"{file}: {prefix}{name} is a {type(table[name]).__name__}, expected {expected}")
+        elif isinstance(table[name], str | list) and not table[name]:
             raise CatalogError(f"{file}: {prefix}{name} is empty")
 
 

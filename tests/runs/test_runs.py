@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from torchfolio.catalog import Claim
 from torchfolio.errors import TorchfolioError
 from torchfolio.runs import Outcome, Run, experiment, plan, run_all, run_experiment, threads
+from torchfolio.runs.outcome import aggregate_claims
+from torchfolio.runs.record import digest, record, record_peers
 from torchfolio.runs.settings import override, parse
 from torchfolio.runs.store import append_json_line, read_json_lines, read_result, write_json, write_result
 
@@ -125,18 +128,46 @@ def a_run(tmp_path, **arguments):
 
 
 def test_claims_are_checked(tmp_path):
-    run = a_run(tmp_path, claim_ids=("known",))
+    run = a_run(tmp_path, claims={"known": Claim("known", "", "", "measured > y")})
     with pytest.raises(ValueError, match="no claim 'other'"):
-        run.claim("other", 1.0, True)
+        run.values("other", 1.0)
     with pytest.raises(ValueError, match="speaks of 'y'"):
-        run.claim("known", {"x": 1.0}, "y > 1")
-    assert run.claim("known", 2.0, "measured > 1") is True
+        run.values("known", 2.0)
+    run.values("known", 2.0, y=1.0)
+    assert run.measured == {"known": {"measured": 2.0, "y": 1.0}}
     with pytest.raises(ValueError, match="before"):
-        run.claim("known", 2.0, True)
+        run.values("known", 2.0, y=1.0)
 
 
-def test_not_a_number_does_not_hold(tmp_path):
-    assert a_run(tmp_path).claim("x", float("nan"), "measured < 1") is False
+def test_conditions_are_decided_on_means_or_on_every_seed():
+    seeds = [{"c": {"x": 0.0}}, {"c": {"x": 4.0}}]
+    (mean,) = aggregate_claims([Claim("c", "", "", "x > 1")], seeds)
+    (each,) = aggregate_claims([Claim("c", "", "", "x > 1", every_seed=True)], seeds)
+    assert (mean["holds"], mean["held_on"], mean["of"]) == (True, 1, 2)
+    assert each["holds"] is False
+    (toy_data,) = aggregate_claims([Claim("c", "", "", "x > 1")], seeds, judge=False)
+    assert toy_data["holds"] is None
+    assert toy_data["values"]["x"]["mean"] == 2.0
+
+
+def test_not_a_number_does_not_hold():
+    (claim,) = aggregate_claims([Claim("c", "", "", "x < 1")], [{"c": {"x": float("nan")}}])
+    assert claim["holds"] is False
+    assert "not a finite number" in claim["note"]
+
+
+def test_a_record_is_short_and_notes_what_it_was_taken_with(tmp_path):
+    outcome = measure(tmp_path / "runs", seeds=(0, 1))
+    claims = [Claim(id, id, "", holds) for id, holds in toy.CLAIMS.items()]
+    path = record(outcome, claims, tmp_path)
+    record_peers("toy", {"work": {"peer": 2.0}}, tmp_path)
+    again = json.loads(record(outcome, claims, tmp_path).read_text())
+    assert again["peers"] == {"work": {"peer": 2.0}}
+    assert len(path.read_text().splitlines()) <= 20
+    assert again["digest"] == digest("toy", "quick", toy.SCALES["quick"], claims)
+    assert again["digest"] != digest("toy", "quick", toy.Settings(steps=6), claims)
+    assert again["digest"] != digest("toy", "quick", toy.SCALES["quick"], claims[:2])
+    assert [len(claim["values"]) for claim in again["claims"]] == [2, 1, 1]
 
 
 def test_arm_names_are_checked(tmp_path):

@@ -22,6 +22,8 @@ class Settings:
     log: str = ""
 
 
+CLAIMS = {"better": "ours >= base + 0.5", "paired": "abs(measured - 1) < 1e-6", "exact": "measured == 1"}
+
 SCALES = {"smoke": Settings(), "quick": Settings(steps=5)}
 
 
@@ -41,9 +43,9 @@ def run(run) -> None:
     base = run.arm("base", _arm, run, "base", 0.0)
     ours = run.arm("ours", lambda: _arm(run, "ours", 1.0))
     run.record(step=1, loss=0.5)
-    run.claim("better", {"ours": ours["accuracy"], "base": base["accuracy"]}, "ours >= base + 0.5")
-    run.claim("paired", ours["accuracy"] - base["accuracy"], "abs(measured - 1) < 1e-6")
-    run.claim("exact", 1.0, run.seed != 7)
+    run.values("better", {"ours": ours["accuracy"], "base": base["accuracy"]})
+    run.values("paired", ours["accuracy"] - base["accuracy"])
+    run.values("exact", float(run.seed != 7))
     fig, ax = plt.subplots()
     ax.plot(ours["curve"])
     run.figure("curve", fig, "a curve")

@@ -1,1 +1,5 @@
 """Methods for one task."""
+
+from torchfolio.catalog import doors
+
+__getattr__, __dir__, __all__ = doors(__name__)

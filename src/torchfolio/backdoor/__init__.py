@@ -25,6 +25,7 @@ from torchfolio.backdoor.triggers import (
     Trigger,
     WarpTrigger,
 )
+from torchfolio.catalog import doors
 
 __all__ = [
     "X2X",
@@ -53,3 +54,6 @@ __all__ = [
     "threshold_at_fpr",
     "tpr_at_fpr",
 ]
+
+__getattr__, __dir__, _offered = doors(__name__, __all__)
+__all__ += _offered

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchfolio import catalog
 from torchfolio.cli.networks import (
     Allow,
     AsJson,
@@ -18,7 +19,6 @@ from torchfolio.cli.networks import (
     ModelSet,
     call_with,
     importable,
-    method_class,
     normalized,
     open_network,
     parse_settings,
@@ -123,13 +123,10 @@ def _detector(slug: str, settings: dict[str, Any], seed: int, device: str) -> tu
     """A new detector, and whether it judges `"inputs"` or the `"model"`."""
     import inspect
 
-    from torchfolio.backdoor.detectors import InputDetector, ModelDetector
     from torchfolio.engine.evaluate import resolve_device
 
-    try:
-        kind, factory = "inputs", method_class(slug, InputDetector, "a detector of backdoors")
-    except TorchfolioError:
-        kind, factory = "model", method_class(slug, ModelDetector, "a detector of backdoors")
+    kind = "model" if slug in catalog.offering("model_detector") else "inputs"
+    factory = catalog.offered(slug, "model_detector" if kind == "model" else "input_detector")
     own = {"seed": seed, "device": resolve_device(device)}
     own = {k: v for k, v in own.items() if k in inspect.signature(factory).parameters}
     return kind, call_with(factory, {**own, **settings}, f"the method {slug}")
@@ -338,13 +335,12 @@ def _show(report: dict[str, Any], output: Path, as_json: bool) -> None:
 def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: bool) -> None:
     """Score images with a filter."""
     from torchfolio.backdoor.audit import chance, p_values
-    from torchfolio.backdoor.detectors import InputDetector
     from torchfolio.bundle import load_bundle
     from torchfolio.engine.evaluate import resolve_device
 
     record = _record(folder)
     source = load_bundle(folder / NETWORK, allow=allow, device=resolve_device(device))
-    factory: Any = method_class(record["detector"], InputDetector, "a filter of inputs")
+    factory: Any = catalog.offered(record["detector"], "input_detector")
     loaded = factory.load(folder, source.model)
     names, x = _images(inputs, source.manifest)
     labels, rejected = loaded.filtered(x)

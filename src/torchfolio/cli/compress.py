@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchfolio import catalog
 from torchfolio.cli.networks import (
     Allow,
     AsJson,
@@ -21,7 +22,6 @@ from torchfolio.cli.networks import (
     augmentation,
     call_with,
     importable,
-    method_class,
     normalized_splits,
     open_network,
     parse_settings,
@@ -72,10 +72,9 @@ def compress(
     Example: torchfolio compress net/ --method biper --data cifar10 --epochs 9 -o small/
     """
     from torchfolio.bundle import load_bundle, save_bundle
-    from torchfolio.efficiency.compression import Compression
     from torchfolio.efficiency.compression import compress as compress_network
 
-    factory = method_class(method, Compression, "a method that compresses networks")
+    factory = catalog.offered(method, "compression")
     settings = parse_settings(setting)
     compression = call_with(factory, settings, f"the method {method}")
     allow = importable([*(allow or []), *([model] if model and ":" in model else [])])

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
     from torchfolio.runs import Outcome
 
+Record = Annotated[
+    Path | None, typer.Option(help="Folder to which the short form of the result is written, as SLUG.json.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(run)
+    app.command()(bench)
     app.command()(report)
 
 
@@ -38,6 +43,7 @@ def run(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the experiment, key=value.")] = None,
+    record: Record = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print outcomes as JSON.")] = False,
 ) -> None:
     """Measure the claims of papers on this machine.
@@ -53,6 +59,8 @@ def run(
     plans = [plan(slug, scale, span, changes, device=device, out=out, resume=resume) for slug in chosen]
     with _Status() as status:
         outcomes = run_all(plans, jobs=jobs, ray=ray, say=status.say)
+    if record is not None:
+        _record(outcomes, record)
     if as_json:
         from dataclasses import asdict
 
@@ -62,6 +70,34 @@ def run(
             _show(outcome, planned.folder)
     if not all(outcome.ok for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def bench(
+    slug: Annotated[str, typer.Argument(help="Paper whose method is timed.")],
+    num_threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of ours and of the peers.")] = 1,
+    record: Record = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ratios as JSON.")] = False,
+) -> None:
+    """Time a method against what a user would take in its place, in alternation.
+
+    Example: torchfolio bench naive_bayes_probe
+    """
+    from torchfolio.runs import bench as benches
+    from torchfolio.runs.record import record_peers
+
+    with _Status() as status:
+        timed = benches.bench(slug, num_threads=num_threads, say=status.say)
+    ratios = timed.ratios()
+    if record is not None:
+        record_peers(slug, ratios, record)
+    if as_json:
+        typer.echo(json.dumps(ratios))
+        return
+    for work, times in timed.times.items():
+        typer.secho(work, bold=True)
+        typer.echo(f"  {times.reference}: {times.to_frame().loc[times.reference, 'seconds']:.4g} s")
+        for name, ratio in ratios[work].items():
+            typer.echo(f"  {name}: {ratio:.2f} of our time" + (" (ours is slower)" if ratio < 1 else ""))
 
 
 def report(
@@ -77,6 +113,16 @@ def report(
 
     path = write_report(runs or [Path("runs")], output).resolve()
     typer.echo(json.dumps({"report": str(path)}) if as_json else f"report: {path}")
+
+
+def _record(outcomes: list[Outcome], folder: Path) -> None:
+    from torchfolio.runs.record import record
+
+    for outcome in outcomes:
+        if outcome.status == "done":
+            record(outcome, catalog.paper(outcome.slug).claims, folder)
+        else:
+            typer.echo(f"{outcome.slug}: {outcome.status}, not recorded", err=True)
 
 
 def _choose(slugs: list[str], family: str | None, everything: bool) -> list[str]:

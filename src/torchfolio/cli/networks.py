@@ -308,6 +308,7 @@ def find_rule(name: str) -> Callable[..., LearningRule]:
     import importlib
     import inspect
 
+    from torchfolio import catalog
     from torchfolio.engine import Backprop, LearningRule
 
     if name == "backprop":
@@ -322,41 +323,7 @@ def find_rule(name: str) -> Callable[..., LearningRule]:
         if not (inspect.isclass(found) and issubclass(found, LearningRule)):
             raise TorchfolioError(f"{name} is not a class of torchfolio.engine.LearningRule")
         return found
-    return method_class(name, LearningRule, "a learning rule")
-
-
-def method_class(slug: str, kind: type[Any], what: str) -> type[Any]:
-    """The class of some kind that the module of a method holds: its learning rule, its compression.
-
-    Args:
-        slug: of the method.
-        kind: abstract class that it is a subclass of.
-        what: says in an error what the method is not.
-
-    Raises:
-        TorchfolioError: if there is no such method, it is not in, or is of another kind; with those that are.
-    """
-    import importlib
-    import inspect
-
-    from torchfolio import catalog
-
-    def find(paper: catalog.Paper) -> type[Any] | None:
-        module = importlib.import_module(paper.module)
-        members = [getattr(module, name) for name in getattr(module, "__all__", dir(module))]
-        wanted = (m for m in members if inspect.isclass(m) and issubclass(m, kind) and not inspect.isabstract(m))
-        return next(wanted, None)
-
-    paper = catalog.paper(slug)
-    if not paper.is_in:
-        raise TorchfolioError(f"{slug} is in the catalogue but its method is not in yet")
-    found = find(paper)
-    if found is None:
-        family = kind.__module__.split(".")[1]
-        others = [p.slug for p in catalog.papers().values() if p.is_in and p.family == family and find(p) is not None]
-        hint = f"; these are: {', '.join(others)}" if others else ""
-        raise TorchfolioError(f"{slug} is not {what}{hint}; see: torchfolio show {slug}")
-    return found
+    return catalog.offered(name, "rule")
 
 
 def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) -> tuple[str, dict[str, Any]]:

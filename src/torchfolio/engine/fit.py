@@ -24,7 +24,7 @@ from torchfolio.engine.modes import seed_all, seeded
 from torchfolio.engine.resume import Keeper, fingerprint, settings_of
 from torchfolio.engine.rules import Backprop, LearningRule
 from torchfolio.engine.scalars import Scalars
-from torchfolio.engine.setup import OptimizerFactory, SchedulerFactory, launch, prepare
+from torchfolio.engine.setup import OptimizerFactory, SchedulerFactory, launch, prepare, scheduled_steps
 from torchfolio.engine.state import Callback, EarlyStopping
 from torchfolio.engine.sync import data_rank
 
@@ -84,7 +84,8 @@ def fit(
         optimizer: a factory from parameters to an optimizer, such as `partial(SGD, lr=0.1)`, or an optimizer
             that holds every parameter that is trained. AdamW with learning rate 1e-3 by default.
         scheduler: a factory from the optimizer to a learning-rate scheduler, such as
-            `partial(OneCycleLR, max_lr=0.1, total_steps=n)`.
+            `torchfolio.engine.recipes.one_cycle(0.1)` or `partial(CosineAnnealingLR, T_max=n)`. One with a free
+            parameter `total_steps`, as `partial(OneCycleLR, max_lr=0.1)` has, is told how many steps it will make.
         schedule: whether the scheduler steps after every optimizer `"step"` or every `"epoch"`. A
             `ReduceLROnPlateau` goes by the epoch and follows `val_loss` (`loss` without `val`).
         epochs: passes over the training data; 1 by default, or as many as `max_steps` needs.
@@ -164,7 +165,8 @@ def fit(
         arguments = {"": type(rule).__name__, **settings_of(rule)}
         batches = as_batches(train, batch_size, seed, rank=rank, world=world, drop_last=drop_last, device=fabric.device)
         epochs = 1 if epochs is None and max_steps is None else epochs
-        state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs)
+        steps = scheduled_steps(schedule, epochs, max_steps, batches.count, accumulate)
+        state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps)
         check_last_batch(batches, state.module)
         settings = fingerprint(
             arguments, state.optimizer, state.scheduler, seed=seed, batch_size=batch_size,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
+SchedulerFactory = Callable[..., LRScheduler]
 
 EXAMPLES = 8  # of tensors in memory, for the batch that rules see before training
 
@@ -73,8 +75,13 @@ def prepare(
     optimizer: OptimizerFactory | Optimizer | None,
     scheduler: SchedulerFactory | None,
     epochs: int | None,
+    steps: int | None,
 ) -> FitState:
-    """Move the model, let the rule build around it, share the weights, make optimizer and scheduler."""
+    """Move the model, let the rule build around it, share the weights, make optimizer and scheduler.
+
+    Args:
+        steps: that the scheduler will make in all; `None` where nobody knows.
+    """
     convert = fabric.strategy.precision.convert_module
     example = place(fabric, _example(train, batches))
     model = convert(model.to(fabric.device))
@@ -87,7 +94,41 @@ def prepare(
     elif fabric.world_size > 1:
         broadcast_module(module)
     made = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
-    return FitState(model, module, rule, made, epochs, scheduler(made) if scheduler is not None else None)
+    return FitState(model, module, rule, made, epochs, make_scheduler(scheduler, made, steps))
+
+
+def scheduled_steps(
+    schedule: str, epochs: int | None, max_steps: int | None, batches: int | None, accumulate: int
+) -> int | None:
+    """Steps that a scheduler will make: of the optimizer, or epochs; `None` where nobody knows."""
+    if schedule == "epoch":
+        return epochs
+    known = [max_steps] if max_steps is not None else []
+    if epochs is not None and batches is not None:
+        known.append(epochs * -(-batches // accumulate))
+    return min(known, default=None)
+
+
+def make_scheduler(given: SchedulerFactory | None, optimizer: Optimizer, steps: int | None) -> LRScheduler | None:
+    """The scheduler of an optimizer; a factory with a free parameter `total_steps` is told how many there will be.
+
+    Raises:
+        ValueError: if it asks for them and nobody knows.
+    """
+    if given is None:
+        return None
+    try:
+        asks = "total_steps" in inspect.signature(given).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        asks = False
+    if not asks or (isinstance(given, partial) and "total_steps" in given.keywords):
+        return given(optimizer)
+    if steps is None:
+        raise ValueError(
+            "the scheduler asks for the total number of steps, and the data do not say how many batches they hold; "
+            "give max_steps, or total_steps to the scheduler"
+        )
+    return given(optimizer, total_steps=steps)
 
 
 def _shard(fabric: Fabric, module: nn.Module) -> nn.Module:

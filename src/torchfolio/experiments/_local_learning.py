@@ -7,65 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import checkpoint_sequential
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchfolio.data import DataSplits
-from torchfolio.data.augment import CropFlip
-from torchfolio.engine import Backprop, LearningRule, evaluate, fit
+from torchfolio.engine import Backprop, LearningRule
 from torchfolio.engine import layers as network_layers
 from torchfolio.local.auglocal import initialize
 from torchfolio.measure import linear_probe, saved_bytes
 from torchfolio.models import ResNetCIFAR, collect_features
-from torchfolio.runs import Run
+from torchfolio.runs import tasks
 
 RuleFactory = Callable[[], LearningRule]
 
 
 @dataclass(frozen=True)
-class Task:
-    """Data, network and budget.
+class Task(tasks.Task):
+    """The common task on a small residual network.
 
     Attributes:
-        data: name of the data set.
-        train_size: training images; `None` takes all.
-        test_size: test images; `None` takes all.
-        val_size: images held out of the training part.
-        image_size: images are box-downsampled to this side; `None` keeps them.
         depth: of the residual network, 6n+2.
         widths: of its three stages.
-        epochs: passes over the training images.
-        batch_size: images in a batch.
-        lr: peak of the one-cycle learning rate.
-        momentum: Nesterov momentum.
-        weight_decay: of all trained weights.
-        crop: pixels of padding before a random crop; flips are always on for photographs.
         probes: also measure a linear probe on every layer.
     """
 
-    data: str = "cifar10"
-    train_size: int | None = 6000
-    test_size: int | None = 2000
-    val_size: int = 1000
-    image_size: int | None = 16
     depth: int = 20
     widths: tuple[int, ...] = (8, 16, 32)
-    epochs: int = 8
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    crop: int = 0
     probes: bool = False
 
 
-SMOKE = {"data": "digits", "train_size": 512, "test_size": None, "val_size": 100, "image_size": None, "depth": 14}
+SMOKE = {**tasks.SMOKE, "depth": 14}
 FULL = {
     "train_size": None,
     "test_size": None,
@@ -77,14 +51,6 @@ FULL = {
     "crop": 4,
     "probes": True,
 }
-
-
-def load(run: Run) -> DataSplits:
-    """The task's images."""
-    task: Task = run.settings
-    return run.data(
-        task.data, train_size=task.train_size, test_size=task.test_size, val=task.val_size, image_size=task.image_size
-    )
 
 
 def network(task: Task, data: DataSplits, depth: int | None = None) -> nn.Module:
@@ -101,38 +67,12 @@ def train(
     """Train the task's network by one rule: accuracies in percent, probes where asked for."""
     net = network(task, data)
     before = [p.detach().clone() for p in net.parameters()]
-    photographs = data.shape[0] == 3
-    steps = task.epochs * -(-len(data.train) // task.batch_size)
-    result = fit(
-        net,
-        data.train,
-        val=data.val,
-        evaluate=getattr(rule, "evaluate", None),
-        rule=rule,
-        optimizer=partial(SGD, lr=task.lr, momentum=task.momentum, nesterov=True, weight_decay=task.weight_decay),
-        scheduler=partial(_one_cycle, max_lr=task.lr, total_steps=steps),
-        epochs=task.epochs,
-        batch_size=task.batch_size,
-        augment=CropFlip(padding=task.crop, flip=True) if photographs else None,
-        seed=seed,
-        device=device,
-    )
-    # Rules for sequences say themselves how their network is run.
-    score = getattr(rule, "evaluate", evaluate)
+    outcome: dict[str, object] = {**tasks.train(task, data, net, rule, seed=seed, device=device)}
     moved = [not torch.equal(a, b.detach().cpu()) for a, b in zip(before, net.parameters(), strict=True)]
-    outcome: dict[str, object] = {
-        "accuracy": 100 * score(net, data.test)["accuracy"],
-        "val_accuracy": 100 * score(net, data.val)["accuracy"],
-        "weights_moved": sum(moved) / len(moved),
-        "steps": result.steps,
-    }
+    outcome["weights_moved"] = sum(moved) / len(moved)
     if task.probes:
         outcome["probes"] = probe_layers(net, data)
     return outcome
-
-
-def _one_cycle(optimizer: Optimizer, max_lr: float, total_steps: int) -> OneCycleLR:
-    return OneCycleLR(optimizer, max_lr=max_lr, total_steps=total_steps, cycle_momentum=False)
 
 
 def probe_layers(net: nn.Module, data: DataSplits, examples: int = 2000) -> list[float]:

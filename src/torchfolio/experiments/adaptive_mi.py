@@ -110,30 +110,27 @@ def run(run: Run[Settings]) -> None:
     deep = slice(2, len(settings.widths))
     mean = {name: float(np.mean(np.asarray(arm["compression"])[:, deep])) for name, arm in found.items()}
     tanh, last = found["tanh"], len(settings.widths) - 1
-    run.claim(
+    run.values(
         "tanh_compresses",
         {"compression": float(np.mean(np.asarray(tanh["compression"])[:, last])),
          "regained_label_information": float(np.mean(np.asarray(tanh["regained"])[:, last]))},
-        "compression >= 2 and regained_label_information >= 0.1",
     )  # fmt: skip
     unbounded = [n for n in ("relu", "elu") if n in found]
     largest = max(float(np.asarray(found[n]["compression"])[:, : last + 1].mean(0).max()) for n in unbounded)
     spread = max(mean[n] for n in settings.activations) - min(mean[n] for n in settings.activations)
-    run.claim("no_saturation_needed", {"largest": largest, "spread": spread}, "largest >= 0.3 and spread >= 0.3")
+    run.values("no_saturation_needed", {"largest": largest, "spread": spread})
     deviation = max(
         float(np.asarray(found[n]["compression"])[:, k].std(ddof=1)) for n in ("tanh", "relu") for k in (last - 1, last)
     )
-    run.claim("varies_with_initialisation", {"deviation": deviation}, "deviation >= 0.2")
-    run.claim(
+    run.values("varies_with_initialisation", {"deviation": deviation})
+    run.values(
         "l2_compresses",
         {"with_penalty": mean["relu_l2"], "without": mean["relu"],
          "accuracy": 100 * float(np.mean(found["relu_l2"]["accuracy"])),
          "accuracy_without": 100 * float(np.mean(found["relu"]["accuracy"]))},
-        "with_penalty >= without + 1 and accuracy >= accuracy_without - 1",
     )  # fmt: skip
-    run.claim(
+    run.values(
         "negative_control", control,
-        "fixed_change >= 1 and adaptive_change == 0 and shuffled_excess <= 0.05 and shuffled_excess >= -0.05",
     )  # fmt: skip
 
 

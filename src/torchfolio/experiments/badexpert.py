@@ -91,28 +91,25 @@ def run(run: Run[Settings]) -> None:
     }
     found["clean"] = run.arm("clean", lambda: measure(run, data, trusted, test, "badnets", rate=0.0))
     badnets, blend = found["badnets"], found["blend"]
-    run.claim(
+    run.values(
         "expert", {"accuracy": badnets["expert_acc"], "attack_success": badnets["expert_asr"],
-                   "never_poisoned": found["clean"]["asr"]}, "accuracy <= 0.65 and attack_success >= 0.90",
+                   "never_poisoned": found["clean"]["asr"]},
     )  # fmt: skip
-    run.claim(
+    run.values(
         "detection",
         {"badnets": badnets["auroc_triangle"], "blend": blend["auroc_triangle"], "badnets_tpr": badnets["tpr"],
          "badnets_fpr": badnets["fpr"]},
-        "badnets >= 0.95 and blend >= 0.95 and badnets_tpr >= 0.70 and badnets_fpr <= 0.03",
     )  # fmt: skip
-    run.claim(
+    run.values(
         "ensemble",
         {"ensemble": badnets["auroc_triangle"], "auxiliary": badnets["auroc_auxiliary"]},
-        "ensemble >= auxiliary + 0.05",
     )
-    run.claim(
+    run.values(
         "filtering",
         {"filtered": badnets["filtered_asr"], "unfiltered": badnets["asr"], "accuracy": badnets["filtered_acc"],
          "unfiltered_accuracy": badnets["acc"]},
-        "filtered <= 0.3 * unfiltered and accuracy >= unfiltered_accuracy - 0.03",
     )  # fmt: skip
-    run.claim("negative_control", {"right_labels": badnets["auroc_control"]}, "right_labels <= 0.75")
+    run.values("negative_control", {"right_labels": badnets["auroc_control"]})
 
 
 def measure(

@@ -175,19 +175,17 @@ def _claims(run: Run[Settings], found: dict[str, dict[str, Any]]) -> None:
     def success(*names: str) -> dict[str, float]:
         return {name: found[name]["attack_success"] for name in names}
 
-    run.claim("succession", success("task_arithmetic", "clean_merge"), "task_arithmetic >= 60 and clean_merge <= 5")
-    run.claim(
+    run.values("succession", success("task_arithmetic", "clean_merge"))
+    run.values(
         "defence",
         success("dam", "twin", "concrete", "dam_single"),
-        "dam <= twin - 15 and dam <= concrete - 5 and dam <= 35 and dam_single <= concrete - 10",
     )
-    run.claim(
+    run.values(
         "accuracy",
         {name: found[name]["accuracy"] for name in ("dam", "dam_single", "concrete")},
-        "dam >= concrete - 4 and dam_single >= concrete - 4",
     )
-    run.claim("transfer", {"dam": found["dam"]["transfer"]}, "dam <= 10")
-    run.claim("negative_control", success("blind", "concrete"), "blind >= concrete - 8")
+    run.values("transfer", {"dam": found["dam"]["transfer"]})
+    run.values("negative_control", success("blind", "concrete"))
 
 
 def make_tasks(settings: Settings, data: DataSplits, seed: int) -> list[Task]:

@@ -117,7 +117,7 @@ def run(run: Run[Settings]) -> None:
     trained = run.arm("trained", guided, alpha=alpha, trained=True)
     early = run.arm("early", guided, alpha=alpha, steps=settings.early_steps)
     permuted = run.arm("permuted", guided, alpha=alpha, guide_input=_shuffled)
-    run.claim(
+    run.values(
         "overfitting",
         {
             "trained": trained["accuracy"],
@@ -126,9 +126,8 @@ def run(run: Run[Settings]) -> None:
             "untrained_loss": untrained["loss"],
             "plain_loss": plain["loss"],
         },
-        "trained_loss <= 0.85 * plain_loss and untrained_loss <= 0.85 * plain_loss and trained >= plain + 2.5",
     )
-    run.claim(
+    run.values(
         "untrained_guide",
         {
             "untrained": untrained["accuracy"],
@@ -136,12 +135,9 @@ def run(run: Run[Settings]) -> None:
             "untrained_loss": untrained["loss"],
             "plain_loss": plain["loss"],
         },
-        "untrained >= plain + 1 and untrained_loss <= 0.85 * plain_loss",
     )
-    run.claim(
-        "early_guidance", {"early_loss": early["loss"], "plain_loss": plain["loss"]}, "early_loss <= 0.9 * plain_loss"
-    )
-    run.claim(
+    run.values("early_guidance", {"early_loss": early["loss"], "plain_loss": plain["loss"]})
+    run.values(
         "negative_control",
         {
             "permuted": permuted["accuracy"],
@@ -149,7 +145,6 @@ def run(run: Run[Settings]) -> None:
             "permuted_loss": permuted["loss"],
             "untrained_loss": untrained["loss"],
         },
-        "permuted <= plain - 2 and permuted_loss >= 1.1 * untrained_loss",
     )
     if settings.deep:
         _deep(run, data, alpha)
@@ -265,11 +260,7 @@ def _train_guide(run: Run[Settings], data: DataSplits, guide: nn.Module) -> None
 
 def _deep(run: Run[Settings], data: DataSplits, alpha: float) -> None:
     """Targets that are too deep to train well by themselves, by untrained and trained guides."""
-    conditions = {
-        "deep_perceptron": (deep_perceptron, "untrained > plain and trained > plain"),
-        "no_skips": (no_skips, "trained > plain"),
-    }
-    for id, (make, condition) in conditions.items():
+    for id, make in {"deep_perceptron": deep_perceptron, "no_skips": no_skips}.items():
         measured = {
             "plain": run.arm(f"{id}_plain", _plain, run, data, make)["accuracy"],
             "untrained": run.arm(f"{id}_untrained", _guided, run, data, make, alpha=alpha, reduction="mean")[
@@ -279,7 +270,7 @@ def _deep(run: Run[Settings], data: DataSplits, alpha: float) -> None:
                 "accuracy"
             ],
         }
-        run.claim(id, measured, condition)
+        run.values(id, measured)
 
 
 def _sequences(run: Run[Settings]) -> None:
@@ -294,10 +285,9 @@ def _sequences(run: Run[Settings]) -> None:
         for kind in ("plain", "untrained", "trained"):
             arm = run.arm(f"{name}_{kind}", _sequence, run, task, *nets, kind)
             measured[f"{name}_{kind}"] = arm["accuracy"]
-    run.claim(
+    run.values(
         "sequences",
         measured,
-        "copying_untrained > copying_plain and copying_trained > copying_plain and parity_trained > parity_plain",
     )
 
 

@@ -145,12 +145,11 @@ def run(run: Run[Settings]) -> None:
 
 def _claims(run: Run[Settings], found: dict[str, dict[str, Any]]) -> None:
     nab, undefended, relabel = found["nab"], found["undefended"], found["relabel"]
-    run.claim("isolation", {"precision": found["isolation"]["precision"]}, "precision >= 0.85")
-    run.claim(
+    run.values("isolation", {"precision": found["isolation"]["precision"]})
+    run.values(
         "defense",
         {"attack_success": nab["asr"], "true_class": nab["bacc"], "undefended": undefended["asr"],
          "never_poisoned": found["clean"]["asr"]},
-        "attack_success <= 0.05 and true_class >= 0.80 and undefended >= 0.95",
     )  # fmt: skip
     variants = {"digits_stamped": (found["nab_stamped"], undefended)}
     if "photos_nab" in found:
@@ -158,14 +157,12 @@ def _claims(run: Run[Settings], found: dict[str, dict[str, Any]]) -> None:
     values = {}
     for name, (after, before) in variants.items():
         values |= {f"{name}_accuracy_loss": before["acc"] - after["acc"], f"{name}_attack_success": after["asr"]}
-    condition = " or ".join(f"({name}_accuracy_loss <= 0.04 and {name}_attack_success <= 0.15)" for name in variants)
-    run.claim("clean_accuracy", {**values, "digits_plain_accuracy_loss": undefended["acc"] - nab["acc"]}, condition)
-    run.claim(
+    run.values("clean_accuracy", {**values, "digits_plain_accuracy_loss": undefended["acc"] - nab["acc"]})
+    run.values(
         "mechanism",
         {"without_stamp": nab["asr_without_stamp"], "rejected_triggered": nab["b_rej"], "rejected_clean": nab["c_rej"]},
-        "without_stamp >= 0.5 and rejected_triggered >= 0.6 and rejected_clean <= 0.15",
     )
-    run.claim(
+    run.values(
         "negative_control",
         {
             "relabel": relabel["asr"],
@@ -173,7 +170,6 @@ def _claims(run: Run[Settings], found: dict[str, dict[str, Any]]) -> None:
             "relabel_true_class": relabel["bacc"],
             "nab_true_class": nab["bacc"],
         },
-        "relabel >= nab + 0.3 or relabel_true_class <= nab_true_class - 0.2",
     )
 
 

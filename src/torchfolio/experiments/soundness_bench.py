@@ -138,26 +138,25 @@ def run(run: Run[Settings]) -> None:
     }
     found = {name: run.arm(name, lambda own=own: train(run, own)) for name, own in arms.items()}
     both = found["two_objective"]
-    run.claim(
+    run.values(
         "hidden",
         {key: both[key] for key in ("hidden", "misclassified", "right")},
-        f"hidden >= {0.6 * settings.pairs:g} and misclassified == {settings.pairs} and right == {settings.pairs}",
+        pairs=settings.pairs,
     )
-    run.claim(
+    run.values(
         "ablations",
         {name: found[name]["hidden"] for name in arms},
-        "naive <= 1 and no_window <= two_objective - 2",
     )
-    run.claim("clean_instances", {"clean": both["clean"]}, f"clean >= {0.8 * settings.pairs:g}")
+    run.values("clean_instances", clean=both["clean"], pairs=settings.pairs)
     if not both["hidden"]:
         return
     asked = run.arm("verifiers", lambda: ask(run, both))
     sound = {name.replace("+", "_"): asked["verified"][name] for name in ("interval", "crown", "crown+split")}
-    run.claim("sound_verifiers", sound, all(v == 0 for v in sound.values()))
-    run.claim("detection", *_detection(settings, both, asked))
+    run.values("sound_verifiers", sound)
+    run.values("detection", _detection(settings, both, asked))
 
 
-def _detection(settings: Settings, both: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, float], bool]:
+def _detection(settings: Settings, both: dict[str, Any], asked: dict[str, Any]) -> dict[str, float]:
     """What of the planted bugs is caught, and whether that is what should be."""
     hidden, flagged = both["hidden"], asked["flagged"]
     shrink = flagged["shrink_input"]
@@ -166,7 +165,7 @@ def _detection(settings: Settings, both: dict[str, Any], asked: dict[str, Any]) 
         for kind, worst in (("shrink_intermediate", 0.2), ("drop_domains", 0.5))
     ]
     caught.append(any(count > 0 for s, count in zip(settings.severities, shrink, strict=True) if 0 < s <= 0.5))
-    holds = (
+    as_expected = (
         asked["verified"]["attack only"] == hidden
         and shrink[-1] == hidden
         and all(flagged[kind][0] == 0 for kind in BUGS)
@@ -176,7 +175,7 @@ def _detection(settings: Settings, both: dict[str, Any], asked: dict[str, Any]) 
     values = {"hidden": hidden, "attack_only": asked["verified"]["attack only"]}
     for kind, counts in flagged.items():
         values |= {f"{kind}_{s:g}".replace(".", "_"): c for s, c in zip(settings.severities, counts, strict=True)}
-    return values, bool(holds)
+    return {**values, "as_expected": float(as_expected)}
 
 
 def make(settings: Settings) -> nn.Module:

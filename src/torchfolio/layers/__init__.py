@@ -1,1 +1,5 @@
 """Layers that replace a standard one."""
+
+from torchfolio.catalog import doors
+
+__getattr__, __dir__, __all__ = doors(__name__)

@@ -6,6 +6,7 @@
 - `vnnlib`: networks and questions in the formats of the VNN competition.
 """
 
+from torchfolio.catalog import doors
 from torchfolio.robustness.attacks import deepfool, fgsm, hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.properties import Box, Property, Verdict, Verifier, classification
 from torchfolio.robustness.relu_split import ReluSplit
@@ -34,3 +35,6 @@ __all__ = [
     "write_onnx",
     "write_vnnlib",
 ]
+
+__getattr__, __dir__, _offered = doors(__name__, __all__)
+__all__ += _offered

@@ -2,13 +2,12 @@
 
 from torchfolio.runs.environment import threads
 from torchfolio.runs.outcome import Outcome, Results
-from torchfolio.runs.run import Measured, Run
+from torchfolio.runs.run import Run
 from torchfolio.runs.runner import SCALES, Job, experiment, plan, run_all, run_experiment
 
 __all__ = [
     "SCALES",
     "Job",
-    "Measured",
     "Outcome",
     "Results",
     "Run",

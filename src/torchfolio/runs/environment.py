@@ -40,13 +40,15 @@ def _cpu() -> str:
 def threads(n: int) -> Iterator[None]:
     """Compute with `n` threads for a while; tiny matrices run far faster with one."""
     import torch
+    from threadpoolctl import threadpool_limits
 
     if n < 1:
         raise ValueError(f"expected at least one thread, got {n}")
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
-        yield
+        with threadpool_limits(n):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchfolio.catalog import Paper
+from torchfolio.catalog import Claim
 from torchfolio.runs import expression
-from torchfolio.runs.run import Measured
 from torchfolio.runs.store import write_json
 
 FORMAT = 1
@@ -31,7 +30,7 @@ class Outcome:
         settings: of the experiment.
         command: that repeats it.
         started: ISO time.
-        seconds: wall time.
+        seconds: that the arms took, all seeds together, whenever and wherever they ran.
         environment: versions and machine.
         error: type, message and traceback of a failure.
         claims: a table for each claim of the catalogue.
@@ -62,8 +61,8 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed. At smoke scale data are toys: only errors count."""
-        return self.status == "done" and (self.scale == "smoke" or not self.failed_claims)
+        """Whether nothing failed. At smoke scale nothing is judged: only errors count."""
+        return self.status == "done" and not self.failed_claims
 
     def save(self, folder: Path) -> None:
         """Write `outcome.json`."""
@@ -93,44 +92,39 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(array.mean()), "sem": sem, "seeds": [float(v) for v in array]}
 
 
-def aggregate_claims(paper: Paper | None, measured: Sequence[Mapping[str, Measured]]) -> list[dict[str, Any]]:
-    """Claims over seeds: a condition is decided on the means, a truth value must hold on every seed."""
-    ids = [claim.id for claim in paper.claims] if paper is not None else list(measured[0] if measured else [])
+def aggregate_claims(
+    claims: Iterable[Claim], measured: Sequence[Mapping[str, Mapping[str, float]]], *, judge: bool = True
+) -> list[dict[str, Any]]:
+    """Claims over seeds: a condition is decided on the means, or must hold on every seed where the claim says so.
+
+    Args:
+        claims: of the paper.
+        measured: for every seed the values of claims by name.
+        judge: whether to decide at all; toy data decide nothing.
+    """
     tables = []
-    for id in ids:
-        found = [seed[id] for seed in measured if id in seed]
-        table: dict[str, Any] = {"id": id, "sentence": id, "paper": None, "what": "", "expression": None, "values": {}}
-        if paper is not None:
-            claim = paper.claim(id)
-            table |= {"sentence": claim.sentence, "paper": claim.paper, "what": claim.measured}
-        table |= {
-            "holds": None,
-            "held_on": 0,
-            "of": len(found),
+    for claim in claims:
+        found = [seed[claim.id] for seed in measured if claim.id in seed]
+        table: dict[str, Any] = {
+            "id": claim.id, "sentence": claim.sentence, "paper": claim.paper, "what": claim.measured,
+            "expression": claim.holds, "values": {}, "holds": None, "held_on": 0, "of": len(found),
             "note": None if found else "not measured at this scale",
-        }
+        }  # fmt: skip
         if found:
-            table |= _decide(found)
+            table["values"] = {name: summary([values[name] for values in found]) for name in found[0]}
+            table |= _decide(claim, found, table["values"]) if judge else {"note": "toy data: not judged"}
         tables.append(table)
     return tables
 
 
-def _decide(found: Sequence[Measured]) -> dict[str, Any]:
-    values = {name: summary([m.values[name] for m in found]) for name in found[0].values}
-    condition = found[0].expression
-    if condition is None:
-        true = all(m.holds for m in found)
-    else:
-        true = expression.holds(condition, {name: v["mean"] for name, v in values.items()})
+def _decide(claim: Claim, found: Sequence[Mapping[str, float]], values: Mapping[str, Any]) -> dict[str, Any]:
+    if claim.holds is None:
+        return {"note": "the catalogue has no condition"}
+    each = [expression.holds(claim.holds, seed) for seed in found]
+    mean = expression.holds(claim.holds, {name: v["mean"] for name, v in values.items()})
     lost = [name for name, v in values.items() if not math.isfinite(v["mean"])]
     note = f"{', '.join(lost)} is not a finite number" if lost else None
-    return {
-        "expression": condition,
-        "values": values,
-        "holds": true,
-        "held_on": sum(m.holds for m in found),
-        "note": note,
-    }
+    return {"holds": all(each) if claim.every_seed else mean, "held_on": sum(each), "note": note}
 
 
 def aggregate_arms(arms: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

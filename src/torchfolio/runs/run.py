@@ -1,40 +1,26 @@
-"""One seed of an experiment: its arms, what it records, draws and claims."""
+"""One seed of an experiment: its arms, what it records and draws, the values of its claims."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torchfolio.runs import expression
-from torchfolio.runs.store import append_json_line, atomic, read_result, write_result
+from torchfolio.runs.store import append_json_line, atomic, read_result, write_json, write_result
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
+    from torchfolio.catalog import Claim
     from torchfolio.data import DataSplits
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A claim as one seed measured it.
-
-    Attributes:
-        id: of the claim.
-        values: measured values by name.
-        expression: the condition on them; `None` where the experiment decided itself.
-        holds: whether it holds on this seed.
-    """
-
-    id: str
-    values: dict[str, float]
-    expression: str | None
-    holds: bool
 
 
 @dataclass
@@ -48,7 +34,7 @@ class Run(Generic[S]):
         settings: the experiment's settings.
         device: where to compute.
         folder: of this seed.
-        claim_ids: claims that the catalogue knows.
+        claims: claims that the experiment may give values of, by id; any where there are none.
         say: called with a line about what is going on.
     """
 
@@ -58,9 +44,10 @@ class Run(Generic[S]):
     settings: S
     device: torch.device
     folder: Path
-    claim_ids: tuple[str, ...] = ()
+    claims: Mapping[str, Claim] = field(default_factory=dict)
     say: Callable[[str], None] = lambda text: None
-    measured: dict[str, Measured] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
 
@@ -91,9 +78,13 @@ class Run(Generic[S]):
             from torchfolio.engine import seeded
 
             self.say(name)
+            start = time.perf_counter()
             with seeded(self.seed):
                 result = function(*args, **kwargs)
+            write_json(path.with_suffix(".seconds"), time.perf_counter() - start)
             self.arms[name] = write_result(path, result)
+        timed = path.with_suffix(".seconds")
+        self.seconds[name] = json.loads(timed.read_text()) if timed.is_file() else 0.0
         return self.arms[name]
 
     def record(self, **scalars: Any) -> None:
@@ -105,32 +96,30 @@ class Run(Generic[S]):
         save_figure(self.folder / "figures", name, figure)
         self.figures[name] = caption
 
-    def claim(self, id: str, measured: float | Mapping[str, float], holds: str | bool) -> bool:
-        """State what was measured of a claim, and the condition under which it holds.
+    def values(self, id: str, measured: float | Mapping[str, float] | None = None, /, **named: float) -> None:
+        """Give what was measured of a claim; the condition on it stands in the catalogue.
 
         Args:
-            id: of the claim in the catalogue.
-            measured: one value (called `measured`) or values by name.
-            holds: a condition such as `"ours >= baseline - 2"`, which is evaluated on this seed and on the mean over
-                seeds; or a truth value, which must be true on every seed.
-
-        Returns:
-            Whether it holds on this seed.
+            id: of the claim.
+            measured: one value (called `measured`), or values by name.
+            **named: further values.
 
         Raises:
-            ValueError: if the claim is unknown or was stated before, or the condition cannot be read.
+            ValueError: if the claim is unknown or was measured before, or if its condition names a value that is
+                missing (which it may at smoke scale, where nothing is judged).
         """
-        if self.claim_ids and id not in self.claim_ids:
+        if self.claims and id not in self.claims:
             raise ValueError(
-                f"{self.slug} has no claim {id!r} in the catalogue; its claims are {', '.join(self.claim_ids)}"
+                f"{self.slug} has no claim {id!r} in the catalogue; its claims are {', '.join(self.claims)}"
             )
         if id in self.measured:
             raise ValueError(f"the claim {id!r} was measured before")
-        named = measured.items() if isinstance(measured, Mapping) else [("measured", measured)]
-        values = {name: float(value) for name, value in named}
-        true = expression.holds(holds, values) if isinstance(holds, str) else bool(holds)
-        self.measured[id] = Measured(id, values, holds if isinstance(holds, str) else None, true)
-        return true
+        given = measured if isinstance(measured, Mapping) else {} if measured is None else {"measured": measured}
+        values = {name: float(value) for name, value in {**given, **named}.items()}
+        condition = self.claims[id].holds if id in self.claims else None
+        if condition is not None and self.scale != "smoke":
+            expression.parse(condition, values)
+        self.measured[id] = values
 
     def data(self, name: str, **arguments: Any) -> DataSplits:
         """A data set with this run's seed; arguments of `torchfolio.data.load`."""

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import shlex
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from torchfolio import catalog
+from torchfolio.catalog import Claim
 from torchfolio.errors import TorchfolioError, require
 from torchfolio.runs.environment import cores, environment
 from torchfolio.runs.outcome import Outcome, Results, aggregate_arms, aggregate_claims
@@ -62,6 +62,14 @@ def experiment(slug: str) -> ModuleType:
     if not paper.is_in:
         raise TorchfolioError(f"{slug} is in the catalogue but its method is not in yet; see: torchfolio list --in")
     return importlib.import_module(f"torchfolio.experiments.{slug}")
+
+
+def claims_of(slug: str, module: ModuleType) -> tuple[Claim, ...]:
+    """The claims of an experiment: of its paper, or of its own table `CLAIMS` from ids to conditions."""
+    known = catalog.papers().get(slug)
+    if known is not None:
+        return known.claims
+    return tuple(Claim(id, id, "", holds) for id, holds in getattr(module, "CLAIMS", {}).items())
 
 
 def run_experiment(
@@ -174,7 +182,6 @@ def run_all(
     """
     if jobs < 1:
         raise ValueError(f"expected at least one job, got {jobs}")
-    started = {job.slug: time.perf_counter() for job in jobs_to_run}
     if ray:
         _measure_on_ray(jobs_to_run, say)
     elif jobs > 1:
@@ -184,12 +191,7 @@ def run_all(
             jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads_each,)
         ) as pool:
             _measure_in(pool, jobs_to_run, say)
-    outcomes = []
-    for job in jobs_to_run:
-        if jobs == 1 and not ray:
-            started[job.slug] = time.perf_counter()
-        outcomes.append(_conclude(job, started[job.slug], say))
-    return outcomes
+    return [_conclude(job, say) for job in jobs_to_run]
 
 
 def _start_worker(threads_each: int) -> None:
@@ -243,7 +245,6 @@ def _measure(job: Job, seed: int, say: Say) -> Run[Any]:
     from torchfolio.engine.evaluate import resolve_device
 
     module = importlib.import_module(job.module)
-    known = catalog.papers().get(job.slug)
     run: Run[Any] = Run(
         slug=job.slug,
         scale=job.scale,
@@ -251,14 +252,14 @@ def _measure(job: Job, seed: int, say: Say) -> Run[Any]:
         settings=override(module.SCALES[job.scale], job.settings),
         device=resolve_device(job.device),
         folder=job.folder / f"seed-{seed}",
-        claim_ids=tuple(claim.id for claim in known.claims) if known is not None else (),
+        claims={claim.id: claim for claim in claims_of(job.slug, module)},
         say=lambda text: say(f"{job.slug} seed {seed}: {text}"),
     )
     module.run(run)
     return run
 
 
-def _conclude(job: Job, started: float, say: Say) -> Outcome:
+def _conclude(job: Job, say: Say) -> Outcome:
     """Run what is left of the seeds, put the outcome together and write it."""
     from torchfolio.engine.evaluate import resolve_device
 
@@ -288,9 +289,10 @@ def _conclude(job: Job, started: float, say: Say) -> Outcome:
         say(f"{job.slug}: failed: {type(error).__name__}: {error}")
     finally:
         complete = runs if outcome.status == "done" else []
-        outcome.claims = aggregate_claims(catalog.papers().get(job.slug), [r.measured for r in complete])
+        claims = claims_of(job.slug, module)
+        outcome.claims = aggregate_claims(claims, [r.measured for r in complete], judge=job.scale != "smoke")
         outcome.arms = aggregate_arms([r.arms for r in complete])
-        outcome.seconds = round(time.perf_counter() - started, 2)
+        outcome.seconds = round(sum(sum(run.seconds.values()) for run in runs), 2)
         outcome.save(job.folder)
     return outcome
 

@@ -13,6 +13,7 @@ activations. The parts, one module each:
 - `bptt`: backpropagation through time, the rule that others are measured against.
 """
 
+from torchfolio.catalog import doors
 from torchfolio.spiking.conversion import to_spiking
 from torchfolio.spiking.encoders import frames, latency, poisson, repeat
 from torchfolio.spiking.neurons import IF, LIF
@@ -39,3 +40,6 @@ __all__ = [
     "run_sequence",
     "to_spiking",
 ]
+
+__getattr__, __dir__, _offered = doors(__name__, __all__)
+__all__ += _offered

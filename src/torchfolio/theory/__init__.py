@@ -1,1 +1,5 @@
 """Models with exact answers."""
+
+from torchfolio.catalog import doors
+
+__getattr__, __dir__, __all__ = doors(__name__)

@@ -1,0 +1,109 @@
+"""Pictures that most experiments draw: curves and scores over seeds, images side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from torchfolio.runs.outcome import Results
+
+__all__ = ["axes", "bars", "curves", "grid"]
+
+
+def axes(xlabel: str = "", ylabel: str = "", *, width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
+    """A figure with one pair of labelled axes and a faint grid."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    return fig, ax
+
+
+def curves(
+    results: Results,
+    lines: Mapping[str, tuple[str, str]],
+    *,
+    x: Sequence[float] | np.ndarray | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    logx: bool = False,
+    logy: bool = False,
+) -> Figure:
+    """Lines of means over seeds, each with a band from the lowest to the highest seed.
+
+    Args:
+        results: of all seeds.
+        lines: `(arm, value)` by label; every value is a list or array `[N]`.
+        x: places `[N]`; 1 to N by default.
+        xlabel: text under the axis.
+        ylabel: text beside the axis.
+        logx: whether x is logarithmic.
+        logy: whether y is logarithmic.
+    """
+    fig, ax = axes(xlabel, ylabel)
+    for label, (arm, name) in lines.items():
+        values = results.values(arm, name)
+        places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x, dtype=float)
+        ax.plot(places, values.mean(0), label=label, marker="." if values.shape[1] <= 20 else None)
+        ax.fill_between(places, values.min(0), values.max(0), alpha=0.2, linewidth=0)
+    if logx:
+        ax.set_xscale("log")
+    if logy:
+        ax.set_yscale("log")
+    ax.legend()
+    return fig
+
+
+def bars(results: Results, scores: Mapping[str, tuple[str, str]], *, ylabel: str = "") -> Figure:
+    """One place for each score: its mean with the spread over seeds, and a dot for every seed.
+
+    Args:
+        results: of all seeds.
+        scores: `(arm, value)` by label; every value is a number.
+        ylabel: text beside the axis.
+    """
+    fig, ax = axes(ylabel=ylabel, width=max(4.0, 1.0 + 0.8 * len(scores)))
+    for k, (arm, name) in enumerate(scores.values()):
+        values = results.values(arm, name)
+        ax.bar(k, values.mean(), color=f"C{k % 10}", alpha=0.35, width=0.7)
+        ax.plot(np.full(len(values), k), values, "o", color=f"C{k % 10}", markersize=4)
+    ax.set_xticks(
+        range(len(scores)),
+        list(scores),
+        rotation=30 if len(scores) > 4 else 0,
+        ha="right" if len(scores) > 4 else "center",
+    )
+    ax.grid(axis="x", visible=False)
+    return fig
+
+
+def grid(images: Any, titles: Sequence[str] = (), *, columns: int = 8) -> Figure:
+    """Images side by side.
+
+    Args:
+        images: `[N, C, H, W]` or `[N, H, W]`, tensor or array; values outside 0 to 1 are scaled to it, all alike.
+        titles: one for each image, or none.
+        columns: maximum number of images in a row.
+    """
+    import matplotlib.pyplot as plt
+
+    array = np.asarray(images, dtype=float)
+    array = array[:, None] if array.ndim == 3 else array
+    low, high = min(0.0, float(array.min())), max(1.0, float(array.max()))
+    array = (array - low) / (high - low)
+    rows, across = -(-len(array) // columns), min(columns, len(array))
+    fig, places = plt.subplots(rows, across, figsize=(1.4 * across, 1.6 * rows), layout="constrained", squeeze=False)
+    for ax in places.flat:
+        ax.axis("off")
+    for k, (ax, image) in enumerate(zip(places.flat, array, strict=False)):
+        ax.imshow(image[0] if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        if titles:
+            ax.set_title(titles[k], fontsize=8)
+    return fig

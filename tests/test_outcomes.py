@@ -1,0 +1,65 @@
+"""Recorded evidence is of today's experiments: the same settings, the same conditions, verdicts that follow."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from torchfolio import catalog
+from torchfolio.runs.expression import holds
+from torchfolio.runs.record import digest
+
+OUTCOMES = sorted((Path(__file__).parent.parent / "docs" / "outcomes").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", OUTCOMES, ids=lambda path: path.stem)
+def test_a_record_is_of_today(path):
+    recorded = json.loads(path.read_text())
+    paper = catalog.paper(path.stem)
+    experiment = importlib.import_module(f"torchfolio.experiments.{path.stem}")
+    now = digest(path.stem, recorded["scale"], experiment.SCALES[recorded["scale"]], paper.claims)
+    assert recorded["digest"] == now, (
+        f"settings or conditions changed: torchfolio run {path.stem} --record docs/outcomes"
+    )
+    assert recorded["scale"] in ("quick", "full")
+    assert len(recorded["seeds"]) >= 3
+    assert [claim["id"] for claim in recorded["claims"]] == [claim.id for claim in paper.claims]
+
+
+@pytest.mark.parametrize("path", OUTCOMES, ids=lambda path: path.stem)
+def test_verdicts_follow_from_the_figures(path):
+    recorded = json.loads(path.read_text())
+    paper = catalog.paper(path.stem)
+    for claim in recorded["claims"]:
+        condition = paper.claim(claim["id"])
+        if not claim["values"]:
+            assert claim["holds"] is None
+            continue
+        # A figure that is not finite is kept as null, and no condition holds of it.
+        by_seed = {name: [float("nan") if v is None else v for v in seeds] for name, seeds in claim["values"].items()}
+        count = len(recorded["seeds"])
+        each = [holds(condition.holds, {name: seeds[k] for name, seeds in by_seed.items()}) for k in range(count)]
+        mean = holds(condition.holds, {name: sum(seeds) / count for name, seeds in by_seed.items()})
+        assert claim["holds"] == (all(each) if condition.every_seed else mean), claim["id"]
+
+
+def test_every_claim_of_a_method_that_is_in_has_a_condition():
+    for paper in catalog.papers().values():
+        if paper.is_in:
+            assert all(claim.holds for claim in paper.claims), paper.slug
+            assert paper.offers.get("names"), paper.slug
+
+
+def test_what_papers_offer_is_there():
+    for paper in catalog.papers().values():
+        if paper.is_in:
+            family = importlib.import_module(f"torchfolio.{paper.family}")
+            for kind, names in paper.offers.items():
+                for name in names:
+                    value = catalog.load_name(name if ":" in name else f"{paper.module}:{name}")
+                    assert callable(value), (paper.slug, kind, name)
+            assert set(paper.offers["names"]) <= set(family.__all__)
+            assert all(getattr(family, name) is not None for name in paper.offers["names"])
