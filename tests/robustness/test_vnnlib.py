@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 
 from tests.robustness.test_bounds import convolutional, inputs, small
 from torchfolio.errors import TorchfolioError
+from torchfolio.robustness.onnx_file import read_onnx, write_onnx
 from torchfolio.robustness.properties import Box, Property, classification
-from torchfolio.robustness.vnnlib import FormatError, read_onnx, read_vnnlib, write_onnx, write_vnnlib
+from torchfolio.robustness.vnnlib import FormatError, read_vnnlib, write_vnnlib
 
 HEAD = "\n".join(f"(declare-const {n} Real)" for n in ("X_0", "X_1", "Y_0", "Y_1", "Y_2"))
 BOX = "(assert (>= X_0 -1)) (assert (<= X_0 0.5)) (assert (and (>= X_1 0) (<= X_1 1e-1)))"
@@ -61,6 +63,73 @@ def test_inputs_may_be_in_one_of_several_boxes(tmp_path):
 def test_what_is_not_understood_is_told(tmp_path, text, message):
     with pytest.raises(FormatError, match=message):
         read(tmp_path, text)
+
+
+Y = "(assert (<= Y_0 Y_1))"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("(assert (<= Y_0 nan))", "line 8: expected a finite number .* 'nan'"),
+        ("(assert (<= Y_0 inf))", "line 8: .* 'inf'"),
+        ("(assert (<= Y_0 1e999))", "line 8: .* '1e999'"),
+        ("(assert (<= Y_0 1_000))", "line 8: .* '1_000'"),
+        ("(assert (<= (* 1e300 (* 1e300 Y_0)) 1))", "line 8: its numbers overflow"),
+        ("(assert)", r"line 8: .* got \(assert\)"),
+        ("(assert ())", r"line 8: expected a formula, got \(\)"),
+        ("(assert (or))", r"line 8: expected a formula, got \(or\)"),
+        ("(assert (or (and) (<= Y_0 1)))", r"line 8: expected a formula, got \(and\)"),
+        ("(assert (<= Y_0 ()))", "line 8: expected a linear term"),
+        ("(assert (<= Y_0 (+)))", "line 8: expected a linear term"),
+        ("(assert (<= Y_0 1) (<= Y_0 2))", "line 8: expected"),
+        ("(assert (<= Y_7 1))", "line 8: Y_7 is not declared"),
+        ("(declare-const)", r"line 8: .* got \(declare-const\)"),
+        ("(declare-const X_0 Real)", "line 8: X_0 is declared twice"),
+        ("(declare-const Z Real)", "line 8: expected"),
+        ("(declare-const X_5 Real)", "X_0 to X_2, without gaps"),
+        ("()", "line 8: expected"),
+        ("(" * 100_000, "line 8: expected at most 64 parentheses"),
+        ("(assert " + "(or " * 3000 + "(<= Y_0 1)" + ")" * 3001, "line 8: expected at most 64"),
+        ("(assert (or (<= Y_0 1) (>= Y_0 2)))" * 30, "at most 65536 cases"),
+        ("(assert (and " + "(or (<= Y_0 1) (>= Y_0 2))" * 60 + "))", "line 8: expected at most 65536 cases"),
+        ("(assert (>= X_0 3))", "no input lies"),
+    ],
+)
+def test_what_is_wrong_is_told_by_its_line_at_once(tmp_path, text, message):
+    started = time.perf_counter()
+    with pytest.raises(FormatError, match=message) as caught:
+        read(tmp_path, f"{BOX}\n; more\n{text}\n{Y}", head=HEAD.replace("\n", " ") + "\n\n\n")
+    assert time.perf_counter() - started < 1
+    assert len(str(caught.value)) < 400
+
+
+def test_cases_without_inputs_are_left_out(tmp_path):
+    text = BOX + "(assert (or (and (>= X_0 2) (<= Y_0 5)) (and (>= X_0 0) (<= Y_0 6))))"
+    ((box, prop),) = read(tmp_path, text)
+    assert box.lower.tolist() == [[0, 0]]
+    assert prop.t.tolist() == [6]
+
+
+def test_files_that_are_no_text_and_shapes_that_do_not_fit(tmp_path):
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
+    for path, message in (
+        (tmp_path / "b", "no text"),
+        (tmp_path / "none", "cannot be read"),
+        (tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            read_vnnlib(path)
+    (tmp_path / "p").write_text(HEAD + BOX + Y)
+    with pytest.raises(FormatError, match="expected 12 inputs, as the network"):
+        read_vnnlib(tmp_path / "p", (3, 4))
+
+
+def test_bounds_that_are_divided_lose_no_input(tmp_path):
+    head = "(declare-const X_0 Real)(declare-const Y_0 Real)"
+    ((box, _),) = read(tmp_path, "(assert (<= (* 3 X_0) 1))(assert (>= X_0 (- 1)))(assert (<= Y_0 0))", head=head)
+    assert 3 * box.upper.item() >= 1
+    assert box.upper.item() - 1 / 3 < 1e-15
 
 
 def test_written_properties_are_read_back(tmp_path):

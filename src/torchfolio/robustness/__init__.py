@@ -3,15 +3,16 @@
 - `attacks`: inputs that a network gets wrong, by gradients, by scores, or by decisions alone;
 - `bounds`: what a network's outputs can be on a box of inputs; `relu_split`: the same, case by case;
 - `properties`: questions to a verifier and its answers; `verifiers`: those that answer them;
-- `vnnlib`: networks and questions in the formats of the VNN competition.
+- `onnx_file`, `vnnlib`: networks and questions in the formats of the VNN competition.
 """
 
 from torchfolio.catalog import doors
 from torchfolio.robustness.attacks import deepfool, fgsm, hop_skip_jump, margin, nes, pgd
+from torchfolio.robustness.onnx_file import read_onnx, write_onnx
 from torchfolio.robustness.properties import Box, Property, Verdict, Verifier, classification
 from torchfolio.robustness.relu_split import ReluSplit
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval, milp_verify
-from torchfolio.robustness.vnnlib import read_onnx, read_vnnlib, write_onnx, write_vnnlib
+from torchfolio.robustness.vnnlib import read_vnnlib, write_vnnlib
 
 __all__ = [
     "Box",

@@ -228,7 +228,7 @@ def ibp(model: nn.Module, box: Box, prop: Property | None = None, *, rounding: f
         return last
     C, t = prop.C.to(last[0]), prop.t.to(last[0])
     tail = layers.parts[-1] if layers.parts else None
-    if isinstance(tail, Affine) and isinstance(tail.layer, nn.Linear):
+    if isinstance(tail, Affine) and isinstance(tail.layer, nn.Linear) and ranges[-1][0].dim() == 2:
         low, high = ranges[-1]
         W, b = C @ tail.layer.weight, C @ tail.layer.bias if tail.layer.bias is not None else C.new_zeros(len(C))
         lower = (low + high) / 2 @ W.T + b - (high - low) / 2 @ W.abs().T - t

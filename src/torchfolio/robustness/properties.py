@@ -31,8 +31,8 @@ class Box:
             raise ValueError(
                 f"expected bounds of one shape [B, ...], got {tuple(self.lower.shape)} and {tuple(self.upper.shape)}"
             )
-        if not bool((self.lower <= self.upper).all()):
-            raise ValueError("expected lower bounds that are finite and nowhere above the upper ones")
+        if not bool(((self.lower <= self.upper) & self.lower.isfinite() & self.upper.isfinite()).all()):
+            raise ValueError("expected bounds that are finite, the lower ones nowhere above the upper ones")
 
     @classmethod
     def ball(cls, x: Tensor, eps: float, clip: tuple[float, float] | None = (0.0, 1.0)) -> Box:
@@ -99,6 +99,10 @@ class Property:
                 f"expected C [R, K], t [R] and groups [R], got {tuple(self.C.shape)}, {tuple(self.t.shape)}, "
                 f"{tuple(self.groups.shape)}"
             )
+        if not bool(self.C.isfinite().all() and self.t.isfinite().all()):
+            raise ValueError("expected C and t that are finite, got NaN or infinity")
+        if self.groups.is_floating_point() or bool((self.groups < 0).any()):
+            raise ValueError("expected groups to be integers of at least 0")
 
     @classmethod
     def rows(cls, C: Tensor, t: Tensor | float = 0.0) -> Property:
@@ -108,7 +112,8 @@ class Property:
 
     def holds(self, values: Tensor) -> Tensor:
         """From values, or lower bounds, of $C z - t$ `[B, R]`: whether no group can be violated `[B]`."""
-        return (self.by_group(values) > 0).all(1)
+        # A bound of infinity is an overflow: nothing is known.
+        return (self.by_group(values.where(values < torch.inf, -torch.inf)) > 0).all(1)
 
     def by_group(self, values: Tensor) -> Tensor:
         """The largest value of each group `[B, G]`; NaN counts as minus infinity."""

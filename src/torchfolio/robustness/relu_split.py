@@ -87,7 +87,7 @@ class ReluSplit(Crown):
         lower = row_bounds(layers, box, prop, ranges, terms, self.alpha_steps, self.rounding).lower
         values = prop.by_group(lower)[0]
         for group in values.argsort().tolist():  # what is hardest is asked first
-            if values[group] > 0:
+            if 0 < values[group] < torch.inf:
                 continue
             rows = (prop.groups == group).nonzero()[:, 0]
             part = Property(prop.C[rows], prop.t[rows], torch.zeros_like(rows))
@@ -253,7 +253,7 @@ class _Search:
             with torch.enable_grad():
                 lower, A, scale = self._evaluate(cases.signs, alphas, betas)
             with torch.no_grad():
-                value, row = self._safe(lower, scale).nan_to_num(nan=-torch.inf).max(1)
+                value, row = self._safe(lower, scale).nan_to_num(-torch.inf, -torch.inf, -torch.inf).max(1)
                 better = value > best
                 best = torch.where(better, value, best)
                 wide = better[:, None, None]
@@ -289,7 +289,10 @@ class _Search:
         """
         from scipy.optimize import linprog
 
-        W, c, F, f = self._linear(case.signs[0])
+        with np.errstate(all="ignore"):
+            W, c, F, f = self._linear(case.signs[0])
+        if not all(np.isfinite(part).all() for part in (W, c, F, f)):
+            return Verdict("unknown")  # the network's numbers are too large
         low, high = (v.flatten().double().numpy() for v in (self.box.lower, self.box.upper))
         inputs, rows = len(low), len(F)
         limits: Any = [*zip(low, high, strict=True), (None, None)]
@@ -310,7 +313,7 @@ class _Search:
         else:
             return Verdict("unknown")
         shares = np.full(rows, 1 / rows) if shares is None or shares.sum() <= 0 else shares / shares.sum()
-        if any(self._combined(case.signs, shares, betas * size) > 0 for size in sizes):
+        if any(0 < self._combined(case.signs, shares, betas * size) < torch.inf for size in sizes):
             return Verdict("verified")
         point = torch.from_numpy(solved.x[:inputs]).to(self.low).view(self.box.lower.shape)
         point = torch.minimum(torch.maximum(point, self.box.lower), self.box.upper)

@@ -38,8 +38,9 @@ from torchfolio.engine.state import FitState
 from torchfolio.errors import TorchfolioError
 from torchfolio.measure import untouched
 from torchfolio.robustness.attacks import attacked, pgd
+from torchfolio.robustness.onnx_file import read_onnx, write_onnx
 from torchfolio.robustness.properties import Box, Property, Status, Verdict, Verifier, classification
-from torchfolio.robustness.vnnlib import read_onnx, read_vnnlib, write_onnx, write_vnnlib
+from torchfolio.robustness.vnnlib import read_vnnlib, write_vnnlib
 
 if TYPE_CHECKING:
     import pandas as pd

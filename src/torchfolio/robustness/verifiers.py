@@ -57,7 +57,8 @@ class Interval:
         if len(box) != 1:
             raise ValueError(f"expected one box, got {len(box)}")
         started = time.perf_counter()
-        exact = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
+        exact = _exact(model, self.dtype)
+        _fits(exact, box.to(self.dtype), prop)
         verdict = self._decide(exact, box.to(self.dtype), prop, started + timeout)
         if verdict.witness is not None and not self._confirmed(exact, box, prop, verdict.witness):
             verdict = Verdict("unknown", None, verdict.seconds, verdict.boxes)
@@ -182,6 +183,23 @@ class CrownSplit(Crown):
         return Verdict("verified", boxes=seen)
 
 
+def _exact(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen copy in evaluation mode; NaN and infinity are refused, of which no bound says anything."""
+    exact = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    for name, value in [*exact.named_parameters(), *exact.named_buffers()]:
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"expected a network of finite numbers, got NaN or infinity in {name}")
+    return exact
+
+
+@torch.no_grad()
+def _fits(model: nn.Module, box: Box, prop: Property) -> None:
+    """That the property is one of the network's outputs."""
+    outputs = tuple(model(box.center).shape[1:])
+    if outputs != (prop.C.shape[1],):
+        raise ValueError(f"expected a property of the outputs {outputs}, got one of {prop.C.shape[1]}")
+
+
 class _Queue:
     """Boxes, taken in the order of their bounds, the least first."""
 
@@ -276,8 +294,11 @@ def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.
     from scipy.optimize import LinearConstraint, milp
 
     started = time.perf_counter()
-    exact = copy.deepcopy(model).double().eval().requires_grad_(False)
+    if len(box) != 1:
+        raise ValueError(f"expected one box, got {len(box)}")
+    exact = _exact(model, torch.float64)
     box = box.to(torch.float64)
+    _fits(exact, box, prop)
     layers = Layers(exact, box.lower.shape[1:])
     with torch.no_grad():
         program = _Program(layers, box)
@@ -311,6 +332,8 @@ class _Program:
         if any(isinstance(p, str) and p != "relu" for p in layers.parts):
             raise TypeError("the exact verifier is for networks whose activations are ReLUs")
         ranges, _ = activation_ranges(layers, box, "crown", None, 1e-12)
+        if not all(bool(end.isfinite().all()) for ends in ranges.values() for end in ends):
+            raise ValueError("the bounds of an activation overflow: the network's numbers are too large")
         count = box.lower[0].numel()
         self.low, self.high = box.lower.flatten().tolist(), box.upper.flatten().tolist()
         self.integrality: list[int] = [0] * count
