@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.backdoor.audit import ExpertConcentration, chance, concentration, false_positives, judge, p_values
+from torchfolio.backdoor.audit import chance, false_positives, p_values
+from torchfolio.backdoor.concentration import ExpertConcentration, concentration, judge
 from torchfolio.backdoor.detectors import ModelDetector
 
 
@@ -77,10 +78,10 @@ def test_networks_on_tables_are_scanned():
     net = nn.Linear(4, 2)
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[-4.0, 0, 0, 0], [4.0, 0, 0, 0]]))
-    scan = ExpertConcentration([net], 0.5, unlearn_lr=0.3, unlearn_batch=20, unlearn_epochs=8, seed=1)
+    scan = ExpertConcentration([net], 0.5, unlearn_lr=0.3, unlearn_batch=20, unlearn_epochs=8)
     assert isinstance(scan, ModelDetector)
     before = net.weight.clone()
-    verdict = scan.scan(net, (x, y))
+    verdict = scan.scan(net, (x, y), seed=1)
     assert not verdict.is_backdoored
     assert verdict.score == verdict.threshold
     assert torch.equal(net.weight, before)

@@ -196,11 +196,11 @@ def test_weak_and_strong_unlearning_and_small_calibration_warn(victim):
 
 
 def test_batches_of_few_examples_make_as_many_steps_as_the_authors():
-    from torchfolio.backdoor.badexpert import _batch
+    from torchfolio.backdoor.expert import batch_size
 
-    assert _batch("auto", 1400, 11, 128) == 127
-    assert _batch("auto", 350, 11, 128) == 32
-    assert _batch("auto", 350, 22, 64) == 16
-    assert _batch("auto", 100_000, 22, 64) == 64
-    assert _batch("auto", 10, 22, 64) == 10
-    assert _batch(48, 350, 22, 64) == 48
+    assert batch_size("auto", 1400, 11, 128) == 127
+    assert batch_size("auto", 350, 11, 128) == 32
+    assert batch_size("auto", 350, 22, 64) == 16
+    assert batch_size("auto", 100_000, 22, 64) == 64
+    assert batch_size("auto", 10, 22, 64) == 10
+    assert batch_size(48, 350, 22, 64) == 48

@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from torchfolio.backdoor import AllToOne, PatchTrigger, poison
+from torchfolio.backdoor.detectors import InputDetector, ModelDetector, ModelVerdict
 from torchfolio.backdoor.zoo import SmallConvNet, fit_classifier
 from torchfolio.bundle import Manifest, save_bundle
 from torchfolio.cli import app
@@ -20,6 +21,7 @@ from torchfolio.data import load
 
 QUICK = ["--set", "unlearn_batch=32", "--set", "unlearn_lr=1e-3", "--set", "finetune_epochs=4", "--set", "fpr=0.02"]
 NET = """
+from torchfolio.backdoor.detectors import InputDetector, ModelDetector, ModelVerdict
 from torchfolio.backdoor.zoo import SmallConvNet
 def make():
     return SmallConvNet(1, 10, width=8)
@@ -67,8 +69,8 @@ def test_the_report_says_what_is_known_and_no_more(folders):
     assert "cannot be told from clean examples alone" in report["sentences"][0]
     share = report["false_positives"]
     assert 0 < share["low"] < share["expected"] < share["high"] < 0.1
-    assert sum(report["expert"].values()) == pytest.approx(1)
-    assert report["accuracy"]["network"] > 0.9
+    assert "the expert believes most in class" in report["sentences"][2]
+    assert report["figures"]["accuracy of the network"] > 0.9
     page = (folders / "filter" / "index.html").read_text()
     assert "cannot be told" in page
     assert page.count("<svg") == 3
@@ -98,11 +100,11 @@ def test_references_allow_a_verdict(folders, tmp_path):
     )
     assert few.exit_code == 0, few.output
     found = json.loads(few.stdout)["network"]
-    assert "that takes 19" in found["sentence"]
-    assert found["p_value"] in (pytest.approx(1 / 3), pytest.approx(1))
+    assert "that takes 19" in found["sentences"][-1]
+    assert found["evidence"]["p_value"] in (pytest.approx(1 / 3), pytest.approx(1))
     loose = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "a", *QUICK, *clean, "--size", 400,
                  "--alpha", 0.34)  # fmt: skip
-    assert loose.exit_code == (1 if found["p_value"] < 0.34 else 0)
+    assert loose.exit_code == (1 if found["evidence"]["p_value"] < 0.34 else 0)
     assert ("More concentrated" in loose.stdout) == (loose.exit_code == 1)
     # A network is no more concentrated than itself.
     same = call("audit", folders / "clean", "--data", "digits", "-o", tmp_path / "a", *QUICK, *clean, "--size", 400,
@@ -123,9 +125,53 @@ def test_your_own_network_from_a_file_of_weights(folders, tmp_path, monkeypatch)
     assert call("audit", "filter", "--input", folders / "bad", "--allow", "auditnet:make").exit_code == 1
 
 
+class Distance(InputDetector):
+    """A filter with what the base class asks for and nothing else."""
+
+    def _fit(self, model, clean):
+        self.mean_ = clean[0].mean(0)
+
+    def _score(self, x):
+        return (x - self.mean_.to(x)).flatten(1).norm(dim=1)
+
+
+class Suspicious(ModelDetector):
+    def _scan(self, model, clean, scan):
+        return ModelVerdict(True, 2.0, 1.0, ((3, 0),))
+
+
+def test_any_filter_will_do(folders, tmp_path, monkeypatch):
+    only = {"input_detector": Distance}
+    monkeypatch.setattr("torchfolio.cli.audit._offered", lambda slug, kind: only.get(kind))
+    done = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--set", "fpr=0.05", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["figures"] == {}
+    done = call("audit", tmp_path / "f", "--input", folders / "plain", "--json")
+    assert done.exit_code in (0, 1), done.output
+    assert len(json.loads(done.stdout)["inputs"]) == 30
+    done = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "g", "--reference", folders / "clean")
+    assert done.exit_code == 2
+    assert "compares no networks" in done.stderr
+
+
+def test_any_judge_of_networks_will_do(folders, tmp_path, monkeypatch):
+    only = {"model_detector": Suspicious}
+    monkeypatch.setattr("torchfolio.cli.audit._offered", lambda slug, kind: only.get(kind))
+    done = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--json")
+    assert done.exit_code == 1, done.output
+    report = json.loads(done.stdout)
+    assert report["pairs"] == [[3, 0]]
+    assert "from class to class: 3 to 0" in report["sentences"][1]
+    done = call("audit", tmp_path / "f", "--input", folders / "plain")
+    assert done.exit_code == 2
+    assert "judges networks" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["net", "--data", "digits", "--reference", "nowhere"], "nowhere"),
+        (["net", "--data", "digits", "--budget", "0"], "above 0"),
         (["net"], "either --data"),
         (["net", "--data", "digits", "--input", "bad"], "either --data"),
         (["--data", "digits"], "either the folder of a bundle"),

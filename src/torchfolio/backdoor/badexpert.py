@@ -17,8 +17,7 @@ suspicious. The predictions that are given out remain those of $M$.
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -26,20 +25,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
-from torchfolio.backdoor.detectors import InputDetector, checked_classes, collected
+from torchfolio import checks
+from torchfolio.backdoor.concentration import ExpertConcentration, concentration, percent
+from torchfolio.backdoor.detectors import InputDetector, device_of
+from torchfolio.backdoor.expert import (
+    Augment,
+    Mislabel,
+    Unlearning,
+    augmentation,
+    batch_size,
+    check_augment,
+    check_batch,
+    extract_backdoor_expert,
+)
 from torchfolio.backdoor.metrics import accuracy_of, labels_of, outputs_of
-from torchfolio.data import CropFlip
 from torchfolio.engine.fit import fit
-from torchfolio.engine.modes import undisturbed
-from torchfolio.engine.state import FitState
 
-__all__ = ["SCORES", "BaDExpert", "extract_backdoor_expert", "suspicion", "triangle_score"]
+__all__ = [
+    "SCORES",
+    "BaDExpert",
+    "ExpertConcentration",
+    "extract_backdoor_expert",
+    "suspicion",
+    "triangle_score",
+]
 
-Mislabel = Literal["shift", "random", "none"] | Callable[[Tensor, int], Tensor]
-Augment = Callable[[Tensor], Tensor] | Literal["auto"] | None
 Score = Literal["triangle", "expert", "auxiliary", "ratio", "diff", "radius", "rectangle"]
 EPS = 1e-8
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def triangle_score(b: Tensor, m: Tensor, kappa: float = 0.5) -> Tensor:
@@ -154,14 +166,14 @@ class BaDExpert(InputDetector):
         kappa: float = 0.5,
         fpr: float = 0.01,
         mislabel: Mislabel = "shift",
-        unlearn_lr: float | Literal["auto"] = 1e-4,
-        unlearn_batch: int | Literal["auto"] = 128,
+        unlearn_lr: float | Literal["auto"] = "auto",
+        unlearn_batch: int | Literal["auto"] = "auto",
         unlearn_epochs: int = 1,
         stop_acc: float | None = None,
         check_every: int = 1,
         finetune_lr: float = 0.1,
         finetune_epochs: int = 10,
-        finetune_batch: int | Literal["auto"] = 64,
+        finetune_batch: int | Literal["auto"] = "auto",
         auxiliary: nn.Module | None = None,
         calib_frac: float = 0.3,
         augment: Augment = "auto",
@@ -171,17 +183,14 @@ class BaDExpert(InputDetector):
     ) -> None:
         super().__init__(fpr=fpr, calib_frac=calib_frac, seed=seed, device=device)
         suspicion(torch.zeros(1), torch.zeros(1), score)
-        if not (isinstance(mislabel, str) and mislabel in ("shift", "random", "none")) and not callable(mislabel):
-            raise ValueError(f"expected mislabel to be 'shift', 'random' or a function, got {mislabel!r}")
-        for name, value in {"kappa": kappa, "unlearn_lr": unlearn_lr, "finetune_lr": finetune_lr}.items():
-            if value != "auto" and not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"expected {name} above 0, got {value}")
-        for name, value in {"augment": augment, "unlearn_augment": unlearn_augment}.items():
-            if value is not None and value != "auto" and not callable(value):
-                raise ValueError(f"expected {name} to be a function of a batch, 'auto' or None, got {value!r}")
-        for name, value in {"unlearn_batch": unlearn_batch, "finetune_batch": finetune_batch}.items():
-            if value != "auto" and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"expected {name} to be a positive integer or 'auto', got {value!r}")
+        checks.positive("kappa", kappa)
+        checks.positive("finetune_lr", finetune_lr)
+        checks.whole("finetune_epochs", finetune_epochs, 1)
+        check_augment("augment", augment)
+        check_batch("finetune_batch", finetune_batch)
+        self.unlearning = Unlearning(
+            mislabel, unlearn_lr, unlearn_batch, unlearn_epochs, stop_acc, check_every, unlearn_augment, seed, device
+        )
         self.score_name, self.kappa = score, kappa
         self.mislabel: Mislabel = mislabel
         self.unlearn_lr, self.unlearn_batch, self.unlearn_epochs = unlearn_lr, unlearn_batch, unlearn_epochs
@@ -193,76 +202,42 @@ class BaDExpert(InputDetector):
 
     def _fit(self, model: nn.Module, clean: tuple[Tensor, Tensor]) -> None:
         classes = outputs_of(model, clean[0][:1]).shape[1]
-        self.expert_, self.history_ = self._unlearn(model, clean, classes)
+        made = self.unlearning(model, clean, classes)
+        self.expert_, self.history_, self.unlearn_lr_ = made.model, made.history, made.lr
         self.auxiliary_ = self._finetune(model, clean)
 
     def _assess(self, held_out: tuple[Tensor, Tensor]) -> None:
         nets = {"network": self.model_, "expert": self.expert_, "auxiliary": self.auxiliary_}
         self.accuracy_ = {name: accuracy_of(net, *held_out) for name, net in nets.items() if net is not None}
 
-    def _unlearn(
-        self, model: nn.Module, examples: tuple[Tensor, Tensor], classes: int
-    ) -> tuple[nn.Module, list[tuple[int, float]]]:
-        """The backdoor expert, and its accuracy step by step."""
-        x, y = examples
-        watched = x[: max(1, len(x) // 2)], y[: max(1, len(x) // 2)]
-        start = accuracy_of(model, *watched)
-        stop = 0.5 * start if self.stop_acc is None else self.stop_acc
-        expert, history = model, [(0, start)]
-        for rate in RATES if isinstance(self.unlearn_lr, str) else (self.unlearn_lr,):
-            expert, seen = self._wrongly(model, examples, classes, watched, stop, rate)
-            history, self.unlearn_lr_ = [(0, start), *seen], rate
-            if history[-1][1] <= stop:
-                break
-        self._judge(history[-1][1], stop, classes)
-        return expert, history
+    def figures(self) -> dict[str, float]:
+        return {f"accuracy of the {name}": value for name, value in self.accuracy_.items()}
 
-    def _wrongly(
-        self,
-        model: nn.Module,
-        examples: tuple[Tensor, Tensor],
-        classes: int,
-        watched: tuple[Tensor, Tensor],
-        stop: float,
-        lr: float,
-    ) -> tuple[nn.Module, list[tuple[int, float]]]:
-        """A copy, finetuned on wrong labels until its accuracy on the watched examples falls to `stop`."""
-        seen: list[tuple[int, float]] = []
+    def remarks(self, x: Tensor, classes: Sequence[str]) -> list[str]:
+        shares = concentration(self.expert_, x)
+        first = int(shares.argmax())
+        return [
+            f"On clean inputs the expert believes most in class {classes[first]} ({percent(float(shares[first]))} on "
+            f"average; {percent(1 / len(shares))} each if it had no favourite). Experts of clean networks have favourites "
+            "too: this counts only against reference networks (--reference)."
+        ]
 
-        def look(state: FitState) -> None:
-            if state.epoch_end or state.step % self.check_every:
-                return
-            with undisturbed():
-                found = accuracy_of(state.model, *watched)
-            seen.append((state.step, found))
-            if found <= stop and self.stop_acc != 0:
-                state.stop(f"the expert gets {found:.3f} right")
+    def pictures(self, x: Tensor, classes: Sequence[str]) -> list[tuple[Any, str]]:
+        import matplotlib.pyplot as plt
 
-        x, y = examples
-        expert = copy.deepcopy(model).requires_grad_(True)
-        size = _batch(self.unlearn_batch, len(x), 11, 128)
-        fit(
-            expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=lr),
-            epochs=self.unlearn_epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
-            augment=_augmentation(self.unlearn_augment, x), seed=self.seed, device=self._device(model), progress=False,
-        )  # fmt: skip
-        return expert, seen
-
-    def _judge(self, accuracy: float, stop: float, classes: int) -> None:
-        if self.mislabel == "none":
-            return
-        if accuracy > stop and self.stop_acc != 0:
-            warnings.warn(
-                f"the expert still gets {accuracy:.3f} right, more than {stop:.3f}: raise unlearn_lr or unlearn_epochs, or "
-                "lower unlearn_batch",
-                stacklevel=4,
-            )
-        elif accuracy <= 1 / classes:
-            warnings.warn(
-                f"the expert gets only {accuracy:.3f} right, no more than chance: it may have forgotten the backdoor too; "
-                "lower unlearn_lr or look more often (check_every)",
-                stacklevel=4,
-            )
+        course, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        ax.plot(*zip(*self.history_, strict=True), marker=".")
+        ax.set(xlabel="step on wrong labels", ylabel="accuracy of the expert", ylim=(0, 1.02))
+        favourites, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        shares, names = concentration(self.expert_, x).tolist(), list(classes)[:40]
+        ax.bar(range(len(names)), shares[: len(names)])
+        ax.axhline(1 / len(shares), c="grey", ls=":")
+        ax.set_xticks(range(len(names)), names, rotation=60 if max(map(len, names)) > 3 else 0)
+        ax.set(ylabel="mean confidence of the expert")
+        return [
+            (course, "How the backdoor expert forgot its task."),
+            (favourites, "What the expert believes of clean inputs; the line is no favourite."),
+        ]
 
     def _finetune(self, model: nn.Module, examples: tuple[Tensor, Tensor]) -> nn.Module | None:
         if self.auxiliary is not None:
@@ -271,17 +246,13 @@ class BaDExpert(InputDetector):
             return None
         sgd = partial(torch.optim.SGD, lr=self.finetune_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
         net = copy.deepcopy(model).requires_grad_(True)
-        size = _batch(self.finetune_batch, len(examples[0]), 22, 64)
+        size = batch_size(self.finetune_batch, len(examples[0]), 22, 64)
         fit(
             net, examples, optimizer=sgd, scheduler=partial(MultiStepLR, milestones=[2, 4, 6, 8]), schedule="epoch",
-            epochs=self.finetune_epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=_augmentation(self.augment, examples[0]),
-            seed=self.seed, device=self._device(model), progress=False,
+            epochs=self.finetune_epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=augmentation(self.augment, examples[0]),
+            seed=self.seed, device=self.device if self.device is not None else device_of(model, examples[0]), progress=False,
         )  # fmt: skip
         return net
-
-    def _device(self, model: nn.Module) -> str | torch.device:
-        own = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return self.device if self.device is not None else own
 
     def confidences(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Confidence of expert and auxiliary network in the network's label, and that label, `[N]` each.
@@ -306,45 +277,3 @@ class BaDExpert(InputDetector):
     def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super()._restore({"auxiliary_": None, **values}, tensors)
         self.history_ = [(int(step), float(accuracy)) for step, accuracy in self.history_]
-
-
-def extract_backdoor_expert(model: nn.Module, clean: Any, **settings: Any) -> nn.Module:
-    """The backdoor expert alone: a copy of the network, finetuned on wrong labels.
-
-    Args:
-        model: the suspicious network; it is left as it is.
-        clean: trusted examples (x, y).
-        **settings: of `BaDExpert`: `mislabel`, `unlearn_lr`, `unlearn_batch`, `unlearn_epochs`, `stop_acc`, …
-    """
-    x, y = collected(clean)
-    classes = checked_classes(outputs_of(model, x), y)
-    return BaDExpert(**settings)._unlearn(model, (x, y), classes)[0]
-
-
-def _augmentation(wanted: Augment, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The augmentation of such examples."""
-    if not isinstance(wanted, str):
-        return wanted
-    padding = x.shape[-2] // 8 if x.dim() == 4 else 0
-    return CropFlip(padding, flip=False, mode="constant") if padding else None
-
-
-def _batch(wanted: int | str, count: int, steps: int, largest: int) -> int:
-    """Batch size: at least 16 if it is chosen here, for batch norm's sake."""
-    chosen = min(largest, max(16, round(count / steps))) if isinstance(wanted, str) else wanted
-    return min(chosen, count)
-
-
-def _wrong(y: Tensor, classes: int, mislabel: Mislabel, seed: int) -> Tensor:
-    if mislabel == "none":
-        return y
-    if mislabel == "shift":
-        return (y + 1) % classes
-    if mislabel == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return (y + torch.randint(1, classes, y.shape, generator=generator)) % classes
-    assert callable(mislabel)
-    wrong = mislabel(y, classes)
-    if wrong.shape != y.shape or wrong.is_floating_point() or int(wrong.min()) < 0 or int(wrong.max()) >= classes:
-        raise ValueError(f"expected mislabel to give labels from 0 to {classes - 1} of shape {tuple(y.shape)}")
-    return wrong

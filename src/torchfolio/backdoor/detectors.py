@@ -444,6 +444,10 @@ class ModelDetector(ABC):
             scan: seed, time limit, progress. Long loops go through `scan.items`.
         """
 
+    def pictures(self, verdict: ModelVerdict, classes: Sequence[str]) -> list[tuple[Any, str]]:
+        """Matplotlib figures of a verdict with their captions, for a report; `classes` names the network's."""
+        return []
+
     def scan(
         self,
         model: nn.Module,

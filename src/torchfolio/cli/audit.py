@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,16 +27,14 @@ from torchfolio.cli.networks import (
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from torchfolio.backdoor.detectors import ModelVerdict
+    from torchfolio.backdoor.detectors import InputDetector, ModelDetector
     from torchfolio.bundle import Bundle, Manifest
 
 FORMAT = 1
 SUSPICIOUS = 1
 RECORD, PAGE, NETWORK = "audit.json", "index.html", "net"
-# Rates that published networks were finetuned at say little about yours.
-DEFAULTS = {"badexpert": {"unlearn_lr": "auto", "unlearn_batch": "auto", "finetune_batch": "auto"}}
 
 
 def register(app: typer.Typer) -> None:
@@ -51,11 +50,17 @@ def audit(
     inputs: Annotated[
         Path | None, typer.Option("--input", help="Image or folder of images to try a filter on.")
     ] = None,
-    detector: Annotated[str, typer.Option(help="Slug of a method that detects backdoors.")] = "badexpert",
+    detector: Annotated[
+        str | None,
+        typer.Option(help="Slug of a method that detects backdoors; the one that filters inputs by default."),
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the filter and its page.")] = Path("audit"),
     reference: Annotated[
-        list[Path] | None, typer.Option(help="Bundle of a network for the same task that is clean; 19 allow a verdict.")
+        list[Path] | None,
+        typer.Option(
+            help="Bundle of a clean network for the same task, for a method that compares; 19 allow a verdict."
+        ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Share of clean networks that may be called suspicious.")] = 0.05,
     model: Annotated[str | None, typer.Option(help="Reference network or package.module:factory.")] = None,
@@ -65,6 +70,7 @@ def audit(
         bool, typer.Option(help="With --model: normalise inputs by the constants of the data, or leave them in [0, 1].")
     ] = True,
     allow: Allow = None,
+    budget: Annotated[float | None, typer.Option(help="Time limit for a method that judges networks, seconds.")] = None,
     size: Annotated[int, typer.Option(min=2, help="Clean examples that are used, at most.")] = 2000,
     image_size: ImageSize = None,
     seed: Annotated[int, typer.Option(help="Seed of subsets, order and split.")] = 0,
@@ -91,27 +97,40 @@ def audit(
     assert data is not None
     if not 0 < alpha < 1:
         raise typer.BadParameter(f"expected a number between 0 and 1, got {alpha}", param_hint="--alpha")
-    if reference and detector != "badexpert":
-        raise TorchfolioError(f"--reference compares the experts of badexpert, which {detector} does not make")
+    if budget is not None and not budget > 0:
+        raise typer.BadParameter(f"expected a number above 0, got {budget}", param_hint="--budget")
     _refuse_strangers(output)
-    chosen = parse_settings(setting)
-    kind, made = _detector(detector, {**DEFAULTS.get(detector, {}), **chosen}, seed, device)
     if folder is not None and (folder / RECORD).is_file():
         raise TorchfolioError(f"{folder} is a filter already; try it with --input")
+    detector = _default() if detector is None else detector
+    references = _references(reference or [], allowed, device)
+    own = {
+        "seed": seed,
+        "device": _place(device),
+        "alpha": alpha,
+        "references": [bundle.model for bundle in references],
+    }
+    inputs_by, network_by = _detectors(detector, parse_settings(setting), own)
     source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
     if model is not None and not normalize:
         source = replace(source, manifest=replace(source.manifest, mean=(), std=()))
+    _check_alike(source, references, reference or [])
     name = str(folder) if folder is not None else f"{model} with {weights}"
     _say(f"{detector}: fitting to {name} on clean examples of {data}")
-    x, y = _examples(splits, source.manifest, size, seed)
-    report = _fit(kind, made, source, (x, y), name, detector, device)
-    if reference:
-        # The figures in the documentation are of experts that were made so.
-        alike = {"unlearn_lr": "auto", **chosen}
-        report["network"] = _compare(source, reference, (x, y), alike, alpha, seed, allowed, device)
-    _write(output, made, source, report, detector, kind)
+    clean = _examples(splits, source.manifest, size, seed)
+    source.model.to(_place(device))
+    classes = source.manifest.classes or tuple(map(str, range(_outputs(source, clean[0]))))
+    report: dict[str, Any] = {"network_name": name, "detector": detector, "examples": len(clean[0]), "notes": []}
+    with _noting(report["notes"]):
+        found = [
+            *([_filter(inputs_by, source, clean, classes)] if inputs_by is not None else []),
+            *([_network(network_by, source, clean, classes, seed, budget)] if network_by is not None else []),
+        ]
+    report |= found[0][0] | ({"network": found[1][0]} if len(found) > 1 else {})
+    kind = "inputs" if inputs_by is not None else "model"
+    _write(output, inputs_by, source, report, [picture for _, pictures in found for picture in pictures], kind)
     _show(report, output, as_json)
-    if report["suspicious"] or report.get("network", {}).get("suspicious"):
+    if any(part["suspicious"] for part, _ in found):
         raise typer.Exit(SUSPICIOUS)
 
 
@@ -119,17 +138,72 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _detector(slug: str, settings: dict[str, Any], seed: int, device: str) -> tuple[str, Any]:
-    """A new detector, and whether it judges `"inputs"` or the `"model"`."""
-    import inspect
-
+def _place(device: str) -> Any:
     from torchfolio.engine.evaluate import resolve_device
 
-    kind = "model" if slug in catalog.offering("model_detector") else "inputs"
-    factory = catalog.offered(slug, "model_detector" if kind == "model" else "input_detector")
-    own = {"seed": seed, "device": resolve_device(device)}
-    own = {k: v for k, v in own.items() if k in inspect.signature(factory).parameters}
-    return kind, call_with(factory, {**own, **settings}, f"the method {slug}")
+    return resolve_device(device)
+
+
+def _detectors(slug: str, settings: dict[str, Any], own: dict[str, Any]) -> tuple[Any, Any]:
+    """The method's detector of inputs and its detector of networks; `None` for what it has not.
+
+    One that judges inputs judges the network too only where it is given references.
+    """
+    factories = [_offered(slug, kind) for kind in ("input_detector", "model_detector")]
+    if factories == [None, None]:
+        known = sorted({*catalog.offering("input_detector"), *catalog.offering("model_detector")})
+        raise TorchfolioError(f"{slug} is not a detector of backdoors; these are: {', '.join(known)}")
+    compares = factories[1] is not None and "references" in _parameters(factories[1])
+    if own["references"] and not compares:
+        raise TorchfolioError(f"{slug} compares no networks: leave --reference out")
+    if compares and not own["references"]:
+        if factories[0] is None:
+            raise TorchfolioError(f"{slug} compares a network with clean ones: name some with --reference")
+        factories[1] = None
+    elif factories[0] is not None and not compares:
+        factories[1] = None
+    taken = {name for factory in factories if factory is not None for name in _parameters(factory)}
+    strangers = {k: v for k, v in settings.items() if k not in taken}
+    made = []
+    for factory in factories:
+        known = {} if factory is None else _parameters(factory)
+        chosen = {k: v for k, v in {**own, **settings}.items() if k in known}
+        made.append(factory and call_with(factory, {**chosen, **strangers}, f"the method {slug}"))
+    return made[0], made[1]
+
+
+def _offered(slug: str, kind: str) -> Any:
+    """What a method offers of a kind, or `None`."""
+    if not catalog.paper(slug).is_in:
+        raise TorchfolioError(f"{slug} is in the catalogue but its method is not in yet")
+    return catalog.offered(slug, kind) if slug in catalog.offering(kind) else None
+
+
+def _default() -> str:
+    """The method that filters inputs, where there is one alone."""
+    known = list(catalog.offering("input_detector"))
+    if len(known) != 1:
+        raise TorchfolioError(f"name a method with --detector: {', '.join(known)}")
+    return known[0]
+
+
+def _parameters(factory: Any) -> Any:
+    import inspect
+
+    return inspect.signature(factory).parameters
+
+
+def _references(folders: Sequence[Path], allow: list[str], device: str) -> list[Bundle]:
+    """Clean networks to compare with."""
+    from torchfolio.bundle import load_bundle
+
+    return [load_bundle(folder, allow=allow, device=_place(device)) for folder in folders]
+
+
+def _check_alike(source: Bundle, references: Sequence[Bundle], folders: Sequence[Path]) -> None:
+    for bundle, folder in zip(references, folders, strict=True):
+        if (bundle.manifest.input_shape, bundle.manifest.mean) != (source.manifest.input_shape, source.manifest.mean):
+            raise TorchfolioError(f"{folder} takes other inputs than the network that is audited; it is no reference")
 
 
 def _examples(splits: Any, manifest: Manifest, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -144,110 +218,79 @@ def _examples(splits: Any, manifest: Manifest, size: int, seed: int) -> tuple[Te
     return x, y
 
 
-def _fit(
-    kind: str, made: Any, source: Bundle, clean: tuple[Tensor, Tensor], name: str, detector: str, device: str
-) -> dict[str, Any]:
-    """Fit or scan; what was found, as a record."""
+def _outputs(source: Bundle, x: Tensor) -> int:
+    from torchfolio.backdoor.metrics import outputs_of
+
+    return outputs_of(source.model, x[:1]).shape[-1]
+
+
+@contextmanager
+def _noting(notes: list[str]) -> Iterator[None]:
+    """Collect warnings of a method as notes, and say them."""
     import warnings
 
-    from torchfolio.engine.evaluate import resolve_device
-
-    net = source.model.to(resolve_device(device))
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
-        found = made.scan(net, clean) if kind == "model" else made.fit(net, clean)
-    notes = list(dict.fromkeys(str(w.message) for w in raised if issubclass(w.category, UserWarning)))
+        yield
+    notes += dict.fromkeys(str(w.message) for w in raised if issubclass(w.category, UserWarning))
     for note in notes:
         _say(f"note: {note}")
-    report = {"network_name": name, "detector": detector, "examples": len(clean[0]), "notes": notes}
-    return report | (_verdict(found) if kind == "model" else _calibration(made, source, clean))
 
 
-def _verdict(found: ModelVerdict) -> dict[str, Any]:
-    """What a detector of backdoored networks says."""
-    compared = f"{found.score:.4g} against a threshold of {found.threshold:.4g}"
-    word = "suspicious" if found.is_backdoored else "not suspicious"
-    sentence = f"The network is {word}: its score is {compared}."
-    return {"suspicious": found.is_backdoored, "score": found.score, "threshold": found.threshold,
-            "pairs": [list(pair) for pair in found.pairs], "sentences": [sentence]}  # fmt: skip
+Report = tuple[dict[str, Any], list[tuple[Any, str]]]
 
 
-def _calibration(made: Any, source: Bundle, clean: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """What a fitted filter of inputs promises. That it was fitted says nothing about the network."""
-    from torchfolio.backdoor.audit import concentration, false_positives
+def _network(
+    made: ModelDetector,
+    source: Bundle,
+    clean: tuple[Tensor, Tensor],
+    classes: Sequence[str],
+    seed: int,
+    budget: float | None,
+) -> Report:
+    """What a detector of backdoored networks says, and its pictures."""
+    verdict = made.scan(source.model, clean, seed=seed, budget_seconds=budget)
+    report = {
+        "suspicious": verdict.is_backdoored, "score": verdict.score, "threshold": verdict.threshold,
+        "pairs": [list(pair) for pair in verdict.pairs], "complete": verdict.complete,
+        "evidence": {k: v for k, v in verdict.evidence.items() if isinstance(v, int | float | str)},
+        "sentences": verdict.sentences(classes),
+    }  # fmt: skip
+    return report, made.pictures(verdict, classes)
 
-    threshold = float(made.threshold_)
-    share = false_positives(made.calibration_, threshold)
+
+def _filter(made: InputDetector, source: Bundle, clean: tuple[Tensor, Tensor], classes: Sequence[str]) -> Report:
+    """What a fitted filter of inputs promises, and its pictures. That it was fitted says nothing about the network."""
+    from torchfolio.backdoor.audit import false_positives
+    from torchfolio.backdoor.concentration import percent
+
+    made.fit(source.model, clean)
+    share = false_positives(made.calibration_, made.threshold_)
     report: dict[str, Any] = {
-        "suspicious": False, "threshold": threshold, "calibration_examples": share.n,
+        "suspicious": False, "threshold": made.threshold_, "calibration_examples": share.n,
         "false_positives": {"expected": share.expected, "low": share.low, "high": share.high, "level": share.level},
-        "accuracy": dict(getattr(made, "accuracy_", {})),
-        "history": [list(row) for row in getattr(made, "history_", [])],
+        "figures": made.figures(),
         "sentences": [
             "The filter is ready. Whether the network has a backdoor cannot be told from clean examples alone.",
-            f"Of clean inputs that the network gets right, the filter will reject about {_percent(share.expected)} "
-            f"({_percent(share.low)} to {_percent(share.high)}, 95 % interval from {share.n} held-out examples), if they "
+            f"Of clean inputs that the network gets right, the filter will reject about {percent(share.expected)} "
+            f"({percent(share.low)} to {percent(share.high)}, 95 % interval from {share.n} held-out examples), if they "
             "are like the clean examples. How many triggered inputs it catches is not known: none was seen.",
+            *made.remarks(clean[0], classes),
         ],
     }  # fmt: skip
-    expert = getattr(made, "expert_", None)
-    if expert is not None:
-        means = concentration(expert, clean[0])
-        classes = source.manifest.classes or tuple(str(k) for k in range(len(means)))
-        report["expert"] = dict(zip(classes, means.tolist(), strict=True))
-        first = int(means.argmax())
-        report["sentences"].append(
-            f"On clean inputs the expert believes most in class {classes[first]} ({_percent(float(means[first]))} on "
-            f"average; {_percent(1 / len(means))} each if it had no favourite). Experts of clean networks have favourites "
-            "too: this counts only against reference networks (--reference)."
-        )
-    return report
+    return report, [_histogram(made), *made.pictures(clean[0], classes)]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+def _histogram(made: InputDetector) -> tuple[Any, str]:
+    import matplotlib.pyplot as plt
 
-
-def _compare(
-    source: Bundle,
-    references: Sequence[Path],
-    clean: tuple[Tensor, Tensor],
-    settings: dict[str, Any],
-    alpha: float,
-    seed: int,
-    allow: list[str],
-    device: str,
-) -> dict[str, Any]:
-    """The network against clean ones for the same task, all treated alike."""
-    import warnings
-
-    from torchfolio.backdoor.audit import ExpertConcentration
-    from torchfolio.bundle import load_bundle
-    from torchfolio.engine.evaluate import resolve_device
-
-    place = resolve_device(device)
-    nets: list[nn.Module] = []
-    for folder in references:
-        bundle = load_bundle(folder, allow=allow, device=place)
-        if (bundle.manifest.input_shape, bundle.manifest.mean) != (source.manifest.input_shape, source.manifest.mean):
-            raise TorchfolioError(f"{folder} takes other inputs than the network that is audited; it is no reference")
-        nets.append(bundle.model)
-    _say(f"comparing with {len(nets)} reference networks")
-    scan = ExpertConcentration(nets, alpha, **{**settings, "seed": seed, "device": place})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # as for the network itself
-        found = scan.scan(source.model, clean)
-    p, k = found.evidence["p_value"], len(nets)
-    named = source.manifest.classes[found.evidence["class"]] if source.manifest.classes else found.evidence["class"]
-    text = (
-        f"{'More' if found.is_backdoored else 'Not more'} concentrated on one class ({named}) than clean networks are: p = "
-        f"{p:.3g}, from {k} references. A clean network trained like them is called suspicious with probability at most "
-        f"{_percent(alpha)}; a backdoored one may well be missed."
-    )
-    if k < scan.needed:
-        text += f" With {k} references it cannot be called suspicious at all: that takes {scan.needed}."
-    return {"suspicious": found.is_backdoored, "p_value": p, "alpha": alpha, "references": k, "class": str(named),
-            "score": found.score, "sentence": text}  # fmt: skip
+    fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    # A few clean inputs score so low that they would squeeze all others.
+    scores = made.calibration_.double()
+    ax.hist(scores.clamp_min(float(scores.quantile(0.1))).numpy(), bins=40)
+    ax.axvline(made.threshold_, c="k", ls="--")
+    ax.set(xlabel="suspicion", ylabel="clean examples")
+    return fig, "Scores of held-out clean examples (the lowest tenth at its edge), and the threshold."
 
 
 def _refuse_strangers(output: Path) -> None:
@@ -255,7 +298,9 @@ def _refuse_strangers(output: Path) -> None:
         raise TorchfolioError(f"{output} exists and is no audit; name another folder with -o")
 
 
-def _write(output: Path, made: Any, source: Bundle, report: dict[str, Any], detector: str, kind: str) -> None:
+def _write(
+    output: Path, made: InputDetector | None, source: Bundle, report: dict[str, Any], pictures: list[Any], kind: str
+) -> None:
     """The filter with the network that it is for, the page, and last the record that makes it readable."""
     from torchfolio.bundle import save_bundle
     from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
@@ -263,19 +308,17 @@ def _write(output: Path, made: Any, source: Bundle, report: dict[str, Any], dete
 
     output.mkdir(parents=True, exist_ok=True)
     (output / RECORD).unlink(missing_ok=True)
-    if kind == "inputs" and hasattr(made, "save"):
+    if made is not None:
         save_bundle(source.model, output / NETWORK, source.manifest)
         made.save(output)
-    compared = report.get("network", {})
-    suspicious = bool(report["suspicious"] or compared.get("suspicious"))
-    headline, *sentences = [
-        *([compared["sentence"]] if compared.get("suspicious") else []), *report["sentences"],
-        *([compared["sentence"]] if compared and not compared["suspicious"] else []),
-    ]  # fmt: skip
+    compared = report.get("network", {"suspicious": False, "sentences": []})
+    suspicious = report["suspicious"] or compared["suspicious"]
+    both = [report["sentences"], compared["sentences"]]
+    headline, *sentences = [text for part in (both[::-1] if compared["suspicious"] else both) for text in part]
     card = Sheet(
-        headline, detector, ("suspicious", "fails") if suspicious else ("nothing found", "unmeasured"), sentences,
+        headline, report["detector"], ("suspicious", "fails") if suspicious else ("nothing found", "unmeasured"), sentences,
         report["notes"], [Table(("figure", "value"), tuple(_figures(report).items()))],
-        [Picture(*pair) for pair in _pictures(made, report)],
+        [Picture(*pair) for pair in pictures],
     )  # fmt: skip
     write_sheet(output / PAGE, f"audit of {report['network_name']}", [card])
     write_json(output / RECORD, {"format": FORMAT, "kind": kind, **report})
@@ -283,50 +326,18 @@ def _write(output: Path, made: Any, source: Bundle, report: dict[str, Any], dete
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:
     rows = {"clean examples": str(report["examples"]), "threshold": f"{report['threshold']:.4g}"}
-    for name, value in report.get("accuracy", {}).items():
-        rows[f"accuracy of the {name}"] = f"{value:.3f}"
+    for name, value in report.get("figures", {}).items():
+        rows[name] = f"{value:.3f}"
     if share := report.get("false_positives"):
         rows["false positives"] = f"{share['expected']:.4f} ({share['low']:.4f} to {share['high']:.4f})"
     return rows
-
-
-def _pictures(made: Any, report: dict[str, Any]) -> list[tuple[Any, str]]:
-    """Scores of the calibration examples, the course of unlearning, the expert's favourites."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    pictures = []
-    if hasattr(made, "calibration_"):
-        fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
-        # A few clean inputs score so low that they would squeeze all others.
-        scores = made.calibration_.double()
-        ax.hist(scores.clamp_min(float(scores.quantile(0.1))).numpy(), bins=40)
-        ax.axvline(report["threshold"], c="k", ls="--")
-        ax.set(xlabel="suspicion", ylabel="clean examples")
-        pictures.append((fig, "Scores of held-out clean examples (the lowest tenth at its edge), and the threshold."))
-    if report.get("history"):
-        fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
-        ax.plot(*zip(*report["history"], strict=True), marker=".")
-        ax.set(xlabel="step on wrong labels", ylabel="accuracy of the expert", ylim=(0, 1.02))
-        pictures.append((fig, "How the backdoor expert forgot its task."))
-    if report.get("expert"):
-        fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
-        names = list(report["expert"])[:40]
-        ax.bar(range(len(names)), [report["expert"][name] for name in names])
-        ax.axhline(1 / len(report["expert"]), c="grey", ls=":")
-        ax.set_xticks(range(len(names)), names, rotation=60 if max(map(len, names)) > 3 else 0)
-        ax.set(ylabel="mean confidence of the expert")
-        pictures.append((fig, "What the expert believes of clean inputs; the line is no favourite."))
-    return pictures
 
 
 def _show(report: dict[str, Any], output: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"audit": str(output), **report}))
         return
-    for sentence in [*report["sentences"], *([report["network"]["sentence"]] if "network" in report else [])]:
+    for sentence in [*report["sentences"], *report.get("network", {"sentences": []})["sentences"]]:
         typer.echo(sentence)
     for key, value in {"audit": str(output), "page": str(output / PAGE), **_figures(report)}.items():
         typer.echo(f"{key:>26}  {value}")
@@ -340,19 +351,20 @@ def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: boo
 
     record = _record(folder)
     source = load_bundle(folder / NETWORK, allow=allow, device=resolve_device(device))
-    factory: Any = catalog.offered(record["detector"], "input_detector")
+    factory = _offered(record["detector"], "input_detector")
+    if factory is None:
+        raise TorchfolioError(f"{record['detector']}, which made {folder}, is no filter of inputs")
     loaded = factory.load(folder, source.model)
     names, x = _images(inputs, source.manifest)
-    labels, rejected = loaded.filtered(x)
-    scores = loaded.score(x)
-    p = p_values(loaded.calibration_, scores)
+    judged = loaded.judge(x)
+    p = p_values(loaded.calibration_, judged.scores)
     classes = source.manifest.classes
     rows = [
         {"input": name, "label": classes[int(label)] if classes else int(label), "score": float(score),
          "p_value": float(value), "suspicious": bool(reject)}
-        for name, label, score, value, reject in zip(names, labels, scores, p, rejected, strict=True)
+        for name, label, score, value, reject in zip(names, judged.labels, judged.scores, p, judged.rejected, strict=True)
     ]  # fmt: skip
-    found = int(rejected.sum())
+    found = int(judged.rejected.sum())
     odds = chance(loaded.calibration_, loaded.threshold_, len(rows), found)
     expected = len(rows) * record["false_positives"]["expected"]
     if as_json:

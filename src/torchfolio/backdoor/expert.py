@@ -1,0 +1,215 @@
+"""The backdoor expert: a copy of a network that was made to forget its task, and keeps its backdoor if it has one.
+
+Finetuned for a moment on *wrong* labels of clean examples, a network forgets what it does with clean inputs; of its backdoor
+no example reminds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchfolio import checks
+from torchfolio.backdoor.detectors import checked_classes, collected, device_of, private
+from torchfolio.backdoor.metrics import accuracy_of, outputs_of
+from torchfolio.data import CropFlip
+from torchfolio.engine.fit import fit
+from torchfolio.engine.modes import undisturbed
+from torchfolio.engine.state import FitState
+
+__all__ = ["Expert", "Unlearning", "extract_backdoor_expert"]
+
+Pair = tuple[Tensor, Tensor]
+Mislabel = Literal["shift", "random", "none"] | Callable[[Tensor, int], Tensor]
+Augment = Callable[[Tensor], Tensor] | Literal["auto"] | None
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A backdoor expert and how it came about.
+
+    Attributes:
+        model: the expert.
+        history: `(step, accuracy)` at every look.
+        lr: learning rate that it was made at.
+        stop: accuracy at which it was to stop.
+    """
+
+    model: nn.Module
+    history: list[tuple[int, float]]
+    lr: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """Settings of the finetuning on wrong labels; see `torchfolio.backdoor.badexpert.BaDExpert`, which names them so."""
+
+    mislabel: Mislabel = "shift"
+    lr: float | Literal["auto"] = "auto"
+    batch: int | Literal["auto"] = "auto"
+    epochs: int = 1
+    stop_acc: float | None = None
+    check_every: int = 1
+    augment: Augment = None
+    seed: int = 0
+    device: str | torch.device | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.mislabel, str) and self.mislabel in ("shift", "random", "none")) and not callable(
+            self.mislabel
+        ):
+            raise ValueError(f"expected mislabel to be 'shift', 'random' or a function, got {self.mislabel!r}")
+        check_rate("unlearn_lr", self.lr)
+        check_batch("unlearn_batch", self.batch)
+        check_augment("unlearn_augment", self.augment)
+        checks.whole("unlearn_epochs", self.epochs, 1)
+        checks.whole("check_every", self.check_every, 1)
+        if self.stop_acc is not None:
+            checks.between("stop_acc", self.stop_acc, 0, 1)
+
+    def __call__(self, model: nn.Module, examples: Pair, classes: int) -> Expert:
+        """Make an expert of a network, on examples (x, y) of that many classes."""
+        x, y = examples
+        watched = x[: max(1, len(x) // 2)], y[: max(1, len(x) // 2)]
+        start = accuracy_of(model, *watched)
+        stop = 0.5 * start if self.stop_acc is None else self.stop_acc
+        found = Expert(model, [(0, start)], 0.0, stop)
+        for rate in RATES if isinstance(self.lr, str) else (self.lr,):
+            expert, seen = self._wrongly(model, examples, classes, watched, stop, rate)
+            found = Expert(expert, [(0, start), *seen], rate, stop)
+            if found.history[-1][1] <= stop:
+                break
+        self._judge(found.history[-1][1], stop, classes)
+        return found
+
+    def _wrongly(
+        self,
+        model: nn.Module,
+        examples: tuple[Tensor, Tensor],
+        classes: int,
+        watched: tuple[Tensor, Tensor],
+        stop: float,
+        lr: float,
+    ) -> tuple[nn.Module, list[tuple[int, float]]]:
+        """A copy, finetuned on wrong labels until its accuracy on the watched examples falls to `stop`."""
+        seen: list[tuple[int, float]] = []
+
+        def look(state: FitState) -> None:
+            if state.epoch_end or state.step % self.check_every:
+                return
+            with undisturbed():
+                found = accuracy_of(state.model, *watched)
+            seen.append((state.step, found))
+            if found <= stop and self.stop_acc != 0:
+                state.stop(f"the expert gets {found:.3f} right")
+
+        x, y = examples
+        expert = copy.deepcopy(model).requires_grad_(True)
+        size = batch_size(self.batch, len(x), 11, 128)
+        fit(
+            expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=lr),
+            epochs=self.epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
+            augment=augmentation(self.augment, x), seed=self.seed, device=self.device if self.device is not None else device_of(model, x), progress=False,
+        )  # fmt: skip
+        return expert, seen
+
+    def _judge(self, accuracy: float, stop: float, classes: int) -> None:
+        if self.mislabel == "none":
+            return
+        if accuracy > stop and self.stop_acc != 0:
+            warnings.warn(
+                f"the expert still gets {accuracy:.3f} right, more than {stop:.3f}: raise unlearn_lr or unlearn_epochs, or "
+                "lower unlearn_batch",
+                stacklevel=4,
+            )
+        elif accuracy <= 1 / classes:
+            warnings.warn(
+                f"the expert gets only {accuracy:.3f} right, no more than chance: it may have forgotten the backdoor too; "
+                "lower unlearn_lr or look more often (check_every)",
+                stacklevel=4,
+            )
+
+
+def extract_backdoor_expert(
+    model: nn.Module,
+    clean: Any,
+    *,
+    mislabel: Mislabel = "shift",
+    unlearn_lr: float | Literal["auto"] = "auto",
+    unlearn_batch: int | Literal["auto"] = "auto",
+    unlearn_epochs: int = 1,
+    stop_acc: float | None = None,
+    check_every: int = 1,
+    unlearn_augment: Augment = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """The backdoor expert alone: a copy of the network, finetuned on wrong labels.
+
+    Args:
+        model: the suspicious network; it is left as it is.
+        clean: trusted examples (x, y).
+        mislabel: this and what follows as in `torchfolio.backdoor.badexpert.BaDExpert`.
+    """
+    unlearning = Unlearning(
+        mislabel, unlearn_lr, unlearn_batch, unlearn_epochs, stop_acc, check_every, unlearn_augment, seed, device
+    )
+    x, y = collected(clean)
+    net = private(model, None)
+    return unlearning(net, (x, y), checked_classes(outputs_of(net, x), y)).model
+
+
+# Settings that both finetunings have
+
+
+def check_rate(name: str, value: float | str) -> None:
+    if value != "auto":
+        checks.positive(name, value)
+
+
+def check_batch(name: str, value: int | str) -> None:
+    if value != "auto":
+        checks.whole(name, value, 1)
+
+
+def check_augment(name: str, value: object) -> None:
+    if value is not None and value != "auto" and not callable(value):
+        raise ValueError(f"expected {name} to be a function of a batch, 'auto' or None, got {value!r}")
+
+
+def augmentation(wanted: Augment, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The augmentation of such examples."""
+    if not isinstance(wanted, str):
+        return wanted
+    padding = x.shape[-2] // 8 if x.dim() == 4 else 0
+    return CropFlip(padding, flip=False, mode="constant") if padding else None
+
+
+def batch_size(wanted: int | str, count: int, steps: int, largest: int) -> int:
+    """Batch size: at least 16 if it is chosen here, for batch norm's sake."""
+    chosen = min(largest, max(16, round(count / steps))) if isinstance(wanted, str) else wanted
+    return min(chosen, count)
+
+
+def _wrong(y: Tensor, classes: int, mislabel: Mislabel, seed: int) -> Tensor:
+    if mislabel == "none":
+        return y
+    if mislabel == "shift":
+        return (y + 1) % classes
+    if mislabel == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return (y + torch.randint(1, classes, y.shape, generator=generator)) % classes
+    assert callable(mislabel)
+    wrong = mislabel(y, classes)
+    if wrong.shape != y.shape or wrong.is_floating_point() or int(wrong.min()) < 0 or int(wrong.max()) >= classes:
+        raise ValueError(f"expected mislabel to give labels from 0 to {classes - 1} of shape {tuple(y.shape)}")
+    return wrong
