@@ -206,13 +206,19 @@ def _scaled(x: Tensor, image_size: int | None) -> Tensor:
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel or feature, summed in float64."""
-    axes = [0, *range(2, x.dim())]
+    positions = tuple(range(2, x.dim()))
     count = x.numel() / x.shape[1]
-    mean = x.sum(axes, dtype=torch.float64) / count
-    # A second pass over chunks: no copy of the whole set in double precision, and no cancellation.
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    square = sum((chunk.double() - mean.view(shape)).square().sum(axes) for chunk in x.split(4096))
-    std = (torch.as_tensor(square) / count).sqrt()
+    mean = x.sum((0, *positions), dtype=torch.float64) / count
+    # A second pass over small chunks: no copy of the whole set in double precision, and no cancellation. Pixels are in
+    # [0, 1], where squares in single precision will do; what the mean lost to it is taken off again.
+    centre = mean.float().double() if positions else mean
+    square = torch.zeros_like(mean)
+    for chunk in x.split(256):
+        deviation = (chunk if positions else chunk.double()) - centre.to(chunk if positions else mean).view(
+            1, -1, *[1] * len(positions)
+        )
+        square += (deviation.square_().sum(positions) if positions else deviation.square_()).sum(0, dtype=torch.float64)
+    std = (square / count - (mean - centre) ** 2).clamp_min(0).sqrt()
     # A feature is constant where its spread is rounding.
     std[std <= 1e-12 * mean.abs().clamp_min(1)] = 1
     return mean.float(), std.float()
