@@ -56,3 +56,16 @@ def test_eval_refuses_a_split_that_is_no_longer_known(noise, tmp_path):
     done = call("eval", "net", "--data", noise)
     assert done.exit_code == 2
     assert "held other examples" in done.stderr
+
+
+def test_spiking_networks_train_and_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call(
+        *("train", "--model", "torchfolio.spiking.nets:SpikingConvNet", "--data", "digits", "--rule", "sltt"),
+        *("--rule-set", "timesteps=3", "--rule-set", "k=1", "--train-size", 300, "--epochs", 1, "-o", "net", "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    trained = json.loads(done.stdout)
+    again = json.loads(call("eval", "net", "--data", "digits", "--json").stdout)
+    assert again["loss"] == pytest.approx(trained["loss"], abs=1e-6)
+    assert again["accuracy"] == trained["accuracy"]

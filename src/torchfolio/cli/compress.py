@@ -25,13 +25,14 @@ from torchfolio.cli.networks import (
     normalized_splits,
     open_network,
     parse_settings,
+    predictor_of,
     show_result,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from torchfolio.bundle import Manifest
+    from torchfolio.bundle import Bundle, Manifest
     from torchfolio.data import DataSplits
     from torchfolio.efficiency.compression import Compression
 
@@ -82,7 +83,7 @@ def compress(
     source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
     example = splits.train.tensors[0][:2].clone()
-    before = {**_measure(source.model, splits, device), **_flops(source.model, example)}
+    before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
     made = compress_network(
         source.model,
         compression,
@@ -102,8 +103,11 @@ def compress(
     record = {"method": method, "settings": settings, "data": data, "epochs": made.epochs, "lr": lr,
               "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed, "before": before}  # fmt: skip
     save_bundle(made.model, output, _manifest(source.manifest, compression, record))
-    written = load_bundle(output, allow=allow).model
-    after = {**_measure(written, splits, device), **compression.operations(written.cpu(), example[:1])}
+    written = load_bundle(output, allow=allow)
+    after = {
+        **_measure(written, splits, device, allow),
+        **compression.operations(written.model.cpu(), example[:1]),
+    }
     _show(str(output), method, before, after, as_json)
 
 
@@ -114,11 +118,12 @@ def _manifest(source: Manifest, compression: Compression, record: dict[str, Any]
     return replace(source, **recipe, training={**source.training, "compressed": record}, tied={})
 
 
-def _measure(model: nn.Module, splits: DataSplits, device: str) -> dict[str, float]:
+def _measure(bundle: Bundle, splits: DataSplits, device: str, allow: list[str]) -> dict[str, float]:
     from torchfolio import engine
     from torchfolio.efficiency.compression import tensor_bytes
 
-    return {"bytes": tensor_bytes(model), **engine.evaluate(model, splits.test, device=device)}
+    scores = engine.evaluate(predictor_of(bundle, allow), splits.test, device=device)
+    return {"bytes": tensor_bytes(bundle.model), **scores}
 
 
 def _flops(model: nn.Module, example: Tensor) -> dict[str, int]:

@@ -111,7 +111,7 @@ def train(
         checkpoint=checkpoints,
         resume=resume,
     )
-    scores = engine.evaluate(net, splits.test)
+    scores = engine.evaluate(net, splits.test, rule=learning_rule)
     record = {
         "data": data,
         "rule": rule,
@@ -125,6 +125,7 @@ def train(
         "seed": seed,
         "image_size": image_size or manifest.training.get("image_size"),
         "split": splits.split_digest,
+        "predictor": type(learning_rule).predictor is not engine.LearningRule.predictor,
         "start": str(start) if start else None,
         "steps": result.steps,
         "test": scores,
@@ -208,8 +209,28 @@ def evaluate(
         raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
     splits = fitting_splits(loaded.manifest, str(bundle), data, seed=seed, image_size=image_size, test_size=test_size)
     examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
-    scores = engine.evaluate(loaded.model, examples, device=device)
+    scores = engine.evaluate(predictor_of(loaded, allow), examples, device=device)
     show_result({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
+
+
+def predictor_of(bundle: Bundle, allow: Sequence[str] = ()) -> nn.Module:
+    """How the network of a bundle answers: by the rule that trained it, where that says so (spiking networks).
+
+    Args:
+        bundle: a network and the record of its training.
+        allow: import paths that the bundle may use.
+
+    Raises:
+        TorchfolioError: if the rule is no method of the catalogue and not allowed.
+    """
+    training = bundle.manifest.training
+    if not training.get("predictor"):
+        return bundle.model
+    rule = str(training.get("rule"))
+    if ":" in rule and not rule.startswith("torchfolio.") and rule not in allow:
+        raise TorchfolioError(f"the network answers by its learning rule {rule}; pass --allow {rule} if you trust it")
+    settings = training.get("rule_settings") or {}
+    return call_with(find_rule(rule), settings, f"the rule {rule}").predictor(bundle.model)
 
 
 def fitting_splits(
@@ -353,7 +374,7 @@ def fitting_recipe(
     factory = resolve(path, allow=[path])
     known = {"num_classes": outputs, "out_features": outputs, "in_features": math.prod(shape)}
     if shape:
-        known |= {"in_channels": shape[0], "image_size": shape[-1]}
+        known |= {"in_channels": shape[0], "image_size": shape[-1], "shape": tuple(shape)}
     parameters = _parameters(factory, inspect.signature(factory))
     return path, {**{k: v for k, v in known.items() if k in parameters}, **settings}
 

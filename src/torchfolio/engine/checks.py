@@ -14,6 +14,7 @@ from torchfolio.engine.loader import Batches, Data, TensorBatches, tensors_of
 from torchfolio.engine.modes import evaluating, undisturbed
 from torchfolio.engine.rules import Batch, LearningRule, default_loss
 from torchfolio.engine.state import EarlyStopping
+from torchfolio.models.stateful import reset_state
 
 IGNORED = -100  # the label that cross-entropy passes over by default
 
@@ -73,9 +74,10 @@ def check_model(model: nn.Module, example: Batch, data: Data, rule: LearningRule
         TypeError: if labels have another type than int64.
     """
     *inputs, target = example
+    reset_state(model)
     try:
         with torch.no_grad(), undisturbed(), evaluating(model):
-            output = model(*inputs)
+            output = rule.predictor(model)(*inputs)
     except Exception as error:
         if not hasattr(rule, "loss"):
             return
@@ -84,6 +86,8 @@ def check_model(model: nn.Module, example: Batch, data: Data, rule: LearningRule
         raise ValueError(
             f"the model cannot take a batch of {shapes}{weights}: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        reset_state(model)
     criterion = getattr(rule, "loss", None)
     if isinstance(output, Tensor) and (
         criterion in (default_loss, F.cross_entropy) or isinstance(criterion, nn.CrossEntropyLoss)

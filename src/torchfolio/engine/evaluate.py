@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from torchfolio.engine.checks import check_data
 from torchfolio.engine.loader import Data, tensors_of
 from torchfolio.engine.modes import evaluating
-from torchfolio.engine.rules import default_loss
+from torchfolio.engine.rules import LearningRule, default_loss
+from torchfolio.models.stateful import reset_state
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -48,17 +49,20 @@ def evaluate(
     loss: Loss | None = None,
     batch_size: int = 512,
     device: str | torch.device | None = None,
+    rule: LearningRule | None = None,
 ) -> dict[str, float]:
     """Mean loss, and accuracy where the targets are labels, over a data set in evaluation mode.
 
     Args:
-        model: the network; its modes are restored.
+        model: the network; its modes are restored, and modules with state (spiking neurons) start every batch afresh.
         data: a `Dataset`, a `DataLoader` or tensors (x, y).
         loss: criterion with mean reduction; by default cross-entropy for integer targets, else the mean
             squared error.
         batch_size: examples at a time, unless `data` is a `DataLoader`.
         device: where to compute; the model moves there. The model's own device by default, `"auto"` takes an
             accelerator if there is one.
+        rule: learning rule that the network was trained by, where its answers are not the plain outputs: a spiking
+            network is run over time.
 
     Returns:
         `{"loss": ..., "accuracy": ...}`; no accuracy for other targets than labels.
@@ -69,7 +73,8 @@ def evaluate(
     check_data(data, "data")
     if device is not None:
         model.to(resolve_device(device))
-    return add_up(model, data, loss=loss, batch_size=batch_size).scores()
+    predictor = rule.predictor(model) if rule is not None else model
+    return add_up(predictor, data, loss=loss, batch_size=batch_size).scores()
 
 
 @torch.no_grad()
@@ -93,12 +98,14 @@ def add_up(
             if k % world != rank:
                 continue
             target = target.to(weight.device, non_blocking=True)
+            reset_state(model)
             output = model(*(_like(x, weight) for x in inputs))
             sums[0] += (loss or default_loss)(output, target).to(exact) * len(target)
             count += len(target)
             if output.dim() == 2 and target.dim() == 1 and not target.is_floating_point():
                 labelled += len(target)
                 sums[1] += (output.argmax(1) == target).sum()
+    reset_state(model)
     total, correct = sums.tolist()
     return Totals(total, correct, labelled, count)
 

@@ -184,5 +184,8 @@ def fit(
         # Dropout and augmentation differ between processes, the weights do not.
         seed_all((seed + 1_000_003 * rank) % 2**63)
         keeper.restore(resume)
-        Training(fabric, keeper, options).run(progress)
+        try:
+            Training(fabric, keeper, options).run(progress)
+        finally:
+            state.rule.release()
     return FitResult(model, state.module, state.rule, state.history, state.step, state.epoch, state.stopped)

@@ -191,9 +191,10 @@ class Training:
             assert val is not None
             loss = state.rule.loss if isinstance(state.rule, Backprop) else None
             size = max(self.options.batch_size, 256)
+            predictor = state.rule.predictor(state.model)
             if self.sharded:  # every process runs every batch, since each holds only a part of the weights
-                return add_up(state.model, val, loss=loss, batch_size=size).scores()
-            totals = add_up(state.model, val, loss=loss, batch_size=size, rank=self.rank, world=self.shares)
+                return add_up(predictor, val, loss=loss, batch_size=size).scores()
+            totals = add_up(predictor, val, loss=loss, batch_size=size, rank=self.rank, world=self.shares)
         sums = (totals.loss, totals.correct, totals.labelled, totals.count)
         return Totals(*add_over_processes(sums, self.fabric)).scores()
 

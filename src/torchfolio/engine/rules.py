@@ -49,6 +49,22 @@ class LearningRule(ABC):
             Named finite scalars, detached; `"loss"` among them.
         """
 
+    def predictor(self, model: nn.Module) -> nn.Module:
+        """How a network trained by this rule answers: what is called to validate, evaluate and predict.
+
+        The model itself by default; a rule for spiking networks unrolls it over time. Does not need `prepare`.
+
+        Args:
+            model: the user's network, trained or about to be.
+
+        Returns:
+            A module from inputs to outputs that shares the model's weights.
+        """
+        return model
+
+    def release(self) -> None:
+        """Give back what `prepare` changed in the user's network; `torchfolio.engine.fit` calls it at its end."""
+
     def state_dict(self) -> dict[str, Any]:
         """State beyond the module's, for checkpoints. Tensors, numbers, strings and containers of them."""
         return {}

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchfolio.models.stateful import reset_state
+
 Predicate = Callable[[str, nn.Module], bool] | type[nn.Module] | tuple[type[nn.Module], ...]
 Flatten = Literal[False, "all", "pool"]
 Reader = Callable[[nn.Module, object], Sequence[Tensor]]
@@ -280,7 +282,7 @@ def collect_features(
     """Features of many examples, computed in batches in evaluation mode on the model's device.
 
     Args:
-        model: the network; its mode is restored.
+        model: the network; its mode is restored, and modules with state start every batch afresh.
         x: inputs `[N, ...]`.
         names: dotted names of modules.
         flatten: see `take_features`.
@@ -297,12 +299,14 @@ def collect_features(
         model.eval()
         with take_features(model, names, flatten=flatten, detach=True) as features:
             for batch in x.split(batch_size):
+                reset_state(model)
                 model(batch.to(device))
                 for name in names:
                     parts[name].append(features[name].cpu())
     finally:
         for module, mode in modes.items():
             module.training = mode
+        reset_state(model)
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 

@@ -100,16 +100,13 @@ class SequenceRule(LearningRule):
         """
         raise NotImplementedError
 
+    def predictor(self, model: nn.Module) -> Unrolled:
+        """The network over time: the mean of its outputs. Random codes are drawn from torch's global generator."""
+        return Unrolled(model, self.timesteps, self.encode)
+
     def evaluate(self, model: nn.Module, data: object) -> dict[str, float]:
-        """Loss and accuracy of the mean output over time, for `fit(..., evaluate=rule.evaluate)`.
-
-        `fit` by itself would run the network for one step only.
-        """
-        unrolled = Unrolled(model, self.timesteps, self._encode)
-        return evaluate(unrolled, data)  # pyright: ignore[reportArgumentType]
-
-    def _encode(self, x: Tensor, timesteps: int) -> Tensor:
-        return encode_input(x, timesteps, self.encode, self.generator)
+        """Loss and accuracy of the mean output over time."""
+        return evaluate(self.predictor(model), data)  # pyright: ignore[reportArgumentType]
 
     def step_loss(self, output: Tensor, y: Tensor) -> Tensor:
         """The loss of one step, checked."""
@@ -151,7 +148,8 @@ class BPTT(SequenceRule):
 
     Example:
         >>> rule = BPTT(timesteps=6)
-        >>> fit(net, train, val=val, rule=rule, evaluate=rule.evaluate, epochs=10)
+        >>> fit(net, train, val=val, rule=rule, epochs=10)
+        >>> evaluate(net, test, rule=rule)
     """
 
     def learn(

@@ -69,8 +69,8 @@ class SLTT(SequenceRule):
     Example:
         >>> net = to_spiking(vgg11(), partial(LIF, tau=1.1), average_pool=True)
         >>> rule = SLTT(timesteps=6)
-        >>> fit(net, train, val=val, rule=rule, evaluate=rule.evaluate, epochs=100)
-        >>> labels = Unrolled(net, timesteps=6)(x).argmax(-1)
+        >>> fit(net, train, val=val, rule=rule, epochs=100)
+        >>> labels = rule.predictor(net)(x).argmax(-1)
 
     Reference:
         Meng et al., ICCV 2023, sections 4.2 and 4.3; details as in the released code.

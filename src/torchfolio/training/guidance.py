@@ -407,6 +407,12 @@ class GuidedRule(LearningRule):
         share = len(fresh) / len(self.names) if self.guidance.reduction == "mean" else 1
         return share * self.guidance.align(fresh, guide, target)
 
+    def predictor(self, model: nn.Module) -> nn.Module:
+        return self.rule.predictor(model)
+
+    def release(self) -> None:
+        self.rule.release()
+
     def state_dict(self) -> dict[str, Any]:
         return {"guidance": self.guidance.state_dict(), "rule": self.rule.state_dict()}
 
