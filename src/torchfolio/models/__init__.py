@@ -2,7 +2,7 @@
 
 from torchfolio.models.init import initialize
 from torchfolio.models.nets import MLP, VGG, ConvNet, EncoderBlock, Transformer, UNet, ViT, vgg11, vgg13, vgg16, vgg19
-from torchfolio.models.registry import build, names, spec
+from torchfolio.models.registry import BUILDERS, build, names, spec
 from torchfolio.models.resnet import (
     BasicBlock,
     ResNetCIFAR,
@@ -23,6 +23,7 @@ from torchfolio.models.surgery import (
 )
 
 __all__ = [
+    "BUILDERS",
     "MLP",
     "VGG",
     "BasicBlock",

@@ -24,6 +24,9 @@ NAMES = {
     "transformer": "Transformer",
 }
 
+BUILDERS = (*sorted(set(NAMES.values())), "BasicBlock", "EncoderBlock", "ResNetCIFAR", "VGG")
+"""Names in `torchfolio.models` that a bundle may build: they evaluate no text, import nothing and open no path."""
+
 
 def names() -> list[str]:
     """Names of the reference networks."""
