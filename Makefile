@@ -43,7 +43,7 @@ $(VENV)/.package: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: $(VENV)/.package
-	$(INSTALL) -e ".[test,ray,tensorboard,convex,verify,draw]"
+	$(INSTALL) -e ".[test,ray,tensorboard,convex,verify,draw,graph,text,diffusion]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.package

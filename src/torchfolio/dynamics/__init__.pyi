@@ -1,0 +1,1 @@
+# Written by docs/generate.py from the catalogue.

@@ -1,0 +1,11 @@
+# Written by docs/generate.py from the catalogue.
+from torchfolio.insight.adaptive_mi import AdaptiveBinning as AdaptiveBinning
+from torchfolio.insight.adaptive_mi import AdaptiveKDE as AdaptiveKDE
+from torchfolio.insight.adaptive_mi import FixedBinning as FixedBinning
+from torchfolio.insight.adaptive_mi import InformationPlaneRecorder as InformationPlaneRecorder
+from torchfolio.insight.adaptive_mi import information_plane as information_plane
+from torchfolio.insight.circuit_diagrams import draw as draw
+from torchfolio.insight.circuit_diagrams import ncd as ncd
+from torchfolio.insight.convergent_learning import ConvergenceReport as ConvergenceReport
+from torchfolio.insight.convergent_learning import bipartite_match as bipartite_match
+from torchfolio.insight.convergent_learning import semi_match as semi_match

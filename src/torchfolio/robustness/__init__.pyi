@@ -1,0 +1,23 @@
+# Written by docs/generate.py from the catalogue.
+from torchfolio.robustness.attacks import deepfool as deepfool
+from torchfolio.robustness.attacks import fgsm as fgsm
+from torchfolio.robustness.attacks import hop_skip_jump as hop_skip_jump
+from torchfolio.robustness.attacks import margin as margin
+from torchfolio.robustness.attacks import nes as nes
+from torchfolio.robustness.attacks import pgd as pgd
+from torchfolio.robustness.onnx_file import read_onnx as read_onnx
+from torchfolio.robustness.onnx_file import write_onnx as write_onnx
+from torchfolio.robustness.properties import Box as Box
+from torchfolio.robustness.properties import Property as Property
+from torchfolio.robustness.properties import Verdict as Verdict
+from torchfolio.robustness.properties import Verifier as Verifier
+from torchfolio.robustness.properties import classification as classification
+from torchfolio.robustness.relu_split import ReluSplit as ReluSplit
+from torchfolio.robustness.soundness_bench import HiddenCounterexamples as HiddenCounterexamples
+from torchfolio.robustness.soundness_bench import hide as hide
+from torchfolio.robustness.verifiers import Crown as Crown
+from torchfolio.robustness.verifiers import CrownSplit as CrownSplit
+from torchfolio.robustness.verifiers import Interval as Interval
+from torchfolio.robustness.verifiers import milp_verify as milp_verify
+from torchfolio.robustness.vnnlib import read_vnnlib as read_vnnlib
+from torchfolio.robustness.vnnlib import write_vnnlib as write_vnnlib

@@ -1,0 +1,20 @@
+# Written by docs/generate.py from the catalogue.
+from torchfolio.spiking.conversion import to_spiking as to_spiking
+from torchfolio.spiking.encoders import frames as frames
+from torchfolio.spiking.encoders import latency as latency
+from torchfolio.spiking.encoders import poisson as poisson
+from torchfolio.spiking.encoders import repeat as repeat
+from torchfolio.spiking.neurons import IF as IF
+from torchfolio.spiking.neurons import LIF as LIF
+from torchfolio.spiking.sequence import Unrolled as Unrolled
+from torchfolio.spiking.sequence import multi_step as multi_step
+from torchfolio.spiking.sequence import run_sequence as run_sequence
+from torchfolio.spiking.sltt import SLTT as SLTT
+from torchfolio.spiking.sltt import gradient_agreement as gradient_agreement
+from torchfolio.spiking.state import SequenceDropout as SequenceDropout
+from torchfolio.spiking.state import detach_state as detach_state
+from torchfolio.spiking.state import reset_state as reset_state
+from torchfolio.spiking.surrogates import ATan as ATan
+from torchfolio.spiking.surrogates import Rectangle as Rectangle
+from torchfolio.spiking.surrogates import Sigmoid as Sigmoid
+from torchfolio.spiking.surrogates import Triangle as Triangle
