@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
+import os
+import random
 import re
 import shutil
 
@@ -12,7 +17,8 @@ import pytest
 
 from torchfolio.errors import TorchfolioError
 from torchfolio.report import write_report
-from torchfolio.report.svg import dot_plot, inline_svg
+from torchfolio.report.page import collect, render
+from torchfolio.report.svg import dot_plot, picture
 from torchfolio.runs.run import save_figure
 
 matplotlib.use("agg")
@@ -72,8 +78,8 @@ def test_claims_figures_and_commands_are_there(tmp_path):
     ):
         assert part in text, part
     assert "Augmented Auxiliary Networks" in text
-    assert "<svg" in text
-    assert "clip-path" in text
+    (shown,) = pictures(text)
+    assert "clip-path" in shown
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
@@ -91,20 +97,80 @@ def test_text_of_strangers_is_escaped(tmp_path):
     assert "&lt;b&gt;backprop" in text
 
 
-def test_pictures_of_strangers_are_made_safe():
-    evil = (
-        '<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><script>alert(2)</script><style>body{display:none}</style>'
-        '<a href="javascript:alert(3)"><rect id="r" fill="url(#g)" style="fill:url(http://x/y)"/></a>'
-        '<image href="http://x/y.png"/><use href="#r"/></svg>'
+def pictures(text):
+    """The pictures of a page, decoded."""
+    found = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="[^"]*">', text)
+    return [base64.b64decode(data).decode() for data in found]
+
+
+EVIL_PARTS = [
+    "<script>alert('evil')</script>", "<Script>alert('evil')</Script>", "<SCRIPT href='http://evil.test/a'/>",
+    "<h:script xmlns:h='http://www.w3.org/1999/xhtml'>alert('evil')</h:script>",
+    "<h:SCRIPT xmlns:h='http://www.w3.org/1999/xhtml' src='http://evil.test/b'/>",
+    "<foreignObject><iframe xmlns='http://www.w3.org/1999/xhtml' srcdoc='&lt;script&gt;alert(1)&lt;/script&gt;'/></foreignObject>",
+    "<foreignobject><body xmlns='http://www.w3.org/1999/xhtml' onload='alert(\"evil\")'/></foreignobject>",
+    "<title><iframe xmlns='http://www.w3.org/1999/xhtml' srcdoc='&lt;script&gt;alert(1)&lt;/script&gt;'/></title>",
+    "<title><iframe srcdoc='&lt;script&gt;alert(1)&lt;/script&gt;'/></title>",
+    "<style>@import url('http://evil.test/c.css'); *{background:url(http://evil.test/d)}</style>",
+    "<style>*{background:\\75rl(http://evil.test/e)}</style>", "<style>*{background:image-set('http://evil.test/f' 1x)}</style>",
+    "<a href='javascript:alert(1)'><text>evil link</text></a>", "<a xlink:href='http://evil.test/g'><rect/></a>",
+    "<rect onload='alert(\"evil\")' OnClick='alert(1)' onmouseover='alert(1)' width='9' height='9'/>",
+    "<rect style='fill:url(http://evil.test/h)' fill='url(&quot;http://evil.test/i&quot;)'/>",
+    "<image href='http://evil.test/j.png'/>", "<image xlink:href='file:///etc/passwd'/>",
+    "<image href='data:image/svg+xml,&lt;svg onload=alert(1)&gt;'/>", "<use href='http://evil.test/k.svg#a'/>",
+    "<use xlink:href='data:text/html,&lt;script&gt;alert(1)&lt;/script&gt;'/>",
+    "<a id='m'><animate attributeName='href' values='javascript:alert(1)'/><set attributeName='href' to='http://evil.test'/></a>",
+    "<ANIMATE attributeName='xlink:href' to='javascript:alert(1)'/>", "<feImage href='http://evil.test/l'/>",
+    "<filter><feImage xlink:href='http://evil.test/m'/></filter>", "<object data='http://evil.test/n'/>",
+    "<embed src='http://evil.test/o'/>", "<h:link xmlns:h='http://www.w3.org/1999/xhtml' rel='stylesheet' href='http://evil.test/p'/>",
+    "<h:meta xmlns:h='http://www.w3.org/1999/xhtml' http-equiv='refresh' content='0;url=http://evil.test/q'/>",
+    "<h:img xmlns:h='http://www.w3.org/1999/xhtml' src='x' onerror='alert(1)'/>", "<text xml:base='http://evil.test/'>r</text>",
+    "<metadata><script>alert(1)</script></metadata>", "<handler xmlns:ev='http://www.w3.org/2001/xml-events' ev:event='load'>alert(1)</handler>",
+    "<cursor xlink:href='http://evil.test/s'/>", "<font-face-uri xlink:href='http://evil.test/t'/>",
+]  # fmt: skip
+
+
+def evil_svg(part):
+    return (
+        "<?xml version='1.0'?><?xml-stylesheet href='http://evil.test/u.css'?><svg xmlns='http://www.w3.org/2000/svg' "
+        f"xmlns:xlink='http://www.w3.org/1999/xlink' onload='alert(1)' viewBox='0 0 9 9'>{part}<path d='M0 0H9'/></svg>"
     )
-    safe = inline_svg(evil, "p", "a picture")
-    for bad in ("alert", "http://x", "display:none", "onload"):
-        assert bad not in safe
-    assert 'id="p-r"' in safe
-    assert 'href="#p-r"' in safe
-    assert "url(#p-g)" in safe
-    assert "cannot be read" in inline_svg("<svg", "p", "x")
-    assert "no SVG" in inline_svg("<a/>", "p", "x")
+
+
+@pytest.mark.parametrize("part", EVIL_PARTS)
+def test_pictures_of_strangers_are_made_safe(part):
+    (shown,) = pictures(picture(evil_svg(part), 'a "picture"'))
+    for bad in ("alert", "evil", "script", "iframe", "onload", "foreign", "file:", "srcdoc", "nimate"):
+        assert bad not in shown.lower(), bad
+    assert 'd="M0 0H9"' in shown
+
+
+def test_what_a_picture_needs_is_kept():
+    good = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"><style>*{stroke-linecap:butt}</style>'
+        '<g id="image3"><rect id="r" fill="url(#g)" style="fill:url(#g);clip-path: url(\'#c\')"/><use xlink:href="#r"/></g>'
+        '<image xlink:href="data:image/png;base64,AAAA"/></svg>'
+    )
+    (shown,) = pictures(picture(good, "x"))
+    for part in (
+        'id="image3"',
+        'fill="url(#g)"',
+        "clip-path: url('#c')",
+        "stroke-linecap",
+        '"#r"',
+        "image/png;base64,AAAA",
+    ):
+        assert part in shown, part
+
+
+def test_what_is_no_picture_says_so():
+    assert "cannot be read" in picture("<svg", "x")
+    assert "no SVG" in picture("<a/>", "x")
+    assert "no SVG" in picture("<svg/>", "x")
+    assert "entities" in picture('<!DOCTYPE s [<!Entity a "b">]><svg xmlns="http://www.w3.org/2000/svg"/>', "x")
+    assert "characters" in picture(" " * 2**25, "x")
+    deep = "<g>" * 100_000 + "</g>" * 100_000
+    assert "<p>" in picture(f'<svg xmlns="http://www.w3.org/2000/svg">{deep}</svg>', "x")
 
 
 def test_figures_from_outside_the_run_are_not_shown(tmp_path):
@@ -112,6 +178,92 @@ def test_figures_from_outside_the_run_are_not_shown(tmp_path):
     figures = [{"name": "x", "caption": "", "svg": "../../secret.svg", "png": ""}]
     run_folder(tmp_path, figures=figures)
     assert "secret" not in page(tmp_path)
+
+
+def test_the_page_may_do_what_is_its_own_alone(tmp_path):
+    run_folder(tmp_path)
+    text = page(tmp_path)
+    (rules,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert "unsafe" not in rules
+    assert "default-src &#39;none&#39;" in rules
+    for tag in ("script", "style"):
+        (body,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)
+        assert base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() in html.unescape(rules)
+    assert not re.search(r"\sstyle=", text), "the policy would stop it"
+
+
+def places(body, path=()):
+    """Every place in a JSON document."""
+    yield path
+    for key, value in body.items() if isinstance(body, dict) else enumerate(body) if isinstance(body, list) else ():
+        yield from places(value, (*path, key))
+
+
+WRONG = [
+    None, True, -1, 2.5, 10**400, float("nan"), float("-inf"), "", "<img src=x onerror=alert(1)>", "\ud800", "{{ 7*7 }}", [], {},
+    [None], {"a": None}, [[[]]], "clear", "../..", "\x00",
+]  # fmt: skip
+
+
+def test_one_bad_field_costs_its_own_card_only(tmp_path):
+    # Every place of an outcome takes wrong values; its folder stands beside a good one.
+    rng, count, refused = random.Random(0), 0, 0
+    run_folder(tmp_path, slug="man", command="the good one")
+    folder = tmp_path / "bad" / "run"
+    folder.mkdir(parents=True)
+    for path in list(places(outcome()))[1:]:
+        for value in rng.sample(WRONG, 7):
+            body = outcome(figures=[{"name": "x", "caption": "", "svg": "no.svg", "png": ""}])
+            inner = body
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            (folder / "outcome.json").write_text(json.dumps(body))
+            text = render(collect([folder, tmp_path / "man" / "a"]))
+            assert "the good one" in text, (path, value)
+            assert "<img src=x" not in text, (path, value)
+            count, refused = count + 1, refused + ("This run cannot be read" in text)
+    assert count > 400
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '"x"', "[" * 100_000, '{"slug": ' * 5000, "1" * 5000, "\x00", '{"format": 1}', "NaN"],
+    ids=lambda text: ascii(text[:12]),
+)
+def test_one_bad_file_costs_its_own_card_only(tmp_path, content):
+    run_folder(tmp_path, slug="man", command="the good one")
+    folder = run_folder(tmp_path, slug="sltt")
+    (folder / "outcome.json").write_text(content)
+    text = page(tmp_path)
+    assert "the good one" in text
+    assert "This run cannot be read" in text
+
+
+def test_missing_and_strange_files_cost_their_own_card_only(tmp_path):
+    run_folder(tmp_path, slug="man", command="the good one")
+    names = ["figures", "none.svg", "\x00", "a" * 5000, "/etc/passwd", "loop.svg", "bytes.svg", "outcome.json"]
+    figures = [{"name": n[:9], "caption": "", "svg": n, "png": ""} for n in names]
+    folder = run_folder(tmp_path, slug="sltt", figures=figures)
+    (folder / "loop.svg").symlink_to(folder / "loop.svg")
+    (folder / "bytes.svg").write_bytes(b"\xff\x00")
+    (tmp_path / "gbnn" / "a" / "outcome.json").mkdir(parents=True)
+    (tmp_path / "biper" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "biper" / "a" / "outcome.json")
+    text = page(tmp_path)
+    assert "the good one" in text
+    assert text.count("This run cannot be read") == 2
+    assert "This picture cannot be read" in text
+    assert "root:x:0" not in text
+
+
+def test_names_of_strangers_do_not_take_the_place_of_ours(tmp_path):
+    run_folder(tmp_path, slug="clear")
+    run_folder(tmp_path, slug="search")
+    text = page(tmp_path)
+    for name in ("clear", "search", "none"):
+        assert text.count(f'id="{name}"') == 1
 
 
 def test_ids_of_pictures_do_not_meet(tmp_path):
@@ -182,6 +334,13 @@ def browser(tmp_path):
     opened.quit()
 
 
+def requested(browser):
+    """What was asked for that the page does not hold itself."""
+    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    return {u for u in urls if not u.startswith(("file:", "data:", "chrome:"))}
+
+
 @pytest.mark.browser
 def test_in_a_browser(browser, tmp_path):
     from selenium.webdriver.common.by import By
@@ -221,10 +380,79 @@ def test_in_a_browser(browser, tmp_path):
     wide = browser.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0, "a phone scrolls sideways"
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
-    urls = [
-        json.loads(e["message"])["message"]["params"]
-        for e in browser.get_log("performance")
-        if "requestWillBeSent" in e["message"]
-    ]
-    asked = {u["request"]["url"] for u in urls if "request" in u}
-    assert all(u.startswith(("file:", "data:", "chrome:")) for u in asked), asked
+    assert requested(browser) == set()
+
+
+@pytest.mark.browser
+def test_hostile_runs_in_a_browser(browser, tmp_path):
+    from selenium.common.exceptions import NoAlertPresentException
+
+    # All of it in every text field, and a picture of each kind; honest runs stand beside.
+    text = "</script><script>alert(1)</script>\"'><img src=http://evil.test/x onerror=alert(1)><iframe srcdoc='<script>alert(1)</script>'></iframe>{{7*7}}"
+    figures = [{"name": f"{i}{text}", "caption": text, "svg": f"f{i}.svg", "png": text} for i in range(len(EVIL_PARTS))]
+    error = dict.fromkeys(("type", "message", "traceback"), text)
+    value = {"mean": 1.0, "sem": 2.0, "seeds": [1.0, 2.0]}
+    claim = {**outcome()["claims"][0], **dict.fromkeys(("id", "sentence", "paper", "what", "expression", "note"), text)}
+    claim["values"] = {text: value, "b": {**value, "mean": 3.0}}
+    changes = {
+        "command": text, "started": text, "scale": text, "settings": {text: text}, "environment": {text: text}, "claims": [claim],
+        "arms": {text: {text: value}}, "figures": figures,
+    }  # fmt: skip
+    for slug, more in (("auglocal", {}), ("evil", {"status": "failed", "error": error})):
+        folder = run_folder(tmp_path / "runs", slug=slug, figure=False, **changes, **more)
+        for i, part in enumerate(EVIL_PARTS):
+            (folder / f"f{i}.svg").write_text(evil_svg(part))
+    broken = run_folder(tmp_path / "runs", name=text.replace("/", "_")[:200], slug="sltt")
+    (broken / "outcome.json").write_text(json.dumps(text))
+    run_folder(tmp_path / "runs", slug="man")
+    path = write_report(tmp_path / "runs", tmp_path / "report.html")
+    browser.get(path.resolve().as_uri())
+    with pytest.raises(NoAlertPresentException):
+        browser.switch_to.alert.accept()
+    assert (
+        browser.execute_script("return [...document.querySelectorAll('script, style, iframe, base, object')].length")
+        == 2
+    )
+    assert browser.execute_script("return [...document.images].length") == 2 * len(EVIL_PARTS) + 1
+    assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert len(browser.find_elements("css selector", ".card")) == 4
+    # A click on everything, as a reader would.
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    for shown in browser.find_elements("css selector", "figure, .claim, summary")[:20]:
+        browser.execute_script("arguments[0].click()", shown)
+    with pytest.raises(NoAlertPresentException):
+        browser.switch_to.alert.accept()
+    # Each picture opened alone, which is the worst that a reader can do with it.
+    for shown in {image.get_attribute("src") for image in browser.find_elements("tag name", "img")}:
+        svg = tmp_path / "alone.svg"
+        svg.write_bytes(base64.b64decode(shown.partition(",")[2]))
+        browser.get(svg.as_uri())
+        with pytest.raises(NoAlertPresentException):
+            browser.switch_to.alert.accept()
+    assert requested(browser) == set()
+
+
+@pytest.mark.browser
+def test_the_browser_test_would_see_a_script_and_a_request(browser, tmp_path):
+    path = tmp_path / "bad.html"
+    path.write_text("<script>alert(1)</script><img src='http://evil.test/x'>")
+    browser.get(path.as_uri())
+    browser.switch_to.alert.accept()
+    assert any("evil.test" in url for url in requested(browser))
+
+
+@pytest.mark.browser
+def test_pictures_look_as_they_are(browser, tmp_path):
+    # Styles within a picture count, whatever the page's policy says of its own.
+    figures = [{"name": "red", "caption": "", "svg": "red.svg", "png": ""}]
+    folder = run_folder(tmp_path / "runs", figure=False, figures=figures)
+    (folder / "red.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 4"><style>rect{fill:#ff0000}</style><rect width="4" height="4"/>'
+        '<rect x="4" width="4" height="4" style="fill: #0000ff"/></svg>'
+    )
+    browser.get(write_report(tmp_path / "runs", tmp_path / "report.html").resolve().as_uri())
+    colours = browser.execute_script(
+        "const c = document.createElement('canvas').getContext('2d'); c.drawImage(document.images[0], 0, 0, 80, 40);"
+        "return [20, 60].map(x => [...c.getImageData(x, 20, 1, 1).data]);"
+    )
+    assert colours == [[255, 0, 0, 255], [0, 0, 255, 255]]

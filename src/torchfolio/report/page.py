@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torchfolio import __version__, catalog
 from torchfolio.errors import TorchfolioError
-from torchfolio.report.svg import dot_plot, inline_svg
+from torchfolio.report.svg import LARGEST, dot_plot, picture, policy
 from torchfolio.runs.outcome import Outcome
 from torchfolio.runs.store import atomic
 
@@ -49,6 +51,11 @@ class Card:
         if not verdicts:
             return "unmeasured"
         return "holds" if all(verdicts) else "fails"
+
+    @property
+    def anchor(self) -> str:
+        """Where links to the card lead; a slug of a stranger meets none of the page's own names."""
+        return self.slug if self.paper else f"run-{self.slug}"
 
     @property
     def title(self) -> str:
@@ -94,7 +101,7 @@ def write_report(runs: Path | Sequence[Path], out: Path) -> Path:
         )
     page = render(collect(folders))
     with atomic(Path(out)) as file:
-        file.write(page.encode("utf-8"))
+        file.write(page.encode("utf-8", "replace"))  # what is no text shows as "?"
     return Path(out)
 
 
@@ -116,26 +123,83 @@ def collect(folders: Sequence[Path]) -> list[Card]:
 
 def _read(folder: Path) -> Card:
     known = catalog.papers()
+    path = folder / "outcome.json"
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise ValueError(f"expected outcome.json to be a file of at most {LARGEST:,} bytes")
         outcome = Outcome.load(folder)
         _check(outcome)
         return Card(outcome.slug, outcome, folder, known.get(outcome.slug))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        slug = folder.parent.name
-        return Card(slug, None, folder, known.get(slug), broken=f"This run cannot be read: {error}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return _broken(folder, str(error))
+
+
+def _broken(folder: Path, error: str) -> Card:
+    slug = folder.parent.name
+    return Card(slug, None, folder, catalog.papers().get(slug), broken=f"This run cannot be read: {error[:300]}")
+
+
+TEXT, TEXT_OR_NONE, TABLE, COUNT = (str,), (str, NoneType), (dict,), (int,)
+FIELDS: dict[str, tuple[type, ...]] = {
+    "slug": TEXT, "scale": TEXT, "status": TEXT, "seeds": (list,), "settings": TABLE, "command": TEXT, "started": TEXT,
+    "seconds": (int, float), "environment": TABLE, "error": (dict, NoneType), "claims": (list,), "arms": TABLE,
+    "figures": (list,),
+}  # fmt: skip
+CLAIM: dict[str, tuple[type, ...]] = {
+    "id": TEXT, "sentence": TEXT, "paper": (str, int, float, NoneType), "what": TEXT_OR_NONE, "expression": TEXT_OR_NONE,
+    "values": TABLE, "holds": (bool, NoneType), "held_on": COUNT, "of": COUNT, "note": TEXT_OR_NONE,
+}  # fmt: skip
+VALUE: dict[str, tuple[type, ...]] = {"mean": (int, float, NoneType), "sem": (int, float, NoneType), "seeds": (list,)}
+ERROR: dict[str, tuple[type, ...]] = dict.fromkeys(("type", "message", "traceback"), TEXT)
+FIGURE: dict[str, tuple[type, ...]] = dict.fromkeys(("name", "caption", "svg"), TEXT)
 
 
 def _check(outcome: Outcome) -> None:
     """What the page takes for granted."""
-    if not isinstance(outcome.slug, str) or outcome.status not in ("done", "failed", "interrupted"):
-        raise ValueError(f"expected a slug and a status, got {outcome.slug!r} and {outcome.status!r}")
+    _typed("the outcome", vars(outcome), FIELDS)
+    if outcome.status not in ("done", "failed", "interrupted"):
+        raise ValueError(f"expected a status of done, failed or interrupted, got {outcome.status[:80]!r}")
+    if not re.fullmatch(r"[\w-]{1,100}", outcome.slug):
+        raise ValueError(f"expected a slug of letters and digits, got {outcome.slug[:80]!r}")
+    if not all(type(seed) is int for seed in outcome.seeds):
+        raise ValueError("expected seeds to be integers")
+    if outcome.error is not None:
+        _typed("the error", outcome.error, ERROR)
     for claim in outcome.claims:
-        missing = {"id", "sentence", "values", "holds", "expression", "held_on", "of"} - set(claim)
-        if missing:
-            raise ValueError(f"a claim lacks {', '.join(sorted(missing))}")
-        for value in claim["values"].values():
-            if not {"mean", "seeds"} <= set(value):
-                raise ValueError(f"a value of the claim {claim['id']} lacks its mean or seeds")
+        _typed("a claim", claim, CLAIM)
+        _values(f"the claim {claim['id'][:80]!r}", claim["values"])
+    for name, values in outcome.arms.items():
+        _values(f"the arm {name[:80]!r}", values)
+    for figure in outcome.figures:
+        _typed("a figure", figure, FIGURE)
+
+
+def _typed(what: str, table: Any, fields: Mapping[str, tuple[type, ...]]) -> None:
+    """That a table has fields of their types; `True` is no number."""
+    if not isinstance(table, dict):
+        raise ValueError(f"expected {what} to be a table, got {type(table).__name__}")
+    for name, types in fields.items():
+        value = table.get(name) if NoneType in types else table.get(name, Ellipsis)
+        if value is Ellipsis:
+            raise ValueError(f"{what} lacks {name!r}")
+        if type(value) not in types or not _sound(value):
+            wanted = " or ".join("null" if t is NoneType else t.__name__ for t in types)
+            raise ValueError(f"expected {name!r} of {what} to be {wanted}, got {str(value)[:80]!r}")
+        table[name] = value
+
+
+def _sound(value: Any) -> bool:
+    """Not a number without a size."""
+    return not isinstance(value, int | float) or abs(value) < 1e300
+
+
+def _values(what: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"expected values of {what}, got {type(values).__name__}")
+    for name, value in values.items():
+        _typed(f"{name[:80]!r} of {what}", value, VALUE)
+        if not all(s is None or (type(s) in (int, float) and _sound(s)) for s in value["seeds"]):
+            raise ValueError(f"expected finite numbers for the seeds of {name[:80]!r} of {what}")
 
 
 def _rank(card: Card) -> tuple[bool, int, str]:
@@ -154,17 +218,31 @@ def _line(card: Card) -> str:
 
 def _figures(card: Card) -> list[dict[str, str]]:
     figures = []
-    for k, figure in enumerate(card.outcome.figures if card.outcome else []):
-        path = (card.folder / figure["svg"]).resolve()
-        # A run folder may come from anywhere: no picture from outside it.
-        if card.folder.resolve() in path.parents and path.is_file():
-            svg = inline_svg(path.read_text(encoding="utf-8"), f"{card.slug}-{k}", figure["name"])
-            figures.append({"name": figure["name"], "caption": figure["caption"], "svg": svg})
+    room = LARGEST  # for all pictures of a card
+    for figure in card.outcome.figures if card.outcome else []:
+        text = _figure(card.folder, figure["svg"], room)
+        if text is not None:
+            room -= len(text)
+            figures.append(
+                {"name": figure["name"], "caption": figure["caption"], "picture": picture(text, figure["name"])}
+            )
     return figures
 
 
-def render(cards: Sequence[Card]) -> str:
-    """The page as text."""
+def _figure(folder: Path, name: str, room: int) -> str | None:
+    """A picture's text; `None` for one that is not there. A run folder may come from anywhere: none from outside it."""
+    try:
+        path = (folder / name).resolve()
+        if folder.resolve() not in path.parents or not path.is_file():
+            return None
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= room else ""
+    except (OSError, ValueError, RuntimeError):
+        return ""  # which is no picture, and says so
+
+
+@cache
+def _environment() -> Any:
+    """The templates and what they may call."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -176,12 +254,32 @@ def render(cards: Sequence[Card]) -> str:
         "readable": _readable,
         "json": lambda v: json.dumps(v, indent=2, default=str),
     }
-    environment.globals |= {"dot_plot": lambda values, condition: Markup(dot_plot(values, condition)), "safe": Markup}
+    environment.globals |= {"dot_plot": lambda values, condition: Markup(dot_plot(values, condition))}
+    return environment
+
+
+def render(cards: Sequence[Card]) -> str:
+    """The page as text."""
+    from markupsafe import Markup
+
+    environment = _environment()
+    template = environment.get_template("card.html")
+
+    def shown(card: Card) -> tuple[Card, str]:
+        pictures = [{**figure, "picture": Markup(figure["picture"])} for figure in card.figures]
+        try:
+            return card, template.render(card=card, figures=pictures)
+        except Exception as error:  # whatever a stranger's run folder does, it costs its own card only
+            card = _broken(card.folder, f"{type(error).__name__}: {error}")
+            return card, template.render(card=card, figures=[])
+
+    rendered = [shown(card) for card in cards]
+    cards = [card for card, _ in rendered]
     claims = [claim for card in cards if card.outcome for claim in card.outcome.claims]
+    style, script = _asset("page.css"), _asset("page.js")
     return environment.get_template("page.html").render(
-        cards=cards,
+        cards=[Markup(text) for _, text in rendered],
         families={c.paper.family for c in cards if c.paper},
-        descriptions=catalog.FAMILIES,
         counts={
             "papers": len(cards),
             "holds": sum(c["holds"] is True for c in claims),
@@ -190,8 +288,9 @@ def render(cards: Sequence[Card]) -> str:
         },
         version=__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        style=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
+        style=Markup(style),
+        script=Markup(script),
+        policy=policy(style, script),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchfolio import __version__
-from torchfolio.report.svg import inline_svg
+from torchfolio.report.svg import picture, policy
 from torchfolio.runs.store import atomic
 
 if TYPE_CHECKING:
@@ -83,31 +83,29 @@ def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
     )
     environment.filters["cell"] = _cell
     shown = [
-        [
-            {"svg": Markup(_svg(p.figure, f"f{i}-{k}", p.caption)), "caption": p.caption}
-            for k, p in enumerate(card.pictures)
-        ]
-        for i, card in enumerate(cards)
+        [{"picture": Markup(_svg(p.figure, p.caption)), "caption": p.caption} for p in card.pictures] for card in cards
     ]
+    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     page = environment.get_template("sheet.html").render(
         title=title,
         cards=list(zip(cards, shown, strict=True)),
         version=__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        style=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),
+        style=Markup(style),
+        policy=policy(style),
     )
     for card in cards:
-        for picture in card.pictures:
-            plt.close(picture.figure)
+        for p in card.pictures:
+            plt.close(p.figure)
     with atomic(Path(path)) as file:
-        file.write(page.encode("utf-8"))
+        file.write(page.encode("utf-8", "replace"))
     return Path(path)
 
 
-def _svg(figure: Figure, prefix: str, label: str) -> str:
+def _svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
-    return inline_svg(buffer.getvalue(), prefix, label)
+    return picture(buffer.getvalue(), label)
 
 
 def _cell(value: Any) -> str:

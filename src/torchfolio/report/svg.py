@@ -1,7 +1,9 @@
-"""Pictures inside the page: foreign SVG made safe, small plots of our own."""
+"""Pictures inside the page: foreign SVG as images, small plots of our own, and what the page may do at all."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping
 from html import escape
@@ -10,64 +12,198 @@ from xml.etree import ElementTree as ET
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-_FORBIDDEN = {"script", "foreignObject", "iframe", "object", "embed", "animate", "set", "handler", "metadata"}
+ELEMENTS = frozenset(
+    [
+        "svg",
+        "g",
+        "defs",
+        "style",
+        "use",
+        "symbol",
+        "path",
+        "rect",
+        "circle",
+        "ellipse",
+        "line",
+        "polyline",
+        "polygon",
+        "text",
+        "tspan",
+        "image",
+        "clipPath",
+        "mask",
+        "pattern",
+        "marker",
+        "linearGradient",
+        "radialGradient",
+        "stop",
+        "title",
+        "desc",
+    ]
+)
+"""Elements of a picture that are kept, all of SVG's own namespace."""
+ATTRIBUTES = frozenset(
+    [
+        "id",
+        "class",
+        "style",
+        "transform",
+        "d",
+        "x",
+        "y",
+        "x1",
+        "y1",
+        "x2",
+        "y2",
+        "cx",
+        "cy",
+        "r",
+        "rx",
+        "ry",
+        "fx",
+        "fy",
+        "dx",
+        "dy",
+        "points",
+        "width",
+        "height",
+        "viewBox",
+        "preserveAspectRatio",
+        "version",
+        "type",
+        "offset",
+        "rotate",
+        "textLength",
+        "lengthAdjust",
+        "gradientUnits",
+        "gradientTransform",
+        "spreadMethod",
+        "clipPathUnits",
+        "maskUnits",
+        "maskContentUnits",
+        "patternUnits",
+        "patternContentUnits",
+        "patternTransform",
+        "markerUnits",
+        "markerWidth",
+        "markerHeight",
+        "orient",
+        "refX",
+        "refY",
+        "fill",
+        "fill-opacity",
+        "fill-rule",
+        "stroke",
+        "stroke-width",
+        "stroke-opacity",
+        "stroke-dasharray",
+        "stroke-dashoffset",
+        "stroke-linecap",
+        "stroke-linejoin",
+        "stroke-miterlimit",
+        "opacity",
+        "color",
+        "display",
+        "visibility",
+        "clip-path",
+        "clip-rule",
+        "mask",
+        "marker-start",
+        "marker-mid",
+        "marker-end",
+        "stop-color",
+        "stop-opacity",
+        "font-family",
+        "font-size",
+        "font-style",
+        "font-weight",
+        "font-variant",
+        "font-stretch",
+        "text-anchor",
+        "dominant-baseline",
+        "alignment-baseline",
+        "letter-spacing",
+        "word-spacing",
+        "paint-order",
+        "shape-rendering",
+        "image-rendering",
+        "role",
+        "aria-label",
+        "aria-hidden",
+    ]
+)
+"""Attributes that are kept, besides links within the picture and to pictures that it holds itself."""
+LARGEST = 2**24
+"""Characters of a picture, at most."""
 
 
-def inline_svg(text: str, prefix: str, label: str) -> str:
-    """An SVG document as an element of the page.
+def policy(style: str, script: str | None = None) -> str:
+    """The Content-Security-Policy of a page: its own style and script, pictures that it holds, and nothing else."""
 
-    Scripts, event handlers, foreign content and links that leave the document are removed; ids get a prefix, so that
-    those of several pictures do not meet; the picture scales with its column.
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"
+
+    scripts = f"script-src {digest(script)}; " if script is not None else ""
+    return f"default-src 'none'; {scripts}style-src {digest(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def picture(text: str, label: str) -> str:
+    """An SVG document as an image that the page holds.
+
+    Scripts do not run in an image, and it loads nothing. Besides, only `ELEMENTS` and `ATTRIBUTES` are kept, so that it is
+    as harmless when it is opened alone.
 
     Args:
         text: the document.
-        prefix: of all ids.
         label: what a screen reader says.
 
     Returns:
         Markup; a sentence if the document cannot be read.
     """
-    ET.register_namespace("", SVG)
-    ET.register_namespace("xlink", XLINK)
+    if len(text) > LARGEST:
+        return f"<p>This picture has more than {LARGEST:,} characters and is not shown.</p>"
     if re.search(r"<!ENTITY", text, re.I):
         return "<p>This picture declares entities and is not shown.</p>"
     try:
         root = ET.fromstring(text)
-    except ET.ParseError as error:
+        if root.tag != f"{{{SVG}}}svg":
+            return "<p>This picture is no SVG.</p>"
+        _clean(root)
+        # Namespaces that elements and attributes no longer use are not declared again.
+        ET.register_namespace("", SVG)
+        ET.register_namespace("xlink", XLINK)
+        data = base64.b64encode(ET.tostring(root, encoding="utf-8", xml_declaration=True)).decode("ascii")
+    except (ET.ParseError, ValueError, RecursionError) as error:
         return f"<p>This picture cannot be read: {escape(str(error))}</p>"
-    if root.tag != f"{{{SVG}}}svg":
-        return "<p>This picture is no SVG.</p>"
-    _clean(root, prefix)
-    for name in ("width", "height"):
-        root.attrib.pop(name, None)
-    root.set("role", "img")
-    root.set("aria-label", label)
-    return ET.tostring(root, encoding="unicode")
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(label)}">'
 
 
-def _clean(element: ET.Element, prefix: str) -> None:
-    for child in list(element):
-        if not isinstance(child.tag, str) or child.tag.rpartition("}")[2] in _FORBIDDEN:
-            element.remove(child)
-        else:
-            _clean(child, prefix)
-    if element.tag == f"{{{SVG}}}style":
-        # Rules of one picture would reach all others; matplotlib's only sets line joins.
-        element.text = ""
-    for name, value in list(element.attrib.items()):
-        local = name.rpartition("}")[2].lower()
-        if local.startswith("on") or "javascript:" in value.lower():
-            del element.attrib[name]
-        elif local == "id":
-            element.set(name, f"{prefix}-{value}")
-        elif local in ("href", "src"):
-            if value.startswith("#"):
-                element.set(name, f"#{prefix}-{value[1:]}")
-            elif not value.startswith("data:image/png;base64,"):
+def _clean(root: ET.Element) -> None:
+    """Remove what is not known, from the whole tree."""
+    pending = [root]
+    while pending:
+        element = pending.pop()
+        for child in list(element):
+            namespace, _, name = child.tag[1:].rpartition("}") if isinstance(child.tag, str) else ("", "", "")
+            if namespace != SVG or name not in ELEMENTS:
+                element.remove(child)
+            else:
+                pending.append(child)
+        if element.tag == f"{{{SVG}}}style" and not _plain(element.text or ""):
+            element.text = ""
+        for name, value in list(element.attrib.items()):
+            if name in ("href", f"{{{XLINK}}}href"):
+                known = value.startswith("#") or re.match(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=\s]*$", value)
+            else:
+                known = name in ATTRIBUTES and _plain(value)
+            if not known:
                 del element.attrib[name]
-        elif "url(" in value:
-            inner = re.sub(r"url\(\s*['\"]?#([^)'\"]+)['\"]?\s*\)", rf"url(#{prefix}-\1)", value)
-            element.set(name, inner if "url(#" in inner else "")
+
+
+def _plain(style: str) -> bool:
+    """Whether a style or value names nothing outside the picture."""
+    inner = re.sub(r"url\(\s*['\"]?#[^)'\"\\]*['\"]?\s*\)", "", style)
+    return not re.search(r"url\s*\(|src\s*\(|image(-set)?\s*\(|expression|javascript|\\|@", inner, re.I)
 
 
 def dot_plot(values: Mapping[str, Mapping[str, Any]], condition: str | None) -> str:
