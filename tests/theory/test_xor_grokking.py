@@ -60,7 +60,7 @@ def test_dual_with_trained_output_is_autograd():
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     for _ in range(30):
         loss = nn.functional.softplus(-data.y * network(data.x)).mean()
-        assert abs(dual.step() - float(loss)) <= 1e-10
+        assert abs(dual.step() - loss.item()) <= 1e-10
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
