@@ -195,8 +195,48 @@ def test_weak_and_strong_unlearning_and_small_calibration_warn(victim):
         detector(fpr=0.001, score="expert").fit(net, clean)
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """A backdoored network without batch norm for 8x8 digits, 150 clean images, test images and triggered ones."""
+    digits = load("digits", normalize=False)
+    trigger, labels = PatchTrigger.checkerboard(digits.shape, size=2, margin=0), AllToOne(0, 10)
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    fit_classifier(net, poison(digits.train.tensors, trigger, labels, rate=0.1, seed=5), epochs=20, lr=0.05, seed=5)
+    x, y = digits.test.tensors
+    return net, (x[:150], y[:150]), (x[150:], y[150:]), poisoned_test((x[150:], y[150:]), trigger, labels)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot tell")
+def test_few_examples_make_an_expert_by_more_steps_and_not_by_a_higher_rate(plain):
+    net, clean, test, attacked = plain
+    made = BaDExpert(seed=5).fit(net, clean)
+    assert made.unlearn_lr_ <= 1e-3
+    assert made.history_[-1][0] >= 20
+    assert evaluate_input_detector(made, net, test, attacked).auroc >= 0.95
+    assert made.faults_ == []
+    assert made.remarks(clean[0], [str(k) for k in range(10)])[0].startswith("Both came out")
+    control = BaDExpert(seed=5, mislabel="none", score="expert", stop_acc=0.0, unlearn_lr=made.unlearn_lr_).fit(
+        net, clean
+    )
+    assert control.history_[-1][0] >= 100
+    assert evaluate_input_detector(control, net, test, attacked).auroc <= 0.75
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot tell")
+def test_a_wrecked_expert_and_a_spoiled_auxiliary_network_are_said(plain):
+    net, clean, *_ = plain
+    with pytest.warns(UserWarning, match="forgotten the backdoor too"):
+        made = BaDExpert(score="expert", unlearn_lr=0.03).fit(net, clean)
+    assert "Do not trust the filter" in made.remarks(clean[0], [str(k) for k in range(10)])[0]
+    with pytest.warns(UserWarning, match="auxiliary network gets only"):
+        BaDExpert(seed=2, finetune_epochs=10, finetune_batch=16).fit(net, clean)
+    with pytest.warns(UserWarning, match="still gets"):
+        BaDExpert(score="expert", unlearn_lr=1e-6).fit(net, clean)
+
+
 def test_batches_of_few_examples_make_as_many_steps_as_the_authors():
-    from torchfolio.backdoor.expert import batch_size
+    from torchfolio.backdoor.expert import batch_size, epochs_of
 
     assert batch_size("auto", 1400, 11, 128) == 127
     assert batch_size("auto", 350, 11, 128) == 32
@@ -204,3 +244,6 @@ def test_batches_of_few_examples_make_as_many_steps_as_the_authors():
     assert batch_size("auto", 100_000, 22, 64) == 64
     assert batch_size("auto", 10, 22, 64) == 10
     assert batch_size(48, 350, 22, 64) == 48
+    assert epochs_of(100, 105, 16) == 15
+    assert epochs_of(100, 17, 16) == 100  # a last batch of one is dropped
+    assert epochs_of(1, 3, 8) == 1

@@ -17,6 +17,7 @@ suspicious. The predictions that are given out remain those of $M$.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -30,12 +31,14 @@ from torchfolio.backdoor.concentration import ExpertConcentration, concentration
 from torchfolio.backdoor.detectors import InputDetector, device_of
 from torchfolio.backdoor.expert import (
     Augment,
+    Expert,
     Mislabel,
     Unlearning,
     augmentation,
     batch_size,
     check_augment,
-    check_batch,
+    check_count,
+    epochs_of,
     extract_backdoor_expert,
 )
 from torchfolio.backdoor.metrics import accuracy_of, labels_of, outputs_of
@@ -52,6 +55,8 @@ __all__ = [
 
 Score = Literal["triangle", "expert", "auxiliary", "ratio", "diff", "radius", "rectangle"]
 EPS = 1e-8
+STEPS = 600  # of the auxiliary network: after fewer it has not recovered from the crops, or keeps the backdoor
+KEPT = 2 / 3  # share of the accuracy below which an auxiliary network is spoiled
 
 
 def triangle_score(b: Tensor, m: Tensor, kappa: float = 0.5) -> Tensor:
@@ -116,17 +121,17 @@ class BaDExpert(InputDetector):
             and $C$. (`"none"`, the right ones, makes the control of an experiment.)
         unlearn_lr: of Adam, on all weights. The delicate setting: too small and the expert remembers the task, too
             large and it forgets the backdoor; the stop makes it less so. The authors take 8e-5 for VGG, 5e-5 for
-            MobileNetV2, 1e-6 for ViT. `"auto"` begins at 1e-6 and goes up in steps of about 3 to the first rate at
-            which the stop is reached.
+            MobileNetV2, 1e-6 for ViT. `"auto"` takes the lowest of 1e-6, 3e-6, ..., 1e-2 at which the stop is reached.
         unlearn_batch: batch size. `"auto"` makes 11 steps an epoch, as many as the authors make of 2,000 examples in
             batches of 128, down to batches of 16.
-        unlearn_epochs: passes over the examples, at most.
+        unlearn_epochs: passes over the examples, at most. `"auto"` makes 100 steps or a few more: their number follows
+            the size of the data, so that with few examples the rate need not be high.
         stop_acc: end unlearning at the first step where the expert gets no more than this share of half of the
             examples right; `None` takes half of what the network gets right, 0 never stops. (The authors stop on test
             accuracy, after whole epochs.)
         check_every: steps between those looks.
-        finetune_lr: of SGD, divided by 10 at epochs 2, 4, 6 and 8.
-        finetune_epochs: passes of the auxiliary network; 10.
+        finetune_lr: of SGD, divided by 10 after each fifth of the epochs but the last.
+        finetune_epochs: passes of the auxiliary network. `"auto"` makes 10, and at least 600 steps.
         finetune_batch: batch size. `"auto"` makes 22 steps an epoch in the same way (batches of 64). With few examples
             this matters: an auxiliary network that took few steps keeps the backdoor.
         auxiliary: another repaired network in the place of the finetuned one.
@@ -147,7 +152,8 @@ class BaDExpert(InputDetector):
         history_: `(step, accuracy)` of the expert at every look.
         unlearn_lr_: rate that the expert was trained at.
         calibration_: scores of the calibration examples `[n]`.
-        accuracy_: of network, expert and auxiliary network on the calibration examples.
+        accuracy_: of network, expert and auxiliary network on the held-out examples.
+        faults_: what is wrong with expert and auxiliary network by those figures, in words; they are warned of too.
 
     Example:
         >>> detector = BaDExpert(unlearn_batch=32).fit(net, clean)
@@ -168,11 +174,11 @@ class BaDExpert(InputDetector):
         mislabel: Mislabel = "shift",
         unlearn_lr: float | Literal["auto"] = "auto",
         unlearn_batch: int | Literal["auto"] = "auto",
-        unlearn_epochs: int = 1,
+        unlearn_epochs: int | Literal["auto"] = "auto",
         stop_acc: float | None = None,
         check_every: int = 1,
         finetune_lr: float = 0.1,
-        finetune_epochs: int = 10,
+        finetune_epochs: int | Literal["auto"] = "auto",
         finetune_batch: int | Literal["auto"] = "auto",
         auxiliary: nn.Module | None = None,
         calib_frac: float = 0.3,
@@ -185,9 +191,9 @@ class BaDExpert(InputDetector):
         suspicion(torch.zeros(1), torch.zeros(1), score)
         checks.positive("kappa", kappa)
         checks.positive("finetune_lr", finetune_lr)
-        checks.whole("finetune_epochs", finetune_epochs, 1)
+        check_count("finetune_epochs", finetune_epochs)
         check_augment("augment", augment)
-        check_batch("finetune_batch", finetune_batch)
+        check_count("finetune_batch", finetune_batch)
         self.unlearning = Unlearning(
             mislabel, unlearn_lr, unlearn_batch, unlearn_epochs, stop_acc, check_every, unlearn_augment, seed, device
         )
@@ -204,11 +210,22 @@ class BaDExpert(InputDetector):
         classes = outputs_of(model, clean[0][:1]).shape[1]
         made = self.unlearning(model, clean, classes)
         self.expert_, self.history_, self.unlearn_lr_ = made.model, made.history, made.lr
+        self.stop_ = made.stop
         self.auxiliary_ = self._finetune(model, clean)
 
     def _assess(self, held_out: tuple[Tensor, Tensor]) -> None:
         nets = {"network": self.model_, "expert": self.expert_, "auxiliary": self.auxiliary_}
         self.accuracy_ = {name: accuracy_of(net, *held_out) for name, net in nets.items() if net is not None}
+        made = Expert(self.expert_, self.history_, self.unlearn_lr_, self.stop_)
+        self.faults_ = self.unlearning.faults(made, self.accuracy_["expert"], self.num_classes_)
+        right, left = self.accuracy_["network"], self.accuracy_.get("auxiliary", 1.0)
+        if left < KEPT * right:
+            self.faults_.append(
+                f"the auxiliary network gets only {left:.3f} of held-out examples right, the network {right:.3f}: its "
+                "finetuning spoiled it; raise finetune_epochs, lower finetune_lr, or set augment to None"
+            )
+        for fault in self.faults_:
+            warnings.warn(fault, stacklevel=3)
 
     def figures(self) -> dict[str, float]:
         return {f"accuracy of the {name}": value for name, value in self.accuracy_.items()}
@@ -216,10 +233,14 @@ class BaDExpert(InputDetector):
     def remarks(self, x: Tensor, classes: Sequence[str]) -> list[str]:
         shares = concentration(self.expert_, x)
         first = int(shares.argmax())
+        came_out = "Both came out" if self.auxiliary_ is not None else "The expert came out"
+        told = ", ".join(f"the {name} {100 * value:.0f} %" for name, value in self.accuracy_.items())
         return [
+            f"{'Do not trust the filter' if self.faults_ else came_out}: of held-out examples {told} are told right"
+            f"{'; ' + '; '.join(self.faults_) if self.faults_ else ''}.",
             f"On clean inputs the expert believes most in class {classes[first]} ({percent(float(shares[first]))} on "
             f"average; {percent(1 / len(shares))} each if it had no favourite). Experts of clean networks have favourites "
-            "too: this counts only against reference networks (--reference)."
+            "too: this counts only against reference networks (--reference).",
         ]
 
     def pictures(self, x: Tensor, classes: Sequence[str]) -> list[tuple[Any, str]]:
@@ -246,10 +267,13 @@ class BaDExpert(InputDetector):
             return None
         sgd = partial(torch.optim.SGD, lr=self.finetune_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
         net = copy.deepcopy(model).requires_grad_(True)
-        size = batch_size(self.finetune_batch, len(examples[0]), 22, 64)
+        count, wanted = len(examples[0]), self.finetune_epochs
+        size = batch_size(self.finetune_batch, count, 22, 64)
+        epochs = max(10, epochs_of(STEPS, count, size)) if isinstance(wanted, str) else wanted
+        milestones = [round(epochs * fifth / 5) for fifth in range(1, 5)]
         fit(
-            net, examples, optimizer=sgd, scheduler=partial(MultiStepLR, milestones=[2, 4, 6, 8]), schedule="epoch",
-            epochs=self.finetune_epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=augmentation(self.augment, examples[0]),
+            net, examples, optimizer=sgd, scheduler=partial(MultiStepLR, milestones=milestones), schedule="epoch",
+            epochs=epochs, batch_size=size, drop_last=len(examples[0]) % size == 1, augment=augmentation(self.augment, examples[0]),
             seed=self.seed, device=self.device if self.device is not None else device_of(model, examples[0]), progress=False,
         )  # fmt: skip
         return net

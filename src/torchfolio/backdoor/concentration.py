@@ -74,7 +74,7 @@ class ExpertConcentration(ModelDetector):
         *,
         unlearn_lr: float | Literal["auto"] = "auto",
         unlearn_batch: int | Literal["auto"] = "auto",
-        unlearn_epochs: int = 1,
+        unlearn_epochs: int | Literal["auto"] = "auto",
         device: str | torch.device | None = None,
     ) -> None:
         checks.between("alpha", alpha, 0, 1, inclusive=False)

@@ -30,6 +30,9 @@ Pair = tuple[Tensor, Tensor]
 Mislabel = Literal["shift", "random", "none"] | Callable[[Tensor, int], Tensor]
 Augment = Callable[[Tensor], Tensor] | Literal["auto"] | None
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = RATES.index(1e-4)
+STEPS = 100  # on wrong labels, at most: a gentle rate takes many, and leaves the backdoor alone
+HASTY = 5  # fewer than that many steps to the stop are a jump, in which the backdoor goes too
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Unlearning:
     mislabel: Mislabel = "shift"
     lr: float | Literal["auto"] = "auto"
     batch: int | Literal["auto"] = "auto"
-    epochs: int = 1
+    epochs: int | Literal["auto"] = "auto"
     stop_acc: float | None = None
     check_every: int = 1
     augment: Augment = None
@@ -69,9 +72,9 @@ class Unlearning:
         ):
             raise ValueError(f"expected mislabel to be 'shift', 'random' or a function, got {self.mislabel!r}")
         check_rate("unlearn_lr", self.lr)
-        check_batch("unlearn_batch", self.batch)
+        check_count("unlearn_batch", self.batch)
         check_augment("unlearn_augment", self.augment)
-        checks.whole("unlearn_epochs", self.epochs, 1)
+        check_count("unlearn_epochs", self.epochs)
         checks.whole("check_every", self.check_every, 1)
         if self.stop_acc is not None:
             checks.between("stop_acc", self.stop_acc, 0, 1)
@@ -79,17 +82,16 @@ class Unlearning:
     def __call__(self, model: nn.Module, examples: Pair, classes: int) -> Expert:
         """Make an expert of a network, on examples (x, y) of that many classes."""
         x, y = examples
-        watched = x[: max(1, len(x) // 2)], y[: max(1, len(x) // 2)]
+        count = min(512, max(1, len(x) // 2))
+        watched = x[:count], y[:count]
         start = accuracy_of(model, *watched)
         stop = 0.5 * start if self.stop_acc is None else self.stop_acc
-        found = Expert(model, [(0, start)], 0.0, stop)
-        for rate in RATES if isinstance(self.lr, str) else (self.lr,):
+
+        def attempt(rate: float) -> Expert:
             expert, seen = self._wrongly(model, examples, classes, watched, stop, rate)
-            found = Expert(expert, [(0, start), *seen], rate, stop)
-            if found.history[-1][1] <= stop:
-                break
-        self._judge(found.history[-1][1], stop, classes)
-        return found
+            return Expert(expert, [(0, start), *seen], rate, stop)
+
+        return _gentlest(attempt) if isinstance(self.lr, str) else attempt(self.lr)
 
     def _wrongly(
         self,
@@ -115,28 +117,62 @@ class Unlearning:
         x, y = examples
         expert = copy.deepcopy(model).requires_grad_(True)
         size = batch_size(self.batch, len(x), 11, 128)
+        epochs = epochs_of(STEPS, len(x), size) if isinstance(self.epochs, str) else self.epochs
         fit(
             expert, (x, _wrong(y, classes, self.mislabel, self.seed)), optimizer=partial(torch.optim.Adam, lr=lr),
-            epochs=self.epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
+            epochs=epochs, batch_size=size, drop_last=len(x) % size == 1, callbacks=[look],
             augment=augmentation(self.augment, x), seed=self.seed, device=self.device if self.device is not None else device_of(model, x), progress=False,
         )  # fmt: skip
         return expert, seen
 
-    def _judge(self, accuracy: float, stop: float, classes: int) -> None:
-        if self.mislabel == "none":
-            return
-        if accuracy > stop and self.stop_acc != 0:
-            warnings.warn(
-                f"the expert still gets {accuracy:.3f} right, more than {stop:.3f}: raise unlearn_lr or unlearn_epochs, or "
-                "lower unlearn_batch",
-                stacklevel=4,
-            )
-        elif accuracy <= 1 / classes:
-            warnings.warn(
-                f"the expert gets only {accuracy:.3f} right, no more than chance: it may have forgotten the backdoor too; "
-                "lower unlearn_lr or look more often (check_every)",
-                stacklevel=4,
-            )
+    def faults(self, expert: Expert, accuracy: float, classes: int) -> list[str]:
+        """What is wrong with an expert, in words.
+
+        Args:
+            expert: the expert.
+            accuracy: its accuracy; on held-out examples, where there are some.
+            classes: number of classes.
+        """
+        last_step, last = expert.history[-1]
+        if self.mislabel == "none" or self.stop_acc == 0:
+            return []
+        if last > expert.stop or accuracy > 0.8 * expert.history[0][1]:
+            return [
+                f"the expert still gets {max(accuracy, last):.3f} right, more than {expert.stop:.3f}: it has not forgotten the "
+                "task; raise unlearn_lr or unlearn_epochs, or lower unlearn_batch"
+            ]
+        if min(accuracy, last) <= 1 / classes:
+            return [
+                f"the expert gets only {min(accuracy, last):.3f} right, no more than chance: it may have forgotten the backdoor "
+                "too; lower unlearn_lr or look more often (check_every)"
+            ]
+        if last_step < HASTY:
+            return [
+                f"the expert forgot the task in {last_step} steps: it may have forgotten the backdoor too; lower unlearn_lr "
+                "or unlearn_batch"
+            ]
+        return []
+
+
+def _gentlest(attempt: Callable[[float], Expert]) -> Expert:
+    """The expert of the lowest of `RATES` that reaches its stop, or of the highest where none does."""
+
+    def reached(made: Expert) -> bool:
+        return made.history[-1][1] <= made.stop
+
+    k = FIRST
+    found = attempt(RATES[k])
+    while not reached(found) and k + 1 < len(RATES):
+        k += 1
+        found = attempt(RATES[k])
+    # A rate three times lower takes about three times as many steps.
+    while 0 < k <= FIRST and reached(found) and 3 * found.history[-1][0] <= STEPS:
+        k -= 1
+        lower = attempt(RATES[k])
+        if not reached(lower):
+            break
+        found = lower
+    return found
 
 
 def extract_backdoor_expert(
@@ -146,7 +182,7 @@ def extract_backdoor_expert(
     mislabel: Mislabel = "shift",
     unlearn_lr: float | Literal["auto"] = "auto",
     unlearn_batch: int | Literal["auto"] = "auto",
-    unlearn_epochs: int = 1,
+    unlearn_epochs: int | Literal["auto"] = "auto",
     stop_acc: float | None = None,
     check_every: int = 1,
     unlearn_augment: Augment = None,
@@ -165,7 +201,11 @@ def extract_backdoor_expert(
     )
     x, y = collected(clean)
     net = private(model, None)
-    return unlearning(net, (x, y), checked_classes(outputs_of(net, x), y)).model
+    classes = checked_classes(outputs_of(net, x), y)
+    made = unlearning(net, (x, y), classes)
+    for fault in unlearning.faults(made, made.history[-1][1], classes):
+        warnings.warn(fault, stacklevel=2)
+    return made.model
 
 
 # Settings that both finetunings have
@@ -176,7 +216,7 @@ def check_rate(name: str, value: float | str) -> None:
         checks.positive(name, value)
 
 
-def check_batch(name: str, value: int | str) -> None:
+def check_count(name: str, value: int | str) -> None:
     if value != "auto":
         checks.whole(name, value, 1)
 
@@ -198,6 +238,12 @@ def batch_size(wanted: int | str, count: int, steps: int, largest: int) -> int:
     """Batch size: at least 16 if it is chosen here, for batch norm's sake."""
     chosen = min(largest, max(16, round(count / steps))) if isinstance(wanted, str) else wanted
     return min(chosen, count)
+
+
+def epochs_of(steps: int, count: int, size: int) -> int:
+    """Passes over so many examples that make at least that many steps of `fit`, which drops a last batch of one."""
+    an_epoch = count // size if count % size == 1 else -(-count // size)
+    return max(1, -(-steps // max(1, an_epoch)))
 
 
 def _wrong(y: Tensor, classes: int, mislabel: Mislabel, seed: int) -> Tensor:
