@@ -34,6 +34,7 @@ from torchfolio.backdoor.defenses import TrainingDefense
 from torchfolio.backdoor.metrics import labels_of, outputs_of
 from torchfolio.engine.fit import fit
 from torchfolio.engine.loader import tensors_of
+from torchfolio.engine.modes import seeded
 from torchfolio.engine.rules import Backprop
 from torchfolio.measure import untouched
 from torchfolio.measure.batches import gathered
@@ -263,8 +264,8 @@ class LGAIsolator:
             if self.choose == "last" or gaps[-1] > found[0]:
                 found = (gaps[-1], losses, state.step / steps)
 
-        torch.manual_seed(seed)
-        net = self.model_fn()
+        with seeded(seed):
+            net = self.model_fn()
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
         fit(
             net, data, rule=Backprop(partial(_flooded, gamma=self.gamma)), optimizer=sgd,
@@ -361,8 +362,8 @@ class VerifiedDataRelabeler:
         if clean is None:
             raise ValueError("verified labels need verified examples: pass clean= to prepare, or a trained model")
         assert self.model_fn is not None
-        torch.manual_seed(seed)
-        net = self.model_fn()
+        with seeded(seed):
+            net = self.model_fn()
         size = min(self.batch_size, _length(clean))
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
         fit(

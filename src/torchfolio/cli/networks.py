@@ -139,15 +139,14 @@ def _new_network(
     model: str, arguments: dict[str, Any], data: str, sizes: dict[str, Any]
 ) -> tuple[nn.Module, Manifest, DataSplits]:
     """A network with random weights that fits the data, which is normalised by its own constants."""
-    import torch
-
     from torchfolio.bundle import Manifest, build
     from torchfolio.data import load
+    from torchfolio.engine import seeded
 
     splits = load(data, **sizes)
     path, arguments = network_recipe(model, arguments, splits)
-    torch.manual_seed(sizes["seed"])
-    net = build(path, arguments, allow=[path])
+    with seeded(sizes["seed"]):
+        net = build(path, arguments, allow=[path])
     mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
     return net, Manifest(path, arguments, tuple(splits.shape), tuple(splits.classes), mean, std), splits
 
@@ -161,15 +160,13 @@ def _started(
     """
     from dataclasses import replace
 
-    import torch
-
     from torchfolio.bundle import build, load_bundle
     from torchfolio.data import load
+    from torchfolio.engine import seeded
 
     net, manifest = (loaded := load_bundle(folder, allow=allow)).model, loaded.manifest
     sizes = {**sizes, "image_size": sizes["image_size"] or manifest.training.get("image_size")}
     classes = tuple(load(data, normalize=False, **sizes).classes)
-    torch.manual_seed(sizes["seed"])
     if classes and manifest.classes and len(classes) != len(manifest.classes):
         width = next((k for k in ("num_classes", "out_features") if k in manifest.arguments), None)
         if width is None:
@@ -178,10 +175,11 @@ def _started(
                 "takes no num_classes to make another classifier by"
             )
         manifest = replace(manifest, arguments={**manifest.arguments, width: len(classes)}, classes=classes)
-        old, net = net.state_dict(), build(manifest.build, manifest.arguments, allow=allow)
+        with seeded(sizes["seed"]):
+            old, net = net.state_dict(), build(manifest.build, manifest.arguments, allow=allow)
         fitting = {k: v for k, v in old.items() if v.shape == net.state_dict()[k].shape}
         net.load_state_dict(fitting, strict=False)
-    splits = fitting_splits(manifest, str(folder), data, **sizes)
+    splits = fitting_splits(manifest, str(folder), data, further=True, **sizes)
     return net, manifest, normalized_splits(splits, manifest.mean, manifest.std)
 
 
@@ -234,7 +232,7 @@ def predictor_of(bundle: Bundle, allow: Sequence[str] = ()) -> nn.Module:
 
 
 def fitting_splits(
-    manifest: Manifest, name: str, data: str, *, image_size: int | None = None, **options: Any
+    manifest: Manifest, name: str, data: str, *, image_size: int | None = None, further: bool = False, **options: Any
 ) -> DataSplits:
     """The data for a bundle, not normalised yet, with a sentence where they do not fit it.
 
@@ -243,6 +241,8 @@ def fitting_splits(
         name: of the bundle, for messages.
         data: name of the data set.
         image_size: side of the images; as in training by default.
+        further: whether the bundle is trained further, where held-out examples that it may have seen are no error but
+            worth a word.
         **options: of `torchfolio.data.load`.
     """
     from torchfolio.data import load
@@ -255,10 +255,13 @@ def fitting_splits(
         and splits.split_digest
         and trained.get("split", "") not in ("", splits.split_digest)
     ):
-        raise TorchfolioError(
+        sentence = (
             f"{name} was trained when {data} held other examples, so that those held out now may be among those it was "
             "trained on; put back what was there, or give the new examples a folder test/ beside train/"
         )
+        if not further:
+            raise TorchfolioError(sentence)
+        typer.echo(f"torchfolio: {sentence}", err=True)
     if splits.shape != manifest.input_shape:
         raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {data} has {splits.shape}")
     if splits.classes and manifest.classes and len(splits.classes) != len(manifest.classes):

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from torchfolio.engine import LearningRule, fit
+from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.loader import Data
 from torchfolio.measure import count_flops
 
@@ -142,8 +141,7 @@ def compress(
     """
     if epochs < 1:
         raise ValueError(f"expected at least one epoch, got {epochs}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         net = method.convert(copy.deepcopy(model), example)
     done: dict[str, int] = {}
     for k, phase in enumerate(method.phases(net)):

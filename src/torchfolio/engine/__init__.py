@@ -7,7 +7,7 @@ from torchfolio.engine.fit import fit
 from torchfolio.engine.history import FitResult, History
 from torchfolio.engine.modes import evaluating, seeded
 from torchfolio.engine.recorder import StepRecorder
-from torchfolio.engine.rules import Backprop, Batch, LearningRule
+from torchfolio.engine.rules import Backprop, Batch, LearningRule, default_loss
 from torchfolio.engine.scalars import NonFiniteLoss
 from torchfolio.engine.state import EarlyStopping, FitState
 
@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteLoss",
     "StepRecorder",
     "blocks",
+    "default_loss",
     "evaluate",
     "evaluating",
     "fit",

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from torchfolio.engine.counting import IGNORED, Counting
 from torchfolio.engine.loader import Batches, Data, TensorBatches, tensors_of
 from torchfolio.engine.modes import evaluating, undisturbed
 from torchfolio.engine.rules import Batch, LearningRule, default_loss
 from torchfolio.engine.state import EarlyStopping
 from torchfolio.models.stateful import reset_state
-
-IGNORED = -100  # the label that cross-entropy passes over by default
 
 
 def check_data(data: Any, name: str) -> None:
@@ -99,6 +98,10 @@ def _check_targets(output: Tensor, target: Tensor, data: Data, criterion: Any) -
     if target.is_floating_point():
         if criterion is default_loss:
             default_loss(output.float(), target.float())
+        elif output.dim() > 1 and output.shape[1] == 1:
+            raise ValueError(
+                "the cross-entropy of a single output is 0 whatever the target; expected a loss to regress by"
+            )
         return
     if target.dtype != torch.int64:
         raise TypeError(f"expected labels of type int64 (torch.long), got {target.dtype}; y.long() converts them")
@@ -113,10 +116,26 @@ def _check_targets(output: Tensor, target: Tensor, data: Data, criterion: Any) -
     labels = target if tensors is None else tensors[-1]
     allowed = labels[labels != getattr(criterion, "ignore_index", IGNORED)]
     if not len(allowed):
-        return
+        if tensors is None:
+            return
+        raise ValueError(f"every label of the {len(labels)} examples is one that the loss ignores")
     low, high, classes = int(allowed.min()), int(allowed.max()), output.shape[1]
     if low < 0 or high >= classes:
         raise ValueError(f"expected labels from 0 to {classes - 1}, the model's {classes} outputs, got {low} to {high}")
+
+
+def may_be_uneven(rule: LearningRule, data: Data) -> bool:
+    """Whether equally large batches may count differently in the rule's loss, by ignored targets or weights of classes.
+
+    Data that cannot be looked through may, if their batches are tensors and the loss ignores a target.
+    """
+    counting = Counting.of(getattr(rule, "loss", None))
+    if counting.ignored is None and counting.weight is None:
+        return False
+    tensors = tensors_of(data)
+    if tensors is not None:
+        return counting.uneven(tensors[-1])
+    return True
 
 
 def check_last_batch(batches: Batches, module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from torchfolio.engine.checks import check_data, check_positive
+from torchfolio.engine.counting import IGNORED
 from torchfolio.engine.loader import TensorBatches
 from torchfolio.engine.modes import seeded
 from torchfolio.engine.rules import Loss, default_loss
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 Setting = float | Sequence[float] | Tensor
 Stacked = dict[str, Tensor]
 Outputs = Callable[[Stacked, Stacked, Tensor], Tensor]
-
-IGNORED = -100  # the target that cross-entropy passes over
 
 # Layers without parameters that treat every number by itself, so that one call serves all members.
 ELEMENTWISE: tuple[type[nn.Module], ...] = (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from torchfolio.engine.checks import check_data
+from torchfolio.engine.counting import Counting
 from torchfolio.engine.loader import Data, tensors_of
 from torchfolio.engine.modes import evaluating
 from torchfolio.engine.rules import LearningRule, default_loss
@@ -25,8 +26,8 @@ class Totals:
     Attributes:
         loss: sum of the losses.
         correct: examples whose label is the largest output.
-        labelled: examples that have a label.
-        count: examples.
+        labelled: examples that have a label, ignored ones left out.
+        count: what the sum of the losses is divided by: examples, or the weights of those that count.
     """
 
     loss: float = 0.0
@@ -37,7 +38,7 @@ class Totals:
     def scores(self) -> dict[str, float]:
         """Mean loss, and accuracy where there are labels."""
         if not self.count:
-            raise ValueError("there are no examples to evaluate on")
+            raise ValueError("there are no examples with a target that counts to evaluate on")
         scores = {"loss": self.loss / self.count}
         return {**scores, "accuracy": self.correct / self.labelled} if self.labelled else scores
 
@@ -68,7 +69,7 @@ def evaluate(
         `{"loss": ..., "accuracy": ...}`; no accuracy for other targets than labels.
 
     Raises:
-        ValueError: if there are no examples.
+        ValueError: if there are no examples, or the criterion ignores the targets of all of them.
     """
     check_data(data, "data")
     if device is not None:
@@ -91,8 +92,8 @@ def add_up(
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # Float64 everywhere but on devices that lack it.
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
-    sums = torch.zeros(2, dtype=exact, device=weight.device)
-    count = labelled = 0
+    sums = torch.zeros(4, dtype=exact, device=weight.device)
+    counting = Counting.of(loss or default_loss)
     with evaluating(model):
         for k, (*inputs, target) in enumerate(_batches(data, batch_size)):
             if k % world != rank:
@@ -100,13 +101,16 @@ def add_up(
             target = target.to(weight.device, non_blocking=True)
             reset_state(model)
             output = model(*(_like(x, weight) for x in inputs))
-            sums[0] += (loss or default_loss)(output, target).to(exact) * len(target)
-            count += len(target)
+            mass = counting.mass(target)
+            value = (loss or default_loss)(output, target).to(exact)
+            # The mean over a batch of ignored targets alone is 0 / 0; they count for nothing.
+            sums[0] += torch.where(mass > 0, value * mass, 0)
+            sums[1] += mass
             if output.dim() == 2 and target.dim() == 1 and not target.is_floating_point():
-                labelled += len(target)
-                sums[1] += (output.argmax(1) == target).sum()
+                sums[2] += (output.argmax(1) == target).sum()
+                sums[3] += len(target) if counting.ignored is None else (target != counting.ignored).sum()
     reset_state(model)
-    total, correct = sums.tolist()
+    total, count, correct, labelled = sums.tolist()
     return Totals(total, correct, labelled, count)
 
 

@@ -16,6 +16,7 @@ from torchfolio.engine.checks import (
     check_last_batch,
     check_monitor,
     check_settings,
+    may_be_uneven,
 )
 from torchfolio.engine.history import FitResult
 from torchfolio.engine.loader import Data, as_batches, tensors_of
@@ -179,7 +180,7 @@ def fit(
         )  # fmt: skip
         options = Options(
             val, augment, clip_norm, accumulate, max_steps, batch_size, schedule == "epoch", evaluate,
-            recorders, log_every, checkpoint_every,
+            recorders, log_every, checkpoint_every, may_be_uneven(state.rule, train),
         )  # fmt: skip
         # Dropout and augmentation differ between processes, the weights do not.
         seed_all((seed + 1_000_003 * rank) % 2**63)

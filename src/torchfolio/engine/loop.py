@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from torchfolio.engine.counting import Counting
 from torchfolio.engine.evaluate import Totals, add_up
 from torchfolio.engine.interrupt import SIGNALS, interruptible, leave
 from torchfolio.engine.loader import Data, Share
@@ -49,6 +50,7 @@ class Options:
     recorders: tuple[Callback, ...]
     log_every: int
     checkpoint_every: int | None
+    uneven: bool = False  # whether equally large batches may count differently
 
 
 class Training:
@@ -71,6 +73,8 @@ class Training:
         self.by_epoch = options.by_epoch or isinstance(self.state.scheduler, ReduceLROnPlateau)
         if keeper.stopper is not None and keeper.stopper.restore_best and self.sharded:
             raise ValueError("restore_best needs whole weights, which a sharded module does not hold")
+        self.counting = Counting.of(getattr(self.state.rule, "loss", None))
+        self.uneven = options.uneven
         # Where there are several processes, they leave the loop together.
         self.stopping = False
         self.leaving = [False] * len(SIGNALS)
@@ -127,10 +131,12 @@ class Training:
         drawn = self._draw()
         started = time.perf_counter()
         while group := list(islice(drawn, self.options.accumulate)):
-            self._step(group)
+            stepped = self._step(group)
             now = time.perf_counter()
             self.keeper.seconds += now - started
             started = now
+            if not stepped:
+                continue
             self._after_step()
             if self._finished() and state.position != self.batches.count:
                 return
@@ -152,6 +158,8 @@ class Training:
     def _end_epoch(self) -> None:
         state, stopper = self.state, self.keeper.stopper
         self._read()
+        if not self.scalars.sums:
+            raise ValueError("no batch of the epoch holds a target that the loss does not ignore")
         state.epoch += 1
         state.position = 0
         row = self._row(state.epoch)
@@ -200,16 +208,19 @@ class Training:
 
     # Steps
 
-    def _step(self, group: Sequence[Share]) -> None:
-        """One optimizer step on one or more joint batches, as if they were one."""
+    def _step(self, group: Sequence[Share]) -> bool:
+        """One optimizer step on one or more joint batches, as if they were one; false if nothing in them counts."""
         state = self.state
         self.optimizer.zero_grad(set_to_none=True)
-        joint = sum(share.joint for share in group)
+        weights = self._weights(group)
+        if weights is None:
+            state.position += len(group)
+            return False
         parts = []
-        for share in group:
+        for share, weight in zip(group, weights, strict=True):
             batch = self._prepared(share.batch)
-            # Gradients are averaged over processes; a smaller share weighs less.
-            weight = share.size * self.shares / joint
+            if self.uneven and weight == 0:
+                batch = [*batch[:-1], batch[-1].clamp_min(0)]  # its mean would be 0 / 0, and 0 times that no number
             with self.fabric.autocast():
                 parts.append((weight, state.rule.step(batch, self._backward(weight))))
             state.position += 1
@@ -224,6 +235,19 @@ class Training:
         if state.scheduler is not None and not self.by_epoch:
             state.scheduler.step()
         state.step += 1
+        return True
+
+    def _weights(self, group: Sequence[Share]) -> list[float] | None:
+        """The weight of every share's mean in the mean over the joint batches; `None` if nothing in them counts.
+
+        Gradients are averaged over processes: a smaller share, or one with fewer targets that count, weighs less.
+        """
+        if not self.uneven or not all(_has_target(share.batch) for share in group):
+            joint = sum(share.joint for share in group)
+            return [share.size * self.shares / joint for share in group]
+        own = [float(self.counting.mass(share.batch[-1])) if share.size else 0.0 for share in group]
+        total = add_over_processes([sum(own)], self.fabric)[0]
+        return [mass * self.shares / total for mass in own] if total else None
 
     def _prepared(self, batch: Any) -> Any:
         """The batch on the device, in the precision of training, augmented."""
@@ -284,6 +308,10 @@ class Training:
                 k if k.startswith("val_") else f"epoch_{k}": v for k, v in row.items() if k not in ("epoch", "step")
             }
             self.fabric.log_dict(named | {"epoch": row["epoch"]}, step=self.state.step)
+
+
+def _has_target(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[-1], Tensor)
 
 
 def place(fabric: Fabric, batch: Any) -> Any:

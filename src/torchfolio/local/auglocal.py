@@ -20,8 +20,8 @@ from typing import Literal
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from torchfolio.engine import default_loss
 from torchfolio.local.local_model import (
     ClassifierHead,
     GlobalPool,
@@ -159,7 +159,7 @@ class AugLocal(LocalRule):
         head_norm: bool = True,
         aux_factory: AuxFactory | None = None,
         blocks: int | Sequence[str] | None = None,
-        loss: Loss = F.cross_entropy,
+        loss: Loss = default_loss,
     ) -> None:
         super().__init__(blocks=blocks, loss=loss)
         if not isinstance(aux_depth, int) or aux_depth < 0:

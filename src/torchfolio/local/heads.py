@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.engine import default_loss
 from torchfolio.local.local_model import (
     ClassifierHead,
     GlobalPool,
@@ -29,7 +30,7 @@ HeadFactory = Callable[[Shape, int], LocalHead]
 Host = Literal["linear", "dgl", "predsim", "infopro"]
 
 
-def linear_head(shape: Shape, classes: int, loss: Loss = F.cross_entropy) -> ClassifierHead:
+def linear_head(shape: Shape, classes: int, loss: Loss = default_loss) -> ClassifierHead:
     """Global average pool and one linear layer: greedy local learning.
 
     Args:
@@ -40,7 +41,7 @@ def linear_head(shape: Shape, classes: int, loss: Loss = F.cross_entropy) -> Cla
     return ClassifierHead(nn.Sequential(GlobalPool(), nn.Linear(width(shape), classes)), loss)
 
 
-def dgl_head(shape: Shape, classes: int, loss: Loss = F.cross_entropy) -> ClassifierHead:
+def dgl_head(shape: Shape, classes: int, loss: Loss = default_loss) -> ClassifierHead:
     """The head of decoupled greedy learning.
 
     Adaptive pool to a quarter of the resolution, three 1x1 convolutions of constant width, pool to at most 2x2,
@@ -95,6 +96,8 @@ class PredSimHead(LocalHead):
     Reference:
         Nøkland, Eidnes, "Training Neural Networks with Local Error Signals", ICML 2019.
     """
+
+    needs_labels = True
 
     def __init__(self, shape: Shape, classes: int, similarity_weight: float = 0.99) -> None:
         super().__init__()
@@ -151,6 +154,7 @@ class InfoProHead(LocalHead):
         Wang et al., "Revisiting Locally Supervised Learning: an Alternative to End-to-end Training", ICLR 2021.
     """
 
+    needs_labels = True
     mean: Tensor
     std: Tensor
 
@@ -270,7 +274,7 @@ class HostHeads:
         self,
         host: Host | HeadFactory,
         *,
-        loss: Loss = F.cross_entropy,
+        loss: Loss = default_loss,
         mean: Sequence[float] | Tensor | None = None,
         std: Sequence[float] | Tensor | None = None,
         weights: tuple[float, float] = (5.0, 0.5),
@@ -339,7 +343,7 @@ class LocalHeads(LocalRule):
         host: Host | HeadFactory = "dgl",
         *,
         blocks: int | Sequence[str] | None = None,
-        loss: Loss = F.cross_entropy,
+        loss: Loss = default_loss,
         mean: Sequence[float] | Tensor | None = None,
         std: Sequence[float] | Tensor | None = None,
         **options: object,

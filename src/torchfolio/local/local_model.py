@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.engine import LearningRule
+from torchfolio.engine import LearningRule, default_loss
 from torchfolio.engine import blocks as split_blocks
 from torchfolio.engine import layers as split_layers
 
@@ -32,7 +32,12 @@ Shape = tuple[int, ...]
 
 
 class LocalHead(nn.Module, ABC):
-    """An auxiliary module that gives a block a loss of its own."""
+    """An auxiliary module that gives a block a loss of its own.
+
+    A head that can only learn from class labels sets `needs_labels`.
+    """
+
+    needs_labels = False
 
     @abstractmethod
     def loss(self, features: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ class ClassifierHead(LocalHead):
         loss: criterion on (logits, targets).
     """
 
-    def __init__(self, net: nn.Module, loss: Loss = F.cross_entropy) -> None:
+    def __init__(self, net: nn.Module, loss: Loss = default_loss) -> None:
         super().__init__()
         self.net = net
         self.criterion = loss
@@ -92,7 +97,7 @@ class LocalModel(nn.Module):
         `x` is whatever the first block takes, `[B, ...]`; the result is the last block's, `[B, C]`.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], heads: Sequence[LocalHead], loss: Loss = F.cross_entropy) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], heads: Sequence[LocalHead], loss: Loss = default_loss) -> None:
         super().__init__()
         if len(heads) != len(blocks) - 1:
             raise ValueError(
@@ -157,10 +162,11 @@ class LocalRule(LearningRule):
     Args:
         blocks: `None` takes every layer by itself; a number groups the layers into so many contiguous, nearly
             equal blocks; a sequence of names starts a layer at each named module (see `torchfolio.engine.blocks`).
-        loss: criterion on (output `[B, C]`, targets); the local classifiers use it too.
+        loss: criterion on (output `[B, C]`, targets), of the local classifiers too; by default cross-entropy for
+            integer targets and the mean squared error for others.
     """
 
-    def __init__(self, *, blocks: int | Sequence[str] | None = None, loss: Loss = F.cross_entropy) -> None:
+    def __init__(self, *, blocks: int | Sequence[str] | None = None, loss: Loss = default_loss) -> None:
         self.blocks = blocks
         self.loss = loss
         self.model: LocalModel | None = None
@@ -182,6 +188,10 @@ class LocalRule(LearningRule):
         network = Network.of(model, example[0], self.blocks)
         with _like(model):
             blocks, heads = self.isolate(network)
+        unfit = next((head for head in heads if head.needs_labels), None)
+        if unfit is not None and len(example) > 1 and example[1].is_floating_point():
+            name = type(unfit).__name__
+            raise ValueError(f"{name} learns from class labels, got targets of {example[1].dtype}; take another head")
         self.model = LocalModel(blocks, heads, self.loss).train(model.training)
         return self.model
 

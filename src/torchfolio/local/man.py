@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from torchfolio.engine import default_loss
 from torchfolio.local.auglocal import initialize
 from torchfolio.local.heads import HeadFactory, Host, HostHeads
 from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, trace_shapes, width
@@ -136,6 +136,7 @@ class MomentumHead(LocalHead):
         super().__init__()
         self.auxiliary = auxiliary
         self.host = host
+        self.needs_labels = host.needs_labels
 
     def loss(self, features: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return self.host.loss(self.auxiliary(features), x, y)
@@ -193,7 +194,7 @@ class MAN(LocalRule):
         ema: bool = True,
         init: Literal["copy", "random"] = "copy",
         source: Callable[[int, int], int] | None = None,
-        loss: Loss = F.cross_entropy,
+        loss: Loss = default_loss,
         mean: Sequence[float] | Tensor | None = None,
         std: Sequence[float] | Tensor | None = None,
         **options: object,

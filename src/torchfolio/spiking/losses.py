@@ -25,7 +25,7 @@ class SLTTLoss(nn.Module):
         mean: $m$.
 
     Shapes:
-        outputs `[B, C]`, labels `[B]`; a scalar comes out.
+        outputs `[B, C]`, labels `[B]` (those of -100 are left out); a scalar comes out.
 
     Raises:
         ValueError: on settings out of range, or targets that are not labels.
@@ -33,6 +33,8 @@ class SLTTLoss(nn.Module):
     Reference:
         Meng et al., ICCV 2023, as in the released training script.
     """
+
+    ignore_index = -100  # as in cross-entropy
 
     def __init__(self, alpha: float = 0.05, target: Literal["ones", "one_hot"] = "ones", mean: float = 1.0) -> None:
         super().__init__()
@@ -48,14 +50,16 @@ class SLTTLoss(nn.Module):
                 f"expected outputs [B, C] and integer labels [B], got {tuple(output.shape)} and {y.dtype} "
                 f"{tuple(y.shape)}; pass another loss for other targets"
             )
-        entropy = F.cross_entropy(output, y)
+        entropy = F.cross_entropy(output, y, ignore_index=self.ignore_index)
         if self.alpha == 0:
             return entropy
+        counted = (y != self.ignore_index).to(output.dtype)
         if self.target == "ones":
             wanted = torch.full_like(output, self.mean)
         else:
-            wanted = self.mean * F.one_hot(y, output.shape[1]).to(output.dtype)
-        return (1 - self.alpha) * entropy + self.alpha * F.mse_loss(output, wanted)
+            wanted = self.mean * F.one_hot(y.clamp_min(0), output.shape[1]).to(output.dtype)
+        square = (output - wanted).square().mean(1) @ counted / counted.sum()
+        return (1 - self.alpha) * entropy + self.alpha * square
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, target={self.target!r}, mean={self.mean}"
