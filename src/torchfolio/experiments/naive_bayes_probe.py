@@ -1,0 +1,230 @@
+"""Measures naive Bayes beside logistic regression: samples needed by dimension, and on features of networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from torchfolio.adaptation.naive_bayes_probe import (
+    NaiveBayesProbe,
+    crossover,
+    gaussian_fit,
+    gaussian_mixture,
+    learning_curve,
+    samples_to_reach,
+)
+from torchfolio.data import load
+from torchfolio.engine import fit
+from torchfolio.models import ConvNet, collect_features
+from torchfolio.runs import Results, Run
+
+Arm = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is simulated, and which network's features are probed.
+
+    Attributes:
+        dimensions: features of the mixture of two classes.
+        dimensions_3: features of the mixture of three classes.
+        pool: samples to draw from, as a multiple of the features.
+        test_points: samples to test on.
+        points: sizes of the grid.
+        images: set of images; one half trains the network, the other the heads.
+        train_size: images of both halves together.
+        widths: channels of the network's layers; the last are the features.
+        epochs: passes over the network's half.
+        sizes: labels that the heads get.
+        repeats: subsets of each size up to 300; larger sizes get three.
+    """
+
+    dimensions: tuple[int, ...] = (50, 100, 200, 400, 800)
+    dimensions_3: tuple[int, ...] = (100, 200, 400)
+    pool: int = 5
+    test_points: int = 4000
+    points: int = 30
+    images: str = "mnist10k"
+    train_size: int = 8000
+    widths: tuple[int, ...] = (32, 64, 256)
+    epochs: int = 2
+    sizes: tuple[int, ...] = (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 4000)
+    repeats: int = 20
+
+
+SCALES = {
+    "smoke": Settings(
+        (20, 40), (20,), 10, 500, 12, "digits", 1400, (8, 16, 32), 3, (20, 30, 50, 100, 200, 400, 700), repeats=4
+    ),
+    "quick": Settings(),
+    "full": Settings(
+        dimensions=(50, 100, 200, 400, 800, 1600), points=60, images="cifar10", train_size=20_000,
+        widths=(64, 128, 256), epochs=20, sizes=(*Settings.sizes, 10_000),
+    ),
+}  # fmt: skip
+
+
+def run(run: Run[Settings]) -> None:
+    """Simulate, then probe features; one thread, as most matrices are small."""
+    with threadpool_limits(1):
+        needed = run.arm("two_classes", _samples_needed, run.settings, 2, run.settings.dimensions, run.seed)
+        run.arm("three_classes", _samples_needed, run.settings, 3, run.settings.dimensions_3, run.seed)
+        _claim_complexity(run, needed)
+        supervised = run.arm("supervised", _probe, run, run.settings.epochs)
+        untrained = run.arm("untrained", _probe, run, 0)
+        run.arm("transfer", _probe, run, run.settings.epochs, transfer=True)
+        _claim_regimes(run, supervised, untrained)
+        pixels = run.arm("class_variances", _class_variances, run)
+        by_class, shared = np.array(pixels["by_class"]), np.array(pixels["shared"])
+        lead = {f"lead_{m}": d for m, d in zip(pixels["sizes"], by_class - shared, strict=True)}
+        run.values("control_class_variances", **lead, by_class_20=by_class[0], shared_20=shared[0])
+
+
+def _samples_needed(settings: Settings, K: int, dimensions: tuple[int, ...], seed: int) -> Arm:
+    """Samples to come within 0.01 of the Bayes error, which is 0 to six digits from 50 features on."""
+    needed: dict[str, list[float]] = {"nb": [], "lr": []}
+    for n in dimensions:
+        m = settings.pool * n
+        X, y = gaussian_mixture(n, K, m + settings.test_points, seed=seed)
+        parts = X[:m], y[:m], X[m:], y[m:]
+        sizes = sorted({round(size) for size in np.geomspace(2 * K, m, settings.points)})
+        curve = learning_curve(*parts, sizes, 10, {"nb": NaiveBayesProbe(scale=None)}, seed=seed)["nb"]
+        needed["nb"].append(samples_to_reach(curve, 0.01) or np.nan)
+        needed["lr"].append(np.nan)
+        for size in sizes:  # one size at a time: none is fitted beyond the first that reaches the target
+            lr = learning_curve(*parts, [size], 3, {"lr": LogisticRegression(max_iter=1000)}, seed=seed)["lr"]
+            if samples_to_reach(lr, 0.01):
+                needed["lr"][-1] = size
+                break
+    return {"dimensions": list(dimensions), **needed}
+
+
+def _claim_complexity(run: Run[Settings], needed: Arm) -> None:
+    n, nb, lr = (np.array(needed[key], dtype=float) for key in ("dimensions", "nb", "lr"))
+    slopes = [np.polyfit(np.log(n[-4:]), np.log(values[-4:]), 1)[0] for values in (nb, lr)]
+    run.values("sample_complexity", nb_slope=slopes[0], lr_slope=slopes[1], ratio=lr[-1] / nb[-1])
+
+
+def _features(run: Run[Settings], epochs: int, transfer: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and labels that the heads get, of images that the network was not trained on; and those of the test."""
+    settings = run.settings
+    data = run.data(settings.images, val=0, train_size=settings.train_size)
+    (x, y), (x_test, y_test) = data.train.tensors, data.test.tensors
+    half = len(x) // 2
+    ours, heads, test = (torch.ones(len(t), dtype=torch.bool) for t in (x[:half], x[half:], x_test))
+    if transfer:  # one half of the classes trains the network, the other half the heads
+        border = data.num_classes // 2
+        ours, heads, test = y[:half] < border, y[half:] >= border, y_test >= border
+    net = ConvNet(data.num_classes, data.shape[0], settings.widths)
+    layer = f"layer{len(settings.widths)}"
+    if epochs:
+        fit(net, (x[:half][ours], y[:half][ours]), epochs=epochs, device=run.device, seed=run.seed)
+    rows = [collect_features(net, part, layer, flatten="pool")[layer] for part in (x[half:][heads], x_test[test])]
+    return rows[0], y[half:][heads], rows[1], y_test[test]
+
+
+def _probe(run: Run[Settings], epochs: int, transfer: bool = False) -> Arm:
+    """Curves of both heads, errors in %."""
+    X, y, X_test, y_test = _features(run, epochs, transfer)
+    sizes = [m for m in run.settings.sizes if m <= len(X)]
+    repeats = [run.settings.repeats if m <= 300 else 3 if m < len(X) else 1 for m in sizes]
+    heads = {"nb": NaiveBayesProbe(), "lr": make_pipeline(MinMaxScaler(), LogisticRegression(max_iter=1000))}
+    curves = learning_curve(X, y, X_test, y_test, sizes, repeats, heads, seed=run.seed)
+    diagnostics = gaussian_fit(X, y)
+    return {
+        "sizes": sizes,
+        **{name: 100 * curve.mean for name, curve in curves.items()},
+        "crossover": crossover(curves["nb"], curves["lr"]) or float("nan"),
+        "divergence": float(np.nanmean(diagnostics.divergence)),
+        "variances": diagnostics.variance_quantiles,
+    }
+
+
+def _claim_regimes(run: Run[Settings], supervised: Arm, untrained: Arm) -> None:
+    sizes, nb, lr = (np.array(supervised[key]) for key in ("sizes", "nb", "lr"))
+    m = dict(zip(sizes.tolist(), (lr - nb).tolist(), strict=True))
+    many = sizes >= 100
+    run.values(
+        "two_regimes",
+        lead_20=m[20],
+        lead_30=m[30],
+        lr_lead_many=(nb - lr)[many].min(),
+        crossover=supervised["crossover"],
+    )
+    at = int(np.flatnonzero(sizes == 200)[0])
+    run.values("plateau", nb_left=nb[at] - nb[-1], lr_left=lr[at] - lr[-1])
+    sizes, nb, lr = (np.array(untrained[key]) for key in ("sizes", "nb", "lr"))
+    run.values("control_random_features", nb_lead=(lr - nb)[sizes >= 50].max())
+
+
+def _class_variances(run: Run[Settings]) -> Arm:
+    """Errors in % on scikit-learn's digits, with a variance for each class and with shared ones."""
+    X, y, X_test, y_test = _digits(run.seed)
+    heads = {"by_class": GaussianNB(var_smoothing=1e-2), "shared": NaiveBayesProbe()}
+    curves = learning_curve(X, y, X_test, y_test, [20, 30], 50, heads, seed=run.seed)
+    return {"sizes": [20, 30], **{name: 100 * curve.mean for name, curve in curves.items()}}
+
+
+def _digits(seed: int) -> tuple[NDArray[Any], ...]:
+    data = load("digits", val=0, seed=seed, normalize=False)
+    return tuple(
+        t.flatten(1).double().numpy() if t.dim() > 1 else t.numpy()
+        for part in (data.train, data.test)
+        for t in part.tensors
+    )
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Samples needed by dimension, and errors by number of labels."""
+    from torchfolio.runs import plots
+
+    heads = {"naive Bayes": "nb", "logistic regression": "lr"}
+    n = results.values("two_classes", "dimensions")[0]
+    sizes = {arm: results.values(arm, "sizes")[0] for arm in ("supervised", "untrained", "transfer")}
+    axes = {"xlabel": "labels", "ylabel": "test error (%)", "logx": True}
+    return {
+        "samples needed": plots.curves(
+            results, {name: ("two_classes", key) for name, key in heads.items()}, x=n,
+            xlabel="features", ylabel="samples to reach an error of 0.01", logx=True, logy=True,
+        ),
+        **{
+            f"{arm} features": plots.curves(results, {name: (arm, key) for name, key in heads.items()}, x=x, **axes)
+            for arm, x in sizes.items()
+        },
+    }  # fmt: skip
+
+
+def peers(bench: Any) -> None:
+    """Fitting a head beside scikit-learn's, and a learning curve beside a loop of fits."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((20_000, 256)), rng.integers(10, size=20_000)
+    bench.compare(
+        "fit 20,000 x 256, 10 classes",
+        ours=lambda: NaiveBayesProbe().fit(X, y),
+        gaussian_nb=lambda: GaussianNB().fit(X, y),
+    )
+    X, y, X_test, y_test = _digits(0)
+    sizes = [20, 30, 50, 100, 200, 400, 800]
+
+    def loop(head: Any) -> list[float]:
+        draw = np.random.default_rng(0)
+        rows = [draw.choice(len(X), m, replace=False) for m in sizes for _ in range(20)]
+        return [head.fit(X[r], y[r]).score(X_test, y_test) for r in rows]
+
+    bench.compare(
+        "learning curve, digits, 7 sizes x 20 subsets",
+        ours=lambda: learning_curve(X, y, X_test, y_test, sizes, 20, {"nb": NaiveBayesProbe()}),
+        gaussian_nb=lambda: loop(GaussianNB()),
+        own_loop=lambda: loop(NaiveBayesProbe()),
+    )
