@@ -257,3 +257,79 @@ def test_other_ways_not_to_run_in_order():
     ):
         with pytest.raises(ValueError, match=message):
             layers(model)
+
+
+class Functional(nn.Module):
+    """Dropout as a function, a branch by mode, and an argument that is seldom given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None, *, scale=2.0):
+        x = F.dropout(torch.relu(self.a(x)), 0.5, self.training) * scale
+        if mask is not None:
+            x = x * mask
+        x = torch.tanh(self.b(x))
+        if self.training:
+            x = x + 0.1 * torch.randn_like(x)
+        return self.c(x)
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(5, 6)])
+@pytest.mark.parametrize("arguments", [{"n": 3}, {"n": 2}, {"names": ["b", "c"]}, {"names": ["c"]}])
+@pytest.mark.parametrize("start", [True, False])
+def test_both_modes_stay_what_they_are(arguments, start, example):
+    net = Functional().train(start)
+    parts = nn.ModuleList(blocks(net, example=example, **arguments))
+    assert net.training is start
+    assert all(part.training is start for part in parts)
+    x = torch.randn(5, 6)
+    for training in (True, False, True):
+        net.train(training)
+        parts.train(training)
+        torch.manual_seed(1)
+        expected = net(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(compose(parts, x), expected)
+    assert sorted(map(id, parts.parameters())) == sorted(map(id, net.parameters()))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(parts))).eval()
+    torch.testing.assert_close(compose(copied, x), net.eval()(x))
+
+
+def test_modules_keep_modes_of_their_own():
+    net = ResNet().train()
+    net.layer1.eval()
+    modes = {m: m.training for m in net.modules()}
+    blocks(net, 3)
+    assert {m: m.training for m in net.modules()} == modes
+
+
+def test_local_rules_train_with_dropout_as_a_function():
+    from torchfolio.engine import fit
+    from torchfolio.local import AugLocal
+
+    net = Functional()
+    data = torch.randn(40, 6), torch.randint(3, (40,))
+    rule = AugLocal(0, blocks=["b", "c"])
+    fit(net, data, rule=rule, epochs=2, batch_size=20, progress=False)
+    torch.testing.assert_close(rule.model.eval()(data[0]), net.eval()(data[0]))
+    torch.manual_seed(0)
+    trained = rule.model.train()(data[0])
+    assert not torch.allclose(trained, rule.model(data[0])), "dropout is active in training"
+
+
+def test_dropout_that_the_children_do_not_call_is_told():
+    class ByValue(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            if h.sum() > 1e9:  # cannot be traced
+                h = -h
+            return self.b(F.dropout(h, 0.5, self.training))
+
+    with pytest.raises(ValueError, match="dropout"):
+        blocks(ByValue(), 2, example=torch.randn(5, 6))
