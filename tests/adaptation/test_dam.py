@@ -213,9 +213,15 @@ def test_frozen_parameters_are_not_merged():
     first = next(iter(base.parameters()))
     first.requires_grad_(False)
     name = next(iter(dict(base.named_parameters())))
+    with pytest.raises(ValueError, match=f"checkpoint 0 changed {name}, which is frozen"):
+        DefenseAwareMerging(**SMALL).fit(base, tuned, inputs())
+    with torch.no_grad():
+        for net in tuned:
+            dict(net.named_parameters())[name].copy_(first)
     result = DefenseAwareMerging(**SMALL).fit(base, tuned, inputs())
     assert name not in result.masks
     assert torch.equal(result.model.state_dict()[name], first)
+    assert [p.requires_grad for p in result.model.parameters()] == [p.requires_grad for p in base.parameters()]
 
 
 def test_adamerging_lowers_entropy():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
+from torchfolio.adaptation.adapter import Adapted, Adapter
 from torchfolio.bundle import Manifest, load_bundle, save_bundle
 from torchfolio.cli import app
 from torchfolio.data import load
@@ -74,6 +76,53 @@ def test_heads_may_be_kept(networks, tmp_path):
     assert folders == [str(tmp_path / "merged" / name) for name in ("0-a", "1-b")]
     kept, a = (load_bundle(p).model.get_submodule(last).state_dict() for p in (folders[0], networks / "a"))
     assert all(torch.equal(kept[k], a[k]) for k in a)
+
+
+class Widened(nn.Module):
+    """A network of a structure of its own."""
+
+    def __init__(self, inner: nn.Module, factor: float = 1.0) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x):
+        return self.factor * self.inner(x)
+
+
+class Doubled(Adapter):
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
+
+    def recipe(self, network):
+        return {"build": "tests.cli.test_adapt:Widened", "arguments": {"inner": network, "factor": self.factor}}
+
+    def _adapt(self, model, data, run):
+        assert run.num_classes == 10
+        return Adapted(Widened(model, self.factor), {"examples": float(len(data))})
+
+
+def test_one_network_is_adapted_to_data(networks, tmp_path, monkeypatch):
+    from torchfolio import catalog
+
+    monkeypatch.setattr(catalog, "offering", lambda kind: {"doubled": "x:y"} if kind == "adapter" else {})
+    monkeypatch.setattr(catalog, "offered", lambda slug, kind: Doubled)
+    arguments = ("--method", "doubled", networks / "a", "--data", "digits", "-o", tmp_path / "wide", "--json")
+    done = call(*arguments, "--set", "factor=3", "--allow", "tests.cli.test_adapt:Widened")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["before"] == result["after"]
+    assert result["examples"] > 100
+    wide = load_bundle(tmp_path / "wide", allow=["tests.cli.test_adapt:Widened"])
+    assert wide.manifest.training["method"] == "doubled"
+    assert isinstance(wide.model, Widened)
+    assert wide.model.factor == 3
+    for extra, message in (("--base", "leave --base out"), ("--keep", "leave --keep out")):
+        done = call(*arguments, extra, networks / "base")
+        assert done.exit_code == 2
+        assert message in done.stderr
+    done = call("--method", "doubled", networks / "a", networks / "b", "-o", tmp_path / "c")
+    assert done.exit_code == 2
+    assert "adapts one network" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

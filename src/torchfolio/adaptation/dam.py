@@ -19,12 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.adaptation.merge import Buffers, Forward, Inputs, Merge, MergeResult
 from torchfolio.adaptation.merging import (
-    Buffers,
-    Checkpoint,
-    Forward,
-    Inputs,
-    MergeResult,
     Stream,
     TaskVectors,
     adapt_weights,
@@ -33,6 +29,7 @@ from torchfolio.adaptation.merging import (
     initial_weights,
     sum_of,
 )
+from torchfolio.adaptation.weights import Checkpoint
 from torchfolio.engine.checks import check_positive
 
 __all__ = ["ConcreteMerging", "DefenseAwareMerging"]
@@ -40,7 +37,7 @@ __all__ = ["ConcreteMerging", "DefenseAwareMerging"]
 Bound = float | Sequence[float]
 
 
-class DefenseAwareMerging:
+class DefenseAwareMerging(Merge):
     """Merge checkpoints with a task-shared and a backdoor-detection mask over their task vectors.
 
     $$\\theta(\\lambda, M) = \\theta_0 + \\sum_i \\lambda_i (\\tau_i \\odot M), \\qquad M = M_1 \\odot M_2$$
@@ -98,6 +95,8 @@ class DefenseAwareMerging:
         Section 4; relaxed masks and inner step as in the authors' code (FusionBench's concrete AdaMerging).
     """
 
+    needs_inputs = True
+
     def __init__(
         self,
         *,
@@ -142,7 +141,7 @@ class DefenseAwareMerging:
         self,
         pretrained: nn.Module,
         finetuned: Sequence[Checkpoint],
-        batches: Sequence[Inputs],
+        batches: Sequence[Inputs] = (),
         *,
         heads: nn.Module | Sequence[nn.Module] | None = None,
         forward: Forward | None = None,

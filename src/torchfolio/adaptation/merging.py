@@ -1,13 +1,13 @@
-"""Merging checkpoints of one pretrained network: task vectors, and the ordinary ways to add them up.
+"""Merging checkpoints of one pretrained network with coefficients that are learned from unlabelled inputs.
 
-A task vector is what finetuning changed, $\\tau_i = \\theta_i - \\theta_0$. Every method here returns
+What is learned here and in methods that build on it is added up by
 
 $$\\theta(\\lambda, M) = \\theta_0 + \\sum_i \\lambda_i\\,(\\tau_i \\odot M),$$
 
-and differs in how it finds the coefficients $\\lambda$ (one per task, or one per task and tensor) and the mask $M$.
+with task vectors $\\tau_i = \\theta_i - \\theta_0$, coefficients $\\lambda$ (one per task, or one per task and tensor) and a mask
+$M$; see `torchfolio.adaptation.weights`.
 
-References: G. Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, https://arxiv.org/abs/2212.04089;
-E. Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024,
+Reference: E. Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024,
 https://arxiv.org/abs/2310.02575.
 """
 
@@ -15,112 +15,26 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from torchfolio.adaptation.merge import Buffers, Forward, Inputs, Merge, MergeResult
+from torchfolio.adaptation.weights import (
+    Checkpoint,
+    State,
+    average,
+    merge,
+    state_of,
+    task_arithmetic,
+    task_vectors,
+)
+
 __all__ = ["AdaMerging", "MergeResult", "TaskVectors", "average", "entropy", "merge", "task_arithmetic", "task_vectors"]
-
-State = Mapping[str, Tensor]
-Checkpoint = nn.Module | State
-Weights = float | Sequence[float] | Tensor
-Buffers = Literal["pretrained", "average"]
-ModelFn = Callable[[Tensor], Tensor]
-Forward = Callable[[ModelFn, Tensor, int], Tensor]
-Inputs = Tensor | Dataset | Iterable[Any]
-
-
-def task_vectors(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) -> list[dict[str, Tensor]]:
-    """Task vectors $\\tau_i = \\theta_i - \\theta_0$, one dictionary per checkpoint.
-
-    Args:
-        pretrained: the common starting point. Of a module, only parameters that require a gradient count; of a
-            state dict, every floating-point entry.
-        finetuned: its finetuned checkpoints, at least one.
-
-    Raises:
-        ValueError: if a checkpoint lacks or adds entries, or shapes differ (all named), or nothing can be merged.
-    """
-    base = _weights_of(pretrained)
-    vectors = []
-    for i, checkpoint in enumerate(finetuned):
-        state = _state(checkpoint)
-        _check_same(base, _state(pretrained), state, i)
-        vectors.append({name: state[name].detach().to(value) - value.detach() for name, value in base.items()})
-    return vectors
-
-
-def merge(
-    base: Checkpoint, vectors: Sequence[State], weights: Weights = 0.3, mask: State | None = None
-) -> dict[str, Tensor]:
-    """The state dict $\\theta_0 + \\sum_i \\lambda_i (\\tau_i \\odot M)$; what no task vector holds stays as in `base`.
-
-    Args:
-        base: $\\theta_0$.
-        vectors: task vectors of `task_vectors`.
-        weights: $\\lambda$: one number, one per task `[T]`, or one per task and tensor `[T, n_tensors]`, the tensors
-            in the order of the task vectors.
-        mask: $M$, by name; `None` is 1.
-
-    Raises:
-        ValueError: if `weights` has another shape, or a mask is missing.
-    """
-    if not vectors:
-        raise ValueError("expected at least one task vector, got none")
-    state = {name: value.detach().clone() for name, value in _state(base).items()}
-    coefficients = _coefficients(weights, len(vectors), len(vectors[0]))
-    missing = [name for name in vectors[0] if mask is not None and name not in mask]
-    if missing:
-        raise ValueError(f"the mask has no entry for {', '.join(missing[:3])}")
-    for j, name in enumerate(vectors[0]):
-        stacked = torch.stack([vector[name] for vector in vectors])
-        column = coefficients[:, j if coefficients.shape[1] > 1 else 0].to(stacked)
-        change = torch.einsum("t,t...->...", column, stacked)
-        state[name] = state[name] + (change if mask is None else change * mask[name])
-    return state
-
-
-def _coefficients(weights: Weights, tasks: int, tensors: int) -> Tensor:
-    """Coefficients `[T, 1]` or `[T, n_tensors]`."""
-    given = torch.as_tensor(weights, dtype=torch.float32)
-    if given.dim() == 0:
-        given = given.expand(tasks)
-    if given.dim() == 1:
-        given = given[:, None]
-    if tuple(given.shape) not in ((tasks, 1), (tasks, tensors)):
-        raise ValueError(f"expected weights of shape [], [{tasks}] or [{tasks}, {tensors}], got {list(given.shape)}")
-    if not torch.isfinite(given).all():
-        raise ValueError("expected finite weights, got NaN or infinity")
-    return given
-
-
-def average(finetuned: Sequence[Checkpoint]) -> dict[str, Tensor]:
-    """The plain mean of checkpoints, buffers of floating point included. Needs no pretrained network."""
-    if len(finetuned) < 2:
-        raise ValueError(f"expected at least 2 checkpoints, got {len(finetuned)}")
-    first = _state(finetuned[0])
-    states = [_state(checkpoint) for checkpoint in finetuned]
-    for i, state in enumerate(states[1:], 1):
-        _check_same(first, first, state, i)
-    return {
-        name: torch.stack([s[name].detach().to(value) for s in states]).mean(0)
-        if value.is_floating_point()
-        else value.detach().clone()
-        for name, value in first.items()
-    }
-
-
-def task_arithmetic(
-    pretrained: Checkpoint, finetuned: Sequence[Checkpoint], weight: Weights = 0.3
-) -> dict[str, Tensor]:
-    """Task arithmetic: all task vectors added with fixed coefficients, 0.3 each unless given."""
-    return merge(pretrained, task_vectors(pretrained, finetuned), weight)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -160,8 +74,16 @@ class TaskVectors:
             raise ValueError("expected heads or forward, got both")
         by_name = task_vectors(pretrained, finetuned)
         self.names = list(by_name[0])
+        complex_ones = [name for name, value in by_name[0].items() if value.is_complex()]
+        if complex_ones:
+            raise ValueError(
+                f"coefficients and masks are learned on real weights, and {complex_ones[0]} is complex; task_arithmetic and "
+                "average merge it"
+            )
+        self._places = _places(pretrained, self.names)
+        self._flags = {name: p.requires_grad for name, p in pretrained.named_parameters()}
         self.model = copy.deepcopy(pretrained).eval().requires_grad_(False)
-        self._set_buffers([_state(c) for c in finetuned], buffers)
+        self._set_buffers([state_of(c) for c in finetuned], buffers)
         state = dict(self.model.named_parameters())
         self.shapes = [state[name].shape for name in self.names]
         self.sizes = [shape.numel() for shape in self.shapes]
@@ -180,6 +102,10 @@ class TaskVectors:
         differing = [n for n, b in own.items() if any(not torch.equal(b, s[n].to(b)) for s in states)]
         if not differing:
             return
+        for name in differing:
+            for i, state in enumerate(states):
+                if not bool(state[name].isfinite().all()):
+                    raise ValueError(f"checkpoint {i} holds NaN or infinity in {name}")
         warnings.warn(
             f"{len(differing)} buffers differ between the checkpoints ({', '.join(differing[:3])}); the merged network "
             f"takes {'those of the pretrained one' if buffers == 'pretrained' else 'their average'}",
@@ -208,10 +134,11 @@ class TaskVectors:
 
     def logits(self, theta: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Logits of every task, of the network with weights `theta`; one pass where the inputs' shapes allow it."""
-        parameters = self.unflatten(theta)
+        named = self.unflatten(theta)
+        parameters = {place: named[first] for place, first in self._places.items()}
 
         def model_fn(x: Tensor) -> Tensor:
-            return functional_call(self.model, parameters, (x,))
+            return functional_call(self.model, parameters, (x,), tie_weights=False)
 
         if self.forward is not None:
             return [self.forward(model_fn, x, i) for i, x in enumerate(inputs)]
@@ -228,33 +155,12 @@ class TaskVectors:
             named = dict(model.named_parameters())
             for name, value in self.unflatten(self.theta(weights, mask)).items():
                 named[name].copy_(value)
-        return model.requires_grad_(True)
+        for name, p in model.named_parameters():
+            p.requires_grad_(self._flags[name])
+        return model
 
 
-@dataclass(frozen=True)
-class MergeResult:
-    """A merged network and how it came about.
-
-    Attributes:
-        model: an ordinary module, in evaluation mode.
-        weights: the coefficients $\\lambda$, `[T, 1]` or `[T, n_tensors]`.
-        masks: the mask $M$ by name; empty where there is none.
-        perturbations: the universal perturbation of every task; empty where there is none.
-        history: a row of scalars per step.
-    """
-
-    model: nn.Module
-    weights: Tensor
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    perturbations: tuple[Tensor, ...] = ()
-    history: tuple[dict[str, float], ...] = ()
-
-    def to_frame(self) -> pd.DataFrame:
-        """The history as a table."""
-        return pd.DataFrame(self.history)
-
-
-class AdaMerging:
+class AdaMerging(Merge):
     """Task arithmetic whose coefficients are learned on unlabelled inputs, by least entropy.
 
     $$\\min_\\lambda \\sum_i H\\bigl(f_i(x_i; \\theta_0 + \\sum_j \\lambda_j \\tau_j)\\bigr)$$
@@ -271,6 +177,8 @@ class AdaMerging:
         >>> result = AdaMerging(steps=200).fit(pretrained, [net_a, net_b], [images_a, images_b])
         >>> result.model(x)
     """
+
+    needs_inputs = True
 
     def __init__(
         self,
@@ -291,7 +199,7 @@ class AdaMerging:
         self,
         pretrained: nn.Module,
         finetuned: Sequence[Checkpoint],
-        batches: Sequence[Inputs],
+        batches: Sequence[Inputs] = (),
         *,
         heads: nn.Module | Sequence[nn.Module] | None = None,
         forward: Forward | None = None,
@@ -359,7 +267,12 @@ class Stream:
 
     def draw(self) -> list[Tensor]:
         """The next batch of every task."""
-        return [next(stream).to(self._device) for stream in self._streams]
+        batches = [next(stream).to(self._device) for stream in self._streams]
+        for task, x in enumerate(batches):
+            # One pass over the batch: NaN and infinity survive a sum.
+            if x.is_floating_point() and not bool(x.sum(dtype=torch.float64).isfinite()):
+                raise ValueError(f"a batch of task {task} holds NaN or infinity")
+        return batches
 
 
 def _endless(source: Inputs, batch_size: int, generator: torch.Generator, task: int) -> Iterator[Tensor]:
@@ -395,35 +308,19 @@ def _repeated(loader: Iterable[Any], task: int) -> Iterator[Tensor]:
             raise ValueError(f"the loader of task {task} gives no batch (an iterator can be used only once)")
 
 
-def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return dict(checkpoint.state_dict() if isinstance(checkpoint, nn.Module) else checkpoint)
+def _places(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Where each of the named tensors stands in a network: one name of every attribute, and its tensor's name.
 
-
-def _weights_of(checkpoint: Checkpoint) -> State:
-    """What is merged: trainable floating-point parameters, or all floating-point entries of a state dict."""
-    named = checkpoint.named_parameters() if isinstance(checkpoint, nn.Module) else checkpoint.items()
-    trainable = isinstance(checkpoint, nn.Module)
-    found = {n: v for n, v in named if v.is_floating_point() and (v.requires_grad or not trainable)}
-    if not found:
-        raise ValueError("there is nothing to merge: no trainable floating-point parameter")
-    return found
-
-
-def _check_same(wanted: State, whole: State, state: State, index: int) -> None:
-    missing = [name for name in wanted if name not in state]
-    strange = [name for name in state if name not in whole]
-    if missing or strange:
-        parts = [f"lacks {', '.join(missing[:3])}"] * bool(missing) + [f"adds {', '.join(strange[:3])}"] * bool(strange)
-        raise ValueError(f"checkpoint {index} is not of the same network: it {' and '.join(parts)}")
-    shapes = [n for n, v in wanted.items() if v.shape != state[n].shape]
-    if shapes:
-        name = shapes[0]
-        raise ValueError(
-            f"checkpoint {index} has {name} of shape {list(state[name].shape)}, expected {list(wanted[name].shape)}"
-        )
-    broken = [n for n, v in wanted.items() if v.is_floating_point() and not torch.isfinite(state[n]).all()]
-    if broken:
-        raise ValueError(f"checkpoint {index} holds NaN or infinity in {broken[0]}")
+    `functional_call` ties weights by itself, but leaves a module that is registered twice with what it put there.
+    """
+    firsts = {id(dict(model.named_parameters(remove_duplicate=False))[name]): name for name in names}
+    places: dict[tuple[int, str], tuple[str, str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(p) in firsts:
+                name = f"{path}.{attribute}" if path else attribute
+                places.setdefault((id(module), attribute), (name, firsts[id(p)]))
+    return dict(places.values())
 
 
 def _heads(heads: nn.Module | Sequence[nn.Module] | None, tasks: int) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The command that merges networks."""
+"""The command that merges networks, or adapts one to data."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchfolio.cli.networks import ALLOW_HELP, call_with, importable, normalized, parse_settings, show_result
+from torchfolio import catalog
+from torchfolio.cli.networks import (
+    ALLOW_HELP,
+    call_with,
+    fitting_splits,
+    importable,
+    normalized,
+    parse_settings,
+    show_result,
+)
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    from torchfolio.bundle import Bundle
-
-METHODS = ("average", "task_arithmetic", "adamerging", "concrete", "dam")
-LEARNED = METHODS[2:]
+    from torchfolio.adaptation.adapter import Adapter
+    from torchfolio.adaptation.merge import Merge
+    from torchfolio.bundle import Bundle, Manifest
+    from torchfolio.data import DataSplits
 
 
 def register(app: typer.Typer) -> None:
@@ -27,11 +36,13 @@ def register(app: typer.Typer) -> None:
 
 
 def adapt(
-    networks: Annotated[list[Path], typer.Argument(help="Bundles finetuned from one network, two or more.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged bundle.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "dam",
+    networks: Annotated[list[Path], typer.Argument(help="One bundle to adapt, or two and more to merge.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle that is written.")],
+    method: Annotated[
+        str | None, typer.Option(help="Slug of a method that merges or adapts, or an ordinary way to merge.")
+    ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Bundle they were finetuned from; every method but average needs it.")
+        Path | None, typer.Option(help="Bundle they were finetuned from; every way to merge but average needs it.")
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="Data of all networks, or once for each of them in their order.")
@@ -41,49 +52,153 @@ def adapt(
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
+    train_size: Annotated[int | None, typer.Option(help="Adapt on so many training examples.")] = None,
     test_size: Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of masks and of the order of inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of masks, order and whatever a method draws.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Merge finetuned networks into one; with data, show their accuracies before and after.
+    """Merge finetuned networks into one, or adapt one network to data; with data, show accuracies before and after.
 
-    dam, concrete and adamerging learn from the inputs of the training split, whose labels they never see.
+    Methods that merge see the inputs of the training split, never its labels; methods that adapt see both.
 
-    Example: torchfolio adapt --method dam --base net0/ netA/ netB/ --data cifar10 -o merged/
+    Example: torchfolio adapt --method average netA/ netB/ --data cifar10 -o merged/
     """
-    from torchfolio.bundle import load_bundle
     from torchfolio.engine.evaluate import resolve_device
 
-    if method not in METHODS:
-        raise typer.BadParameter(f"expected {', '.join(METHODS)}, got {method!r}", param_hint="--method")
-    if len(networks) < 2:
-        raise typer.BadParameter(f"expected two networks or more, got {len(networks)}", param_hint="NETWORKS")
-    if base is None and method != "average":
-        raise TorchfolioError(f"{method} adds up what finetuning changed: name the network it started from with --base")
-    if method in LEARNED and not data:
-        raise TorchfolioError(f"{method} learns from unlabelled inputs: name them with --data")
-    place = resolve_device(device)
+    way, path = _method(method, len(networks))
+    settings, place = parse_settings(setting), resolve_device(device)
     allow = importable(allow or [])
-    bundles = [load_bundle(folder, allow=allow, device=place) for folder in networks]
-    start = load_bundle(base, allow=allow, device=place) if base else bundles[0]
-    examples = _examples(bundles, networks, data or [], test_size, seed)
+    sizes = {"seed": seed, "test_size": test_size}
+    if way == "merge":
+        _merge_all(path, settings, networks, base, data or [], keep, output, allow, sizes, place, as_json)
+    elif base is not None or keep is not None:
+        raise TorchfolioError(f"{path} adapts one network: leave {'--base' if base is not None else '--keep'} out")
+    elif len(data or []) != 1:
+        raise TorchfolioError(f"{path} adapts to data: name them once with --data, got {len(data or [])}")
+    else:
+        assert data is not None
+        sizes["train_size"] = train_size
+        _adapt_one(path, settings, networks[0], data[0], output, allow, sizes, place, as_json)
+
+
+def _method(name: str | None, networks: int) -> tuple[str, str]:
+    """`"merge"` or `"adapter"`, and the name of the method."""
+    from torchfolio.adaptation.merge import ORDINARY
+
+    known = {"merge": [*ORDINARY, *catalog.offering("merge")], "adapter": list(catalog.offering("adapter"))}
+    if name is None:
+        offered = list(catalog.offering("merge"))
+        if networks < 2 or len(offered) != 1:
+            said = known["adapter" if networks < 2 else "merge"]
+            raise typer.BadParameter(f"name one of {', '.join(said)}", param_hint="--method")
+        return "merge", offered[0]
+    way = next((kind for kind, names in known.items() if name in names), None)
+    if way is None:
+        every = ", ".join([*known["merge"], *known["adapter"]])
+        raise typer.BadParameter(f"expected {every}, got {name!r}", param_hint="--method")
+    if way == "merge" and networks < 2:
+        raise typer.BadParameter(f"expected two networks or more to merge, got {networks}", param_hint="NETWORKS")
+    if way == "adapter" and networks != 1:
+        raise typer.BadParameter(f"{name} adapts one network, got {networks}", param_hint="NETWORKS")
+    return way, name
+
+
+def _make(way: str, name: str, settings: dict[str, Any], own: dict[str, Any]) -> Any:
+    """The method with the user's settings, and those of `own` that it takes."""
+    import inspect
+
+    from torchfolio.adaptation.merge import ORDINARY
+
+    factory = catalog.load_name(ORDINARY[name]) if name in ORDINARY else catalog.offered(name, way)
+    taken = inspect.signature(factory).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    own = {k: v for k, v in own.items() if k in taken or open_ended}
+    return call_with(factory, {**own, **settings}, name)
+
+
+def _adapt_one(
+    name: str,
+    settings: dict[str, Any],
+    folder: Path,
+    source: str,
+    output: Path,
+    allow: list[str],
+    sizes: dict[str, Any],
+    place: Any,
+    as_json: bool,
+) -> None:
+    """Adapt one network to data, and write it as a bundle with the figures of the data's test split."""
+    from dataclasses import replace
+
+    from torchfolio.bundle import load_bundle, save_bundle
+
+    method: Adapter = _make("adapter", name, settings, {})
+    bundle = load_bundle(folder, allow=allow, device=place)
+    manifest = bundle.manifest
+    splits = _load(source, manifest, folder, sizes)
+    train, val, test = (normalized(getattr(splits, k), manifest.mean, manifest.std) for k in ("train", "val", "test"))
+    same = len(splits.classes) == len(manifest.classes)
+    before = _accuracy(bundle.model, test, place) if same else None
+    done = method.adapt(
+        bundle.model, train, val=val if len(val) else None, num_classes=len(splits.classes), seed=sizes["seed"],
+        device=place, say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
+    recipe = method.recipe({"build": manifest.build, "arguments": manifest.arguments})
+    record = {"adapted": str(folder), "method": name, "settings": settings, "data": source, **dict(done.report)}
+    record |= {"split": splits.split_digest} if splits.split_digest else {}
+    kept = {k: v for k, v in manifest.training.items() if k == "image_size"}
+    classes = manifest.classes if same else splits.classes
+    made = replace(manifest, **recipe, classes=tuple(classes), training={**kept, **record}, tied={})
+    save_bundle(done.model, output, made)
+    after = _accuracy(load_bundle(output, allow=allow, device=place).model, test, place)
+    result: dict[str, Any] = {"method": name, "bundle": str(output), "before": before, "after": after, **done.report}
+    show_result(result if as_json else {k: v for k, v in result.items() if v is not None}, as_json)
+
+
+def _merge_all(
+    name: str,
+    settings: dict[str, Any],
+    networks: Sequence[Path],
+    base: Path | None,
+    data: Sequence[str],
+    keep: str | None,
+    output: Path,
+    allow: list[str],
+    sizes: dict[str, Any],
+    place: Any,
+    as_json: bool,
+) -> None:
+    """Merge networks, and write one bundle, or one for every head that is kept."""
+    from torchfolio.bundle import load_bundle
+
+    paths = [*networks, *([base] if base else [])]
+    *bundles, start = [
+        load_bundle(folder, allow=allow, device=place) for folder in (paths if base else [*paths, paths[0]])
+    ]
+    method: Merge = _make("merge", name, settings, {"seed": sizes["seed"], "input_range": _input_range(start)})
+    if base is None and method.needs_base:
+        raise TorchfolioError(f"{name} adds up what finetuning changed: name the network it started from with --base")
+    if method.needs_inputs and not data:
+        raise TorchfolioError(f"{name} learns from unlabelled inputs: name them with --data")
+    examples = _examples(bundles, networks, data, sizes)
     before = [_accuracy(bundle.model, test, place) for bundle, (_, test) in zip(bundles, examples, strict=False)]
 
     bodies, heads = _split([start, *bundles], keep)
     inputs = [train.tensors[0] for train, _ in examples]
-    merged = _merge(method, bodies[0], bodies[1:], heads[1:], inputs, start, parse_settings(setting), seed)
-    folders = _write(merged, bundles, start, keep, networks, output, method, parse_settings(setting))
+    merged = method.fit(bodies[0], bodies[1:], inputs, heads=heads and heads[1:])
+    state = merged.model.state_dict()
+    folders = _write(state, bundles, start, keep, networks, output, {"method": name, "settings": settings})
 
     rows = []
-    for i, (folder, name) in enumerate(zip(folders, networks, strict=False)):
-        row: dict[str, Any] = {"network": str(name), "bundle": str(folder)}
+    for i, (folder, network) in enumerate(zip(folders, networks, strict=False)):
+        row: dict[str, Any] = {"network": str(network), "bundle": str(folder)}
         if examples:
             model = load_bundle(folder, allow=allow, device=place).model
             row |= {"before": before[i], "after": _accuracy(model, examples[i][1], place)}
         rows.append(row)
     if as_json:
-        show_result({"method": method, "output": str(output), "networks": rows}, True)
+        show_result({"method": name, "output": str(output), "networks": rows}, True)
         return
     for row in rows:
         scores = f"  accuracy {row['before']:.4f} before, {row['after']:.4f} after" if "before" in row else ""
@@ -91,11 +206,9 @@ def adapt(
 
 
 def _examples(
-    bundles: Sequence[Bundle], names: Sequence[Path], data: Sequence[str], test_size: int | None, seed: int
+    bundles: Sequence[Bundle], names: Sequence[Path], data: Sequence[str], sizes: dict[str, Any]
 ) -> list[tuple[TensorDataset, TensorDataset]]:
     """Training and test split of every network, normalised as it was trained."""
-    from torchfolio.data import load
-
     if not data:
         return []
     if len(data) not in (1, len(bundles)):
@@ -104,14 +217,17 @@ def _examples(
     found = []
     for bundle, name, source in zip(bundles, names, sources, strict=True):
         manifest = bundle.manifest
-        splits = load(
-            source, seed=seed, image_size=manifest.training.get("image_size"), test_size=test_size, normalize=False
-        )
-        if splits.shape != manifest.input_shape:
-            raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {source} has {splits.shape}")
+        splits = _load(source, manifest, name, sizes)
         parts = (splits.train, splits.test)
         found.append(tuple(normalized(part, manifest.mean, manifest.std) for part in parts))
     return found
+
+
+def _load(source: str, manifest: Manifest, name: Path, sizes: dict[str, Any]) -> DataSplits:
+    """Data for a network, not normalised yet; its classes may be others than the network's."""
+    from dataclasses import replace
+
+    return fitting_splits(replace(manifest, classes=()), str(name), source, **sizes)
 
 
 def _accuracy(model: nn.Module, test: TensorDataset, device: Any) -> float:
@@ -120,14 +236,14 @@ def _accuracy(model: nn.Module, test: TensorDataset, device: Any) -> float:
     return engine.evaluate(model, test, device=device)["accuracy"]
 
 
-def _split(bundles: Sequence[Bundle], keep: str | None) -> tuple[list[nn.Module], list[nn.Module] | list[None]]:
+def _split(bundles: Sequence[Bundle], keep: str | None) -> tuple[list[nn.Module], list[nn.Module] | None]:
     """Bodies that are merged and heads that are not; without `keep`, whole networks."""
     import copy
 
     from torch import nn
 
     if keep is None:
-        return [bundle.model for bundle in bundles], [None] * len(bundles)
+        return [bundle.model for bundle in bundles], None
     bodies, heads = [], []
     for bundle in bundles:
         body = copy.deepcopy(bundle.model)
@@ -139,33 +255,6 @@ def _split(bundles: Sequence[Bundle], keep: str | None) -> tuple[list[nn.Module]
         body.set_submodule(keep, nn.Identity())
         bodies.append(body)
     return bodies, heads
-
-
-def _merge(
-    method: str,
-    base: nn.Module,
-    nets: Sequence[nn.Module],
-    heads: Sequence[Any],
-    inputs: Sequence[Any],
-    start: Bundle,
-    settings: dict[str, Any],
-    seed: int,
-) -> dict[str, Any]:
-    """State dict of the merged network, or of its body where heads are kept."""
-    from torchfolio.adaptation import dam, merging
-
-    if method == "average":
-        call_with(lambda: None, settings, method)
-        return merging.average(nets)
-    if method == "task_arithmetic":
-        return call_with(lambda weight=0.3: merging.task_arithmetic(base, nets, weight), settings, method)
-    classes = {"adamerging": merging.AdaMerging, "concrete": dam.ConcreteMerging, "dam": dam.DefenseAwareMerging}
-    defaults: dict[str, Any] = {"seed": seed}
-    if method != "adamerging":
-        defaults["input_range"] = _input_range(start)
-    learned = call_with(classes[method], {**defaults, **settings}, method)
-    result = learned.fit(base, nets, inputs, heads=None if heads[0] is None else list(heads))
-    return result.model.state_dict()
 
 
 def _input_range(bundle: Bundle) -> tuple[Any, Any] | None:
@@ -186,15 +275,14 @@ def _write(
     keep: str | None,
     names: Sequence[Path],
     output: Path,
-    method: str,
-    settings: dict[str, Any],
+    how: dict[str, Any],
 ) -> list[Path]:
     """One bundle, or one for every head; the folder of every network's merged form."""
     from dataclasses import replace
 
     from torchfolio.bundle import save_bundle
 
-    record = {"merged": [str(name) for name in names], "method": method, "settings": settings}
+    record = {"merged": [str(name) for name in names], **how}
 
     def save(bundle: Bundle, folder: Path) -> Path:
         bundle.model.load_state_dict(state, strict=keep is None)

@@ -1,0 +1,130 @@
+"""What a method says to merge networks: `Merge`, which `torchfolio adapt` calls, and the two ways that learn nothing."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from torchfolio.adaptation.weights import Checkpoint, Weights, average, task_arithmetic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ORDINARY", "Average", "Merge", "MergeResult", "TaskArithmetic"]
+
+Buffers = Literal["pretrained", "average"]
+ModelFn = Callable[[Tensor], Tensor]
+Forward = Callable[[ModelFn, Tensor, int], Tensor]
+Inputs = Tensor | Dataset | Iterable[Any]
+
+ORDINARY = {
+    "average": "torchfolio.adaptation.merge:Average",
+    "task_arithmetic": "torchfolio.adaptation.merge:TaskArithmetic",
+    "adamerging": "torchfolio.adaptation.merging:AdaMerging",
+    "concrete": "torchfolio.adaptation.dam:ConcreteMerging",
+}
+"""Import paths of ways to merge that no paper of the catalogue is about, by the name that the command line gives them."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged network and how it came about.
+
+    Attributes:
+        model: an ordinary module, in evaluation mode.
+        weights: the coefficients $\\lambda$, `[T, 1]` or `[T, n_tensors]`.
+        masks: the mask $M$ by name; empty where there is none.
+        perturbations: the universal perturbation of every task; empty where there is none.
+        history: a row of scalars per step.
+    """
+
+    model: nn.Module
+    weights: Tensor
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    perturbations: tuple[Tensor, ...] = ()
+    history: tuple[dict[str, float], ...] = ()
+
+    @property
+    def report(self) -> Mapping[str, float]:
+        """Figures by name: the last row of the history."""
+        return self.history[-1] if self.history else {}
+
+    def to_frame(self) -> pd.DataFrame:
+        """The history as a table."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+
+class Merge(ABC):
+    """A way to merge networks that were finetuned from one. Settings are the keyword arguments of its class."""
+
+    needs_base: ClassVar[bool] = True
+    """Whether the network that they were finetuned from is added to, or only says what the merged one looks like."""
+    needs_inputs: ClassVar[bool] = False
+    """Whether it learns from unlabelled inputs of every task."""
+
+    @abstractmethod
+    def fit(
+        self,
+        pretrained: nn.Module,
+        finetuned: Sequence[Checkpoint],
+        batches: Sequence[Inputs] = (),
+        *,
+        heads: nn.Module | Sequence[nn.Module] | None = None,
+        forward: Forward | None = None,
+        buffers: Buffers = "pretrained",
+    ) -> MergeResult:
+        """Merge; the networks that are given are left as they are.
+
+        Args:
+            pretrained: the common starting point. Its frozen parameters are not merged, and stay frozen.
+            finetuned: at least two checkpoints of it, modules or state dicts.
+            batches: unlabelled inputs of every task, where the method needs them: a tensor `[N, ...]`, a data set or a
+                loader each. Labels that come with them are ignored.
+            heads: what turns the network's outputs into logits, one module per task or one for all; `None` takes the
+                outputs as they are.
+            forward: instead of heads, `(model_fn, x, task) -> logits`.
+            buffers: where BatchNorm's statistics come from when they differ.
+        """
+
+
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network with other values, in evaluation mode; what is tied or frozen stays so."""
+    net = copy.deepcopy(model)
+    net.load_state_dict(dict(state))
+    return net.eval()
+
+
+class Average(Merge):
+    """The plain mean of all weights, see `torchfolio.adaptation.weights.average`."""
+
+    needs_base = False
+
+    def fit(self, pretrained, finetuned, batches=(), *, heads=None, forward=None, buffers="pretrained") -> MergeResult:
+        return MergeResult(
+            with_state(pretrained, average(finetuned)), torch.full((len(finetuned), 1), 1 / len(finetuned))
+        )
+
+
+class TaskArithmetic(Merge):
+    """All task vectors added with fixed coefficients, see `torchfolio.adaptation.weights.task_arithmetic`.
+
+    Args:
+        weight: coefficient $\\lambda$ of every task vector, or one for each.
+    """
+
+    def __init__(self, weight: Weights = 0.3) -> None:
+        self.weight = weight
+
+    def fit(self, pretrained, finetuned, batches=(), *, heads=None, forward=None, buffers="pretrained") -> MergeResult:
+        state = task_arithmetic(pretrained, finetuned, self.weight)
+        weights = torch.as_tensor(self.weight, dtype=torch.float32).reshape(-1, 1).expand(len(finetuned), -1)
+        return MergeResult(with_state(pretrained, state), weights.clone())

@@ -1,0 +1,298 @@
+"""Arithmetic on the weights of networks, one tensor at a time: task vectors, their sum, the mean.
+
+A task vector is what finetuning changed, $\\tau_i = \\theta_i - \\theta_0$, and all here is
+
+$$\\theta(\\lambda, M) = \\theta_0 + \\sum_i \\lambda_i\\,(\\tau_i \\odot M).$$
+
+Every entry of a state dict gets what its role asks: trainable parameters are merged, and so is every other name of the same
+tensor (tied weights, one module registered twice); buffers and frozen parameters stay those of $\\theta_0$.
+
+Reference: G. Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, https://arxiv.org/abs/2212.04089.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["average", "merge", "task_arithmetic", "task_vectors"]
+
+State = Mapping[str, Tensor]
+Checkpoint = nn.Module | State
+Weights = float | Sequence[float] | Tensor
+CHUNK = 1 << 17  # elements that stay in a core's cache while the checkpoints are added up
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def task_vectors(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) -> list[dict[str, Tensor]]:
+    """Task vectors $\\tau_i = \\theta_i - \\theta_0$, one dictionary per checkpoint; a tensor of several names by its first.
+
+    Args:
+        pretrained: the common starting point. Of a module, only parameters that require a gradient count; of a
+            state dict, every floating-point or complex entry but running statistics.
+        finetuned: its finetuned checkpoints, at least one.
+
+    Raises:
+        ValueError: if a checkpoint lacks or adds entries, shapes differ, one holds NaN, changed a frozen parameter or
+            untied tied weights (all named); or nothing can be merged.
+    """
+    base, states = checked(pretrained, finetuned)
+    return [{name: s[name].detach().to(value) - value.detach() for name, value in base.items()} for s in states]
+
+
+def merge(
+    base: Checkpoint, vectors: Sequence[State], weights: Weights = 0.3, mask: State | None = None
+) -> dict[str, Tensor]:
+    """The state dict $\\theta_0 + \\sum_i \\lambda_i (\\tau_i \\odot M)$; what no task vector holds stays as in `base`.
+
+    Args:
+        base: $\\theta_0$.
+        vectors: task vectors of `task_vectors`.
+        weights: $\\lambda$: one number, one per task `[T]`, or one per task and tensor `[T, n_tensors]`, the tensors
+            in the order of the task vectors.
+        mask: $M$, by name; `None` is 1.
+
+    Raises:
+        ValueError: if `weights` has another shape, or a mask is missing.
+    """
+    if not vectors:
+        raise ValueError("expected at least one task vector, got none")
+    factors = coefficients(weights, len(vectors), len(vectors[0]))
+    missing = [name for name in vectors[0] if mask is not None and name not in mask]
+    if missing:
+        raise ValueError(f"the mask has no entry for {', '.join(missing[:3])}")
+    whole = state_of(base)
+    merged: dict[str, Tensor] = {}
+    for name, terms, column in _columns(vectors[0], vectors, factors):
+        value = whole[name].detach()
+        merged[name] = _added(value, terms, column, subtract=False, mask=None if mask is None else mask[name])
+    return _complete(base, merged)
+
+
+def task_arithmetic(
+    pretrained: Checkpoint, finetuned: Sequence[Checkpoint], weight: Weights = 0.3
+) -> dict[str, Tensor]:
+    """Task arithmetic: all task vectors added with fixed coefficients, 0.3 each unless given.
+
+    Beside the merged state dict this holds nothing: checkpoints are added up in place, piece by piece.
+    """
+    base, states = checked(pretrained, finetuned, look=False)
+    factors = coefficients(weight, len(states), len(base))
+    merged: dict[str, Tensor] = {}
+    for name, terms, column in _columns(base, states, factors):
+        merged[name] = _added(base[name].detach(), terms, column, subtract=True)
+        _check_sum(merged[name], name, {"the pretrained network": base[name]}, terms)
+    return _complete(pretrained, merged)
+
+
+def average(finetuned: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """The plain mean of checkpoints, buffers of floating point included. Needs no pretrained network.
+
+    Raises:
+        ValueError: if there are fewer than two, or they do not match; see `task_vectors`.
+    """
+    if len(finetuned) < 2:
+        raise ValueError(f"expected at least 2 checkpoints, got {len(finetuned)}")
+    states = [state_of(checkpoint) for checkpoint in finetuned]
+    wanted = {names[0]: states[0][names[0]] for names in tied_names(finetuned[0]) if real(states[0][names[0]])}
+    states = [_matched(wanted, finetuned[0], state, i) if i else state for i, state in enumerate(states)]
+    merged: dict[str, Tensor] = {}
+    for name in wanted:
+        terms = [state[name].detach() for state in states]
+        merged[name] = _mean(terms)
+        _check_sum(merged[name], name, {}, terms)
+    return _complete(finetuned[0], merged)
+
+
+# What is merged
+
+
+def real(value: Tensor) -> bool:
+    """Whether a tensor's entries are numbers that can be added up: floating point or complex."""
+    return value.is_floating_point() or value.is_complex()
+
+
+def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All entries by name."""
+    return dict(checkpoint.state_dict() if isinstance(checkpoint, nn.Module) else checkpoint)
+
+
+def tied_names(checkpoint: Checkpoint) -> list[list[str]]:
+    """The names of a state dict, those of one and the same tensor together."""
+    groups: dict[object, list[str]] = {}
+    for name, value in state_of(checkpoint).items():
+        place = (value.data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        groups.setdefault(place if value.numel() and value.data_ptr() else name, []).append(name)
+    return list(groups.values())
+
+
+def checked(
+    pretrained: Checkpoint, finetuned: Sequence[Checkpoint], look: bool = True
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """What is merged of the pretrained network, by the first name of every tensor, and the checkpoints' entries.
+
+    Args:
+        pretrained: the common starting point.
+        finetuned: its checkpoints.
+        look: look for NaN now; otherwise whoever adds them up does.
+    """
+    whole, frozen = state_of(pretrained), _frozen(pretrained)
+    firsts = [names[0] for names in tied_names(pretrained)]
+    base = {n: whole[n] for n in firsts if real(whole[n]) and n not in frozen and _is_weight(n, pretrained)}
+    if not base:
+        raise ValueError("there is nothing to merge: no trainable floating-point parameter")
+    if not finetuned:
+        raise ValueError("expected at least one finetuned checkpoint, got none")
+    states = [_matched(base, pretrained, state_of(c), i) for i, c in enumerate(finetuned)]
+    for i, state in enumerate(states):
+        changed = [n for n in frozen if n in state and not torch.equal(state[n].to(whole[n]), whole[n])]
+        if changed:
+            raise ValueError(
+                f"checkpoint {i} changed {changed[0]}, which is frozen in the pretrained network and so not merged: unfreeze "
+                "it there, or give the checkpoint its value back"
+            )
+    if look:
+        for name, value in base.items():
+            _check_sum(value, name, {"the pretrained network": value}, [])
+            for state in states:
+                _check_sum(state[name], name, {}, [s[name] for s in states])
+    return base, states
+
+
+def _is_weight(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether an entry is a parameter; running statistics of a bare state dict are told by their names."""
+    if isinstance(checkpoint, nn.Module):
+        return name in dict(checkpoint.named_parameters(remove_duplicate=False))
+    return name.rpartition(".")[2] not in STATISTICS
+
+
+def _frozen(checkpoint: Checkpoint) -> set[str]:
+    """Names of frozen parameters."""
+    if not isinstance(checkpoint, nn.Module):
+        return set()
+    return {n for n, p in checkpoint.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _matched(wanted: State, like: Checkpoint, state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """A checkpoint's entries by the names that are wanted; of tied ones it may hold any one."""
+    whole = state_of(like)
+    found = dict(state)
+    for first, *others in tied_names(like):
+        there = [name for name in (first, *others) if name in state]
+        for name in there[1:]:
+            if not _same(state[name], state[there[0]]):
+                raise ValueError(f"checkpoint {index} holds two values for one tensor, named {there[0]} and {name}")
+        if there and first not in state:
+            found[first] = state[there[0]]
+    missing = [name for name in wanted if name not in found]
+    strange = [name for name in state if name not in whole]
+    if missing or strange:
+        parts = [f"lacks {', '.join(missing[:3])}"] * bool(missing) + [f"adds {', '.join(strange[:3])}"] * bool(strange)
+        raise ValueError(f"checkpoint {index} is not of the same network: it {' and '.join(parts)}")
+    for name, value in wanted.items():
+        if value.shape != found[name].shape:
+            got, expected = list(found[name].shape), list(value.shape)
+            raise ValueError(f"checkpoint {index} has {name} of shape {got}, expected {expected}")
+        if found[name].is_complex() and not value.is_complex():
+            raise ValueError(f"checkpoint {index} has complex values in {name}, expected {value.dtype}")
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one or hold the same, NaN too."""
+    one = a.data_ptr() == b.data_ptr() and a.shape == b.shape
+    return one or torch.equal(a, b) or (a.shape == b.shape and torch.equal(a.nan_to_num(), b.to(a).nan_to_num()))
+
+
+def _complete(base: Checkpoint, merged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict: merged tensors under every name they have, and copies of all others."""
+    whole = state_of(base)
+    state = {}
+    for names in tied_names(base):
+        value = merged[names[0]] if names[0] in merged else whole[names[0]].detach().clone()
+        state |= dict.fromkeys(names, value)
+    return {name: state[name] for name in whole}
+
+
+def coefficients(weights: Weights, tasks: int, tensors: int) -> Tensor:
+    """Coefficients `[T, 1]` or `[T, n_tensors]`."""
+    given = torch.as_tensor(weights, dtype=torch.float64)
+    if given.dim() == 0:
+        given = given.expand(tasks)
+    if given.dim() == 1:
+        given = given[:, None]
+    if tuple(given.shape) not in ((tasks, 1), (tasks, tensors)):
+        raise ValueError(f"expected weights of shape [], [{tasks}] or [{tasks}, {tensors}], got {list(given.shape)}")
+    if not torch.isfinite(given).all():
+        raise ValueError("expected finite weights, got NaN or infinity")
+    return given
+
+
+# Sums
+
+
+def _columns(
+    names: Iterable[str], states: Sequence[State], factors: Tensor
+) -> Iterable[tuple[str, list[Tensor], list[float]]]:
+    for j, name in enumerate(names):
+        yield name, [s[name].detach() for s in states], factors[:, j if factors.shape[1] > 1 else 0].tolist()
+
+
+def _added(
+    base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], *, subtract: bool, mask: Tensor | None = None
+) -> Tensor:
+    """$b + m \\odot \\sum_i \\lambda_i t_i$, or $b + m \\odot \\sum_i \\lambda_i (t_i - b)$, in the base's type."""
+
+    def add(out: Tensor, b: Tensor, parts: Sequence[Tensor]) -> None:
+        change = torch.zeros_like(b)
+        for part, factor in zip(parts, factors, strict=False):
+            change.add_(part.to(b) - b if subtract else part.to(b), alpha=factor)
+        torch.add(b, change if mask is None else change.mul_(parts[-1]), out=out)
+
+    held = [] if mask is None else [mask.to(base).expand_as(base)]
+    return _piecewise(torch.empty_like(base), base, [*terms, *held], add)
+
+
+def _mean(terms: Sequence[Tensor]) -> Tensor:
+    """The mean; of numbers of 16 bits in float32."""
+    first = terms[0]
+    wide = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else first.dtype
+
+    def mean(out: Tensor, b: Tensor, parts: Sequence[Tensor]) -> None:
+        total = torch.add(parts[0].to(wide), parts[1].to(out.device, wide))
+        for part in parts[2:]:
+            total.add_(part.to(out.device, wide))
+        out.copy_(total.div_(len(parts)))
+
+    return _piecewise(torch.empty_like(first), first, terms, mean)
+
+
+def _piecewise(
+    out: Tensor, base: Tensor, terms: Sequence[Tensor], f: Callable[[Tensor, Tensor, Sequence[Tensor]], None]
+) -> Tensor:
+    """Fill `out` piece by piece, so that what is added up stays in the cache and nothing large is held beside it."""
+    every = (out, base, *terms)
+    if out.numel() <= CHUNK or out.device.type != "cpu" or not all(t.is_contiguous() for t in every):
+        f(out, base, terms)
+        return out
+    for pieces in zip(*(t.view(-1).split(CHUNK) for t in every), strict=True):
+        f(pieces[0], pieces[1], pieces[2:])
+    return out
+
+
+def _finite(value: Tensor) -> bool:
+    # One pass: NaN and infinity survive a sum. A sum of finite numbers may overflow, so that doubt is settled exactly.
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def _check_sum(total: Tensor, name: str, named: Mapping[str, Tensor], terms: Sequence[Tensor]) -> None:
+    """Look for NaN in a sum, and if there is some, say where it came from."""
+    if _finite(total):
+        return
+    for source, value in {**named, **{f"checkpoint {i}": term for i, term in enumerate(terms)}}.items():
+        if not _finite(value):
+            raise ValueError(f"{source} holds NaN or infinity in {name}")
+    if named or terms:
+        raise ValueError(f"the sum of {name} is too large for {total.dtype}")
