@@ -1,0 +1,272 @@
+"""Measures multitasking Hopfield networks: simulation against theory in each regime, and learning by both protocols.
+
+Longer than others because every regime has an experiment of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from torchfolio.runs import Results, Run, plots, threads
+from torchfolio.theory.multitasking_hopfield import (
+    MultitaskingHopfield,
+    PhaseDiagram,
+    energy_from_losses,
+    example_set,
+    fill_blanks,
+    learning_curve,
+    mean_field,
+    phase_diagram,
+    sparse_patterns,
+    sse_losses,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the simulations.
+
+    Attributes:
+        N: number of spins.
+        K: numbers of patterns.
+        d: dilutions without noise.
+        samples: sets of patterns.
+        replicas: states relaxed in each.
+        sweeps: sweeps without noise.
+        noisy_sweeps: sweeps with noise, of which the second half is averaged.
+        parallel_N: number of spins at strong dilution.
+        parallel_samples: sets of patterns there.
+        learning_N: number of spins where examples are learned.
+        learning_d: dilution there.
+        r: quality of the examples.
+        M: numbers of examples, odd.
+        grid: points along each side of the phase diagram.
+    """
+
+    N: int = 2000
+    K: tuple[int, ...] = (3, 5)
+    d: tuple[float, ...] = (0.25, 0.5, 0.8, 0.9)
+    samples: int = 3
+    replicas: int = 20
+    sweeps: int = 15
+    noisy_sweeps: int = 100
+    parallel_N: int = 5000
+    parallel_samples: int = 5
+    learning_N: int = 1500
+    learning_d: float = 0.3
+    r: float = 0.3
+    M: tuple[int, ...] = (5, 11, 21, 41, 81)
+    grid: int = 12
+
+
+SCALES = {
+    "smoke": Settings(
+        N=300,
+        samples=2,
+        replicas=4,
+        sweeps=6,
+        noisy_sweeps=10,
+        parallel_N=500,
+        parallel_samples=2,
+        learning_N=200,
+        grid=4,
+    ),
+    "quick": Settings(),
+    "full": Settings(
+        N=10_000,
+        K=(3, 5, 8),
+        samples=20,
+        noisy_sweeps=400,
+        parallel_N=20_000,
+        parallel_samples=20,
+        learning_N=5000,
+        grid=24,
+    ),
+}
+
+
+def run(run: Run[Settings]) -> None:
+    """Everything on one thread: the matrices are small."""
+    with threads(1):
+        run.values("loss_identity", **run.arm("identity", _identity, run.seed))
+        _stored(run)
+        _noisy(run)
+        _learned(run)
+        run.values("negative_control", **run.arm("dense", _dense, run.settings, run.seed, run.device))
+        run.arm("phase", _phase, run.settings)
+
+
+def _identity(seed: int) -> dict[str, float]:
+    patterns = sparse_patterns(200, 4, 0.3, samples=10, seed=seed)
+    states = fill_blanks(torch.zeros(10, 200).double(), 10, seed=seed)
+    energy = MultitaskingHopfield(normalize=False).fit(patterns).energy(states, diagonal=True) / 200
+    blanks = (patterns == 0).double().mean(-1)[:, None]
+    return {"largest": float((energy - energy_from_losses(*sse_losses(states, patterns), blanks)).abs().max())}
+
+
+def _relaxed(
+    network: MultitaskingHopfield, patterns: Tensor, settings: Settings, seed: int, T: float = 0.0
+) -> dict[str, Tensor]:
+    """Overlaps with all patterns in recall from the first one: as they are, and in descending order in each replica."""
+    sweeps = settings.noisy_sweeps if T else settings.sweeps
+    starts = fill_blanks(patterns[:, 0], settings.replicas, seed=seed)
+    relaxation = network.relax(starts, sweeps, temperature=T, seed=seed, patterns=patterns)
+    last = sweeps // 2 if T else 1
+    thermal = relaxation.magnetisations[-last:].abs().mean((0, -2))
+    return {"thermal": thermal, "ordered": relaxation.amplitudes(last).mean(0)}
+
+
+def _patterns(run: Run[Settings], N: int, K: int, d: float, samples: int) -> Tensor:
+    return sparse_patterns(N, K, d, samples, seed=run.seed).to(run.device)
+
+
+def _simulate(run: Run[Settings], N: int, K: int, d: float, samples: int, T: float = 0.0) -> dict[str, Any]:
+    patterns = _patterns(run, N, K, d, samples)
+    theory = mean_field(K, d, T).best
+    recalled = _relaxed(MultitaskingHopfield().fit(patterns), patterns, run.settings, run.seed, T)
+    return {**recalled, "theory": theory.amplitudes, "regime": theory.regime}
+
+
+def _stored(run: Run[Settings]) -> None:
+    """Without noise, from mild to strong dilution."""
+    settings, values = run.settings, {}
+    for K in settings.K:
+        for d in settings.d:
+            m = run.arm(f"stored K={K} d={d:g}", _simulate, run, settings.N, K, d, settings.samples)["ordered"]
+            if K == 3 and d <= 0.5:
+                values |= {f"m{k + 1}_d{100 * d:.0f}": float(m[k]) for k in range(3)}
+                values["slope"] = float(np.polyfit(range(3), np.log(np.asarray(m)), 1)[0])  # of d = 0.5, the last
+    run.values("hierarchical", **values)
+
+
+def _noisy(run: Run[Settings]) -> None:
+    settings = run.settings
+    size = settings.parallel_N, 3
+    strong = run.arm("parallel", _simulate, run, *size, 0.9, settings.parallel_samples, 0.2)["thermal"]
+    mild = run.arm("mild", _simulate, run, *size, 0.4, settings.parallel_samples, 0.05)["ordered"]
+    least, largest = np.min(np.asarray(strong), -1), np.max(np.asarray(strong), -1)
+    run.values("parallel", ratio=np.mean(least / largest), largest=largest.mean(), ratio_mild=mild[2] / mild[0])
+    hot = run.arm("hot", _simulate, run, settings.N, 3, 0.3, settings.samples, 1.2)["thermal"]
+    run.values("noise", largest=np.max(np.asarray(hot)), bound=4 / settings.N**0.5)
+
+
+def _learned(run: Run[Settings]) -> None:
+    settings = run.settings
+    curves = {rule: run.arm(rule, _learn, run, rule) for rule in ("supervised", "unsupervised")}
+    theory = run.arm("theory", _theory, settings)
+    run.arm("unbalanced", _unbalanced, run)
+    values = {f"{name}_{M}": curve["m1"][k] for name, curve in curves.items() for k, M in enumerate(settings.M)}
+    values |= {f"theory_{M}": m1 for M, m1 in zip(settings.M, theory["m1"], strict=True)}
+    target = 0.8 * (1 - settings.learning_d)
+    for name, curve in curves.items():
+        rising = np.maximum.accumulate(curve["m1"])
+        values[f"needed_{name}"] = float(np.exp(np.interp(target, rising, np.log(settings.M))))
+    run.values("protocols", **values)
+
+
+def _learn(run: Run[Settings], rule: Any) -> dict[str, Any]:
+    settings = run.settings
+    patterns = _patterns(run, settings.learning_N, 3, settings.learning_d, settings.samples)
+    rows = []
+    for M in settings.M:
+        examples, labels = example_set(patterns, settings.r, M, seed=run.seed)
+        data = (examples, labels) if rule == "supervised" else (examples,)
+        network = MultitaskingHopfield(rule).fit(*data, quality=settings.r, n_patterns=3)
+        rows.append(_relaxed(network, patterns, settings, run.seed)["ordered"])
+    m = torch.stack(rows)
+    return {"m": m, "m1": m[:, 0]}
+
+
+def _theory(settings: Settings) -> dict[str, Any]:
+    m = learning_curve(3, settings.learning_d, settings.r, settings.M)
+    return {"m": m, "m1": m[:, 0]}
+
+
+def _unbalanced(run: Run[Settings]) -> dict[str, Any]:
+    """Patterns of different quality and number of examples, with a teacher, next to theory."""
+    settings, r, M = run.settings, (0.3, 0.5, 0.4), (81, 11, 11)
+    patterns = _patterns(run, settings.learning_N, 3, settings.learning_d, settings.samples)
+    network = MultitaskingHopfield("supervised").fit(*example_set(patterns, r, M, seed=run.seed), quality=r)
+    recalled = _relaxed(network, patterns, settings, run.seed)
+    return {**recalled, "theory": learning_curve(3, settings.learning_d, r, [M])[0]}
+
+
+def _dense(settings: Settings, seed: int, device: torch.device) -> dict[str, float]:
+    """An ordinary Hopfield network, from one pattern and from an equal mixture of two."""
+    patterns = sparse_patterns(settings.N, 3, 0.0, settings.samples, seed=seed).to(device)
+    network = MultitaskingHopfield().fit(patterns)
+    m = _relaxed(network, patterns, settings, seed)["thermal"].mean(0)
+    mixture = fill_blanks((patterns[:, 0] + patterns[:, 1]).sign(), settings.replicas, seed=seed)
+    mixed = network.relax(mixture, settings.sweeps, seed=seed).magnetisations[-1].abs()[..., :2]
+    return {"first": float(m[0]), "others": float(m[1:].max()), "both": float(mixed.min(-1).values.max())}
+
+
+def _phase(settings: Settings) -> dict[str, Any]:
+    d, T = np.linspace(0.05, 0.95, settings.grid), np.linspace(0.02, 1.12, settings.grid)
+    diagram = phase_diagram(3, d.tolist(), T.tolist())
+    return {"amplitudes": diagram.amplitudes, "regimes": [list(row) for row in diagram.regimes]}
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Amplitudes and learning curves over theory, and the phase diagram."""
+    s: Settings = results.settings
+    d, T = (tuple(np.linspace(*ends, s.grid).tolist()) for ends in ((0.05, 0.95), (0.02, 1.12)))
+    amplitudes = torch.as_tensor(np.asarray(results.arms[0]["phase"]["amplitudes"]))
+    regimes = tuple(map(tuple, results.arms[0]["phase"]["regimes"]))
+    phases = PhaseDiagram(3, d, T, amplitudes, regimes).plot()
+    curves = {name: (name, "m1") for name in ("theory", "supervised", "unsupervised")}
+    learning = plots.curves(
+        results, curves, x=s.M, xlabel="examples of each pattern", ylabel="overlap $m_1$", logx=True
+    )
+    return {"amplitudes": _amplitudes(results), "learning": learning, "phase diagram": phases}
+
+
+def _amplitudes(results: Results) -> Figure:
+    s: Settings = results.settings
+    fig, axes = plt.subplots(1, len(s.K), figsize=(4.5 * len(s.K), 3.8), layout="constrained", squeeze=False)
+    for ax, K in zip(axes[0], s.K, strict=True):
+        for k, d in enumerate(s.d):
+            arm, index = f"stored K={K} d={d:g}", np.arange(1, K + 1)
+            ax.semilogy(index, results.values(arm, "theory")[0], c=f"C{k}", lw=1, label=f"d = {d:g}")
+            ax.plot(index, results.values(arm, "ordered").T, "o", c=f"C{k}", ms=4)
+        ax.set(
+            xlabel="pattern μ", ylabel="overlap $|m_\\mu|$", title=f"K = {K}: theory (lines), simulation", xticks=index
+        )
+        ax.legend(fontsize=8)
+    return fig
+
+
+def peers(bench: Any) -> None:
+    """20 replicas of 2,000 spins through 10 sweeps: against dense NumPy networks, one state at a time and all at once."""
+    patterns = sparse_patterns(2000, 3, 0.25)
+    network, starts = MultitaskingHopfield().fit(patterns), fill_blanks(patterns[0], 20)
+    J, S = network.couplings().numpy(), starts.numpy()
+
+    def one_by_one() -> None:
+        for state in S.copy():
+            for _ in range(10):
+                for i in np.random.permutation(len(state)):  # noqa: NPY002
+                    h = J[i] @ state
+                    if h:
+                        state[i] = 1.0 if h > 0 else -1.0
+
+    def all_at_once() -> None:
+        states = np.ascontiguousarray(S.T)
+        for _ in range(10):
+            for i in np.random.permutation(len(states)):  # noqa: NPY002
+                h = J[i] @ states
+                states[i] = np.where(h == 0, states[i], np.sign(h))
+
+    bench.compare(
+        "20 replicas of 2,000 spins, 10 sweeps",
+        ours=lambda: network.relax(starts, 10, record_every=10),
+        numpy_one_by_one=one_by_one,
+        numpy_all_at_once=all_at_once,
+    )
