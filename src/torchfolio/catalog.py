@@ -270,7 +270,7 @@ def read(path: Path) -> Paper:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CatalogError(f"{path.name}: not valid TOML: {error}") from error
     _check(path.name, "", table, _FIELDS)
     _check_values(path, table)

@@ -240,7 +240,7 @@ BIG = np.float32([[1, np.inf, 1], [1, 1, 1]]).T
         ([("Transpose", ["w"], "v", {"perm": [0, 0]}), ("MatMul", ["X", "v"], "Y", {})], {"w": W}, [1, 3], "does not fit"),
         ([("Add", ["a", "b"], "c", {}), ("Add", ["X", "c"], "Y", {})],
          {"a": np.ones((2**14, 1), np.float32), "b": np.ones((1, 2**14), np.float32)}, [1, 3], "more than"),
-        ([("Conv", ["X", "w"], "Y", {"pads": [2**20] * 4})], {"w": np.ones((1, 1, 2, 2), np.float32)}, [1, 1, 4, 4], "at most"),
+        ([("Conv", ["X", "w"], "Y", {"pads": [2**20] * 4})], {"w": np.ones((1, 1, 2, 2), np.float32)}, [1, 1, 4, 4], "expected 1 to"),
         ([("Conv", ["X", "w"], "Y", {"group": 0})], {"w": np.ones((1, 1, 2, 2), np.float32)}, [1, 1, 4, 4], "group 0"),
         ([("AveragePool", ["X"], "Y", {})], {}, [1, 1, 4, 4], "expected kernel_shape"),
         ([("Relu", ["X"], "Y", {})], {}, [1, 2**40], "more than"),

@@ -405,11 +405,11 @@ def _images(inputs: Path, manifest: Manifest) -> tuple[list[str], Tensor]:
     import torch
     from torch.utils.data import TensorDataset
 
-    from torchfolio.data.images import SUFFIXES, decode
+    from torchfolio.data.images import SUFFIXES, decode, visible
 
     if not inputs.exists():
         raise FileNotFoundError(f"there is no file or folder {inputs}")
-    paths = sorted(p for p in inputs.rglob("*") if p.suffix.lower() in SUFFIXES) if inputs.is_dir() else [inputs]
+    paths = visible(inputs, SUFFIXES) if inputs.is_dir() else [inputs]
     if not paths:
         raise TorchfolioError(f"{inputs} holds no images")
     if len(manifest.input_shape) != 3:

@@ -14,11 +14,13 @@ import torch
 
 from torchfolio.data import embedded
 from torchfolio.data.cache import cached, content_key
-from torchfolio.data.images import decode, list_folder, read_parquet
+from torchfolio.data.images import class_labels, decode, list_folder, read_parquet, visible
 from torchfolio.data.splits import Raw
 from torchfolio.errors import TorchfolioError
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "mnist": "ylecun/mnist"}
+DECODER = 2
+"""Number of the way in which images are decoded: arrays kept from another way are made anew."""
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
@@ -44,6 +46,8 @@ def find(name: str, root: str | Path | None = None, image_size: int | None = Non
     Raises:
         DataNotFound: if it is nowhere.
     """
+    if not name.removeprefix("folder:").strip():
+        raise DataNotFound(f"expected the name of a data set, got {name!r}; embedded are {', '.join(embedded_names())}")
     if name in embedded_names():
         return getattr(embedded, name)()
     if name.startswith("hf:"):
@@ -78,9 +82,9 @@ def from_folder(folder: Path, name: str, image_size: int | None = None) -> Raw:
     Raises:
         DataNotFound: if it holds neither.
     """
-    parquet = sorted(folder.rglob("*.parquet"))
+    parquet = visible(folder, {".parquet"})
     if parquet:
-        return _from_parquet(parquet, name)
+        return _from_parquet(parquet, name, image_size)
     parts = {SPLITS[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLITS}
     if "train" in parts:
         names_key = _names_key(parts["train"])
@@ -89,11 +93,11 @@ def from_folder(folder: Path, name: str, image_size: int | None = None) -> Raw:
         odd = next((key for key, classes in names.items() if classes != names["train"]), None)
         if odd is not None:
             raise ValueError(f"{folder} has the classes {names['train']} in train and {names[odd]} in {odd}")
-        return _raw(name, read, names_key)
+        return _raw(name, read, names_key, image_size)
     if not any(p.is_dir() for p in folder.iterdir()):
         raise DataNotFound(f"{folder} holds neither Parquet files nor class folders of images")
     names_key = _names_key(folder)
-    return _raw(name, {"train": _read_images(folder, image_size)}, names_key)
+    return _raw(name, {"train": _read_images(folder, image_size)}, names_key, image_size)
 
 
 def _names_key(folder: Path) -> str:
@@ -104,41 +108,94 @@ def _names_key(folder: Path) -> str:
 
 def _read_images(folder: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     paths, labels, classes = list_folder(folder)
-    extra = f"folder {image_size} " + " ".join(f"{p.parent.name}/{p.name}" for p in paths)
+    extra = f"{DECODER} folder {image_size} " + " ".join(f"{p.parent.name}/{p.name}" for p in paths)
     return cached(
         content_key(paths, extra),
         lambda: (decode(paths, [str(p) for p in paths], image_size), np.asarray(labels), classes),
     )
 
 
-def _from_parquet(paths: list[Path], name: str) -> Raw:
+Part = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # inputs, labels, names of classes where there are any
+
+
+def _from_parquet(paths: list[Path], name: str, image_size: int | None) -> Raw:
     """Files are of the split that their name, or their folder's, begins with."""
-    read: dict[str, list[Any]] = {}
+    read: dict[str, dict[str, Part]] = {}
     for path in paths:
         stem = path.stem.split("-")[0]
         key = SPLITS.get(stem) or SPLITS.get(path.parent.name) or "train"
-        read.setdefault(key, []).append(cached(content_key([path], "parquet"), lambda path=path: read_parquet(path)))
-    return _raw(name, {key: _joined(parts) for key, parts in read.items()})
+        part = cached(content_key([path], f"{DECODER} parquet"), lambda path=path: read_parquet(path))
+        read.setdefault(key, {})[str(path)] = part
+    return _raw(name, {key: _joined(parts) for key, parts in read.items()}, image_size=image_size)
 
 
-def _joined(parts: list[Any]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _joined(parts: dict[str, Part]) -> Part:
+    """Files of one split as one."""
     if len(parts) == 1:
-        return parts[0]
-    classes = max((p[2] for p in parts), key=len)
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), classes
+        return next(iter(parts.values()))
+    agreed, classes = _agreeing(parts)
+    _same_size(agreed)
+    return np.concatenate([x for x, _ in agreed.values()]), np.concatenate([y for _, y in agreed.values()]), classes
+
+
+def _agreeing(parts: dict[str, Part]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
+    """Parts with the same channels, grey ones as colour where others have it, and labels of the same classes."""
+    channels = {x.shape[1] for x, _, _ in parts.values() if x.ndim == 4}
+    classes = max((names for _, _, names in parts.values()), key=len)
+    if not all(names == classes[: len(names)] for _, _, names in parts.values()):
+        first = next(names for _, _, names in parts.values() if names)
+        classes = (*first, *sorted({n for _, _, names in parts.values() for n in names} - set(first)))
+    if any(not names for _, _, names in parts.values()) and classes:
+        bare = next(where for where, (_, _, names) in parts.items() if not names)
+        if any(names for _, _, names in parts.values()) and int(parts[bare][1].max()) >= len(classes):
+            raise ValueError(f"{bare} has the label {int(parts[bare][1].max())}, expected 0 to {len(classes) - 1}")
+    agreed = {}
+    for where, (x, y, names) in parts.items():
+        if channels == {1, 3} and x.shape[1] == 1:
+            x = np.repeat(x, 3, axis=1)
+        if names and names != classes[: len(names)]:
+            y = np.asarray([classes.index(n) for n in names])[y]
+        agreed[where] = x, y
+    return agreed, classes
+
+
+def _same_size(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """That inputs of all parts have one shape."""
+    first, (x, _) = next(iter(parts.items()))
+    for where, (other, _) in parts.items():
+        if other.shape[1:] != x.shape[1:]:
+            kind = "images" if x.ndim == 4 else "inputs"
+            raise ValueError(
+                f"expected {kind} of one shape, got {tuple(x.shape[1:])} in {first} and {tuple(other.shape[1:])} in {where}"
+                + ("; pass image_size" if x.ndim == 4 else "")
+            )
 
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _raw(name: str, read: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]], key: str = "") -> Raw:
+def _raw(name: str, read: dict[str, Part], key: str = "", image_size: int | None = None) -> Raw:
     if "train" not in read:
         raise ValueError(f"{name} has the splits {', '.join(read)}, expected train among them")
-    classes = max((part[2] for part in read.values()), key=len)
+    agreed, classes = _agreeing({key: read[key] for key in ("train", "val", "test") if key in read})
+    if image_size is None:
+        _same_size(agreed)
+    if not classes:
+        classes = _numbered(name, np.unique(np.concatenate([y for _, y in agreed.values()])))
     if name == "cifar10" and classes == tuple(map(str, range(10))):
         classes = CIFAR10  # files without the features' names keep the usual order
-    parts = {k: (_tensor(x), torch.from_numpy(np.array(y, dtype=np.int64))) for k, (x, y, _) in read.items()}
+    parts = {k: (_tensor(x), torch.from_numpy(np.array(y, dtype=np.int64))) for k, (x, y) in agreed.items()}
     return Raw(name, parts["train"], parts.get("test"), parts.get("val"), classes, key)
+
+
+def _numbered(name: str, labels: np.ndarray) -> tuple[str, ...]:
+    """Names for labels that are numbers alone, which must be 0, 1, 2, …"""
+    if not np.array_equal(labels, np.arange(len(labels))):
+        some = ", ".join(map(str, labels[:5])) + (", …" if len(labels) > 5 else "")
+        raise ValueError(
+            f"{name} has the labels {some}, expected 0 to {len(labels) - 1} without gaps, or names of classes"
+        )
+    return tuple(map(str, labels))
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:
@@ -179,9 +236,8 @@ def _from_dataset(part: Any, repository: str) -> tuple[np.ndarray, np.ndarray, t
     label = next((n for n in ("label", "labels", "fine_label", "target") if n in features), None)
     if label is None:
         raise ValueError(f"{repository} has the columns {', '.join(features)}, expected one named label")
-    labels = np.asarray(part[label], dtype=np.int64)
-    names = getattr(features[label], "names", None)
-    classes = tuple(names) if names else tuple(str(k) for k in range(int(labels.max()) + 1))
+    labels, classes = class_labels(part[label], f"the column {label} of {repository}")
+    classes = tuple(getattr(features[label], "names", None) or classes)
     image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
     if image is not None:
         raw = part.cast_column(image, datasets.Image(decode=False))[image]

@@ -130,7 +130,7 @@ class _Reader:
         self.shape = tuple(d for d in dims[1:] if d is not None)
         if math.prod(self.shape) > LARGEST:
             raise FormatError(f"{path}: an input has {math.prod(self.shape)} values, more than {LARGEST}")
-        self.x = torch.zeros(1, *self.shape, device="meta")  # runs along, for the shapes
+        self.sizes: tuple[int, ...] = (1, *self.shape)  # of the values behind the last layer
 
     def _refuse(self, text: str) -> FormatError:
         return FormatError(f"{self.path}: {self.place}: {text}")
@@ -310,22 +310,40 @@ class _Reader:
         except FormatError:
             raise
         except (ValueError, RuntimeError, TypeError, IndexError, KeyError, OverflowError) as error:
-            raise self._refuse(f"does not fit inputs of {tuple(self.x.shape)}: {_first(error)}") from None
+            raise self._refuse(f"does not fit inputs of {self.sizes}: {_first(error)}") from None
 
     def _append(self, layer: nn.Module) -> None:
         """Take a layer, and follow the shapes."""
         broken = [n for n, t in layer.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
         if broken:
             raise self._refuse(f"its {broken[0]} is NaN or infinity in {str(self.dtype)[6:]}")
-        try:
-            with torch.no_grad():
-                shape = copy.deepcopy(layer).to(self.x.device).eval()(self.x)
-        except (RuntimeError, ValueError, IndexError, OverflowError) as error:
-            raise self._refuse(f"does not fit inputs of {tuple(self.x.shape)}: {_first(error)}") from None
-        if len(shape) != 1 or not 0 < shape.numel() <= LARGEST:
-            raise self._refuse(f"expected the batch axis and at most {LARGEST} values, got {tuple(shape.shape)}")
-        self.x = torch.zeros(shape.shape, device="meta")
+        # By arithmetic: a layer that is too large is never run.
+        shape = self._after(layer)
+        if min(shape) < 1 or math.prod(shape) > LARGEST:
+            raise self._refuse(f"expected 1 to {LARGEST} values of inputs {self.sizes}, got {shape}")
+        self.sizes = shape
         self.layers.append(layer.to(self.dtype))
+
+    def _after(self, layer: nn.Module) -> tuple[int, ...]:
+        """The shape of one input behind a layer."""
+        if isinstance(layer, nn.Flatten):
+            return (1, math.prod(self.sizes))
+        if isinstance(layer, ElementwiseAffine):
+            return tuple(torch.broadcast_shapes(self.sizes, layer.scale.shape, layer.shift.shape))
+        if isinstance(layer, nn.Linear):
+            if layer.in_features != self.sizes[-1]:
+                raise self._refuse(f"a matrix for {layer.in_features} values does not fit inputs of {self.sizes}")
+            return (*self.sizes[:-1], layer.out_features)
+        if not isinstance(layer, nn.Conv2d | nn.AvgPool2d):
+            return self.sizes
+        kernel, stride, padding = (_pair(v) for v in (layer.kernel_size, layer.stride, layer.padding))
+        dilation = _pair(layer.dilation) if isinstance(layer, nn.Conv2d) else [1, 1]
+        channels = layer.out_channels if isinstance(layer, nn.Conv2d) else self.sizes[1]
+        sides = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(self.sizes[2:], kernel, stride, padding, dilation, strict=True)
+        ]
+        return (1, channels, *sides)
 
     def _one(self) -> Tensor:
         return torch.ones((), dtype=self.dtype)
@@ -345,7 +363,7 @@ class _Reader:
         constant = self._tensor(given[1 - place], "another input")
         shape = self._broadcast(constant)
         last = self.layers[-1] if self.layers else None
-        width = self.x.shape[-1]
+        width = self.sizes[-1]
         if (
             kind == "Add" and isinstance(last, nn.Linear) and last.bias is None
             and constant.numel() == width == (constant.shape[-1] if constant.dim() else 1)
@@ -362,19 +380,19 @@ class _Reader:
             ("Div", 0): (1 / constant, none),
         }  # fmt: skip
         scale, shift = forms[kind, place]
-        if shape != self.x.shape:
+        if shape != self.sizes:
             # The values themselves are repeated; bounds see that by the scale.
             scale = scale.expand(shape).clone()
         return ElementwiseAffine(scale, shift)
 
     def _broadcast(self, constant: Tensor) -> torch.Size:
         """The shape with a constant, which must leave the batch axis alone."""
-        text = f"a constant of {tuple(constant.shape)} over inputs of {tuple(self.x.shape)}"
+        text = f"a constant of {tuple(constant.shape)} over inputs of {self.sizes}"
         try:
-            shape = torch.broadcast_shapes(self.x.shape, constant.shape)
+            shape = torch.broadcast_shapes(self.sizes, constant.shape)
         except RuntimeError:
             raise self._refuse(f"{text} does not fit") from None
-        if len(shape) != self.x.dim() or shape[0] != 1:
+        if len(shape) != len(self.sizes) or shape[0] != 1:
             raise self._refuse(f"{text} changes the batch axis")
         if shape.numel() > LARGEST:
             raise self._refuse(f"{text} makes more than {LARGEST} values")
@@ -385,8 +403,8 @@ class _Reader:
         if len(given) not in ((2, 3) if gemm else (2,)):
             raise self._refuse(f"expected two inputs, got {len(given)}")
         weight = self._tensor(given[1], "a matrix")
-        if weight.dim() != 2 or (gemm and self.x.dim() != 2):
-            raise self._refuse(f"expected a matrix, got {tuple(weight.shape)} for inputs of {tuple(self.x.shape)}")
+        if weight.dim() != 2 or (gemm and len(self.sizes) != 2):
+            raise self._refuse(f"expected a matrix, got {tuple(weight.shape)} for inputs of {self.sizes}")
         weight = float(attributes.get("alpha", 1.0)) * (weight if attributes.get("transB", 0) else weight.T)
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=self.dtype)
         layer.weight = nn.Parameter(weight.clone())
@@ -399,13 +417,13 @@ class _Reader:
 
     def _flatten(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> nn.Module:
         if "Reshape" not in self.place:
-            if attributes.get("axis", 1) not in (1, 1 - self.x.dim()):
+            if attributes.get("axis", 1) not in (1, 1 - len(self.sizes)):
                 raise self._refuse(f"axis {attributes['axis']} is not known")
             return nn.Flatten()
-        target, size = self._integers(given), self.x[0].numel()
+        target, size = self._integers(given), math.prod(self.sizes)
         zero = [] if attributes.get("allowzero", 0) else [0]
         if len(target) != 2 or target[0] not in (1, -1, *zero) or target[1] not in (-1, size) or target == [-1, -1]:
-            raise self._refuse(f"expected to flatten each input of {tuple(self.x.shape)}, got {target}")
+            raise self._refuse(f"expected to flatten each input of {self.sizes}, got {target}")
         return nn.Flatten()
 
     def _dropout(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> nn.Module:
@@ -424,17 +442,17 @@ class _Reader:
     def _conv(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> nn.Module:
         weight = self._tensor(given[1] if len(given) in (2, 3) else None, "a kernel")
         bias = self._tensor(given[2], "a bias") if len(given) > 2 and given[2] is not None else None
-        if weight.dim() != 4 or self.x.dim() != 4:
-            raise self._refuse(f"expected two spatial axes, got {tuple(weight.shape)} over {tuple(self.x.shape)}")
+        if weight.dim() != 4 or len(self.sizes) != 4:
+            raise self._refuse(f"expected two spatial axes, got {tuple(weight.shape)} over {self.sizes}")
         size = (weight.shape[2], weight.shape[3])
         groups = attributes.get("group", 1)
         if (
             tuple(attributes.get("kernel_shape", size)) != size
             or groups < 1
-            or weight.shape[1] * groups != self.x.shape[1]
+            or weight.shape[1] * groups != self.sizes[1]
         ):
             raise self._refuse(
-                f"expected a kernel for {self.x.shape[1]} channels, got {tuple(weight.shape)}, group {groups}"
+                f"expected a kernel for {self.sizes[1]} channels, got {tuple(weight.shape)}, group {groups}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise self._refuse(f"expected a bias of {len(weight)}, got {tuple(bias.shape)}")
@@ -448,14 +466,17 @@ class _Reader:
         return layer
 
     def _pool(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> nn.Module:
-        if self.x.dim() != 4 or len(given) != 1:
-            raise self._refuse(f"expected two spatial axes, got inputs of {tuple(self.x.shape)}")
+        if len(self.sizes) != 4 or len(given) != 1:
+            raise self._refuse(f"expected two spatial axes, got inputs of {self.sizes}")
         if "kernel_shape" not in attributes:
             raise self._refuse("expected kernel_shape")
         if any(d != 1 for d in attributes.get("dilations", ())):
             raise self._refuse(f"dilations {attributes['dilations']} is not known")
+        kernel, padding = self._pair(attributes, "kernel_shape"), self._padding(attributes)
+        if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+            raise self._refuse(f"expected padding of at most half the kernel {kernel}, got {padding}")
         return nn.AvgPool2d(
-            self._pair(attributes, "kernel_shape"), self._pair(attributes, "strides"), self._padding(attributes),
+            kernel, self._pair(attributes, "strides"), padding,
             count_include_pad=bool(attributes.get("count_include_pad", 0)),
         )  # fmt: skip
 
@@ -477,11 +498,11 @@ class _Reader:
         if len(given) != 5:
             raise self._refuse(f"expected five inputs, got {len(given)}")
         scale, bias, mean, var = (self._tensor(t, "statistics") for t in given[1:])
-        channels = (self.x.shape[1],)
+        channels = (self.sizes[1],)
         if not all(t.shape == channels for t in (scale, bias, mean, var)):
             raise self._refuse(f"expected statistics of {channels[0]} channels, got {tuple(scale.shape)}")
         factor = scale * torch.rsqrt(var + attributes.get("epsilon", float(np.float32(1e-5))))
-        wide = (1, -1, *[1] * (self.x.dim() - 2))
+        wide = (1, -1, *[1] * (len(self.sizes) - 2))
         return ElementwiseAffine(factor.view(wide), (bias - mean * factor).view(wide))
 
 

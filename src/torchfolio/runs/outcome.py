@@ -78,7 +78,7 @@ class Outcome:
         try:
             body = json.loads((folder / "outcome.json").read_text())
             outcome = cls(**body)
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder / 'outcome.json'} is not an outcome: {error}") from error
         if outcome.format != FORMAT:
             raise ValueError(f"{folder / 'outcome.json'} has format {outcome.format!r}, expected {FORMAT}")
