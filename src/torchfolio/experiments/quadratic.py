@@ -1,0 +1,200 @@
+"""Measures quadratic networks beside ordinary ones of the same structure, with and without ReLinear."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from torchfolio.data import DataSplits
+from torchfolio.engine import NonFiniteLoss
+from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.layers.quadratic import (
+    QuadraticConv2d,
+    QuadraticLinear,
+    functional_dimension,
+    quadratic_strength,
+    relinear_param_groups,
+    to_quadratic,
+)
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+from torchfolio.runs.tasks import SMOKE, Task, load, train
+
+
+@dataclass(frozen=True)
+class Settings(Task):
+    """The common task on a small conv net, and ReLinear's knob.
+
+    Attributes:
+        widths: channels of the convolutions, which stride 1, 2, 1, 2.
+        lr_norm: learning rate with batch normalisation; `lr` is that without.
+        gamma: factor of the quadratic terms' rate.
+        sweep: factors of the transition.
+    """
+
+    train_size: int | None = 4000
+    test_size: int | None = 1000
+    epochs: int = 5
+    batch_size: int = 64
+    weight_decay: float = 1e-4
+    lr: float = 0.03
+    lr_norm: float = 0.1
+    widths: tuple[int, ...] = (12, 24, 24, 48)
+    gamma: float = 0.1
+    sweep: tuple[float, ...] = (0.0, 0.01, 0.1)
+
+
+SCALES = {
+    "smoke": Settings(**SMOKE, epochs=1, widths=(4, 8)),
+    "quick": Settings(),
+    "full": Settings(train_size=None, test_size=None, image_size=None, epochs=30, crop=4, widths=(32, 64, 64, 128)),
+}
+
+# Widths, and the dimensions with squared activation and with quadratic neurons.
+VARIETIES = (
+    ((2, 1, 1), 4, 6),
+    ((2, 2, 1), 6, 6),
+    ((3, 2, 1), 8, 10),
+    ((2, 2, 2, 1), 10, 12),
+    ((3, 3, 2, 1), 17, 28),
+)
+
+
+def network(run: Run[Settings], data: DataSplits, *, norm: bool, init: str = "ordinary") -> nn.Sequential:
+    """The conv net; its convolutions are ordinary, or quadratic with the initialisation `init`."""
+    torch.manual_seed(run.seed)
+    layers: list[nn.Module] = []
+    for k, (channels, width) in enumerate(pairwise((data.shape[0], *run.settings.widths))):
+        layers.append(nn.Conv2d(channels, width, 3, stride=1 + k % 2, padding=1))
+        layers += [nn.BatchNorm2d(width)] if norm else []
+        layers.append(nn.ReLU())
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(run.settings.widths[-1], 10))
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):  # as the authors draw them
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
+    if init != "ordinary":
+        to_quadratic(net, where=lambda name, layer: isinstance(layer, nn.Conv2d))
+        for layer in net.modules():
+            if isinstance(layer, QuadraticConv2d) and init == "random":
+                layer.init = init
+                layer.reset_parameters()
+    return net
+
+
+def trained(
+    run: Run[Settings], data: DataSplits, *, norm: bool, init: str = "ordinary", gamma: float = 1.0
+) -> dict[str, object]:
+    """Train one network: accuracy in percent, and the strength of its quadratic parts; chance where it diverged."""
+    settings = run.settings
+    net = network(run, data, norm=norm, init=init)
+    lr = settings.lr_norm if norm else settings.lr
+    optimizer = sgd(lr, weight_decay=settings.weight_decay)
+    own: Any = net.parameters() if init == "ordinary" else relinear_param_groups(
+        net, lr, gamma=gamma, weight_decay=settings.weight_decay
+    )  # fmt: skip
+    try:
+        result = train(
+            settings, data, net, seed=run.seed, device=run.device, optimizer=optimizer(own), scheduler=cosine(),
+            augment=None,
+        )  # fmt: skip
+    except NonFiniteLoss:
+        return {"accuracy": 100 / data.num_classes, "finite": 0.0, "strength": math.nan}
+    outcome: dict[str, object] = {"accuracy": result["accuracy"], "finite": float(math.isfinite(result["loss"]))}
+    if init != "ordinary":
+        shares = quadratic_strength(net, data.val.tensors[0][:256].to(run.device))
+        outcome["strength"] = sum(shares.values()) / len(shares)
+    return outcome
+
+
+def run(run: Run[Settings]) -> None:
+    """Train every kind with and without normalisation, sweep the knob, take dimensions."""
+    settings, data = run.settings, load(run)
+    arms = {}
+    for name, norm in (("plain", False), ("norm", True)):
+        arms[name] = run.arm(name, trained, run, data, norm=norm)
+        for init in ("relinear", "random"):
+            gamma = settings.gamma if init == "relinear" else 1.0
+            arms[f"{init}_{name}"] = run.arm(f"{init}_{name}", trained, run, data, norm=norm, init=init, gamma=gamma)
+    accuracy = {name: arm["accuracy"] for name, arm in arms.items()}
+    run.values(
+        "accuracy",
+        plain=accuracy["plain"], quadratic_plain=accuracy["relinear_plain"],
+        norm=accuracy["norm"], quadratic_norm=accuracy["relinear_norm"],
+        finite=min(arms["relinear_plain"]["finite"], arms["relinear_norm"]["finite"]),
+    )  # fmt: skip
+    run.values(
+        "negative_control",
+        random_plain=accuracy["random_plain"], random_norm=accuracy["random_norm"],
+        quadratic_norm=accuracy["relinear_norm"],
+    )  # fmt: skip
+    strengths = {}
+    for gamma in settings.sweep:
+        arm = f"gamma {gamma:g}"
+        same = gamma == settings.gamma
+        done = arms["relinear_norm"] if same else run.arm(
+            arm, trained, run, data, norm=True, init="relinear", gamma=gamma
+        )  # fmt: skip
+        strengths[f"gamma_{gamma:g}".replace(".", "")] = done["strength"]
+    run.values("transition", strengths)
+    found = run.arm("varieties", dimensions, run.seed)
+    wanted = [[squared, quadratic] for _, squared, quadratic in VARIETIES]
+    gains = [quadratic - squared for squared, quadratic in found["dimensions"]]
+    wrong = sum(a != b for pair in zip(found["dimensions"], wanted, strict=True) for a, b in zip(*pair, strict=True))
+    run.values("expressivity", wrong_entries=wrong, least_gain=min(gains), largest_gain=max(gains))
+
+
+def dimensions(seed: int) -> dict[str, list[list[int]]]:
+    """Dimensions of the functions that five architectures reach, with squared activation and quadratic neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"dimensions": [[_dimension(w, False, generator), _dimension(w, True, generator)] for w, _, _ in VARIETIES]}
+
+
+def _dimension(widths: tuple[int, ...], quadratic: bool, generator: torch.Generator) -> int:
+    kind = QuadraticLinear if quadratic else nn.Linear
+    hidden = nn.ModuleList(kind(a, b, dtype=torch.float64) for a, b in pairwise(widths[:-1]))
+    last = nn.Linear(widths[-2], widths[-1], dtype=torch.float64)
+    net = nn.ModuleList([*hidden, last])
+    params = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in net.named_parameters()}
+
+    def function(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        for k, layer in enumerate(net):
+            own = {n.partition(".")[2]: p for n, p in params.items() if n.startswith(f"{k}.")}
+            x = functional_call(layer, own, x)
+            x = x if quadratic or layer is last else x.square()
+        return x
+
+    return functional_dimension(function, params, torch.randn(400, widths[0], generator=generator, dtype=torch.float64))  # pyright: ignore
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Accuracy by kind and normalisation."""
+    names = ("plain", "relinear_plain", "random_plain", "norm", "relinear_norm", "random_norm")
+    scores = {name.replace("_", " "): (name, "accuracy") for name in names}
+    return {"accuracy": plots.bars(results, scores, ylabel="test accuracy (%)")}
+
+
+def peers(bench: Bench) -> None:
+    """A training step of one convolution with ReLU, against the ordinary one and against three separate ones."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, 16, 16)
+    ordinary, ours = nn.Conv2d(32, 32, 3, padding=1), QuadraticConv2d(32, 32, 3, padding=1)
+    r, g, b = (nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
+
+    def step(forward) -> None:
+        F.relu(forward(x.requires_grad_())).sum().backward()
+
+    bench.compare(
+        "step of a 3x3 convolution, 64 x 32 x 16 x 16",
+        ours=lambda: step(ours),
+        three_convolutions=lambda: step(lambda x: r(x) * g(x) + b(x**2)),
+        ordinary_layer=lambda: step(ordinary),
+    )
