@@ -331,7 +331,7 @@ X, Y = data().tensors
         ({"train": (X, Y[:, None])}, ValueError, r"shape \[N\]"),
         ({"train": (X, X[:, :2])}, ValueError, r"output's shape \(8, 3\), got \(8, 2\)"),
         ({"train": (X.double(), Y)}, ValueError, "torch.float64 .its weights are torch.float32"),
-        ({"train": (X.numpy(), Y.numpy())}, TypeError, "torch.as_tensor"),
+        ({"train": (X, Y.tolist())}, TypeError, "a list of pairs or of batches, got Tensor, list"),
         ({"train": (X[:5], Y[:5]), "drop_last": True}, ValueError, "drop_last leaves nothing"),
         ({"model": nn.Sequential(net(), nn.BatchNorm1d(3)), "batch_size": 29}, ValueError, "drop_last=True"),
         ({"val": (X[:0], Y[:0])}, ValueError, "val holds no"),

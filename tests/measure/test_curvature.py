@@ -265,11 +265,11 @@ def test_operator_errors(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> Non
         Hessian(nn.ReLU(), F.cross_entropy, data)
     with pytest.raises(ValueError, match="vector of 31 numbers"):
         Hessian(net, F.cross_entropy, data)(torch.zeros(3))
-    with pytest.raises(ValueError, match="at least one example, got none"):
+    with pytest.raises(ValueError, match="data holds no examples"):
         Hessian(net, F.cross_entropy, (data[0][:0], data[1][:0]))(torch.zeros(31))
-    with pytest.raises(ValueError, match="as many targets as inputs, got 3 and 12"):
+    with pytest.raises(ValueError, match=r"as many targets as inputs in data, got lengths \[12, 3\]"):
         Hessian(net, F.cross_entropy, (data[0], data[1][:3]))(torch.zeros(31))
-    with pytest.raises(TypeError, match="batches \\(x, y\\) of two tensors, got Tensor"):
+    with pytest.raises(TypeError, match="batches \\(x, y\\) of two tensors, got 1"):
         Hessian(net, F.cross_entropy, [data[0]])(torch.zeros(31))
 
 

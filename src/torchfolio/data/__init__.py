@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchfolio.data.augment import CropFlip
+from torchfolio.data.examples import Examples
 from torchfolio.data.sources import DataNotFound, data_folders, embedded_names, find
 from torchfolio.data.splits import DataSplits, split
 
-__all__ = ["CropFlip", "DataNotFound", "DataSplits", "data_folders", "embedded_names", "load"]
+__all__ = ["CropFlip", "DataNotFound", "DataSplits", "Examples", "data_folders", "embedded_names", "load"]
 
 
 def load(

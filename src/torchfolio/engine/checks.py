@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
+from torchfolio.data.examples import Examples
 from torchfolio.engine.counting import IGNORED, Counting
 from torchfolio.engine.loader import Batches, Data, TensorBatches, tensors_of
 from torchfolio.engine.modes import evaluating, undisturbed
@@ -29,24 +29,11 @@ def check_data(data: Any, name: str) -> None:
         ValueError: saying which.
         TypeError: if it is no data set at all.
     """
-    tensors = tensors_of(data)
+    tensors = Examples(data, name).tensors
     if tensors is None:
-        if not isinstance(data, Dataset | DataLoader) and not hasattr(data, "__getitem__"):
-            kind = type(data).__name__
-            raise TypeError(f"expected {name} to be a Dataset, a DataLoader or tensors (x, y), got {kind}")
-        if isinstance(data, tuple | list):
-            kinds = ", ".join(type(part).__name__ for part in data)
-            raise TypeError(f"expected {name} to be tensors (x, y), got ({kinds}); torch.as_tensor makes tensors")
-        if hasattr(data, "__len__") and len(data) == 0:  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"{name} holds no examples")
         return
     if len(tensors) < 2:
         raise ValueError(f"expected {name} to hold inputs and targets, got {len(tensors)} tensor(s)")
-    lengths = [len(t) if t.dim() else 0 for t in tensors]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"expected as many targets as inputs in {name}, got lengths {lengths}")
-    if not lengths[0]:
-        raise ValueError(f"{name} holds no examples")
     for tensor in tensors:
         _check_finite(tensor, name)
 

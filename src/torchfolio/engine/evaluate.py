@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from torchfolio.data.examples import Examples
 from torchfolio.engine.checks import check_data
 from torchfolio.engine.counting import Counting
-from torchfolio.engine.loader import Data, tensors_of
+from torchfolio.engine.loader import Data
 from torchfolio.engine.modes import evaluating
 from torchfolio.engine.rules import LearningRule, default_loss
 from torchfolio.models.stateful import reset_state
@@ -56,7 +56,7 @@ def evaluate(
 
     Args:
         model: the network; its modes are restored, and modules with state (spiking neurons) start every batch afresh.
-        data: a `Dataset`, a `DataLoader` or tensors (x, y).
+        data: whatever `torchfolio.data.Examples` takes: tensors or arrays (x, y), a `Dataset`, a `DataLoader`.
         loss: criterion with mean reduction; by default cross-entropy for integer targets, else the mean
             squared error.
         batch_size: examples at a time, unless `data` is a `DataLoader`.
@@ -95,7 +95,7 @@ def add_up(
     sums = torch.zeros(4, dtype=exact, device=weight.device)
     counting = Counting.of(loss or default_loss)
     with evaluating(model):
-        for k, (*inputs, target) in enumerate(_batches(data, batch_size)):
+        for k, (*inputs, target) in enumerate(Examples(data).batches(batch_size)):
             if k % world != rank:
                 continue
             target = target.to(weight.device, non_blocking=True)
@@ -117,16 +117,6 @@ def add_up(
 def _like(x: Tensor, weight: Tensor) -> Tensor:
     """Inputs on the weights' device; floats in the weights' precision."""
     return x.to(weight.device, weight.dtype if x.is_floating_point() else None, non_blocking=True)
-
-
-def _batches(data: Data, batch_size: int) -> Iterator[Sequence[Tensor]]:
-    tensors = tensors_of(data)
-    if tensors is not None:
-        yield from zip(*(t.split(batch_size) for t in tensors), strict=True)
-    elif isinstance(data, DataLoader):
-        yield from data
-    else:
-        yield from DataLoader(data, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchfolio.data.examples import Examples
 from torchfolio.engine.checks import (
     check_callables,
     check_data,
@@ -19,7 +20,7 @@ from torchfolio.engine.checks import (
     may_be_uneven,
 )
 from torchfolio.engine.history import FitResult
-from torchfolio.engine.loader import Data, as_batches, tensors_of
+from torchfolio.engine.loader import Data, as_batches
 from torchfolio.engine.loop import Evaluate, Options, Training
 from torchfolio.engine.modes import seed_all, seeded
 from torchfolio.engine.resume import Keeper, fingerprint, settings_of
@@ -77,8 +78,8 @@ def fit(
     Args:
         model: the network. It holds the trained weights afterwards, on the device of training, in evaluation
             mode.
-        train: a `TensorDataset` or tensors (x, y), which are batched by indexing; another `Dataset`; or a
-            `DataLoader`, which brings its own batches.
+        train: tensors or arrays (x, y), or a `TensorDataset`, which are batched by indexing; another `Dataset`, of
+            dicts too; or a `DataLoader`, which brings its own batches. See `torchfolio.data.Examples`.
         val: data to evaluate on after every epoch.
         rule: how a batch becomes gradients; `Backprop()` by default, which takes cross-entropy for integer
             targets and the mean squared error for others.
@@ -159,8 +160,8 @@ def fit(
     if seed is None:
         seed = int(fabric.broadcast(int(torch.randint(2**31, ()))))
     rank, world = data_rank(fabric)
-    train = tensors_of(train) or train
-    val = tensors_of(val) or val if val is not None else None
+    train = Examples(train, "train").source
+    val = Examples(val, "val").source if val is not None else None
     rule = rule or Backprop()
     with seeded(seed):
         arguments = {"": type(rule).__name__, **settings_of(rule)}

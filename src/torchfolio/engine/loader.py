@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from torchfolio.data.examples import INPUTS, TARGETS, as_row, whole_tensors
 from torchfolio.engine.modes import seeded
 
 Data = Dataset | DataLoader | Sequence[Tensor]
@@ -173,6 +174,7 @@ class LoaderBatches:
 
     def _rest(self, drawn: Iterator[Any], start: int) -> Iterator[Share]:
         for k, batch in enumerate(drawn, start):
+            batch = _row(batch)
             yield self.shares.share(batch, k) if self.shares is not None else self._cut(batch)
         self.began = None
 
@@ -246,16 +248,16 @@ def _with_batches(loader: DataLoader, batches: _Shares) -> DataLoader:
     )
 
 
-def tensors_of(data: Data) -> tuple[Tensor, ...] | None:
+def tensors_of(data: Any) -> tuple[Tensor, ...] | None:
     """The tensors of data that are in memory as a whole, else `None`."""
-    if type(data) is TensorDataset:
-        return data.tensors
-    if isinstance(data, tuple | list) and data and all(isinstance(t, Tensor) for t in data):
-        return tuple(data)  # pyright: ignore[reportReturnType]
-    if isinstance(data, Subset) and type(data) is Subset and (whole := tensors_of(data.dataset)) is not None:
-        chosen = torch.as_tensor(list(data.indices), dtype=torch.long)
-        return tuple(t[chosen.to(t.device)] for t in whole)
-    return None
+    return whole_tensors(data)
+
+
+def _row(batch: Any) -> Any:
+    """A dict of a known input and target as (x, y); other batches as they are, for rules that know them."""
+    if isinstance(batch, Mapping) and any(key in batch for key in INPUTS) and any(key in batch for key in TARGETS):
+        return as_row(batch, "train")
+    return batch
 
 
 def batch_length(batch: Any) -> int:

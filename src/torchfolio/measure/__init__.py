@@ -21,6 +21,7 @@ from torchfolio.measure.gradients import (
 )
 from torchfolio.measure.memory import SavedBytes, saved_bytes
 from torchfolio.measure.moments import StreamingMoments
+from torchfolio.measure.outputs import outputs
 from torchfolio.measure.probes import Retrieval, knn_accuracy, linear_probe, retrieval
 from torchfolio.measure.scores import (
     accuracy,
@@ -75,6 +76,7 @@ __all__ = [
     "linear_cka_pairs",
     "linear_probe",
     "loss_gradients",
+    "outputs",
     "per_example_gradients",
     "per_example_losses",
     "rbf_cka",
