@@ -34,6 +34,7 @@ __all__ = [
     "StepDual",
     "dual_activation",
     "hermite_polynomials",
+    "polynomial",
 ]
 
 HALF_WIDTH, PANELS, NODES = 20.0, 160, 16  # panels of 1/4: kinks at 0, ±1, ±3, ±6 lie between panels
@@ -72,8 +73,8 @@ def _weighted_hermite(degree: int) -> Tensor:
     return hermite_polynomials(z, degree) * weight[:, None]
 
 
-def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Horner's scheme over the coefficients that are not zero; powers between them as products."""
+def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """$\\sum_k c_k x^k$ by Horner's scheme over the coefficients that are not zero; powers between as products."""
     powers = [k for k, c in enumerate(coefficients) if c != 0]
     if not powers:
         return torch.zeros_like(x)
@@ -162,11 +163,11 @@ class DualActivation:
 
     def __call__(self, xi: Tensor) -> Tensor:
         """$\\check\\varphi(\\xi)$ of correlations in [-1, 1]."""
-        return _polynomial(self._series, xi)
+        return polynomial(self._series, xi)
 
     def derivative(self, xi: Tensor) -> Tensor:
         """$\\check\\varphi'(\\xi)$, which is the dual of $\\varphi'$."""
-        return _polynomial(self._derivative, xi)
+        return polynomial(self._derivative, xi)
 
     def both_normalized(self, xi: Tensor) -> tuple[Tensor, Tensor]:
         """$\\check\\varphi(\\xi)$ and $\\check\\varphi'(\\xi)$."""
@@ -174,11 +175,11 @@ class DualActivation:
 
     def gap(self, eta: Tensor) -> Tensor:
         """$1 - \\check\\varphi(1 - \\eta)$ without loss of digits for small $\\eta$ in [0, 1]."""
-        return eta * _polynomial(self._quotient, 1 - eta)
+        return eta * polynomial(self._quotient, 1 - eta)
 
     def _ratio(self, xi: Tensor) -> Tensor:
         """$\\check\\varphi(\\xi) / \\xi$ where $\\check\\varphi(0) = 0$."""
-        return _polynomial(self._series[1:], xi)
+        return polynomial(self._series[1:], xi)
 
     @torch.no_grad()
     def koenigs(self, xi: Tensor | None = None, *, eta: Tensor | None = None) -> Tensor:
@@ -232,7 +233,7 @@ class DualActivation:
             ratio = self._ratio(t)
             value.mul_(ratio).div_(first)
             t.mul_(ratio)
-        value.mul_(_polynomial(series, t))
+        value.mul_(polynomial(series, t))
         value[duplicate] = math.inf
 
     @property
