@@ -153,7 +153,7 @@ class DualActivation:
     @property
     def is_linear(self) -> bool:
         """Whether $\\check\\varphi(\\xi) = \\xi$."""
-        return abs(self.coefficients[0]) <= ZERO and 1 - abs(self.slope) <= ZERO**2
+        return not self.mean and 1 - self.slope**2 <= 1e-12
 
     def __repr__(self) -> str:
         nonzero = [f"{c:.4g} h{k}" for k, c in enumerate(self.coefficients) if abs(c) > ZERO]
@@ -218,6 +218,10 @@ class DualActivation:
     def _iterate(self, t: Tensor, eta: Tensor, value: Tensor, series: list[float], radius: float) -> None:
         """Write the Koenigs function of `t` = 1 - `eta` to `value`; overwrites `t`."""
         first = self.slope**2
+        opposite = t < 0
+        if fold := not any(self._series[::2]) and bool(opposite.any()):  # an odd series: -1 is a fixed point, too
+            eta = torch.where(opposite, 2 - eta, eta)
+            t.abs_()
         value.copy_(t)
         duplicate = eta <= 0
         near = ((eta < NEAR) & ~duplicate).nonzero()[:, 0]
@@ -235,6 +239,8 @@ class DualActivation:
             t.mul_(ratio)
         value.mul_(polynomial(series, t))
         value[duplicate] = math.inf
+        if fold:
+            value.mul_(torch.where(opposite, -1, 1))
 
     @property
     def _local(self) -> tuple[list[float], float]:

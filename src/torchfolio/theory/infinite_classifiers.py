@@ -59,7 +59,7 @@ __all__ = [
 
 Kind = Literal["nearest neighbor", "singular kernel", "majority vote"]
 TILE = 1 << 17  # pairs of a test and a training point held at a time
-TABULATED = 1_000_000  # pairs from which on a table of the Koenigs function pays
+TABULATED = 2_000_000  # pairs from which on a table of the Koenigs function pays
 CLOSE = 1e-4  # 1 - ξ below which it is taken from the difference of the points
 NORM_ERROR = 1e-6
 
@@ -458,15 +458,15 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
 
 
 class KoenigsTable:
-    """The Koenigs function of $1 - \\xi$ in [0, 2], by a cubic in every 128th of an octave.
+    """The Koenigs function of $1 - \\xi$ in [0, 2], by a cubic in every 256th of an octave.
 
-    An entry is found by the leading bits of the number itself. Errors are below 1e-8 of the values nearby.
+    An entry is found by the leading bits of the number itself. Errors are below 1e-8, relative where values are above 1.
 
     Args:
         dual: dual activation with $A = 0 \\ne A'$.
     """
 
-    BITS, LOWEST, HIGHEST = 7, -112, 1  # a float64 difference of points of norm 1 is at least 2^-53
+    BITS, LOWEST, HIGHEST = 8, -112, 1  # a float64 difference of points of norm 1 is at least 2^-53
 
     def __init__(self, dual: DualActivation) -> None:
         self._dual = dual
