@@ -16,9 +16,11 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
+from tests.contracts.adaptation import check_adapter
 from torchfolio.adaptation import learning_curves
 from torchfolio.adaptation.naive_bayes_probe import (
     LearningCurve,
+    NaiveBayesHead,
     NaiveBayesProbe,
     consistency_bound,
     crossover,
@@ -29,6 +31,7 @@ from torchfolio.adaptation.naive_bayes_probe import (
     probe,
     samples_to_reach,
 )
+from torchfolio.models import MLP, ConvNet
 
 DIGITS, LABELS = load_digits(return_X_y=True)
 IRIS, SPECIES = load_iris(return_X_y=True)
@@ -286,3 +289,45 @@ def test_probing_leaves_the_network_alone(head):
     assert fitted.score(features.double().numpy(), y.numpy()) > 0.85
     with pytest.raises(ValueError, match="no module"):
         probe(net, "layer9", (x, y))
+
+
+@pytest.mark.parametrize("num_classes", [0, 10, 5])
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_head_of_a_network(kind, num_classes, tmp_path):
+    torch.manual_seed(0)
+    arguments = {"num_classes": 10, "in_channels": 1, "widths": (8, 16)}
+    arguments = (
+        arguments if kind == "conv" else {"in_features": 64, "out_features": 10, "hidden": (24,), "dropout": 0.2}
+    )
+    model = ConvNet(**arguments) if kind == "conv" else MLP(**arguments)
+    x, y = torch.from_numpy(DIGITS[:301]).float().view(-1, 1, 8, 8), torch.from_numpy(LABELS[:301])
+    x, y = (x[y < num_classes], y[y < num_classes]) if num_classes else (x, y)
+    network = {"build": f"torchfolio.models:{type(model).__name__}", "arguments": arguments}
+    make = lambda: NaiveBayesHead(var_smoothing=1e-2, batch_size=100)  # noqa: E731
+    done = check_adapter(make, model, (x, y), network, tmp_path, x[:20], num_classes=num_classes)
+    assert done.report["samples"] == len(x)
+    with torch.no_grad():
+        logits = done.model(x)
+    assert logits.shape == (len(x), num_classes or 10)
+    assert (logits.argmax(1) == y).float().mean() > 0.6
+    end = list(model.head.children())[:2] if kind == "conv" else []
+    body = nn.Sequential(*list(model.children())[:-1], *end)
+    with torch.no_grad():
+        features = body.eval()(x)
+    expected = NaiveBayesProbe(var_smoothing=1e-2).fit(features, y).predict_proba(features)
+    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_head_needs_a_linear_end_and_every_class():
+    x, y = torch.randn(40, 6), torch.arange(40) % 4
+    for net in (nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Linear(6, 4, bias=False)):
+        with pytest.raises(ValueError, match=r"nn\.Linear with a bias"):
+            NaiveBayesHead().adapt(net, (x, y), device="cpu")
+    with pytest.raises(ValueError, match=r"class .*4.* has none"):
+        NaiveBayesHead().adapt(nn.Linear(6, 5), (x, y), device="cpu")
+    with pytest.raises(ValueError, match="labels among"):
+        NaiveBayesHead().adapt(nn.Linear(6, 3), (x, y), device="cpu")
+    adapter = NaiveBayesHead()
+    assert adapter.adapt(nn.Linear(6, 7), (x, y), num_classes=4, device="cpu").model.out_features == 4
+    with pytest.raises(ValueError, match="num_classes or out_features"):
+        adapter.recipe({"build": "a:b", "arguments": {}})
