@@ -12,6 +12,7 @@ Reference: G. Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -22,7 +23,7 @@ __all__ = ["average", "merge", "task_arithmetic", "task_vectors"]
 State = Mapping[str, Tensor]
 Checkpoint = nn.Module | State
 Weights = float | Sequence[float] | Tensor
-CHUNK = 1 << 17  # elements that stay in a core's cache while the checkpoints are added up
+CHUNK = 1 << 15  # elements that stay in a core's cache while the checkpoints are added up
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -67,7 +68,7 @@ def merge(
     merged: dict[str, Tensor] = {}
     for name, terms, column in _columns(vectors[0], vectors, factors):
         value = whole[name].detach()
-        merged[name] = _added(value, terms, column, subtract=False, mask=None if mask is None else mask[name])
+        merged[name], _ = _added(value, terms, column, subtract=False, mask=None if mask is None else mask[name])
     return _complete(base, merged)
 
 
@@ -82,8 +83,9 @@ def task_arithmetic(
     factors = coefficients(weight, len(states), len(base))
     merged: dict[str, Tensor] = {}
     for name, terms, column in _columns(base, states, factors):
-        merged[name] = _added(base[name].detach(), terms, column, subtract=True)
-        _check_sum(merged[name], name, {"the pretrained network": base[name]}, terms)
+        merged[name], finite = _added(base[name].detach(), terms, column, subtract=True)
+        if not finite:
+            _check_sum(merged[name], name, {"the pretrained network": base[name]}, terms)
     return _complete(pretrained, merged)
 
 
@@ -101,8 +103,9 @@ def average(finetuned: Sequence[Checkpoint]) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for name in wanted:
         terms = [state[name].detach() for state in states]
-        merged[name] = _mean(terms)
-        _check_sum(merged[name], name, {}, terms)
+        merged[name], finite = _mean(terms)
+        if not finite:
+            _check_sum(merged[name], name, {}, terms)
     return _complete(finetuned[0], merged)
 
 
@@ -242,49 +245,74 @@ def _columns(
 
 def _added(
     base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], *, subtract: bool, mask: Tensor | None = None
-) -> Tensor:
-    """$b + m \\odot \\sum_i \\lambda_i t_i$, or $b + m \\odot \\sum_i \\lambda_i (t_i - b)$, in the base's type."""
+) -> tuple[Tensor, bool]:
+    """$b + m \\odot \\sum_i \\lambda_i t_i$, or $b + m \\odot \\sum_i \\lambda_i (t_i - b)$, in the base's type.
 
-    def add(out: Tensor, b: Tensor, parts: Sequence[Tensor]) -> None:
-        change = torch.zeros_like(b)
-        for part, factor in zip(parts, factors, strict=False):
-            change.add_(part.to(b) - b if subtract else part.to(b), alpha=factor)
+    Returns:
+        The sum, and whether it is finite by a first look.
+    """
+
+    def add(out: Tensor, b: Tensor, parts: Sequence[Tensor], scratch: Tensor, change: Tensor) -> None:
+        for k, (part, factor) in enumerate(zip(parts, factors, strict=False)):
+            term = torch.sub(part.to(b), b, out=scratch) if subtract else part.to(b)
+            if k:
+                change.add_(term, alpha=factor)
+            else:
+                torch.mul(term, factor, out=change)
         torch.add(b, change if mask is None else change.mul_(parts[-1]), out=out)
 
     held = [] if mask is None else [mask.to(base).expand_as(base)]
-    return _piecewise(torch.empty_like(base), base, [*terms, *held], add)
+    return _piecewise(base, [*terms, *held], add, base.dtype)
 
 
-def _mean(terms: Sequence[Tensor]) -> Tensor:
-    """The mean; of numbers of 16 bits in float32."""
+def _mean(terms: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """The mean, of numbers of 16 bits in float32; and whether it is finite by a first look."""
     first = terms[0]
-    wide = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else first.dtype
+    short = first.dtype in (torch.float16, torch.bfloat16)
 
-    def mean(out: Tensor, b: Tensor, parts: Sequence[Tensor]) -> None:
-        total = torch.add(parts[0].to(wide), parts[1].to(out.device, wide))
-        for part in parts[2:]:
-            total.add_(part.to(out.device, wide))
-        out.copy_(total.div_(len(parts)))
+    def mean(out: Tensor, b: Tensor, parts: Sequence[Tensor], scratch: Tensor, _: Tensor) -> None:
+        total = scratch if short else out
+        torch.add(b.to(total), parts[0].to(total), out=total)
+        for part in parts[1:]:
+            total.add_(part.to(total))
+        total.div_(1 + len(parts))
+        if short:
+            out.copy_(total)
 
-    return _piecewise(torch.empty_like(first), first, terms, mean)
+    return _piecewise(first, terms[1:], mean, torch.float32 if short else first.dtype)
 
 
-def _piecewise(
-    out: Tensor, base: Tensor, terms: Sequence[Tensor], f: Callable[[Tensor, Tensor, Sequence[Tensor]], None]
-) -> Tensor:
-    """Fill `out` piece by piece, so that what is added up stays in the cache and nothing large is held beside it."""
-    every = (out, base, *terms)
-    if out.numel() <= CHUNK or out.device.type != "cpu" or not all(t.is_contiguous() for t in every):
-        f(out, base, terms)
-        return out
-    for pieces in zip(*(t.view(-1).split(CHUNK) for t in every), strict=True):
-        f(pieces[0], pieces[1], pieces[2:])
-    return out
+def _piecewise(base: Tensor, terms: Sequence[Tensor], f: Callable[..., None], wide: torch.dtype) -> tuple[Tensor, bool]:
+    """A tensor like `base` that is filled piece by piece: what is added up stays in the cache, nothing large is held beside it.
+
+    Args:
+        base: what it is like.
+        terms: of the same shape.
+        f: fills a piece, `(out, base, terms, scratch, scratch)`.
+        wide: type of the scratch space.
+    """
+    out = torch.empty_like(base)
+    whole = out.device.type != "cpu" or not all(t.is_contiguous() for t in (out, base, *terms))
+    size = out.numel() if whole else min(CHUNK, out.numel())
+    scratch = [torch.empty_like(out, dtype=wide) if whole else torch.empty(size, dtype=wide) for _ in range(2)]
+    if whole:
+        f(out, base, terms, *scratch)
+        return out, _quickly_finite(out)
+    finite = True
+    for pieces in zip(*(t.view(-1).split(CHUNK) for t in (out, base, *terms)), strict=True):
+        space = scratch if len(pieces[0]) == size else [t[: len(pieces[0])] for t in scratch]
+        f(pieces[0], pieces[1], pieces[2:], *space)
+        finite = finite and _quickly_finite(pieces[0])
+    return out, finite
+
+
+def _quickly_finite(value: Tensor) -> bool:
+    # One pass: NaN and infinity survive a sum. One of finite numbers may overflow, so that this only raises doubt.
+    return math.isfinite(abs(value.sum().item()))
 
 
 def _finite(value: Tensor) -> bool:
-    # One pass: NaN and infinity survive a sum. A sum of finite numbers may overflow, so that doubt is settled exactly.
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    return _quickly_finite(value) or bool(value.isfinite().all())
 
 
 def _check_sum(total: Tensor, name: str, named: Mapping[str, Tensor], terms: Sequence[Tensor]) -> None:
