@@ -44,7 +44,7 @@ def test_one_network(networks, tmp_path):
     assert all(0 <= row["bins_i_ty"] <= row["bins_i_xt"] <= 7.65 for row in result["information"])
     text = page.read_text()
     assert "inside net0" in text
-    assert text.count("<svg") == 2
+    assert text.count("data:image/svg+xml") == 2
     assert "saturated in" in text
     assert "<script" not in text
 
@@ -58,7 +58,7 @@ def test_two_networks(networks, tmp_path):
     assert done.exit_code == 0, done.output
     (row,) = json.loads(done.stdout)["matching"]
     assert 0 < row["bipartite"] <= row["semi"] <= 1
-    assert page.read_text().count("<svg") >= 3
+    assert page.read_text().count("data:image/svg+xml") >= 3
     same = call(
         "inspect", networks / "net0", networks / "net0", "--data", "digits", "--layer", "layer1", "-o", page, "--json"
     )

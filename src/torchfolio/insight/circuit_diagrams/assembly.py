@@ -259,7 +259,9 @@ class _Assembly:
         for i, step in enumerate(self.steps):
             columns[column[i]].append(self._step(i, step))
         levels = self._levels(columns)
-        return Sheet(levels, tuple(map(tuple, columns)), tuple(self._fences(column)), self.title, tuple(self._legend()))
+        ends = (tuple(map(self._tensor, values)) for values in (self.graph.inputs, self.graph.outputs))
+        fences, legend = tuple(self._fences(column)), tuple(self._legend())
+        return Sheet(levels, tuple(map(tuple, columns)), fences, self.title, legend, *ends)
 
     def _tensor(self, value: Value) -> Tensor:
         value = self.base(value)

@@ -83,8 +83,9 @@ class Drawing:
         return render_text(self.geometry)
 
     def signature(self) -> str:
-        """Axes of the inputs and of the outputs, `b c h w -> b n`."""
-        first, last = self.sheet.levels[0], self.sheet.levels[-1]
+        """Axes of the inputs and of the outputs, in the code's order, `b c h w -> b n`."""
+        first = self.sheet.inputs or self.sheet.levels[0]
+        last = self.sheet.outputs or self.sheet.levels[-1]
         return f"{', '.join(map(_axes, first))} -> {', '.join(map(_axes, last))}"
 
     def cost(self) -> Cost:

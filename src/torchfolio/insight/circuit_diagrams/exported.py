@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +76,10 @@ def trace(
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, tuple(args), dynamic_shapes=shapes if free else None)
-            if any(_writes_into_a_view(node) for node in program.graph.nodes):
+            # One tensor that is given twice, or a weight that is given, would be traced as one.
+            own = tuple(example.detach().clone() for example in args)
+            program = torch.export.export(module, own, dynamic_shapes=shapes if free else None)
+            if _writes_beside_a_view(program.graph.nodes):
                 program = program.run_decompositions({})
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -104,15 +106,28 @@ def _in_place(node: Any) -> bool:
 
 
 VIEWS = ("view", "reshape", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "expand", "t", "narrow",
-         "split", "chunk", "unbind", "flatten", "unflatten", "detach", "alias", "getitem", "diagonal", "movedim")  # fmt: skip
+         "split", "chunk", "unbind", "flatten", "unflatten", "detach", "alias", "getitem", "diagonal", "movedim", "moveaxis",
+         "swapaxes", "swapdims", "mT", "numpy_T", "adjoint", "view_as", "reshape_as", "expand_as", "broadcast_to", "unfold",
+         "contiguous", "to", "type_as", "real", "imag", "as_strided", "tensor_split", "ravel", "atleast_1d", "identity")  # fmt: skip
 
 
-def _writes_into_a_view(node: Any) -> bool:
-    """Whether an operation changes a tensor by way of a view of it."""
-    if node.op != "call_function" or not _in_place(node) or not node.args or not hasattr(node.args[0], "op"):
-        return False
-    target = node.args[0]
-    return target.op == "call_function" and _short(target) in VIEWS
+def _writes_beside_a_view(nodes: Iterable[Any]) -> bool:
+    """Whether an operation changes a tensor of which there is a view by then, or by way of a view."""
+    root: dict[Any, Any] = {}  # whose memory a node has
+    viewed = set()
+    for node in nodes:
+        root[node] = node
+        if node.op != "call_function" or not node.args or not hasattr(node.args[0], "op"):
+            continue
+        first = root[node.args[0]]
+        if _in_place(node):
+            if first in viewed:
+                return True
+            root[node] = first
+        elif _short(node) in VIEWS:
+            root[node] = first
+            viewed.add(first)
+    return False
 
 
 def _short(node: Any) -> str:

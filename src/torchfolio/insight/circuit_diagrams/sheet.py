@@ -127,6 +127,8 @@ class Sheet:
         fences: modules, outermost first.
         title: of the drawing.
         legend: symbols and what they stand for.
+        inputs: tensors that go in, in the code's order, which a drawing may change.
+        outputs: likewise those that come out; one that comes out twice stands there twice.
     """
 
     levels: tuple[tuple[Tensor, ...], ...]
@@ -134,3 +136,5 @@ class Sheet:
     fences: tuple[Fence, ...] = ()
     title: str = ""
     legend: tuple[tuple[tuple[Span, ...], str], ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
