@@ -69,7 +69,7 @@ def test_the_report_says_what_is_known_and_no_more(folders):
     assert "cannot be told from clean examples alone" in report["sentences"][0]
     share = report["false_positives"]
     assert 0 < share["low"] < share["expected"] < share["high"] < 0.1
-    assert "the expert believes most in class" in report["sentences"][2]
+    assert any("the expert believes most in class" in sentence for sentence in report["sentences"])
     assert report["figures"]["accuracy of the network"] > 0.9
     page = (folders / "filter" / "index.html").read_text()
     assert "cannot be told" in page

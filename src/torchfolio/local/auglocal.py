@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from torchfolio import checks
 from torchfolio.engine import default_loss
 from torchfolio.local.local_model import (
     ClassifierHead,
@@ -53,8 +54,14 @@ def auxiliary_depths(n_layers: int, aux_depth: int, tau: float = 0.5) -> list[in
     Args:
         n_layers: number of hidden layers $L$.
         aux_depth: maximal depth $D$.
-        tau: pyramid coefficient $\\tau$; 0 keeps the depth constant.
+        tau: pyramid coefficient $\\tau$, from 0 to 1; 0 keeps the depth constant.
+
+    Raises:
+        ValueError: if there is no layer, the depth is not below their number, or tau is out of range.
     """
+    checks.whole("n_layers", n_layers, 1)
+    checks.whole("aux_depth", aux_depth, 0, n_layers - 1)
+    checks.between("tau", tau, 0, 1)
     modules = n_layers - aux_depth
     if aux_depth == 0:
         return [0] * (modules - 1)
@@ -70,7 +77,14 @@ def select_layers(layer: int, depth: int, n_layers: int, selection: Selection = 
       last one is always $L - 1$; all of $l + 1, \\dots, L - 1$ when there are no more than $d$.
     - `"sequential"`: $l + 1, \\dots, l + d$.
     - `"repetitive"`: $L - 1$, $d$ times.
+
+    Raises:
+        ValueError: if the layer is none of the `n_layers`, the depth is negative, or the selection is unknown.
     """
+    checks.whole("n_layers", n_layers, 1)
+    checks.whole("layer", layer, 0, n_layers - 1)
+    checks.whole("depth", depth, 0)
+    checks.one_of("selection", selection, ("uniform", "sequential", "repetitive"))
     left = n_layers - 1 - layer
     if selection == "repetitive":
         return [n_layers - 1] * depth

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio import checks
 from torchfolio.measure import untouched
 
 __all__ = ["LOSSES", "Attack", "deepfool", "fgsm", "hop_skip_jump", "margin", "nes", "pgd"]
@@ -124,7 +125,12 @@ def pgd(
     if start not in ("uniform", "zero") or keep not in ("best", "last", "flipped"):
         raise ValueError(f"expected start uniform or zero, keep best, last or flipped, got {start!r}, {keep!r}")
     objective = _objective(loss, targeted)
-    step_sizes = torch.as_tensor(alpha, dtype=x.dtype, device=x.device).expand(steps) if steps else []
+    checks.whole("steps", steps, 0)
+    checks.whole("max_batch", max_batch, 1)
+    sizes = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    if sizes.shape not in ((), (1,), (steps,)) or not bool((sizes.isfinite() & (sizes >= 0)).all()):
+        raise ValueError(f"expected alpha of at least 0, one or one for each of {steps} steps, got {alpha}")
+    step_sizes = sizes.expand(steps) if steps else []
     ball = _Ball(eps, norm, clip)
     best_x, best = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
     size = max(1, max_batch // len(x)) if len(x) < max_batch else 1

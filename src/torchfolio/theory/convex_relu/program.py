@@ -123,6 +123,8 @@ def check_problem(X: Tensor, y: Tensor, beta: float, loss: str, D: Tensor | None
         raise ValueError(f"expected X of shape [n, d] and y of shape [n], got {tuple(X.shape)} and {tuple(y.shape)}")
     if D is not None and (D.ndim != 2 or len(D) != len(X) or D.shape[1] == 0):
         raise ValueError(f"expected patterns of shape [{len(X)}, P], got {tuple(D.shape)}")
+    if D is not None and not ((D == 0) | (D == 1)).all():
+        raise ValueError("expected patterns of 0 and 1, or False and True, got other values among them")
     if not (X.isfinite().all() and y.isfinite().all()):
         raise ValueError("expected finite X and y, got NaN or infinity in them")
     if loss not in get_args(Loss):
