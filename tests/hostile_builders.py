@@ -60,6 +60,9 @@ NEEDED = {
     "vocab_src": 5,
     "vocab_tgt": 5,
     "model": net,
+    "shape": [1, 8, 8],
+    "in_ch": 1,
+    "num_classes": 3,
 }
 WATCHED = ("os", "subprocess", "socket", "shutil", "ctypes", "urllib", "pickle")
 

@@ -278,7 +278,7 @@ def test_places_where_no_bundle_can_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="no folder"):
         check_folder(tmp_path / "file")
-    with pytest.raises(BundleError, match="file is not a folder"):
+    with pytest.raises(BundleError, match="cannot be written"):
         check_folder(tmp_path / "file" / "net")
     check_folder(folder)
     check_folder(tmp_path / "a" / "b" / "net")

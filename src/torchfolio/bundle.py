@@ -133,9 +133,11 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} exists and is no folder; name another one")
-    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise BundleError(f"{folder} cannot be written: {above} is not a folder that you may write to")
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents)[1:] if p.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".torchfolio-", dir=above))
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be written: {error.strerror} in {above}") from error
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} exists and is no bundle; name another folder")
 

@@ -1,4 +1,4 @@
-"""The command line: every module in this package adds its commands; errors are one sentence, exit codes 0/1/2.
+"""The command line: every module in this package adds its commands; errors are one sentence, exit codes 0 to 3.
 
 A module here exposes `register(app)`, which adds its commands to the application. Modules are found by a scan of
 the package, in alphabetical order, and import nothing heavy at their top, so that `list` or `--help` answer at
@@ -19,8 +19,10 @@ from typer.core import TyperGroup
 from torchfolio import __version__
 from torchfolio.errors import TorchfolioError
 
-DONE, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: done; a claim, check or computation failed; the user asked for something impossible; Ctrl-C."""
+DONE, CHECK_FAILED, BAD_USAGE, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: done; a claim or check failed; bad usage or bad input; an error nobody foresaw; Ctrl-C."""
+
+REPORT = "this is a fault of torchfolio; please report it with the traceback that --debug shows"
 
 
 class _OneSentence(TyperGroup):
@@ -42,11 +44,24 @@ class _OneSentence(TyperGroup):
         except Exception as error:
             if _belongs_to_typer(error):
                 raise
-            expected = isinstance(error, TorchfolioError | ValueError | FileNotFoundError)
+            debug, foreseen = bool(ctx.params.get("debug")), _foreseen(error)
             # An error that nobody foresaw is named by its type, or its message may not be understood.
-            message = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
-            _say(message, debug=bool(ctx.params.get("debug")))
-            raise typer.Exit(BAD_USAGE if expected else CHECK_FAILED) from None
+            message = str(error) if foreseen and str(error) else f"{type(error).__name__}: {error}"
+            message = " ".join(message.split())  # one line, whatever a library put into it
+            _say(message if foreseen else f"{message}\n{REPORT}", debug=debug)
+            raise typer.Exit(BAD_USAGE if foreseen else UNFORESEEN) from None
+
+
+def _foreseen(error: Exception) -> bool:
+    """Whether an error is about what the user asked for or gave: its message says what was expected."""
+    if isinstance(error, TorchfolioError | ValueError | OSError | MemoryError):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for its sake
+        return True
+    last = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        last = frame.f_globals.get("__name__")
+    return isinstance(error, TypeError) and last == "torchfolio.checks"
 
 
 def _belongs_to_typer(error: Exception) -> bool:

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
-from torchfolio.cli.networks import (
-    ALLOW_HELP,
-    call_with,
-    fitting_splits,
-    importable,
-    normalized,
-    parse_settings,
-    show_result,
-)
+from torchfolio.cli._options import ALLOW_HELP, MOST_SEED, Device, Force, TestSize, TrainSize, check_output, named
+from torchfolio.cli.networks import call_with, fitting_splits, importable, normalized, parse_settings, show_result
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -45,17 +38,21 @@ def adapt(
         Path | None, typer.Option(help="Bundle they were finetuned from; every way to merge but average needs it.")
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="Data of all networks, or once for each of them in their order.")
+        list[str] | None,
+        typer.Option(help="Data of all networks, or once for each of them in their order.", callback=named),
     ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Last module, which every network keeps as its own head (for example: head).")
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
-    train_size: Annotated[int | None, typer.Option(help="Adapt on so many training examples.")] = None,
-    test_size: Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of masks, order and whatever a method draws.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    train_size: TrainSize = None,
+    test_size: TestSize = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of masks, order and whatever a method draws.")
+    ] = 0,
+    device: Device = "auto",
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge finetuned networks into one, or adapt one network to data; with data, show accuracies before and after.
@@ -71,6 +68,8 @@ def adapt(
     allow = importable(allow or [])
     sizes = {"seed": seed, "test_size": test_size}
     if way == "merge":
+        for folder in [output] if keep is None else _folders(output, networks):
+            check_output(folder, force)
         _merge_all(path, settings, networks, base, data or [], keep, output, allow, sizes, place, as_json)
     elif base is not None or keep is not None:
         raise TorchfolioError(f"{path} adapts one network: leave {'--base' if base is not None else '--keep'} out")
@@ -78,8 +77,14 @@ def adapt(
         raise TorchfolioError(f"{path} adapts to data: name them once with --data, got {len(data or [])}")
     else:
         assert data is not None
+        check_output(output, force)
         sizes["train_size"] = train_size
         _adapt_one(path, settings, networks[0], data[0], output, allow, sizes, place, as_json)
+
+
+def _folders(output: Path, networks: Sequence[Path]) -> list[Path]:
+    """Where networks that keep their heads go, each to a folder of its own."""
+    return [output / f"{i}-{name.resolve().name}" for i, name in enumerate(networks)]
 
 
 def _method(name: str | None, networks: int) -> tuple[str, str]:
@@ -291,7 +296,4 @@ def _write(
 
     if keep is None:
         return [save(start, output)] * len(bundles)
-    return [
-        save(bundle, output / f"{i}-{name.resolve().name}")
-        for i, (bundle, name) in enumerate(zip(bundles, names, strict=True))
-    ]
+    return [save(bundle, folder) for bundle, folder in zip(bundles, _folders(output, names), strict=True)]

@@ -12,18 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
-from torchfolio.cli.networks import (
-    Allow,
-    AsJson,
-    Device,
-    ImageSize,
-    ModelSet,
-    call_with,
-    importable,
-    normalized,
-    open_network,
-    parse_settings,
-)
+from torchfolio.cli._options import MOST_SEED, Allow, AsJson, Device, ImageSize, ModelSet, named
+from torchfolio.cli.networks import call_with, importable, normalized, open_network, parse_settings
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -45,7 +35,7 @@ def register(app: typer.Typer) -> None:
 def audit(
     folder: Annotated[Path | None, typer.Argument(help="Bundle to audit, or a filter that audit wrote.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Clean examples: named data set, hf:owner/name, image folder.")
+        str | None, typer.Option(help="Clean examples: named data set, hf:owner/name, image folder.", callback=named)
     ] = None,
     inputs: Annotated[
         Path | None, typer.Option("--input", help="Image or folder of images to try a filter on.")
@@ -71,9 +61,9 @@ def audit(
     ] = True,
     allow: Allow = None,
     budget: Annotated[float | None, typer.Option(help="Time limit for a method that judges networks, seconds.")] = None,
-    size: Annotated[int, typer.Option(min=2, help="Clean examples that are used, at most.")] = 2000,
+    size: Annotated[int, typer.Option(min=2, max=10**9, help="Clean examples that are used, at most.")] = 2000,
     image_size: ImageSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of subsets, order and split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of subsets, order and split.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

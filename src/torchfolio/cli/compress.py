@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
-from torchfolio.cli.networks import (
+from torchfolio.cli._options import (
+    MOST,
+    MOST_SEED,
     Allow,
     AsJson,
     BatchSize,
+    Data,
     Device,
+    Force,
     ImageSize,
     ModelSet,
     Output,
     Precision,
     TestSize,
     TrainSize,
+    at_least_zero,
+    check_output,
+)
+from torchfolio.cli.networks import (
     augmentation,
     call_with,
     importable,
@@ -43,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compress(
-    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    data: Data,
     output: Output,
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle; or name --model and --weights.")] = None,
     method: Annotated[str, typer.Option(help="Slug of a method that compresses networks.")] = "biper",
@@ -52,17 +60,20 @@ def compress(
     weights: Annotated[Path | None, typer.Option(help="Its weights, a safetensors file.")] = None,
     model_set: ModelSet = None,
     allow: Allow = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data, of all phases together.")] = 9,
+    epochs: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Passes over the training data, of all phases together.")
+    ] = 9,
     batch_size: BatchSize = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate of the first phase.")] = 0.02,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 5e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate of the first phase.", callback=at_least_zero)] = 0.02,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", callback=at_least_zero)] = 5e-4,
     augment: Annotated[bool, typer.Option(help="Random crops and flips of colour images.")] = True,
     image_size: ImageSize = None,
     train_size: TrainSize = None,
     test_size: TestSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of subsets and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of subsets and order.")] = 0,
     device: Device = "auto",
     precision: Precision = "32-true",
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a trained network smaller, fine-tune it, and write it as a bundle that eval reads.
@@ -75,6 +86,7 @@ def compress(
     from torchfolio.bundle import load_bundle, save_bundle
     from torchfolio.efficiency.compression import compress as compress_network
 
+    check_output(output, force)
     factory = catalog.offered(method, "compression")
     settings = parse_settings(setting)
     compression = call_with(factory, settings, f"the method {method}")

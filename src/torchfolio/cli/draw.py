@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchfolio.cli.networks import Allow, AsJson, ModelSet, fitting_recipe, importable, parse_settings, show_result
+from torchfolio.cli._options import Allow, AsJson, ModelSet, check_file
+from torchfolio.cli.networks import fitting_recipe, importable, parse_settings, show_result
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def draw(
         list[str] | None,
         typer.Option(help="Shape of one input without the batch, 3,32,32; of ids 12:int; once for each input."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the batch that the network is traced with.")] = 2,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Examples in the batch that the network is traced with.")
+    ] = 2,
     names: Annotated[
         list[str] | None, typer.Option(help='Names of an input\'s axes, "b c h w"; once for each input.')
     ] = None,
@@ -60,8 +63,8 @@ def draw(
         raise typer.BadParameter(f"expected {', '.join(LEVELS)}, got {level!r}", param_hint="--level")
     if output is not None and output.suffix not in SUFFIXES:
         raise TorchfolioError(f"{output} has the suffix {output.suffix!r}, expected one of {', '.join(SUFFIXES)}")
-    if output is not None and not output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent}")
+    if output is not None:
+        check_file(output)
     if (bundle is None) == (model is None):
         got = "neither" if bundle is None else "both"
         raise TorchfolioError(f"expected either the folder of a bundle or --model, got {got}")

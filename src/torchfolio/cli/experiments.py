@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
+from torchfolio.cli._options import MOST_SEED, Device, check_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,7 @@ def run(
     family: Annotated[str | None, typer.Option(help="All papers of a family.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All papers whose method is in.")] = False,
     scale: Annotated[str, typer.Option(help="smoke (seconds, toy data), quick (minutes) or full.")] = "quick",
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; claims are decided on their mean.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds at a time, each in a process.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Spread seeds over a Ray cluster.")] = False,
@@ -41,7 +42,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the latest unfinished run of the same settings.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Device = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the experiment, key=value.")] = None,
     record: Record = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print outcomes as JSON.")] = False,
@@ -111,6 +112,7 @@ def report(
     """
     from torchfolio.report import write_report
 
+    check_file(output)
     path = write_report(runs or [Path("runs")], output).resolve()
     typer.echo(json.dumps({"report": str(path)}) if as_json else f"report: {path}")
 

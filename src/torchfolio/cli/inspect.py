@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchfolio.cli.networks import (
-    Allow,
-    AsJson,
-    Device,
-    ImageSize,
-    ModelSet,
-    importable,
-    normalized_splits,
-    open_network,
-    show_result,
-)
+from torchfolio.cli._options import MOST, MOST_SEED, Allow, AsJson, Data, Device, ImageSize, ModelSet, check_file
+from torchfolio.cli.networks import importable, normalized_splits, open_network, show_result
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -38,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    data: Data,
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle; or name --model and --weights.")] = None,
     other: Annotated[Path | None, typer.Argument(help="A second bundle, to compare with.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML report.")] = Path("inspect.html"),
@@ -50,11 +41,11 @@ def inspect(
         list[str] | None,
         typer.Option(help="Layer to look at; may be repeated. By default those at the top of the network."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=16, help="Look at so many examples.")] = 1000,
+    examples: Annotated[int, typer.Option(min=16, max=MOST, help="Look at so many examples.")] = 1000,
     split: Split = "test",
-    bins: Annotated[int, typer.Option(min=2, help="Bins of the adaptive estimate of information.")] = 30,
+    bins: Annotated[int, typer.Option(min=2, max=MOST, help="Bins of the adaptive estimate of information.")] = 30,
     image_size: ImageSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of the examples and of clusters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the examples and of clusters.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -68,8 +59,7 @@ def inspect(
 
     if split not in ("train", "val", "test"):
         raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
-    if not output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent}")
+    check_file(output)
     allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
     source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, {"seed": seed})
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)

@@ -10,6 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchfolio.cli._options import (
+    MOST,
+    MOST_SEED,
+    Allow,
+    AsJson,
+    BatchSize,
+    Data,
+    Device,
+    Force,
+    ImageSize,
+    ModelSet,
+    Output,
+    Precision,
+    TestSize,
+    TrainSize,
+    at_least_zero,
+    check_output,
+)
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -18,20 +36,7 @@ if TYPE_CHECKING:
     from torchfolio.bundle import Bundle, Manifest
     from torchfolio.data import DataSplits
     from torchfolio.engine import LearningRule
-
-ALLOW_HELP = "Import path (package.module:name) outside torchfolio that the bundle may use; may be repeated."
-
-# Options that several commands have.
-Allow = Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side that images are resized to; of a bundle as in training.")]
-ModelSet = Annotated[list[str] | None, typer.Option(help="Argument of the network, key=value.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")]
-Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed.")]
-TestSize = Annotated[int | None, typer.Option(help="Evaluate on so many test examples.")]
-TrainSize = Annotated[int | None, typer.Option(help="Train on so many examples.")]
+SCHEDULES = ("onecycle", "cosine", "constant")
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +46,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    data: Data,
     output: Output,
     model: Annotated[
         str | None, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")
@@ -53,20 +58,21 @@ def train(
     rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
     model_set: ModelSet = None,
     allow: Allow = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, max=MOST, help="Passes over the training data.")] = 10,
     batch_size: BatchSize = 128,
     optimizer: Annotated[str, typer.Option(help="sgd (Nesterov momentum 0.9) or adamw.")] = "sgd",
-    lr: Annotated[float, typer.Option(help="Learning rate, the peak of the schedule.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 1e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate, the peak of the schedule.", callback=at_least_zero)] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", callback=at_least_zero)] = 1e-4,
     schedule: Annotated[str, typer.Option(help="onecycle, cosine or constant.")] = "onecycle",
     augment: Annotated[bool, typer.Option(help="Random crops and flips of colour images.")] = True,
     image_size: ImageSize = None,
     train_size: TrainSize = None,
     test_size: TestSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of network, order and subset.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of network, order and subset.")] = 0,
     device: Device = "auto",
     precision: Precision = "32-true",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a network by any learning rule and write it as a bundle.
@@ -79,12 +85,17 @@ def train(
     from torchfolio import engine
     from torchfolio.bundle import save_bundle
 
+    check_output(output, force)
     # The checkpoints stand beside the bundle, which holds safe weights alone.
     checkpoints = output.parent / f"{output.name}.training"
     if checkpoints.exists() and not resume:
         raise TorchfolioError(f"{checkpoints} holds an interrupted training; pass --resume to go on, or remove it")
     if resume and not checkpoints.exists():
         raise TorchfolioError(f"there is nothing to resume: {checkpoints} does not exist")
+    make_rule, settings = find_rule(rule), parse_settings(rule_set)
+    make_optimizer = _optimizer(optimizer, lr, weight_decay)
+    if schedule not in SCHEDULES:
+        raise typer.BadParameter(f"expected {', '.join(SCHEDULES)}, got {schedule!r}", param_hint="--schedule")
     sizes = {"seed": seed, "image_size": image_size, "train_size": train_size, "test_size": test_size}
     if model is not None and start is None:
         net, manifest, splits = _new_network(model, parse_settings(model_set), data, sizes)
@@ -92,15 +103,13 @@ def train(
         net, manifest, splits = _started(start, importable(allow or []), data, sizes)
     else:
         raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
-    make_rule = find_rule(rule)
-    settings = parse_settings(rule_set)
     learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **settings}, f"the rule {rule}")
     result = engine.fit(
         net,
         splits.train,
         val=splits.val,
         rule=learning_rule,
-        optimizer=_optimizer(optimizer, lr, weight_decay),
+        optimizer=make_optimizer,
         scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
         epochs=epochs,
         batch_size=batch_size,
@@ -185,12 +194,12 @@ def _started(
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    data: Annotated[str, typer.Option(help="Named data set, hf:owner/name, or an image folder.")],
+    data: Data,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     allow: Allow = None,
     image_size: ImageSize = None,
     test_size: TestSize = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the training part.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the order of the training part.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -202,9 +211,9 @@ def evaluate(
     from torchfolio.bundle import load_bundle
 
     allow = importable(allow or [])
-    loaded = load_bundle(bundle, allow=allow)
     if split not in ("train", "val", "test"):
         raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
+    loaded = load_bundle(bundle, allow=allow)
     splits = fitting_splits(loaded.manifest, str(bundle), data, seed=seed, image_size=image_size, test_size=test_size)
     examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
     scores = engine.evaluate(predictor_of(loaded, allow), examples, device=device)
@@ -500,9 +509,7 @@ def _scheduler(name: str, lr: float, steps: int) -> Any:
         return None
     if name == "cosine":
         return partial(lr_scheduler.CosineAnnealingLR, T_max=steps)
-    if name == "onecycle":
-        return partial(lr_scheduler.OneCycleLR, max_lr=lr, total_steps=steps, cycle_momentum=False)
-    raise typer.BadParameter(f"expected onecycle, cosine or constant, got {name!r}", param_hint="--schedule")
+    return partial(lr_scheduler.OneCycleLR, max_lr=lr, total_steps=steps, cycle_momentum=False)
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
