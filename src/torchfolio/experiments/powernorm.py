@@ -1,0 +1,194 @@
+"""Measures norms in a small character transformer whose batches hold one language at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.data.text import multi30k
+from torchfolio.engine import Backprop, StepRecorder, evaluate, fit
+from torchfolio.engine.recipes import adam, one_cycle
+from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A character language model on sentences of two languages.
+
+    Attributes:
+        text: `"multi30k"`, or `"embedded"` for two tiny made-up languages.
+        steps: of training, one window each.
+        length: characters of a window.
+        dim: width of the transformer.
+        layers: of the transformer.
+        lr: peak of the one-cycle learning rate.
+        warmup: steps on batch statistics.
+        validation: windows of each language to evaluate on.
+    """
+
+    text: str = "multi30k"
+    steps: int = 600
+    length: int = 24
+    dim: int = 64
+    layers: int = 2
+    lr: float = 1e-3
+    warmup: int = 100
+    validation: int = 1000
+
+
+SCALES = {
+    "smoke": Settings("embedded", steps=20, dim=16, layers=1, warmup=5, validation=8),
+    "quick": Settings(),
+    "full": Settings(steps=20_000, length=128, dim=256, layers=4, warmup=2000),
+}
+
+
+class WithoutTerm(PowerNorm):
+    """The ablation whose gradient leaves the approximate term out."""
+
+    def _see_gradient(self, z: Tensor, g: Tensor, valid: Tensor | None) -> None:
+        super()._see_gradient(z, g, valid)
+        self.nu.zero_()
+
+
+class CharacterModel(nn.Module):
+    """A pre-norm transformer that predicts the next character."""
+
+    def __init__(self, settings: Settings, characters: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(characters, settings.dim)
+        self.place = nn.Parameter(0.02 * torch.randn(settings.length, settings.dim))
+        block = partial(
+            nn.TransformerEncoderLayer,
+            settings.dim,
+            4,
+            4 * settings.dim,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.blocks = nn.ModuleList(block() for _ in range(settings.layers))
+        self.norm, self.head = nn.LayerNorm(settings.dim), nn.Linear(settings.dim, characters)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids) + self.place[: ids.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=True)
+        return self.head(self.norm(x)).transpose(1, 2)  # [B, characters, T], as cross-entropy takes it
+
+
+def windows(run: Run[Settings]) -> dict[str, Any]:
+    """Windows of characters `[N, T + 1]`: of a random language each to train on, of both to validate on."""
+    settings = run.settings
+    if settings.text == "embedded":
+        languages = [
+            ("the cat sat on the mat. " * 40, "a dog ran by. " * 40),
+            ("die katze schlief. " * 40, "ja. " * 90),
+        ]
+    else:
+        found = multi30k()
+        pick = [(found["train"].texts, found["val"].texts), (found["train"].targets, found["val"].targets)]
+        languages = [("\n".join(a).lower(), "\n".join(b).lower()) for a, b in pick]
+    letters = sorted({letter for train, _ in languages for letter in train})
+    number = {letter: k + 1 for k, letter in enumerate(letters)}  # 0 stands for what training never saw
+    ids = [[torch.tensor([number.get(letter, 0) for letter in part]) for part in texts] for texts in languages]
+    generator = torch.Generator().manual_seed(run.seed)
+
+    def cut(text: Tensor, count: int) -> Tensor:
+        starts = torch.randint(len(text) - settings.length, (count,), generator=generator)
+        return text[starts[:, None] + torch.arange(settings.length + 1)]
+
+    both = torch.stack([cut(train, settings.steps) for train, _ in ids])
+    language = torch.randint(2, (settings.steps,), generator=generator)
+    train = both[language, torch.arange(settings.steps)]
+    held = torch.cat([cut(text, settings.validation) for _, text in ids])
+    return {"train": train, "held": held, "characters": len(letters) + 1}
+
+
+def train(run: Run[Settings], text: dict[str, Any], norm: type[nn.Module] | None) -> dict[str, Any]:
+    """Train with one norm, a window at a time: validation loss in evaluation mode, and its gap to training."""
+    settings = run.settings
+    torch.manual_seed(run.seed)
+    net = CharacterModel(settings, text["characters"])
+    if norm is not None:
+        extra: dict[str, Any] = {"warmup_steps": settings.warmup} if issubclass(norm, PowerNorm) else {}
+        convert_layernorm(net, norm, **extra)
+    losses = StepRecorder({"loss": lambda state: state.scalars.get("loss", torch.nan)}, every=1)
+    pairs, held = ((t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (text["train"], text["held"]))
+    fit(
+        net, pairs, rule=Backprop(F.cross_entropy), optimizer=adam(settings.lr, betas=(0.9, 0.98)),
+        scheduler=one_cycle(settings.lr), epochs=1, batch_size=1, callbacks=[losses], seed=run.seed, device=run.device,
+    )  # fmt: skip
+    curve = losses.to_frame()["loss"].tolist()
+    val = evaluate(net, held, loss=F.cross_entropy, batch_size=100)["loss"]
+    last = curve[-min(50, len(curve)) :]
+    return {"val": val, "gap": val - sum(last) / len(last), "curve": curve}
+
+
+def run(run: Run[Settings]) -> None:
+    """Train with every norm, and compare the gradients that the two roots give."""
+    text = windows(run)
+    kinds: dict[str, type[nn.Module] | None] = {
+        "layer": None, "batch": SequenceBatchNorm, "batch_statistics": PowerNormV, "power": PowerNorm,
+        "without_term": WithoutTerm,
+    }  # fmt: skip
+    done = {name: run.arm(name, train, run, text, norm) for name, norm in kinds.items()}
+    val = {name: arm["val"] for name, arm in done.items()}
+    gap = {f"{name}_gap": arm["gap"] for name, arm in done.items()}
+    run.values(
+        "layernorm", power=val["power"], layer=val["layer"], power_gap=gap["power_gap"], layer_gap=gap["layer_gap"],
+        without_term=val["without_term"],
+    )  # fmt: skip
+    run.values(
+        "batchnorm", batch=val["batch"], power=val["power"], batch_gap=gap["batch_gap"], layer_gap=gap["layer_gap"]
+    )
+    run.values("negative_control", {name: gap[name] for name in ("batch_statistics_gap", "layer_gap")})
+    run.values("smaller_gradients", largest_ratio=run.arm("gradients", gradient_ratio, run.seed)["ratio"])
+
+
+def gradient_ratio(seed: int) -> dict[str, float]:
+    """Largest ratio over channels of gradient norms, quadratic mean over standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(500, 64, dtype=torch.float64, generator=generator) + 2 * torch.randn(
+        64, dtype=torch.float64, generator=generator
+    )
+    g = torch.randn(500, 64, dtype=torch.float64, generator=generator)
+    sizes = []
+    for moment in (x.square().mean(0), x.var(0, correction=0)):
+        z = x / moment.sqrt()
+        sizes.append(((g - z * (g * z).mean(0)) / moment.sqrt()).norm(dim=0))
+    return {"ratio": float((sizes[0] / sizes[1]).max())}
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Validation loss and gap by norm."""
+    kinds = {"layer": "LayerNorm", "batch": "BatchNorm", "batch_statistics": "PN-V", "power": "PowerNorm"}
+    return {
+        "validation loss": plots.bars(results, {v: (k, "val") for k, v in kinds.items()}, ylabel="loss (nats)"),
+        "gap to training": plots.bars(results, {v: (k, "gap") for k, v in kinds.items()}, ylabel="gap (nats)"),
+    }
+
+
+def peers(bench: Bench) -> None:
+    """Forward and backward of one norm on 4,096 tokens of 512 channels."""
+    x, g = torch.randn(8, 512, 512), torch.randn(8, 512, 512)
+    norms: dict[str, nn.Module] = {
+        "ours": PowerNorm(512, warmup_steps=0, num_groups=None), "layer_norm": nn.LayerNorm(512),
+        "with_group_scaling": PowerNorm(512, warmup_steps=0, num_groups=8),
+        "batch_norm": SequenceBatchNorm(512),
+    }  # fmt: skip
+
+    def step(norm: nn.Module) -> None:
+        norm(x.requires_grad_()).backward(g)
+
+    calls: dict[str, Any] = {name: partial(step, norm) for name, norm in norms.items()}
+    bench.compare("forward and backward, 4,096 tokens x 512", **calls)
