@@ -41,6 +41,10 @@ def inspect(
         list[str] | None,
         typer.Option(help="Layer to look at; may be repeated. By default those at the top of the network."),
     ] = None,
+    panel: Annotated[
+        list[str] | None,
+        typer.Option(help="Method whose analysis is shown; may be repeated. By default all quick ones."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=16, max=MOST, help="Look at so many examples.")] = 1000,
     split: Split = "test",
     bins: Annotated[int, typer.Option(min=2, max=MOST, help="Bins of the adaptive estimate of information.")] = 30,
@@ -87,8 +91,57 @@ def inspect(
         table, card = _matched(net, second.model.to(place), layers, x, name, str(other), seed)
         cards.append(card)
         result["matching"] = table.reset_index(drop=True).to_dict("records")
+    models = [net] if second is None else [net, second.model.to(place)]
+    result["panels"] = {}
+    for slug, analysis in _analyses(panel, len(models)).items():
+        _say(f"{name}: {slug}")
+        card, result["panels"][slug] = _panel(slug, analysis, models, (x, y), list(layer or ()), seed)
+        cards.append(card)
     write_sheet(output, f"inside {name}", cards)
     _show(result, as_json)
+
+
+def _analyses(chosen: Sequence[str] | None, networks: int) -> dict[str, Any]:
+    """Analyses that papers offer, by slug: those asked for, or all that are shown unasked."""
+    import inspect as python_inspect
+
+    from torchfolio import catalog
+    from torchfolio.measure import Analysis
+
+    found = {}
+    for slug in chosen or catalog.offering("analysis"):
+        offered = catalog.offered(slug, "analysis")
+        if not (python_inspect.isclass(offered) and issubclass(offered, Analysis)):
+            if chosen:
+                raise TorchfolioError(f"the analysis of {slug} is no panel of inspect; see: torchfolio show {slug}")
+            continue
+        if chosen and offered.networks > networks:
+            raise TorchfolioError(f"the analysis of {slug} compares {offered.networks} networks: name a second bundle")
+        if offered.networks <= networks and (chosen or offered.by_default):
+            found[slug] = offered()
+    return found
+
+
+def _panel(
+    slug: str, analysis: Any, models: Sequence[nn.Module], data: Any, layers: Sequence[str], seed: int
+) -> tuple[Sheet, dict[str, Any]]:
+    """The card of one analysis; where it has nothing to say of this network, the card says why."""
+    from torchfolio.data.examples import Examples
+    from torchfolio.report.sheet import Picture, Sheet, Table
+
+    try:
+        found = analysis.look(*models[: analysis.networks], data=Examples(data), layers=layers, seed=seed)
+    except ValueError as error:
+        return Sheet(slug, "not shown", sentences=[str(error)]), {"not_shown": str(error)}
+    card = Sheet(
+        found.title,
+        found.eyebrow or slug,
+        sentences=found.sentences,
+        notes=found.notes,
+        tables=[Table.of(table) for table in found.tables],
+        pictures=[Picture(figure, caption) for figure, caption in found.pictures],
+    )
+    return card, dict(found.record)
 
 
 def _say(text: str) -> None:

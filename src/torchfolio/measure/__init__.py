@@ -1,5 +1,6 @@
 """What evidence is made of: scores, memory, operations, time, curvature, gradients, similarity."""
 
+from torchfolio.measure.analysis import Analysis, Panel
 from torchfolio.measure.cost import Alternation, alternate, count_flops, flops_by_module
 from torchfolio.measure.curvature import (
     Eigen,
@@ -46,9 +47,11 @@ from torchfolio.measure.untouched import untouched
 __all__ = [
     "Agreement",
     "Alternation",
+    "Analysis",
     "Eigen",
     "Hessian",
     "Interval",
+    "Panel",
     "Retrieval",
     "SavedBytes",
     "StreamingCKA",
