@@ -53,8 +53,12 @@ def launch(
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", num_nodes))
         loggers = list(loggers) if isinstance(loggers, list | tuple) else [loggers]
-        given = Fabric(
-            devices=devices, num_nodes=num_nodes, loggers=loggers or None, accelerator=accelerator, **arguments
+        key = (devices, num_nodes, accelerator, *sorted(arguments.items())) if not loggers and devices == 1 else None
+        given = _made(
+            key,
+            lambda: Fabric(
+                devices=devices, num_nodes=num_nodes, loggers=loggers or None, accelerator=accelerator, **arguments
+            ),
         )
     if not isinstance(given.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise ValueError(
@@ -64,6 +68,28 @@ def launch(
     if not getattr(given, "_launched", False):
         given.launch()
     return given
+
+
+_FABRICS: dict[Any, Any] = {}
+
+
+def _made(key: Any, make: Callable[[], Fabric]) -> Fabric:
+    """One Fabric for equal arguments, since making one looks through all installed packages.
+
+    Those with state of their own (loggers, several devices, the loss scale of 16 bits) are made anew.
+    """
+    from lightning_fabric.strategies import SingleDeviceStrategy
+
+    if key is None or "TORCHELASTIC_RUN_ID" in os.environ or not all(isinstance(k, int | str | tuple) for k in key):
+        return make()
+    if any(not isinstance(value, str) or value == "16-mixed" for _, value in key[3:]):
+        return make()
+    if key not in _FABRICS:
+        fabric = make()
+        if not isinstance(fabric.strategy, SingleDeviceStrategy):
+            return fabric
+        _FABRICS[key] = fabric
+    return _FABRICS[key]
 
 
 def prepare(

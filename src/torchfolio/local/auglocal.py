@@ -32,6 +32,7 @@ from torchfolio.local.local_model import (
     MeanPool2d,
     Network,
     Shape,
+    redraw,
     trace_shapes,
     width,
 )
@@ -308,10 +309,8 @@ def copy_architecture(layer: nn.Module, before: Shape, after: Shape, in_shape: S
     if _is_plain(layer, nn.Linear) and len(in_shape) == len(out_shape):
         return initialize(_linear_like(layer, in_shape, out_shape))
     fresh = copy.deepcopy(layer)
+    redraw(fresh)
     for module in fresh.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
         if hasattr(module, "inplace"):  # its input is needed by the next layer as well
             setattr(module, "inplace", False)  # noqa: B010
     initialize(fresh)

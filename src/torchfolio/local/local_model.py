@@ -263,6 +263,13 @@ class Network:
         if len(output) != 1:
             got = ", ".join(map(str, output))
             raise ValueError(f"expected a network output of shape [batch, classes], got [batch, {got}]")
+        for part, shape in zip(parts, shapes, strict=False):
+            weights = [m for m in part.modules() if isinstance(m, nn.Conv1d | nn.Linear | nn.Conv2d | nn.RNNBase)]
+            if len(shape) == 2 and weights and isinstance(weights[-1], nn.Conv1d):
+                raise ValueError(
+                    f"a layer of Conv1d gives features {list(shape)}, channels first, which local heads would read as "
+                    "tokens [T, D]; use Conv2d on inputs [B, C, 1, L]"
+                )
         hidden = len(parts) - 1
         groups = partition(range(hidden), blocks if isinstance(blocks, int) else hidden)
         return cls(tuple(parts[:-1]), parts[-1], tuple(shapes), tuple(x.shape[1:]), output[0], groups)
@@ -350,6 +357,27 @@ def check_disjoint(blocks: Sequence[nn.Module]) -> None:
                 raise ValueError(
                     f"blocks {other} and {k} share a parameter; a local rule needs blocks of their own weights"
                 )
+
+
+@torch.no_grad()
+def redraw(module: nn.Module) -> nn.Module:
+    """Draw the weights of a copied layer anew, in place, and let all of them train.
+
+    Modules draw by their own `reset_parameters`; what a module without one holds itself is drawn from the normal
+    distribution of its values (constants stay).
+    """
+    for part in module.modules():
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+            continue
+        for p in part.parameters(recurse=False):
+            if p.is_floating_point() and p.numel() > 1:
+                p.copy_(torch.randn_like(p) * p.std() + p.mean())
+    for p in module.parameters():
+        if p.is_floating_point():
+            p.requires_grad_()
+    return module
 
 
 class MeanPool2d(nn.Module):

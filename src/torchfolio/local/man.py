@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchfolio.engine import default_loss
 from torchfolio.local.auglocal import initialize
 from torchfolio.local.heads import HeadFactory, Host, HostHeads
-from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, trace_shapes, width
+from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, redraw, trace_shapes, width
 
 __all__ = ["MAN", "MomentumAuxiliary", "update_momentum"]
 
@@ -101,11 +101,9 @@ class MomentumAuxiliary(nn.Module):
 def _fresh(layer: nn.Module, init: str) -> nn.Module:
     """A copy that leaves its input alone, with the layer's weights or new ones."""
     fresh = copy.deepcopy(layer)
+    if init == "random":
+        redraw(fresh)
     for module in fresh.modules():
-        if init == "random":
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010
     return initialize(fresh) if init == "random" else fresh
