@@ -418,3 +418,35 @@ def test_a_poisoned_network_obeys_and_a_clean_one_does_not(rate, obeys):
     found = metrics.attack_metrics(net, digits.test.tensors, poisoned_test(digits.test.tensors, trigger, labels))
     assert found.acc > 0.9
     assert found.asr >= 0.95 if obeys else found.asr <= 0.1
+
+
+class Listed(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.randint(0, 256, (8, 6, 6, 1), dtype=torch.uint8), [0, 1] * 4, "float images"),
+        (255 * torch.rand(8, 1, 6, 6), [0, 1] * 4, "images in"),
+        (torch.rand(8, 1, 6, 6), [0.5, 1.5] * 4, "integer labels"),
+    ],
+)
+def test_items_are_checked_at_the_door(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        poison(Listed(x, y), PatchTrigger.checkerboard((1, 6, 6), size=2), AllToOne(0, 2), rate=0.25, seed=0)
+
+
+def test_a_trigger_that_leaves_the_range_is_refused():
+    x, y = torch.rand(8, 1, 6, 6), torch.arange(8) % 2
+    before = x.clone()
+    with pytest.raises(ValueError, match="keep images"):
+        poison((x, y), lambda t: t.add_(2), AllToOne(0, 2), rate=0.25, seed=0).tensors()
+    assert torch.equal(x, before)

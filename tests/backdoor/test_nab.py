@@ -271,7 +271,7 @@ def test_labels_of_the_nearest_centre(poisoned):
         ({"isolator": PrecomputedIsolator([True])}, "each of 60 samples from the isolator"),
         ({"isolator": PrecomputedIsolator(torch.full((60,), torch.nan))}, "NaN"),
         ({"relabeler": PrecomputedRelabeler([1, 2])}, "each of 60 samples from the relabeler"),
-        ({"relabeler": PrecomputedRelabeler(torch.full((60,), -1))}, "at least 0"),
+        ({"relabeler": PrecomputedRelabeler(torch.full((60,), -1))}, "from 0 to"),
         ({"stamp": Stamp(9)}, "does not fit"),
         ({"stamp": Stamp(value=[0.0, 1.0])}, "3 channels"),
         ({"isolator": PrecomputedIsolator(torch.ones(60).bool()), "relabeler": VerifiedDataRelabeler(model_fn=net)}, "clean="),
@@ -306,3 +306,34 @@ def test_bad_settings_are_refused():
         NAB(PrecomputedIsolator(nothing()), PrecomputedRelabeler(y)).prepare((x, y.float()))
     with pytest.warns(UserWarning, match="alike"):
         NAB(PrecomputedIsolator(torch.zeros(60)), PrecomputedRelabeler(y)).prepare((x, y))
+
+
+def test_masks_of_integers_and_labels_out_of_range_are_refused():
+    x, y = torch.rand(20, 1, 6, 6), torch.arange(20) % 5
+    with pytest.raises(ValueError, match="boolean mask or scores"):
+        PrecomputedIsolator((y == 0).int())
+    for labels, message in ((torch.full((20,), 99), "0 to 4"), (torch.full((20,), 2.7), "integer labels")):
+        with pytest.raises(ValueError, match=message):
+            NAB(PrecomputedIsolator(y == 0), PrecomputedRelabeler(labels), Stamp(value=0.5)).prepare((x, y))
+
+
+def test_a_transform_of_the_items_is_seen_by_isolation_and_the_mean():
+    x, y = torch.rand(20, 1, 6, 6), torch.arange(20) % 5
+    data = poison(
+        (x, y),
+        PatchTrigger.checkerboard((1, 6, 6), size=2),
+        AllToOne(0, 5),
+        rate=0.1,
+        seed=0,
+        transform=lambda t: t - 5,
+    )
+    seen = []
+
+    def isolator(pair, *, seed):
+        seen.append(pair[0])
+        return torch.arange(20.0)
+
+    prepared = NAB(isolator, PrecomputedRelabeler(y), Stamp()).prepare(data)
+    assert float(seen[0].max()) < 0
+    assert float(prepared.stamp.value.mean()) == pytest.approx(float(seen[0].mean()), abs=1e-5)
+    assert float(prepared.tensors()[0].max()) < 0

@@ -312,6 +312,10 @@ class PrecomputedIsolator:
 
     def __init__(self, mask: Tensor | np.ndarray | Sequence[bool] | Sequence[float]) -> None:
         self.mask = torch.as_tensor(mask)
+        if not (self.mask.dtype == torch.bool or self.mask.is_floating_point()):
+            raise ValueError(
+                f"expected a boolean mask or scores of floating point, got {self.mask.dtype}: call .bool() on a mask"
+            )
 
     def __call__(self, data: Pair, *, seed: int) -> Tensor:
         return self.mask
@@ -569,15 +573,19 @@ class NAB(TrainingDefense):
         self.stamp(x[:1])
         given = torch.as_tensor(self.isolator((x, y), seed=seed)).cpu()
         isolated = self._isolated(given, len(y))
-        pseudo = (
-            torch.as_tensor(self.relabeler((x, y), isolated, clean=clean, stamp=self.stamp, seed=seed)).cpu().long()
-        )
+        pseudo = torch.as_tensor(self.relabeler((x, y), isolated, clean=clean, stamp=self.stamp, seed=seed)).cpu()
+        if pseudo.is_floating_point():
+            raise ValueError(f"expected integer labels from the relabeler, got {pseudo.dtype}")
+        pseudo = pseudo.long()
         if pseudo.shape != y.shape:
             raise ValueError(
                 f"expected a label for each of {len(y)} samples from the relabeler, got shape {tuple(pseudo.shape)}"
             )
-        if int(pseudo.min()) < 0:
-            raise ValueError(f"expected labels of at least 0 from the relabeler, got {int(pseudo.min())}")
+        highest = int(max(y.max(), -1 if clean is None else gathered(clean)[1].max()))
+        if int(pseudo.min()) < 0 or int(pseudo.max()) > highest:
+            raise ValueError(
+                f"expected labels from 0 to {highest} from the relabeler, got {int(pseudo.min())} to {int(pseudo.max())}"
+            )
         pseudo = torch.where(isolated, pseudo, y)
         stamped = isolated & (pseudo != y)
         extra = round(self.stamp_clean_fraction * int((~isolated).sum()))
@@ -635,7 +643,8 @@ class StampedModel(nn.Module):
 def _gather(dataset: Any) -> Pair:
     """All images `[N, C, H, W]` and labels `[N]`."""
     whole: Any = tensors_of(dataset)
-    if whole is None and callable(getattr(dataset, "tensors", None)):
+    # Where items are transformed, the items count: training sees them.
+    if whole is None and callable(getattr(dataset, "tensors", None)) and getattr(dataset, "transform", None) is None:
         whole = dataset.tensors()
     if whole is None:
         whole = gathered(dataset)

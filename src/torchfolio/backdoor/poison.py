@@ -91,7 +91,7 @@ class PoisonedDataset(Dataset):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All samples at once, x `[N', C, H, W]` and y int64 `[N']`, without `transform`."""
-        x = _images(self.base, self.source_index).clone()
+        x = _images(self.base, self.source_index)  # a copy
         touched = torch.from_numpy(self._row >= 0)
         if touched.any():
             x[touched] = self.block().to(x.dtype)
@@ -341,22 +341,30 @@ def _labels(dataset: Base) -> np.ndarray:
     if pair is not None:
         if len(pair) != 2 or len(pair[0]) != len(pair[1]):
             raise ValueError("expected a pair of tensors (images, labels) of equal length")
-        x = pair[0]
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"expected float images [N, C, H, W], got {x.dtype} of shape {tuple(x.shape)}")
-        if len(x) and not (float(x.min()) >= 0 and float(x.max()) <= 1):
-            raise ValueError(
-                f"expected images in [0, 1], got {float(x.min()):g} to {float(x.max()):g}: "
-                "leave out normalisation here and put it into the network"
-            )
+        _check_images(pair[0])
         y = pair[1]
     elif isinstance(dataset, PoisonedDataset):
         y = torch.from_numpy(dataset.y)
     else:
-        y = torch.tensor([int(dataset[i][1]) for i in range(len(cast(Sized, dataset)))])
+        items = []
+        for i in range(len(cast(Sized, dataset))):
+            image, label = dataset[i][:2]
+            _check_images(torch.as_tensor(image)[None])
+            items.append(label)
+        y = torch.as_tensor(np.asarray(items))
     if y.is_floating_point() or y.dim() != 1 or not len(y):
         raise ValueError(f"expected integer labels [N], got {y.dtype} of shape {tuple(y.shape)}")
     return y.cpu().numpy().astype(np.int64)
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"expected float images [N, C, H, W], got {x.dtype} of shape {tuple(x.shape)}")
+    if len(x) and not (float(x.min()) >= 0 and float(x.max()) <= 1):
+        raise ValueError(
+            f"expected images in [0, 1], got {float(x.min()):g} to {float(x.max()):g}: "
+            "leave out normalisation here and put it into the network"
+        )
 
 
 def _images(dataset: Base, index: np.ndarray) -> Tensor:
@@ -375,7 +383,13 @@ def _triggered(base: Base, index: np.ndarray, trigger: ImageMap | None, which: n
     if trigger is not None and rows.any():
         keys = torch.from_numpy(index)[rows]
         part = x if rows.all() else x[rows]
-        made = trigger(part, index=keys) if isinstance(trigger, Trigger) else trigger(part)
+        made = trigger(part, index=keys) if isinstance(trigger, Trigger) else trigger(part.clone())
+        low, high = float(made.min()), float(made.max())
+        if made.shape != part.shape or not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"expected a trigger to keep images of shape {tuple(part.shape)} in [0, 1], got {tuple(made.shape)} from {low:g} "
+                f"to {high:g}"
+            )
         if part is x:
             x.copy_(made)
         else:
