@@ -241,12 +241,13 @@ def plot_comparison(table: pd.DataFrame) -> Figure:
     """Height of the peak over the training loss at the threshold, a point for each row of `compare`."""
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    # A loss of 0 or of rounding stands at the left edge of what can be told apart.
-    losses = table["train_loss"].clip(lower=1e-12)
-    ax.scatter(losses, table["height"], c=[f"C{k % 10}" for k in range(len(table))])
-    for name, loss, height in zip(table.index, losses, table["height"], strict=True):
-        ax.annotate(str(name), (loss, height), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    figure, ax = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    losses = [float(loss) for loss in table["train_loss"]]
+    # Losses of 0 or of rounding stand at the left edge, a tenth of the least that is told apart.
+    edge = min((loss for loss in losses if loss > 1e-12), default=1.0) / 10
+    for k, (name, loss, height) in enumerate(zip(table.index, losses, table["height"], strict=True)):
+        ax.scatter(max(loss, edge), height, color=f"C{k % 10}", marker="os^Dv"[k // 10 % 5], label=str(name))
     ax.set(xscale="log", yscale="log", xlabel="training loss at the threshold", ylabel="height of the peak")
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.grid(alpha=0.3)
     return figure
