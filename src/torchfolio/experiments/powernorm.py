@@ -54,8 +54,8 @@ SCALES = {
 class WithoutTerm(PowerNorm):
     """The ablation whose gradient leaves the approximate term out."""
 
-    def _see_gradient(self, z: Tensor, g: Tensor, valid: Tensor | None) -> None:
-        super()._see_gradient(z, g, valid)
+    def _see_moments(self, gamma: Tensor, lambda_: Tensor, dy: Tensor, weight: Tensor) -> None:
+        super()._see_moments(gamma, lambda_, dy, weight)
         self.nu.zero_()
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,27 +59,47 @@ def padding(mask: Tensor) -> Iterator[None]:
         _masks.pop()
 
 
+class _Roots(NamedTuple):
+    """Of one training step: inverse roots of the forward and backward pass, and the quadratic mean of the batch."""
+
+    forward: Tensor
+    backward: Tensor
+    power: Tensor
+
+
 class _Running(torch.autograd.Function):
-    """The normalisation with its approximate backward; `norm` holds $\\nu$, which the backward updates."""
+    """Normalise and scale, with the approximate backward; `norm` holds $\\nu$, which the backward updates.
+
+    Kept for the backward pass are the input and vectors of C: $\\Gamma = \\psi_B^2 / (D + \\varepsilon)$ is known, and
+    $\\Lambda$ is $\\gamma$ times the gradient of $\\gamma$ over the number of tokens.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, inverse: Tensor, backward_inverse: Tensor, valid: Tensor | None, norm: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, roots: _Roots, valid: Tensor | None, norm: Any
     ) -> Tensor:
-        z = x * inverse.to(x.dtype)
-        ctx.save_for_backward(z, backward_inverse, valid)
+        ctx.save_for_backward(x, weight, *roots, valid)
         ctx.norm = norm
-        return z
+        return torch.addcmul(bias.to(x.dtype), x, (roots.forward * weight).to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        z, inverse, valid = ctx.saved_tensors
-        norm, g = ctx.norm, grads[0]
-        correction = norm.nu.to(z.dtype) * z
-        dx = (g - (correction if valid is None else correction * valid.to(z.dtype)[:, None])) * inverse.to(z.dtype)
-        norm._see_gradient(z.to(norm.nu.dtype), g.to(norm.nu.dtype), valid)
-        return dx, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, forward, backward, power, valid = ctx.saved_tensors
+        norm, dy = ctx.norm, grads[0]
+        exact = norm.nu.dtype
+        products = dy.to(exact) * x.to(exact)
+        of_weight = products.sum(0) * forward
+        moment = of_weight / len(x) if valid is None else norm._mean(products, valid) * forward
+        nu = norm.nu.clone()
+        norm._see_moments(power * forward.square(), weight * moment, dy, weight)
+        dx = dy * (weight * backward).to(dy.dtype)
+        correction = (-nu * forward * backward).to(dy.dtype)
+        if valid is None:
+            dx.addcmul_(x.to(dy.dtype), correction)
+        else:
+            dx.addcmul_(x.to(dy.dtype) * valid.to(dy.dtype)[:, None], correction)
+        return dx, of_weight.to(weight.dtype), dy.sum(0).to(weight.dtype), None, None, None
 
 
 class _TokenNorm(nn.Module):
@@ -203,7 +223,7 @@ class PowerNorm(_TokenNorm):
         self.register_buffer("phi", torch.ones(num_features, device=device, dtype=exact))
         self.register_buffer("nu", torch.zeros(num_features, device=device, dtype=exact))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self._divisor: tuple[Tensor, Tensor] | None = None
+        self._roots: _Roots | None = None
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         tokens, valid = self._flat(x, padding_mask)
@@ -211,18 +231,18 @@ class PowerNorm(_TokenNorm):
             grouped = tokens.view(len(tokens), self.num_groups, -1)
             tokens = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).view_as(tokens)
         if not self.training:
-            z = tokens * (self.phi + self.eps).rsqrt().to(tokens.dtype)
-        else:
-            # Inside a backward pass this is a recomputation, which must see what the first pass saw, and count once.
-            again = torch._C._current_graph_task_id() != -1 and self._divisor is not None
-            forward, backward = self._divisor if again and self._divisor is not None else self._observe(tokens, valid)
-            self._divisor = forward, backward
-            z = _Running.apply(tokens, forward, backward, valid, self)
-        return self._scaled(z).view_as(x)  # pyright: ignore[reportArgumentType]
+            return self._scaled(tokens * (self.phi + self.eps).rsqrt().to(tokens.dtype)).view_as(x)
+        # Inside a backward pass this is a recomputation, which must see what the first pass saw, and count once.
+        again = torch._C._current_graph_task_id() != -1 and self._roots is not None
+        self._roots = self._roots if again else self._observe(tokens, valid)
+        weight = torch.ones_like(self.phi) if self.weight is None else self.weight
+        bias = torch.zeros_like(self.phi) if self.bias is None else self.bias
+        y: Any = _Running.apply(tokens, weight, bias, self._roots, valid, self)
+        return y.view_as(x)
 
     @torch.no_grad()
-    def _observe(self, tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Inverse roots of the forward and backward pass; the running quadratic mean takes the batch in."""
+    def _observe(self, tokens: Tensor, valid: Tensor | None) -> _Roots:
+        """What divides this step; the running quadratic mean takes the batch in."""
         batch = self._mean(tokens.detach().square(), valid, self.sync).to(self.phi.dtype)
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(batch).all()):
             raise FloatingPointError(f"the quadratic mean of a batch is not finite in {self.name or 'a PowerNorm'}")
@@ -235,15 +255,17 @@ class PowerNorm(_TokenNorm):
             self.phi.lerp_(batch, 1 / step)
         self.phi.lerp_(batch, 1 - self.alpha_fwd)
         self.steps += 1
-        return forward, by_batch if self.divide_by == "batch" else forward
+        return _Roots(forward, by_batch if self.divide_by == "batch" else forward, batch)
 
-    def _see_gradient(self, z: Tensor, g: Tensor, valid: Tensor | None) -> None:
-        """Take the batch's moments into the running gradient term."""
-        gamma, lambda_ = self._mean(z.square(), valid, self.sync), self._mean(g * z, valid, self.sync)
+    def _see_moments(self, gamma: Tensor, lambda_: Tensor, dy: Tensor, weight: Tensor) -> None:
+        """Take $\\Gamma$ and $\\Lambda$ of a batch into the running gradient term."""
+        if self.sync and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(lambda_)
+            lambda_ /= dist.get_world_size()
         rate = 1 - self.alpha_bwd
         self.nu.copy_(self.nu * (1 - rate * gamma) + rate * lambda_)
         if self.monitor is not None:
-            size = g.norm().item()
+            size = (dy * weight).norm().item()
             self.monitor.note(self, gamma=gamma.mean().item(), nu=self.nu.abs().max().item(), gradient=size)
 
     def extra_repr(self) -> str:
