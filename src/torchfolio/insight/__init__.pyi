@@ -9,3 +9,9 @@ from torchfolio.insight.circuit_diagrams import ncd as ncd
 from torchfolio.insight.convergent_learning import ConvergenceReport as ConvergenceReport
 from torchfolio.insight.convergent_learning import bipartite_match as bipartite_match
 from torchfolio.insight.convergent_learning import semi_match as semi_match
+from torchfolio.insight.double_descent import RandomFeatureRegressor as RandomFeatureRegressor
+from torchfolio.insight.double_descent import RandomFeatures as RandomFeatures
+from torchfolio.insight.double_descent import capacity_sweep as capacity_sweep
+from torchfolio.insight.double_descent import compare as compare
+from torchfolio.insight.double_descent import gradient_descent_path as gradient_descent_path
+from torchfolio.insight.double_descent import peak as peak

@@ -5,6 +5,13 @@ from torchfolio.robustness.attacks import hop_skip_jump as hop_skip_jump
 from torchfolio.robustness.attacks import margin as margin
 from torchfolio.robustness.attacks import nes as nes
 from torchfolio.robustness.attacks import pgd as pgd
+from torchfolio.robustness.boundary_tilting import RidgePath as RidgePath
+from torchfolio.robustness.boundary_tilting import adversarial_strength as adversarial_strength
+from torchfolio.robustness.boundary_tilting import analyse as analyse
+from torchfolio.robustness.boundary_tilting import deviation_angle as deviation_angle
+from torchfolio.robustness.boundary_tilting import regularisation_path as regularisation_path
+from torchfolio.robustness.boundary_tilting import tilt as tilt
+from torchfolio.robustness.boundary_tilting import tilt_to_data as tilt_to_data
 from torchfolio.robustness.onnx_file import read_onnx as read_onnx
 from torchfolio.robustness.onnx_file import write_onnx as write_onnx
 from torchfolio.robustness.properties import Box as Box

@@ -1,3 +1,21 @@
 # Written by docs/generate.py from the catalogue.
 from torchfolio.theory.convex_relu import ConvexReLUClassifier as ConvexReLUClassifier
 from torchfolio.theory.convex_relu import ConvexReLURegressor as ConvexReLURegressor
+from torchfolio.theory.infinite_classifiers import HermiteActivation as HermiteActivation
+from torchfolio.theory.infinite_classifiers import InfiniteNetworkClassifier as InfiniteNetworkClassifier
+from torchfolio.theory.infinite_classifiers import OptimalActivation as OptimalActivation
+from torchfolio.theory.infinite_classifiers import classify_activation as classify_activation
+from torchfolio.theory.infinite_classifiers import dual_activation as dual_activation
+from torchfolio.theory.infinite_classifiers import finite_network as finite_network
+from torchfolio.theory.multitasking_hopfield import MultitaskingHopfield as MultitaskingHopfield
+from torchfolio.theory.multitasking_hopfield import critical_dilution as critical_dilution
+from torchfolio.theory.multitasking_hopfield import example_set as example_set
+from torchfolio.theory.multitasking_hopfield import mean_field as mean_field
+from torchfolio.theory.multitasking_hopfield import phase_diagram as phase_diagram
+from torchfolio.theory.multitasking_hopfield import sparse_patterns as sparse_patterns
+from torchfolio.theory.xor_grokking import DualGD as DualGD
+from torchfolio.theory.xor_grokking import XORNetwork as XORNetwork
+from torchfolio.theory.xor_grokking import alignment as alignment
+from torchfolio.theory.xor_grokking import grokking_time as grokking_time
+from torchfolio.theory.xor_grokking import odd_energy as odd_energy
+from torchfolio.theory.xor_grokking import xor_clusters as xor_clusters
