@@ -1,17 +1,26 @@
-"""Checkpoints that are whole or not there, and that load without unpickling."""
+"""Checkpoints that are whole or not there, that tell when they were damaged, and that load without unpickling.
+
+A file is what `torch.save` writes, and after it a line with the format and the SHA-256 of all before: `torch.load`
+reads it as it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from torchfolio.engine.lock import sync
+
 KEEP = 2
+FORMAT = 2
+MARK = f"\ntorchfolio checkpoint {FORMAT} ".encode()
 PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
@@ -34,36 +43,86 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = folder / f"step-{step:09d}.ckpt"
     scratch = path.with_suffix(".tmp")
     with scratch.open("wb") as file:
-        torch.save(state, file)
+        written: Any = _Hashing(file)
+        torch.save(state, written)
+        file.write(MARK + written.digest.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
-    _sync_folder(folder)
+    sync(folder)
     for old in checkpoints(folder)[:-KEEP]:
         old.unlink(missing_ok=True)
     return path
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or `None` where there is none at all.
+    """The newest checkpoint that can be read, or `None` where there is none at all. See `readable`."""
+    return next((saved for _, saved in readable(folder)), None)
+
+
+def readable(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Checkpoints of a folder that are whole, newest first; at least one, or none where there are none at all.
 
     Warns:
-        UserWarning: for every unreadable one that is passed over.
+        UserWarning: for every other one that is passed over.
 
     Raises:
-        ValueError: if there are checkpoints and none can be read.
+        ValueError: at the end, if there are checkpoints and none was the last that was wanted.
     """
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch reports damage in many ways
-            warnings.warn(f"{path} cannot be read ({type(error).__name__}); trying the one before", stacklevel=2)
+            saved = _load(path)
+        except Exception as error:  # torch reports foreign content in many ways
+            reason = str(error) if isinstance(error, _Damaged) else type(error).__name__
+            warnings.warn(f"{path} cannot be read ({reason}); trying the one before", stacklevel=2)
+        else:
+            yield path, saved
     if found:
         raise ValueError(
             f"none of the {len(found)} checkpoint(s) in {folder} can be read; remove the folder to start over"
         )
-    return None
+
+
+class _Damaged(ValueError):
+    """A file that is not as it was written."""
+
+
+class _Hashing:
+    """A file that is written through a digest."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The content of a file whose digest is right.
+
+    Raises:
+        _Damaged: if it is not, or if there is no digest.
+    """
+    digest, end = hashlib.sha256(), len(MARK) + 2 * hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        left = path.stat().st_size - end
+        while left > 0 and (block := file.read(min(left, 2**20))):
+            digest.update(block)
+            left -= len(block)
+        last = file.read()
+    if not last.startswith(MARK):
+        raise _Damaged(f"it is cut, damaged, or no checkpoint of format {FORMAT}")
+    if last[len(MARK) :] != digest.hexdigest().encode():
+        raise _Damaged("it is damaged: its digest is not that of its content")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise _Damaged(f"it holds a {type(saved).__name__}, not the parts of a training")
+    return saved
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,14 +149,3 @@ def _check_plain(value: Any, where: str) -> None:
             f"{where} is a {type(value).__name__}; expected tensors, numbers, strings and "
             "containers of them, which load without unpickling"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable only when the folder is."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

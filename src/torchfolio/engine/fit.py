@@ -174,6 +174,7 @@ def fit(
             arguments, state.optimizer, state.scheduler, seed=seed, batch_size=batch_size,
             accumulate=accumulate, clip_norm=clip_norm, schedule=schedule, processes=fabric.world_size,
             precision=str(fabric.strategy.precision.precision), batches=batches.count,
+            threads=torch.get_num_threads() if fabric.device.type == "cpu" else None,
         )  # fmt: skip
         keeper = Keeper(
             Path(checkpoint) if checkpoint is not None else None, fabric, state, batches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchfolio.engine.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
+from torchfolio.engine.checkpoint import FORMAT, clear_checkpoints, readable, save_checkpoint
 from torchfolio.engine.loader import Batches
 from torchfolio.engine.modes import random_state, set_random_state
 from torchfolio.engine.scalars import NonFiniteLoss, Scalars
@@ -70,6 +71,12 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -
     """
     for name in sorted(set(saved) | set(now)):
         then, here = saved.get(name), now.get(name)
+        if name == "threads" and then != here and then and here:
+            raise ValueError(
+                f"the checkpoint in {folder} was made with {then} thread(s), now there are {here}, which add up in "
+                f"another order and end with other bits; go on with OMP_NUM_THREADS={then} in the environment or "
+                f"torch.set_num_threads({then}), or start over with resume=False"
+            )
         if _untupled(then) != _untupled(here):
             raise ValueError(
                 f"the checkpoint in {folder} was made with {name} {then!r}, now it is {here!r}; give the "
@@ -79,6 +86,52 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -
 
 def _untupled(value: Any) -> Any:
     return [_untupled(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+PARTS: dict[str, tuple[type, ...]] = {
+    "settings": (dict,), "module": (dict,), "optimizer": (dict,), "rule": (dict,), "scheduler": (dict, type(None)),
+    "precision": (dict,), "epoch": (int,), "step": (int,), "position": (int,), "batches": (dict,), "history": (list,),
+    "scalars": (dict,), "seconds": (float, int), "stopper": (dict, type(None)), "callbacks": (list,), "random": (list,),
+}  # fmt: skip
+"""Parts of a checkpoint by name, with their types."""
+
+
+def check_parts(saved: Mapping[str, Any], processes: int, batches: int | None) -> None:
+    """Refuse a checkpoint that is not built as one.
+
+    Args:
+        saved: its content.
+        processes: of the training that goes on.
+        batches: of an epoch, where that is known.
+
+    Raises:
+        ValueError: at the first part that is odd.
+    """
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {saved.get('format')!r}")
+    for name, kinds in PARTS.items():
+        part = saved.get(name, PARTS)
+        if not isinstance(part, kinds) or isinstance(part, bool) or (int in kinds and not 0 <= part < float("inf")):
+            raise ValueError(f"its {name} is no {kinds[0].__name__} that a training has: {str(part)[:40]!r}")
+    sums, counts = saved["scalars"].get("sums"), saved["scalars"].get("counts")
+    rows, stopper = saved["history"], saved["stopper"]
+    conditions = {
+        "settings": all(value is None or _is_plain(value) for value in saved["settings"].values()),
+        "position": batches is None or saved["settings"].get("batches") != batches or saved["position"] <= batches,
+        "history": all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in rows),
+        "scalars": isinstance(sums, dict) and isinstance(counts, dict) and sums.keys() == counts.keys()
+        and all(map(_is_number, (*sums.values(), *counts.values()))),
+        "stopper": stopper is None or (_is_number(stopper.get("waited")) and {"best", "weights"} <= stopper.keys()),
+        "callbacks": all(isinstance(kept, dict) for kept in saved["callbacks"]),
+        "random": saved["settings"].get("processes") != processes or len(saved["random"]) == processes,
+    }  # fmt: skip
+    for name, holds in conditions.items():
+        if not holds:
+            raise ValueError(f"its {name} is not what a training keeps")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_network(saved: Mapping[str, Tensor], now: Mapping[str, Tensor], folder: Path) -> None:
@@ -203,7 +256,7 @@ class Keeper:
     def _contents(self) -> dict[str, Any]:
         state = self.state
         return {
-            "format": 1,
+            "format": FORMAT,
             "settings": self.settings,
             "rule": state.rule.state_dict(),
             "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
@@ -226,26 +279,44 @@ class Keeper:
         if self.folder is None:
             return False
         if self.fabric.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
             clear_checkpoints(self.folder, all=not resume)
         self.fabric.barrier()
-        saved = load_checkpoint(self.folder) if resume else None
-        if saved is None:
-            return False
-        check_same(saved["settings"], self.settings, self.folder)
-        self._load_weights(saved)
-        self._load_rest(saved)
-        self.saved = (self.state.step, self.state.epoch)
-        return True
+        return resume and self._take_up(self.folder)
+
+    def _take_up(self, folder: Path) -> bool:
+        """Load the newest checkpoint that can be, with a warning for each that is passed over.
+
+        Raises:
+            ValueError: if none can be, or one is of another training.
+        """
+        for path, saved in readable(folder):
+            try:
+                check_parts(saved, self.fabric.world_size, self.batches.count)
+            except ValueError as error:
+                warnings.warn(f"{path} cannot be read ({error}); trying the one before", stacklevel=2)
+                continue
+            check_same(saved["settings"], self.settings, folder)
+            check_network(saved["module"], self.state.module.state_dict(), folder)
+            try:
+                self._load_weights(saved)
+                self._load_rest(saved)
+            except Exception as error:  # states of optimizers, rules and callbacks refuse in many ways
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(f"{path} cannot be taken up ({reason}); trying the one before", stacklevel=2)
+                continue
+            self.saved = (self.state.step, self.state.epoch)
+            return True
+        return False
 
     def _load_weights(self, saved: Mapping[str, Any]) -> None:
-        state, folder = self.state, self.folder
-        assert folder is not None
-        check_network(saved["module"], state.module.state_dict(), folder)
+        state = self.state
         if is_sharded(self.fabric):
             load_sharded_state(state.module, state.optimizer, saved["module"], saved["optimizer"])
             return
         state.module.load_state_dict(saved["module"])
         state.optimizer.load_state_dict(saved["optimizer"])
+        check_finite(named_values(state.module, state.optimizer), saved["step"])
 
     def _load_rest(self, saved: Mapping[str, Any]) -> None:
         state = self.state
