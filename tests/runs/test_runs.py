@@ -241,3 +241,29 @@ def test_threads_are_restored():
     with threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_a_run_is_resumed_by_one_process_alone(tmp_path):
+    code = (
+        "import time\nfrom pathlib import Path\nfrom tests.runs import toy\nfrom torchfolio.runs import plan, run_all\n"
+        f"job = plan(toy, 'quick', (0,), device='cpu', out={str(tmp_path)!r})\n"
+        "def say(text):\n    print(text, flush=True)\n    time.sleep(60)\n"
+        "run_all([job], say=say)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    first = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "toy seed 0: base\n"
+        left = folder_of(tmp_path) / "seed-0" / "arms" / ".unfinished-x"
+        left.parent.mkdir(parents=True)
+        left.touch()
+        with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
+            measure(tmp_path, resume=True)
+        assert left.exists()
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert measure(tmp_path, resume=True).status == "done"
+    assert not list(folder_of(tmp_path).rglob(".*")), "nothing is left of the killed run"

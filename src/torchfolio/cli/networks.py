@@ -84,11 +84,15 @@ def train(
 
     from torchfolio import engine
     from torchfolio.bundle import save_bundle
+    from torchfolio.engine.checkpoint import checkpoints as whole
+    from torchfolio.engine.lock import exclusive, user_of
 
-    check_output(output, force)
     # The checkpoints stand beside the bundle, which holds safe weights alone.
     checkpoints = output.parent / f"{output.name}.training"
-    if checkpoints.exists() and not resume:
+    if (user := user_of(checkpoints)) is not None:
+        raise TorchfolioError(user)
+    check_output(output, force)
+    if whole(checkpoints) and not resume:
         raise TorchfolioError(f"{checkpoints} holds an interrupted training; pass --resume to go on, or remove it")
     if resume and not checkpoints.exists():
         raise TorchfolioError(f"there is nothing to resume: {checkpoints} does not exist")
@@ -104,43 +108,45 @@ def train(
     else:
         raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
     learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **settings}, f"the rule {rule}")
-    result = engine.fit(
-        net,
-        splits.train,
-        val=splits.val,
-        rule=learning_rule,
-        optimizer=make_optimizer,
-        scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
-        epochs=epochs,
-        batch_size=batch_size,
-        augment=augmentation(splits) if augment else None,
-        seed=seed,
-        device=device,
-        precision=precision,
-        checkpoint=checkpoints,
-        resume=resume,
-    )
-    scores = engine.evaluate(net, splits.test, rule=learning_rule)
-    record = {
-        "data": data,
-        "rule": rule,
-        "rule_settings": settings,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "optimizer": optimizer,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "seed": seed,
-        "image_size": image_size or manifest.training.get("image_size"),
-        "split": splits.split_digest,
-        "predictor": type(learning_rule).predictor is not engine.LearningRule.predictor,
-        "start": str(start) if start else None,
-        "steps": result.steps,
-        "test": scores,
-    }
-    save_bundle(net, output, replace(manifest, training=record))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    with exclusive(checkpoints):
+        check_output(output, force)  # once more: another process may have written there in the meantime
+        result = engine.fit(
+            net,
+            splits.train,
+            val=splits.val,
+            rule=learning_rule,
+            optimizer=make_optimizer,
+            scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
+            epochs=epochs,
+            batch_size=batch_size,
+            augment=augmentation(splits) if augment else None,
+            seed=seed,
+            device=device,
+            precision=precision,
+            checkpoint=checkpoints,
+            resume=resume,
+        )
+        scores = engine.evaluate(net, splits.test, rule=learning_rule)
+        record = {
+            "data": data,
+            "rule": rule,
+            "rule_settings": settings,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "optimizer": optimizer,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "seed": seed,
+            "image_size": image_size or manifest.training.get("image_size"),
+            "split": splits.split_digest,
+            "predictor": type(learning_rule).predictor is not engine.LearningRule.predictor,
+            "start": str(start) if start else None,
+            "steps": result.steps,
+            "test": scores,
+        }
+        save_bundle(net, output, replace(manifest, training=record))
+        shutil.rmtree(checkpoints, ignore_errors=True)
     show_result({"bundle": str(output), **scores}, as_json)
 
 

@@ -129,7 +129,7 @@ def fit(
 
     Raises:
         ValueError: on empty or unequal data, NaN, labels out of range, settings out of range, an optimizer
-            that misses parameters, or checkpoints of another training.
+            that misses parameters, checkpoints of another training, or another process that writes there.
         TypeError: on data or labels of another type than expected.
         NonFiniteLoss: if a scalar becomes NaN or infinite, at its step (found at most 16 steps later where
             reading it earlier would hold up the device). The last checkpoint is from before and finite.
@@ -186,9 +186,10 @@ def fit(
         )  # fmt: skip
         # Dropout and augmentation differ between processes, the weights do not.
         seed_all((seed + 1_000_003 * rank) % 2**63)
-        keeper.restore(resume)
         try:
-            Training(fabric, keeper, options).run(progress)
+            with keeper.alone():
+                keeper.restore(resume)
+                Training(fabric, keeper, options).run(progress)
         finally:
             state.rule.release()
     return FitResult(model, state.module, state.rule, state.history, state.step, state.epoch, state.stopped)

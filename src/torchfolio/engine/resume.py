@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchfolio.engine.checkpoint import FORMAT, clear_checkpoints, readable, save_checkpoint
 from torchfolio.engine.loader import Batches
+from torchfolio.engine.lock import FolderInUse, exclusive
 from torchfolio.engine.modes import random_state, set_random_state
 from torchfolio.engine.scalars import NonFiniteLoss, Scalars
 from torchfolio.engine.state import EarlyStopping, FitState
@@ -272,6 +274,29 @@ class Keeper:
             "callbacks": [getattr(callback, "state_dict", dict)() for callback in self.callbacks],
         }
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder against other trainings. All processes take part.
+
+        Raises:
+            FolderInUse: in all of them, if another training holds it.
+        """
+        if self.folder is None:
+            yield
+            return
+        with ExitStack() as stack:
+            refused = None
+            if self.fabric.is_global_zero:
+                try:
+                    stack.enter_context(exclusive(self.folder))
+                except (FolderInUse, OSError) as error:
+                    refused = error
+            if self.fabric.world_size > 1:
+                refused = self.fabric.broadcast(refused)
+            if refused is not None:
+                raise refused
+            yield
+
     def restore(self, resume: bool) -> bool:
         """Go on from the newest readable checkpoint; true if there is one."""
         if self.stopper is not None:
@@ -279,7 +304,6 @@ class Keeper:
         if self.folder is None:
             return False
         if self.fabric.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
             clear_checkpoints(self.folder, all=not resume)
         self.fabric.barrier()
         return resume and self._take_up(self.folder)

@@ -6,24 +6,28 @@ import importlib
 import json
 import os
 import shlex
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torchfolio import catalog
 from torchfolio.catalog import Claim
+from torchfolio.engine.lock import exclusive
 from torchfolio.errors import TorchfolioError, require
 from torchfolio.runs.environment import cores, environment
 from torchfolio.runs.outcome import Outcome, Results, aggregate_arms, aggregate_claims
 from torchfolio.runs.run import Run, save_figure
 from torchfolio.runs.settings import override
-from torchfolio.runs.store import write_json
+from torchfolio.runs.store import clear_scratch, write_json
 
 SCALES = ("smoke", "quick", "full")
 Say = Callable[[str], None]
@@ -102,7 +106,7 @@ def run_experiment(
 
     Raises:
         TorchfolioError: if there is no such experiment or scale.
-        ValueError: on settings that it does not have.
+        ValueError: on settings that it does not have, or if another process is at the run to be resumed.
     """
     return run_all([plan(slug, scale, seeds, settings, device=device, out=out, resume=resume)], jobs=jobs, say=say)[0]
 
@@ -179,26 +183,42 @@ def run_all(
         jobs: seeds at a time, each in a process of its own with its share of the threads.
         ray: spread the seeds over a Ray cluster (the local machine if there is none).
         say: called with lines about what is going on.
+
+    Raises:
+        FolderInUse: if another process is at one of them.
     """
     if jobs < 1:
         raise ValueError(f"expected at least one job, got {jobs}")
-    if ray:
-        _measure_on_ray(jobs_to_run, say)
-    elif jobs > 1:
-        threads_each = max(1, cores() // jobs)
-        # A fresh interpreter for each worker: forking one that has run threads of its own can hang.
-        with ProcessPoolExecutor(
-            jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads_each,)
-        ) as pool:
-            _measure_in(pool, jobs_to_run, say)
-    return [_conclude(job, say) for job in jobs_to_run]
+    with ExitStack() as stack:
+        for job in jobs_to_run:
+            stack.enter_context(exclusive(job.folder))
+            clear_scratch(job.folder)
+        if ray:
+            _measure_on_ray(jobs_to_run, say)
+        elif jobs > 1:
+            threads_each = max(1, cores() // jobs)
+            # A fresh interpreter for each worker: forking one that has run threads of its own can hang.
+            with ProcessPoolExecutor(
+                jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads_each,)
+            ) as pool:
+                _measure_in(pool, jobs_to_run, say)
+        return [_conclude(job, say) for job in jobs_to_run]
 
 
 def _start_worker(threads_each: int) -> None:
+    """Give a worker its share of the threads, and let it end with the process that started it, however that ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads_each)
     import torch
 
     torch.set_num_threads(threads_each)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _measure_in(pool: Executor, jobs: Sequence[Job], say: Say) -> None:

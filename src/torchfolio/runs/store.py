@@ -13,13 +13,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 ARRAY, TENSOR = "__array__", "__tensor__"
+SCRATCH = ".unfinished-"  # how the names of files begin that are being written
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    descriptor, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -31,6 +32,12 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch)
         raise
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove what a killed process left half written in a folder that no other process works in."""
+    for path in folder.rglob(f"{SCRATCH}*"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
