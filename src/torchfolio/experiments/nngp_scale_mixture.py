@@ -1,0 +1,290 @@
+"""Measures Student-t processes of infinitely wide networks against their Gaussian twins: limits, outliers, corruption."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor, nn
+from torch.distributions import InverseGamma
+
+from torchfolio.runs import Results, Run, plots
+from torchfolio.theory.infinite_kernels import nngp
+from torchfolio.theory.nngp_scale_mixture import (
+    NNGPKernel,
+    SparseStudentTClassifier,
+    StudentTProcessRegressor,
+    cholesky,
+    sample_prior,
+    scale_mixture_init_,
+    t_evidence,
+)
+
+PRIOR = InverseGamma(torch.tensor(2.0), torch.tensor(2.0))
+PROCESSES: dict[str, dict[str, Any]] = {
+    "t": {},
+    "gp": {"prior": "fixed"},
+    "gp_scaled": {"prior": "evidence"},
+    "t_narrow": {"a": 1e4, "b": 1e4},
+}
+CORRUPTIONS = ("clean", "gaussian", "impulse")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the four comparisons.
+
+    Attributes:
+        draws: networks at random weights.
+        width: their width.
+        sizes: training points of the regressions.
+        splits: random splits.
+        outlier_share: probability of an outlier in the training targets.
+        outlier: its size in standard deviations of the targets.
+        digits: training images.
+        inducing: inducing points.
+        depth: hidden layers of the classifiers' kernel.
+        epochs: of the classifiers.
+        nets: networks whose last layer is trained.
+        net_width: their width.
+        net_points: their training points.
+    """
+
+    draws: int = 2000
+    width: int = 1024
+    sizes: tuple[int, ...] = (5, 10, 20, 40, 100)
+    splits: int = 100
+    outlier_share: float = 0.1
+    outlier: float = 5.0
+    digits: int = 1000
+    inducing: int = 100
+    depth: int = 3
+    epochs: int = 200
+    nets: int = 300
+    net_width: int = 512
+    net_points: int = 10
+
+
+SCALES = {
+    "smoke": Settings(draws=100, width=64, sizes=(5, 10, 20), splits=3, digits=100, inducing=20, epochs=2, nets=30),
+    "quick": Settings(),
+    "full": Settings(splits=400, digits=1400, inducing=200, epochs=300),
+}
+
+
+def run(run: Run[Settings]) -> None:
+    """The limit of random networks, regression with and without outliers, classification, the trained last layer."""
+    settings = run.settings
+    run.values("student_t_limit", **run.arm("random_networks", _random_networks, settings))
+    share = settings.outlier_share
+    nll = {
+        name: {key: np.asarray(v) for key, v in run.arm(name, _regression, run, *outliers).items()}
+        for name, outliers in (("clean", (0.0, 0.0)), ("outliers", (share, share)), ("train_outliers", (share, 0.0)))
+    }
+    t, gp, scaled, narrow = (nll["outliers"][name] for name in PROCESSES)
+    ten = settings.sizes.index(10)
+    gain = np.minimum(gp, scaled) - t
+    alone = nll["train_outliers"]
+    run.values(
+        "outliers",
+        t_10=t[ten],
+        gp_10=gp[ten],
+        scaled_10=scaled[ten],
+        worst_gain=gain.min(),
+        gain_10=gain[ten],
+        worst_gain_train_alone=(np.minimum(alone["gp"], alone["gp_scaled"]) - alone["t"]).min(),
+    )
+    loss = nll["clean"]["t"] - nll["clean"]["gp"]
+    enough = np.asarray(settings.sizes) >= 20
+    run.values("clean_regression", loss_5=loss[0], worst_loss_20_up=loss[enough].max())
+    difference, with_outliers = (float(np.abs(nll[k]["t_narrow"] - nll[k]["gp"]).max()) for k in ("clean", "outliers"))
+    lost = narrow[ten] - t[ten]
+    run.values("negative_control", largest_difference=difference, with_outliers=with_outliers, lost_gain_10=lost)
+    ours, twin = (run.arm(name, _classify, run, prior) for name, prior in (("svtp", (2.0, 2.0)), ("svgp", "fixed")))
+    run.values("classification", {**ours, **{f"gp_{name}": value for name, value in twin.items()}})
+    run.values("last_layer_training", **run.arm("last_layer", _last_layer, settings))
+
+
+def _random_networks(settings: Settings) -> dict[str, float]:
+    """Kolmogorov-Smirnov tests of the outputs at 3 inputs: the least p against t, the largest against the normal."""
+    x = torch.randn(3, 5)
+
+    def network() -> nn.Module:
+        hidden, last = nn.Linear(5, settings.width, bias=False), nn.Linear(settings.width, 1, bias=False)
+        nn.init.normal_(hidden.weight, 0, math.sqrt(2 / 5))
+        scale_mixture_init_(last, PRIOR)
+        return nn.Sequential(hidden, nn.ReLU(), last)
+
+    outputs = sample_prior(network, x, settings.draws)[..., 0].double().numpy()
+    standard = outputs / nngp(x, None, "relu", 1, weight_var=2.0).diagonal().sqrt().numpy()
+    t_p = [stats.kstest(column, stats.t(4).cdf).pvalue for column in standard.T]
+    normal_p = [stats.kstest(column, stats.norm(0, math.sqrt(2)).cdf).pvalue for column in standard.T]
+    return {"t_p": min(t_p), "normal_p": max(normal_p)}
+
+
+def _regression(run: Run[Settings], train_share: float, test_share: float) -> dict[str, list[float]]:
+    """Mean negative log likelihood of 100 test targets, by process and number of training points.
+
+    Training targets are standardised by themselves; the likelihood is given in standard deviations of the pool that they
+    come from, in which outliers are measured, too.
+    """
+    settings = run.settings
+    splits = run.data("diabetes", normalize=False, val=0, seed=0)
+    parts = [part.tensors for part in (splits.train, splits.test)]
+    X, y = (torch.cat([part[k] for part in parts]).double().numpy() for k in (0, 1))
+    y = y.reshape(len(X))
+    generator = np.random.default_rng(torch.initial_seed())
+    totals = {name: np.zeros(len(settings.sizes)) for name in PROCESSES}
+    for _ in run.progress(range(settings.splits), "splits"):
+        order = generator.permutation(len(X))
+        test, pool = order[:100], order[100:]
+        inputs = (X - X[pool].mean(0)) / X[pool].std(0)
+        targets = (y - y[pool].mean()) / y[pool].std()
+        chance, signs = generator.random(len(X)), generator.choice([-1, 1], len(X))
+        shares = np.full(len(X), train_share)
+        shares[test] = test_share
+        targets = targets + settings.outlier * signs * (chance < shares)
+        for k, n in enumerate(settings.sizes):
+            train = pool[:n]
+            for name, process in PROCESSES.items():
+                model = StudentTProcessRegressor(NNGPKernel(2), noise=0.3, optimize=False, **process).fit(
+                    inputs[train], targets[train]
+                )
+                density = model.predict(inputs[test], return_dist=True).log_prob(torch.from_numpy(targets[test]))
+                totals[name][k] -= float(density.mean())
+    return {name: (total / settings.splits).tolist() for name, total in totals.items()}
+
+
+def _classify(run: Run[Settings], prior: Any) -> dict[str, float]:
+    """Accuracy and negative log likelihood on clean and corrupted digits; nothing is chosen on them."""
+    settings = run.settings
+    splits = run.data("digits", normalize=False, val=0, train_size=settings.digits)
+    (X, y), (X_test, y_test) = (
+        (part.tensors[0].flatten(1).double().numpy(), part.tensors[1].numpy()) for part in (splits.train, splits.test)
+    )
+    top = X.max()
+    X, X_test = X / top, X_test / top
+    model = SparseStudentTClassifier(
+        NNGPKernel(settings.depth),
+        n_inducing=settings.inducing,
+        prior=prior,
+        epochs=settings.epochs,
+        random_state=run.seed,
+    ).fit(X, y)
+    generator = np.random.default_rng(run.seed)
+    noisy = X_test + 0.4 * generator.normal(size=X_test.shape)
+    replaced = generator.random(X_test.shape) < 0.3
+    impulse = np.where(replaced, generator.integers(0, 2, X_test.shape), X_test)
+    scores = {}
+    for name, inputs in zip(CORRUPTIONS, (X_test, noisy, impulse), strict=True):
+        p = model.predict_proba(inputs)
+        scores[f"{name}_accuracy"] = float((p.argmax(1) == y_test).mean())
+        scores[f"{name}_nll"] = float(-np.log(p[np.arange(len(p)), y_test].clip(1e-12)).mean())
+    return scores
+
+
+def _last_layer(settings: Settings) -> dict[str, float]:
+    """Gradient flow on the last layer ends at the interpolation nearest to its start; that is solved for."""
+    n, width = settings.net_points, settings.net_width
+    x = torch.randn(n + 1, 5, dtype=torch.float64)
+    y = torch.sin(2 * x[:n, 0])
+    K = nngp(x, None, "relu", 1, weight_var=2.0)
+    solved = torch.linalg.solve(K[:n, :n], K[:n, n])
+    location, rest = solved @ y, K[n, n] - solved @ K[:n, n]
+    ends = []
+    for _ in range(settings.nets):
+        last = nn.Linear(width, 1, bias=False, dtype=torch.float64)
+        scale_mixture_init_(last, PRIOR)
+        phi = torch.relu(x @ torch.randn(5, width, dtype=torch.float64) * math.sqrt(2 / 5))
+        start = last.weight[0].detach()
+        v = start + torch.linalg.lstsq(phi[:n], (y - phi[:n] @ start)[:, None], driver="gelsd").solution[:, 0]
+        ends.append(float(phi[n] @ v))
+    residuals = (np.asarray(ends) - float(location)) / float(rest.sqrt())
+    quadratic = float(y @ torch.linalg.solve(K[:n, :n], y))
+    posterior = stats.t(4 + n, scale=math.sqrt((4 + quadratic) / (4 + n)))
+    return {
+        "prior_p": float(stats.kstest(residuals, stats.t(4).cdf).pvalue),
+        "posterior_p": float(stats.kstest(residuals, posterior.cdf).pvalue),
+    }
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Negative log likelihood by the number of training points, clean and with outliers; accuracy under corruption."""
+    labels = {"Student t": "t", "Gaussian": "gp", "Gaussian, fitted scale": "gp_scaled"}
+    drawn = {
+        f"regression, {arm}": plots.curves(
+            results,
+            {label: (arm, name) for label, name in labels.items()},
+            x=results.settings.sizes,
+            xlabel="training points",
+            ylabel="negative log likelihood",
+            logx=True,
+        )
+        for arm in ("clean", "outliers")
+    }
+    scores = {f"{arm} {name}": (arm, f"{name}_nll") for name in CORRUPTIONS for arm in ("svtp", "svgp")}
+    return {**drawn, "digits": plots.bars(results, scores, ylabel="negative log likelihood")}
+
+
+def peers(bench: Any) -> None:
+    """Kernel and evidence written plainly on whole matrices, and GPyTorch's exact process on the same kernel."""
+    x = torch.randn(1000, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.sin(x[:, 0])
+    a, b = (torch.tensor(2.0, dtype=torch.float64) for _ in range(2))
+
+    def ours() -> Tensor:
+        with torch.no_grad():
+            return t_evidence(y, cholesky(nngp(x, None, "relu", 4, weight_var=2.0, bias_var=0.01), 0.1), a, b)
+
+    def plain() -> Tensor:
+        K = 2 * x @ x.T / 10 + 0.01
+        for layer in range(4):
+            norm = K.diagonal().sqrt()
+            scale = torch.outer(norm, norm)
+            theta = torch.acos((K / scale).clamp(-1, 1))
+            K = scale * (torch.sin(theta) + (math.pi - theta) * torch.cos(theta)) / (2 * math.pi)
+            K = 2 * K + 0.01 if layer < 3 else K
+        C = K + 0.1 * torch.eye(1000, dtype=torch.float64)
+        factor = torch.linalg.cholesky(C)
+        quadratic = y @ torch.cholesky_solve(y[:, None], factor)[:, 0]
+        gammas = torch.lgamma(a + 500) - torch.lgamma(a) - 500 * torch.log(2 * math.pi * b)
+        return gammas - factor.diagonal().log().sum() - (a + 500) * torch.log1p(quadratic / (2 * b))
+
+    rivals = {"plain": plain}
+    if importlib.util.find_spec("gpytorch") is not None:
+        rivals["gpytorch"] = _gpytorch(x, y)
+    bench.compare("kernel and evidence, 1,000 points, 4 layers", ours=ours, **rivals)
+
+
+def _gpytorch(x: Tensor, y: Tensor) -> Any:
+    import gpytorch  # pyright: ignore[reportMissingImports]
+
+    class Kernel(gpytorch.kernels.Kernel):
+        def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **settings: Any) -> Tensor:
+            K = nngp(x1, None if torch.equal(x1, x2) else x2, "relu", 4, weight_var=2.0, bias_var=0.01)
+            return K.diagonal() if diag else K
+
+    class Process(gpytorch.models.ExactGP):
+        def __init__(self, likelihood: Any) -> None:
+            super().__init__(x, y, likelihood)
+            self.mean, self.covariance = gpytorch.means.ZeroMean(), Kernel()
+
+        def forward(self, x: Tensor) -> Any:
+            return gpytorch.distributions.MultivariateNormal(self.mean(x), self.covariance(x))
+
+    likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
+    likelihood.noise = 0.1
+    process = Process(likelihood).train()
+    evidence = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, process)
+
+    def call() -> Tensor:
+        with torch.no_grad(), gpytorch.settings.fast_computations(False, False, False):
+            return evidence(process(x), y)
+
+    return call
