@@ -69,3 +69,57 @@ def test_spiking_networks_train_and_are_read_back(tmp_path, monkeypatch):
     again = json.loads(call("eval", "net", "--data", "digits", "--json").stdout)
     assert again["loss"] == pytest.approx(trained["loss"], abs=1e-6)
     assert again["accuracy"] == trained["accuracy"]
+
+
+DIGITS = ("train", "--model", "mlp", "--data", "digits", "--train-size", 256, "--epochs", 1, "--batch-size", 64)
+
+
+def test_objectives_are_added_to_any_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*DIGITS, "-o", "teacher").exit_code == 0
+    host = ("--rule", "auglocal", "--rule-set", "aux_depth=1", "--model-set", "hidden=(16, 16, 16)")
+    for k, rule in enumerate(((), host)):
+        added = ("--add", "dhkd", "--add-set", "teacher=teacher", "--add-set", "aux=linear", "--add", "guidance")
+        named = [f"dhkd.{a}" if "=" in a else a for a in added]
+        done = call(*DIGITS, *named, "--add-set", "guidance.guide=teacher", *rule, "-o", f"net{k}", "--json")
+        assert done.exit_code == 0, done.output
+        again = json.loads(call("eval", f"net{k}", "--data", "digits", "--json").stdout)
+        assert again["loss"] == pytest.approx(json.loads(done.stdout)["loss"], abs=1e-6)
+    record = json.loads((tmp_path / "net1" / "bundle.json").read_text())["training"]
+    assert record["added"] == {"dhkd": {"teacher": "teacher", "aux": "linear"}, "guidance": {"guide": "teacher"}}
+    done = call(*DIGITS, "--rule", "dhkd", "--rule-set", "teacher=teacher", "-o", "net3")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--add", "biper"), "biper is not an objective"),
+        (("--add", "dhkd", "--add-set", "teacher=nowhere"), "nowhere"),
+        (("--add", "dhkd", "--add-set", "colour=1"), "no setting 'colour'"),
+        (("--add", "dhkd"), "cannot be made with"),
+        (("--add-set", "alpha=1"), "--add before it"),
+        (("--add", "dhkd", "--add", "guidance", "--add-set", "alpha=1"), "dhkd.key=value"),
+        (("--add", "dhkd", "--add", "dhkd"), "every objective once"),
+        (("--add", "torchfolio.engine:Backprop"), "is not a class of torchfolio.engine.Objective"),
+    ],
+)
+def test_objectives_that_cannot_be_added(tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    done = call(*DIGITS, *arguments, "-o", "net")
+    assert done.exit_code == 2, done.output
+    assert sentence in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_networks_among_settings_see_data_as_they_were_trained_on():
+    import torch
+    from torch import nn
+
+    from torchfolio.cli._objectives import renormalized
+
+    net, x = nn.Conv2d(2, 3, 1).eval(), torch.randn(4, 2, 3, 3)
+    mean, std = torch.tensor([1.0, 2.0]).view(-1, 1, 1), torch.tensor([3.0, 4.0]).view(-1, 1, 1)
+    own = ((1.0, 2.0), (3.0, 4.0))
+    torch.testing.assert_close(renormalized(net, ((), ()), own)(x), net((x - mean) / std))
+    torch.testing.assert_close(renormalized(net, own, ((), ()))(x), net(x * std + mean))
+    assert renormalized(net, own, own) is net

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchfolio.cli._objectives import find_objective, named_networks, renormalized, settings_by_name
 from torchfolio.cli._options import (
     MOST,
     MOST_SEED,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from torchfolio.bundle import Bundle, Manifest
     from torchfolio.data import DataSplits
-    from torchfolio.engine import LearningRule
+    from torchfolio.engine import LearningRule, Objective
 SCHEDULES = ("onecycle", "cosine", "constant")
 
 
@@ -56,6 +57,16 @@ def train(
         str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")
     ] = "backprop",
     rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Objective added to the rule: a method's slug or package.module:Class; may be repeated."),
+    ] = None,
+    add_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Setting of the added objective, key=value (of several, slug.key=value); networks by bundle."
+        ),
+    ] = None,
     model_set: ModelSet = None,
     allow: Allow = None,
     epochs: Annotated[int, typer.Option(min=1, max=MOST, help="Passes over the training data.")] = 10,
@@ -75,9 +86,11 @@ def train(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network by any learning rule and write it as a bundle.
+    """Train a network by any learning rule, with any objectives added, and write it as a bundle.
 
     Example: torchfolio train --model resnet20 --data cifar10 --rule auglocal --rule-set aux_depth=3 --epochs 5 -o net/
+
+    Example: torchfolio train --model mlp --data digits --add dhkd --add-set teacher=net/ -o student/
     """
     import shutil
     from dataclasses import replace
@@ -97,6 +110,9 @@ def train(
     if resume and not checkpoints.exists():
         raise TorchfolioError(f"there is nothing to resume: {checkpoints} does not exist")
     make_rule, settings = find_rule(rule), parse_settings(rule_set)
+    allowed = importable(allow or [])
+    added = _objectives(importable(add or []), add_set or [])
+    networks = [_named_bundles(make, own, allowed) for make, own in ((make_rule, settings), *added.values())]
     make_optimizer = _optimizer(optimizer, lr, weight_decay)
     if schedule not in SCHEDULES:
         raise typer.BadParameter(f"expected {', '.join(SCHEDULES)}, got {schedule!r}", param_hint="--schedule")
@@ -104,10 +120,14 @@ def train(
     if model is not None and start is None:
         net, manifest, splits = _new_network(model, parse_settings(model_set), data, sizes)
     elif start is not None and model is None and not model_set:
-        net, manifest, splits = _started(start, importable(allow or []), data, sizes)
+        net, manifest, splits = _started(start, allowed, data, sizes)
     else:
         raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
-    learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **settings}, f"the rule {rule}")
+    given = {**settings, **_ready(networks[0], manifest, allowed)}
+    host = learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **given}, f"the rule {rule}")
+    for (name, (make, own)), bundles in zip(added.items(), networks[1:], strict=True):
+        given = {**_target(make, net), **own, **_ready(bundles, manifest, allowed)}
+        learning_rule = call_with(make, given, f"the objective {name}").on(learning_rule)
     with exclusive(checkpoints):
         check_output(output, force)  # once more: another process may have written there in the meantime
         result = engine.fit(
@@ -131,6 +151,7 @@ def train(
             "data": data,
             "rule": rule,
             "rule_settings": settings,
+            "added": {name: own for name, (_, own) in added.items()},
             "epochs": epochs,
             "batch_size": batch_size,
             "optimizer": optimizer,
@@ -140,7 +161,7 @@ def train(
             "seed": seed,
             "image_size": image_size or manifest.training.get("image_size"),
             "split": splits.split_digest,
-            "predictor": type(learning_rule).predictor is not engine.LearningRule.predictor,
+            "predictor": type(host).predictor is not engine.LearningRule.predictor,
             "start": str(start) if start else None,
             "steps": result.steps,
             "test": scores,
@@ -477,6 +498,42 @@ def importable(paths: list[str]) -> list[str]:
     if paths and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return paths
+
+
+def _objectives(
+    names: Sequence[str], pairs: Sequence[str]
+) -> dict[str, tuple[Callable[..., Objective], dict[str, Any]]]:
+    """Factory and settings of every added objective."""
+    own = settings_by_name(names, pairs)
+    return {name: (find_objective(name), parse_settings(own[name])) for name in names}
+
+
+def _named_bundles(factory: Callable[..., Any], settings: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Bundle]:
+    """The bundles that settings name in the place of a network: a teacher, a guide."""
+    from torchfolio.bundle import load_bundle
+
+    return {key: load_bundle(Path(folder), allow=allow) for key, folder in named_networks(factory, settings).items()}
+
+
+def _ready(bundles: Mapping[str, Bundle], manifest: Manifest, allow: Sequence[str]) -> dict[str, Any]:
+    """Networks of bundles, for the data of the network that is trained."""
+    ready: dict[str, Any] = {}
+    for key, bundle in bundles.items():
+        own = bundle.manifest
+        if tuple(own.input_shape) != tuple(manifest.input_shape):
+            raise TorchfolioError(
+                f"the {key} takes inputs of shape {tuple(own.input_shape)}, the data have {tuple(manifest.input_shape)}"
+            )
+        constants = (manifest.mean, manifest.std), (own.mean, own.std)
+        ready[key] = renormalized(predictor_of(bundle, allow).eval(), *constants)
+    return ready
+
+
+def _target(factory: Callable[..., Any], net: nn.Module) -> dict[str, Any]:
+    """The trained network, for an objective that asks for it."""
+    import inspect
+
+    return {"target": net} if "target" in inspect.signature(factory).parameters else {}
 
 
 def _statistics(rule: Callable[..., Any], splits: DataSplits) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from torchfolio.engine.evaluate import evaluate
 from torchfolio.engine.fit import fit
 from torchfolio.engine.history import FitResult, History
 from torchfolio.engine.modes import evaluating, seeded
+from torchfolio.engine.objectives import Added, Objective
 from torchfolio.engine.recorder import StepRecorder
 from torchfolio.engine.rules import Backprop, Batch, LearningRule, default_loss
 from torchfolio.engine.scalars import NonFiniteLoss
 from torchfolio.engine.state import EarlyStopping, FitState
 
 __all__ = [
+    "Added",
     "Backprop",
     "Batch",
     "EarlyStopping",
@@ -21,6 +23,7 @@ __all__ = [
     "History",
     "LearningRule",
     "NonFiniteLoss",
+    "Objective",
     "StepRecorder",
     "blocks",
     "default_loss",

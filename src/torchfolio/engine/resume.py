@@ -19,6 +19,8 @@ from torchfolio.engine.checkpoint import FORMAT, clear_checkpoints, readable, sa
 from torchfolio.engine.loader import Batches
 from torchfolio.engine.lock import FolderInUse, exclusive
 from torchfolio.engine.modes import random_state, set_random_state
+from torchfolio.engine.objectives import Objective
+from torchfolio.engine.rules import LearningRule
 from torchfolio.engine.scalars import NonFiniteLoss, Scalars
 from torchfolio.engine.state import EarlyStopping, FitState
 from torchfolio.engine.sync import average_buffers, gather, is_sharded
@@ -30,13 +32,20 @@ Plain = bool | int | float | str
 
 
 def settings_of(value: Any) -> dict[str, Any]:
-    """The arguments of an object that it keeps under their own names, where they are plain values."""
+    """The arguments of an object that it keeps under their own names, where they are plain values.
+
+    Rules and objectives among them, which a rule may be put on, count with their own arguments.
+    """
     try:
         names = inspect.signature(type(value).__init__).parameters
     except (TypeError, ValueError):
         return {}
     kept = {name: getattr(value, name, None) for name in names}
-    return {name: setting for name, setting in kept.items() if _is_plain(setting)}
+    settings = {name: setting for name, setting in kept.items() if _is_plain(setting)}
+    for name, part in kept.items():
+        if isinstance(part, LearningRule | Objective):
+            settings |= {name: type(part).__name__, **{f"{name}.{k}": v for k, v in settings_of(part).items()}}
+    return settings
 
 
 def fingerprint(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from torchfolio.engine import Backprop, Batch, LearningRule
+from torchfolio.engine import Backprop, Batch, LearningRule, Objective
 from torchfolio.engine.modes import undisturbed
 from torchfolio.measure import linear_cka, linear_cka_pairs, rsa, untouched
 from torchfolio.models import take_features
@@ -72,7 +72,7 @@ def layer_correspondence(n_guide: int, n_target: int) -> list[tuple[int, int]]:
     return [(k, min(round(k * step), n_target - 1)) for k in range(n_guide)]
 
 
-class Guidance:
+class Guidance(Objective):
     """A loss that aligns the layers of a target network with those of a frozen guide.
 
     $$\\mathcal{L}(\\theta_T) = \\mathcal{L}_{\\text{task}}(\\theta_T) + \\alpha \\sum_{(i, j)}
@@ -191,6 +191,16 @@ class Guidance:
         self.per_layer: dict[Pair, Tensor] = {}
         self.steps_done = 0
         self._target_layers.arm()
+
+    def term(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The weighted alignment of one batch, for which the target runs."""
+        with self.armed():
+            self.target(*batch[:-1])
+            return self(*batch[:-1])
+
+    def on(self, rule: LearningRule | None = None) -> LearningRule:
+        """Guidance on top of a rule, block by block where it trains so; see `GuidedRule`."""
+        return GuidedRule(self, rule)
 
     @property
     def active(self) -> bool:

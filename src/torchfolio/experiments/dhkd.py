@@ -1,0 +1,208 @@
+"""Measures distillation on one head and on two, under a strong, a weak and a good teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.data import DataSplits
+from torchfolio.engine import Batch, LearningRule, evaluate, fit
+from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.measure import outputs
+from torchfolio.models import ConvNet, ResNetCIFAR
+from torchfolio.models.nets import conv_block, pooled_head
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+from torchfolio.training.dhkd import DHKD, binary_kl_norm, etf_deviation, head_conflict, kd_loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Two tasks, three teachers, one budget for all students.
+
+    Attributes:
+        digits: data of the strong teacher.
+        digits_size: training examples and side of its images.
+        strong_epochs: of the strong teacher.
+        photos: data of the weak and the good teacher.
+        photos_size: training examples and side of its images.
+        weak_epochs: of the weak teacher, too few to converge.
+        good_epochs: of the good teacher.
+        test_size: test examples of either.
+        epochs: of students on digits and on photos.
+        lr: peak learning rate of students.
+        tau: temperature of the loss on logits.
+    """
+
+    digits: str = "mnist10k"
+    digits_size: tuple[int, int | None] = (8000, 14)
+    strong_epochs: int = 6
+    photos: str = "cifar10"
+    photos_size: tuple[int, int | None] = (6000, 16)
+    weak_epochs: int = 2
+    good_epochs: int = 12
+    test_size: int | None = 2000
+    epochs: tuple[int, int] = (6, 8)
+    lr: float = 0.05
+    tau: float = 2.0
+
+
+SCALES = {
+    "smoke": Settings("digits", (512, None), 1, "digits", (512, None), 1, 2, None, (1, 1)),
+    "quick": Settings(),
+    "full": Settings(photos_size=(20_000, None), good_epochs=30, test_size=None, epochs=(20, 60)),
+}
+
+
+class OneHead(LearningRule):
+    """Both losses on the classifier: what the second head takes the place of. Batches are (x, logits, y)."""
+
+    def __init__(self, logit_loss: Callable[[Tensor, Tensor, float], Tensor], tau: float, labels: float = 1.0) -> None:
+        self.logit_loss, self.tau, self.labels = logit_loss, tau, labels
+
+    def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
+        self.model = model
+        return model
+
+    def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        logits = self.model(batch[0])
+        loss = self.labels * F.cross_entropy(logits, batch[2]) + self.logit_loss(logits, batch[1], self.tau)
+        backward(loss)
+        return {"loss": loss.detach()}
+
+
+def student(channels: int, classes: int, widths: tuple[int, int, int]) -> nn.Module:
+    """Three convolutions, the first two with stride 2, a pool and a linear classifier."""
+    a, b, c = widths
+    return nn.Sequential(conv_block(channels, a, 2), conv_block(a, b, 2), conv_block(b, c), pooled_head(c, classes))
+
+
+def rules(tau: float) -> dict[str, Callable[[], LearningRule | None]]:
+    """Fresh rules by arm; `None` is backprop by labels."""
+    return {
+        "labels": lambda: None,
+        "kd": lambda: OneHead(kd_loss, 4.0),
+        "logits": lambda: OneHead(binary_kl_norm, tau, labels=0.0),
+        "one_head": lambda: OneHead(binary_kl_norm, tau),
+        "linear": lambda: DHKD(None, tau=tau, aux="linear"),
+        "mlp": lambda: DHKD(None, tau=tau, aux="mlp"),
+        "aligned": lambda: DHKD(None, tau=tau, aux="mlp", gradient_alignment=True),
+    }
+
+
+def train(
+    run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, rule: LearningRule | None, v: Tensor | None
+) -> dict[str, Any]:
+    """Train a network, by labels or with a teacher's logits `v`: test accuracy in percent."""
+    x, y = data.train.tensors
+    batches = (x, y) if rule is None or v is None else (x, v, y)
+    optimizer = sgd(run.settings.lr, weight_decay=5e-4)
+    fit(
+        net, batches, rule=rule, optimizer=optimizer, scheduler=cosine(), epochs=epochs, batch_size=64,
+        drop_last=len(x) % 64 == 1, seed=run.seed, device=run.device,
+    )  # fmt: skip
+    return {"accuracy": 100 * evaluate(net, data.test)["accuracy"]}
+
+
+def learn(run: Run[Settings], data: DataSplits, epochs: int, widths: Any, name: str, v: Tensor) -> dict[str, Any]:
+    """One student, and where both losses were on one head their conflict there."""
+    torch.manual_seed(run.seed)
+    net = student(data.shape[0], data.num_classes, widths)
+    scores = train(run, data, net, epochs, rules(run.settings.tau)[name.removesuffix("_permuted")](), v)
+    scores |= etf_deviation(net[-1][-1].weight)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    if name == "one_head":
+        found = head_conflict(net, (*data.train.tensors[:1], v, data.train.tensors[1]), tau=run.settings.tau)
+        scores |= {"head": found.head, "backbone": found.backbone}
+    return scores
+
+
+def teach(run: Run[Settings], data: DataSplits, net: Callable[[], nn.Module], epochs: int) -> dict[str, Any]:
+    """A teacher's test accuracy, and its logits on the training examples in float32."""
+    torch.manual_seed(run.seed)
+    teacher = net()
+    scores = train(run, data, teacher, epochs, None, None)
+    return {**scores, "logits": outputs(teacher, data.train)}
+
+
+def run(run: Run[Settings]) -> None:
+    """Teachers first, then every student under each of them."""
+    s = run.settings
+    digits, photos = (
+        run.data(name, train_size=size[0], image_size=size[1], test_size=s.test_size, val=500 if size[1] else 100)
+        for name, size in ((s.digits, s.digits_size), (s.photos, s.photos_size))
+    )
+    convnet = lambda: ConvNet(digits.num_classes, digits.shape[0], (16, 32, 32))  # noqa: E731
+    residual = lambda: ResNetCIFAR(8, in_channels=photos.shape[0], num_classes=photos.num_classes)  # noqa: E731
+    teachers = {
+        "strong": (digits, convnet, s.strong_epochs, s.epochs[0], (3, 6, 12)),
+        "weak": (photos, residual, s.weak_epochs, s.epochs[1], (6, 12, 24)),
+        "good": (photos, residual, s.good_epochs, s.epochs[1], (6, 12, 24)),
+    }
+    done: dict[str, dict[str, Any]] = {}
+    for kind, (data, net, lessons, epochs, widths) in teachers.items():
+        taught = run.arm(f"{kind}_teacher", teach, run, data, net, lessons)
+        done[f"{kind}_teacher"], v = taught, torch.as_tensor(taught["logits"])
+        for name in rules(s.tau):
+            if (kind, name) != ("good", "labels"):  # the same as with the weak teacher
+                done[f"{kind}_{name}"] = run.arm(f"{kind}_{name}", learn, run, data, epochs, widths, name, v)
+        if kind == "strong":
+            order = torch.randperm(len(v), generator=torch.Generator().manual_seed(run.seed))
+            own = run.arm("strong_permuted", learn, run, data, epochs, widths, "mlp_permuted", v[order])
+            done["strong_permuted"] = own
+    report(run, {name: arm["accuracy"] for name, arm in done.items()}, done)
+
+
+def report(run: Run[Settings], accuracy: dict[str, float], done: dict[str, dict[str, Any]]) -> None:
+    """The values of the claims."""
+    conflict = {f"{k}_{part}": done[f"{k}_one_head"][part] for k in ("strong", "weak") for part in ("head", "backbone")}
+    run.values("conflict", conflict)
+    good = {f"good_{n}": accuracy[f"good_{n}"] for n in ("teacher", "kd", "one_head", "linear", "mlp", "aligned")}
+    weak = {n: accuracy[f"weak_{n}"] for n in ("teacher", "labels", "kd", "one_head", "linear", "aligned")}
+    run.values("two_heads", dhkd=accuracy["weak_mlp"], **weak, **good)
+    strong = {n: accuracy[f"strong_{n}"] for n in ("teacher", "labels", "kd", "one_head", "linear", "aligned")}
+    run.values("gain", dhkd=accuracy["strong_mlp"], **strong)
+    run.values("negative_control", permuted=accuracy["strong_permuted"], labels=accuracy["strong_labels"])
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Accuracy of every student under each teacher."""
+    names = {
+        "labels": "labels", "kd": "KD", "logits": "logits", "one_head": "one head", "linear": "DHKD, linear",
+        "mlp": "DHKD, mlp", "aligned": "DHKD, aligned",
+    }  # fmt: skip
+    made = {}
+    for kind in ("strong", "weak", "good"):
+        arms = {text: (f"{kind if (kind, n) != ('good', 'labels') else 'weak'}_{n}", "accuracy") for n, text in names.items()}  # fmt: skip
+        made[f"{kind} teacher"] = plots.bars(results, arms, ylabel="test accuracy (%)")
+    return made
+
+
+def peers(bench: Bench) -> None:
+    """A training step on 128 images of 32x32, teacher and student residual networks, beside ordinary distillation."""
+    torch.manual_seed(0)
+    teacher, x, y = ResNetCIFAR(20).eval(), torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
+    with torch.no_grad():
+        v = teacher(x)
+
+    def step(rule: LearningRule, *batch: Tensor) -> Callable[[], object]:
+        net = ResNetCIFAR(8)
+        module = rule.prepare(net, batch)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+
+        def one() -> None:
+            optimizer.zero_grad()
+            rule.step(batch, Tensor.backward)
+            optimizer.step()
+
+        return one
+
+    kd = step(OneHead(kd_loss, 4.0), x, v, y)
+    bench.compare("step, 128 x 3x32x32, stored logits", ours=step(DHKD(None), x, v, y), kd=kd)
+    aligned = step(DHKD(None, gradient_alignment=True), x, v, y)
+    bench.compare("step with gradient alignment, 128 x 3x32x32, stored logits", ours=aligned, kd=kd)
