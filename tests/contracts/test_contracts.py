@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from tests.contracts.layers import check_layer
+from tests.contracts.objectives import check_objective
 from tests.contracts.rules import check_rule
-from torchfolio.engine import Backprop, LearningRule
+from torchfolio.engine import Backprop, LearningRule, Objective
 from torchfolio.local import MAN, AugLocal
 from torchfolio.local.heads import LocalHeads
 from torchfolio.spiking import SLTT
 from torchfolio.spiking.bptt import BPTT
 from torchfolio.spiking.nets import SpikingConvNet
-from torchfolio.training import GuidedRule
 from torchfolio.training.guidance import Guidance
 
 X, Y = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
@@ -32,10 +32,6 @@ def conv_net():
 GUIDE = conv_net()
 
 
-def guided(net):
-    return GuidedRule(Guidance(net, copy.deepcopy(GUIDE)))
-
-
 @pytest.mark.parametrize(
     "make",
     [Backprop, partial(AugLocal, 1), partial(MAN, 2), partial(LocalHeads, "dgl"), partial(LocalHeads, "predsim")],
@@ -46,7 +42,8 @@ def test_rules(make):
 
 
 def test_guidance():
-    check_rule(guided, conv_net(), (X, Y), batch_size=8)  # it compares four examples or more
+    # It compares four examples or more.
+    check_objective(lambda net: Guidance(net, copy.deepcopy(GUIDE)), conv_net(), (X, Y), batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +91,31 @@ class Wide(nn.Linear):
 def test_a_layer_that_returns_another_dtype_is_noticed():
     with pytest.raises(AssertionError, match=r"in, torch\.float32 out"):
         check_layer(lambda: Wide(3, 2), torch.randn(4, 3))
+
+
+class PartOfIt(Objective):
+    """Says that nothing it reads ever ran."""
+
+    def ready(self):
+        return False
+
+    def term(self, model, batch):
+        return model(batch[0]).square().mean()
+
+
+def test_an_objective_that_is_never_ready_is_noticed():
+    with pytest.raises(ValueError, match="ran nothing of what PartOfIt reads"):
+        check_objective(lambda net: PartOfIt(), conv_net(), (X, Y))
+
+
+class Shrinking(PartOfIt):
+    """Outputs near 0, by a pass of its own."""
+
+    def ready(self):
+        return True
+
+
+def test_an_objective_with_a_pass_of_its_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    check_objective(lambda net: Shrinking(), net, (X, Y))
