@@ -74,14 +74,27 @@ def check_model(model: nn.Module, example: Batch, data: Data, rule: LearningRule
         ) from error
     finally:
         reset_state(model)
-    criterion = getattr(rule, "loss", None)
-    if isinstance(output, Tensor) and (
-        criterion in (default_loss, F.cross_entropy) or isinstance(criterion, nn.CrossEntropyLoss)
-    ):
-        _check_targets(output, target, data, criterion)
+    check_targets(output, target, data, getattr(rule, "loss", None))
 
 
-def _check_targets(output: Tensor, target: Tensor, data: Data, criterion: Any) -> None:
+def check_targets(output: Any, target: Tensor, data: Data, criterion: Any, name: str = "") -> None:
+    """Compare targets with outputs, for a criterion that is cross-entropy where targets are labels.
+
+    Args:
+        output: of the model on an example.
+        target: of the example.
+        data: that the example is from; its labels are all looked at where they are in memory.
+        criterion: of training; others than cross-entropy judge for themselves.
+        name: word for the data in messages.
+
+    Raises:
+        ValueError: if they do not fit.
+        TypeError: if labels have another type than int64.
+    """
+    cross_entropy = criterion in (default_loss, F.cross_entropy) or isinstance(criterion, nn.CrossEntropyLoss)
+    if not (isinstance(output, Tensor) and cross_entropy):
+        return
+    labels_of = f"labels of {name}" if name else "labels"
     if target.is_floating_point():
         if criterion is default_loss:
             default_loss(output.float(), target.float())
@@ -91,12 +104,12 @@ def _check_targets(output: Tensor, target: Tensor, data: Data, criterion: Any) -
             )
         return
     if target.dtype != torch.int64:
-        raise TypeError(f"expected labels of type int64 (torch.long), got {target.dtype}; y.long() converts them")
+        raise TypeError(f"expected {labels_of} of type int64 (torch.long), got {target.dtype}; y.long() converts them")
     if output.dim() != 2:
         return
     if target.dim() != 1:
         raise ValueError(
-            f"expected labels of shape [N] for outputs [N, {output.shape[1]}], got {tuple(target.shape)}; "
+            f"expected {labels_of} of shape [N] for outputs [N, {output.shape[1]}], got {tuple(target.shape)}; "
             "float targets are regressed"
         )
     tensors = tensors_of(data)
@@ -108,7 +121,9 @@ def _check_targets(output: Tensor, target: Tensor, data: Data, criterion: Any) -
         raise ValueError(f"every label of the {len(labels)} examples is one that the loss ignores")
     low, high, classes = int(allowed.min()), int(allowed.max()), output.shape[1]
     if low < 0 or high >= classes:
-        raise ValueError(f"expected labels from 0 to {classes - 1}, the model's {classes} outputs, got {low} to {high}")
+        raise ValueError(
+            f"expected {labels_of} from 0 to {classes - 1}, the model's {classes} outputs, got {low} to {high}"
+        )
 
 
 def may_be_uneven(rule: LearningRule, data: Data) -> bool:

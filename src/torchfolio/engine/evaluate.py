@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from torchfolio.data.examples import Examples
-from torchfolio.engine.checks import check_data
+from torchfolio.engine.checks import check_data, check_targets
 from torchfolio.engine.counting import Counting
 from torchfolio.engine.loader import Data
-from torchfolio.engine.modes import evaluating
-from torchfolio.engine.rules import LearningRule, default_loss
+from torchfolio.engine.modes import evaluating, undisturbed
+from torchfolio.engine.rules import Backprop, LearningRule, default_loss
 from torchfolio.models.stateful import reset_state
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -76,6 +78,51 @@ def evaluate(
         model.to(resolve_device(device))
     predictor = rule.predictor(model) if rule is not None else model
     return add_up(predictor, data, loss=loss, batch_size=batch_size).scores()
+
+
+def check_validation(model: nn.Module, val: Data, rule: LearningRule, example: int = 8) -> None:
+    """Evaluate on the first validation examples, so that what does not fit is told before training.
+
+    Streams and loaders with a way to collate of their own are not looked at: what is drawn from them is gone.
+
+    Args:
+        model: on its device.
+        val: validation data.
+        rule: prepared.
+        example: examples to look at.
+
+    Raises:
+        ValueError: if the model cannot take the inputs, the loss cannot take the targets, or labels are out of range.
+        TypeError: if labels have another type than int64.
+    """
+    looked_at: Any = val
+    if isinstance(val, DataLoader):
+        looked_at = val.dataset if val.collate_fn is default_collate else None
+    if looked_at is None or isinstance(looked_at, IterableDataset):
+        return
+    criterion = rule.loss if isinstance(rule, Backprop) else default_loss
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    with undisturbed(), torch.no_grad(), evaluating(model):
+        *inputs, target = (t.to(weight.device) for t in Examples(looked_at, "val").first(example))
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        reset_state(model)
+        try:
+            output = rule.predictor(model)(*(_like(x, weight) for x in inputs))
+        except Exception as error:
+            if not hasattr(rule, "loss"):  # as in `check_model`
+                return
+            raise ValueError(f"the model cannot take val, {shapes}: {type(error).__name__}: {error}") from error
+        finally:
+            reset_state(model)
+        if not target.is_floating_point():
+            check_targets(output, target, looked_at, criterion or default_loss, "val")
+        try:
+            (criterion or default_loss)(output, target)
+        except Exception as error:
+            raise ValueError(
+                f"the loss cannot compare outputs {tuple(output.shape)} with the targets of val, {tuple(target.shape)} "
+                f"{target.dtype}: {type(error).__name__}: {error}"
+            ) from error
 
 
 @torch.no_grad()

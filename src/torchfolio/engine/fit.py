@@ -19,6 +19,7 @@ from torchfolio.engine.checks import (
     check_settings,
     may_be_uneven,
 )
+from torchfolio.engine.evaluate import check_validation
 from torchfolio.engine.history import FitResult
 from torchfolio.engine.loader import Data, as_batches
 from torchfolio.engine.loop import Evaluate, Options, Training
@@ -80,7 +81,8 @@ def fit(
             mode.
         train: tensors or arrays (x, y), or a `TensorDataset`, which are batched by indexing; another `Dataset`, of
             dicts too; or a `DataLoader`, which brings its own batches. See `torchfolio.data.Examples`.
-        val: data to evaluate on after every epoch.
+        val: data to evaluate on after every epoch. Labels and shapes are checked before the first step: of all
+            examples where they are tensors, else of the first.
         rule: how a batch becomes gradients; `Backprop()` by default, which takes cross-entropy for integer
             targets and the mean squared error for others.
         optimizer: a factory from parameters to an optimizer, such as `partial(SGD, lr=0.1)`, or an optimizer
@@ -170,6 +172,9 @@ def fit(
         steps = scheduled_steps(schedule, epochs, max_steps, batches.count, accumulate)
         state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps)
         check_last_batch(batches, state.module)
+        if val is not None and evaluate is None:
+            with fabric.autocast():
+                check_validation(state.model, val, state.rule)
         settings = fingerprint(
             arguments, state.optimizer, state.scheduler, seed=seed, batch_size=batch_size,
             accumulate=accumulate, clip_norm=clip_norm, schedule=schedule, processes=fabric.world_size,
