@@ -267,3 +267,26 @@ def test_a_run_is_resumed_by_one_process_alone(tmp_path):
         first.wait()
     assert measure(tmp_path, resume=True).status == "done"
     assert not list(folder_of(tmp_path).rglob(".*")), "nothing is left of the killed run"
+
+
+def test_rows_and_figures_are_the_same_however_a_run_came_about(tmp_path):
+    measure(tmp_path / "one", seeds=(0, 1))
+    measure(tmp_path / "two", seeds=(0, 1), jobs=2)
+    again = measure(tmp_path / "again", seeds=(0, 1))
+    folders = [folder_of(tmp_path / name) for name in ("one", "two", "again")]
+    (folders[2] / "outcome.json").unlink()
+    assert measure(tmp_path / "again", seeds=(0, 1), resume=True).arms == again.arms
+    names = ("seed-0/metrics.jsonl", "seed-1/metrics.jsonl", "seed-1/figures/curve.svg", "figures/mean_curve.svg")
+    for name in names:
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
+    assert read_json_lines(folders[1] / "seed-0" / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+
+
+def test_rows_of_a_stored_arm_come_back_in_their_place(tmp_path):
+    for _ in range(2):
+        run = a_run(tmp_path)
+        run.record(at="start")
+        run.arm("a", lambda run=run: run.record(step=1, loss=float("nan")) or {"x": 1})
+        run.record(at="end")
+        rows = read_json_lines(tmp_path / "metrics.jsonl")
+        assert rows == [{"at": "start"}, {"step": 1, "loss": None}, {"at": "end"}]

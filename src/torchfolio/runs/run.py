@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torchfolio.runs import expression
-from torchfolio.runs.store import append_json_line, atomic, read_result, write_json, write_result
+from torchfolio.runs.store import (
+    append_json_line,
+    atomic,
+    read_json_lines,
+    read_result,
+    write_json,
+    write_json_lines,
+    write_result,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
     from torchfolio.catalog import Claim
     from torchfolio.data import DataSplits
 
+METRICS = "metrics.jsonl"
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -51,6 +60,11 @@ class Run(Generic[S]):
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._rows: list[dict[str, Any]] | None = None  # of the arm under way
+        # Every row comes again, from the experiment or from its stored arms.
+        (self.folder / METRICS).unlink(missing_ok=True)
+
     def arm(
         self, name: str, function: Callable[..., Mapping[str, Any]], /, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -74,13 +88,21 @@ class Run(Generic[S]):
         if path.is_file():
             self.say(f"{name}: done before")
             self.arms[name] = read_result(path)
+            for row in read_json_lines(path.with_suffix(".jsonl")):
+                append_json_line(self.folder / METRICS, row)
         else:
             from torchfolio.engine import seeded
 
             self.say(name)
             start = time.perf_counter()
-            with seeded(self.seed):
-                result = function(*args, **kwargs)
+            self._rows = []
+            try:
+                with seeded(self.seed):
+                    result = function(*args, **kwargs)
+                if self._rows:
+                    write_json_lines(path.with_suffix(".jsonl"), self._rows)
+            finally:
+                self._rows = None
             write_json(path.with_suffix(".seconds"), time.perf_counter() - start)
             self.arms[name] = write_result(path, result)
         timed = path.with_suffix(".seconds")
@@ -88,8 +110,10 @@ class Run(Generic[S]):
         return self.arms[name]
 
     def record(self, **scalars: Any) -> None:
-        """Add a row to `metrics.jsonl`."""
-        append_json_line(self.folder / "metrics.jsonl", scalars)
+        """Add a row to `metrics.jsonl`. Rows of an arm are stored with it and come back when the arm does."""
+        append_json_line(self.folder / METRICS, scalars)
+        if self._rows is not None:
+            self._rows.append(scalars)
 
     def figure(self, name: str, figure: Figure, caption: str = "") -> None:
         """Save a picture of this seed as PNG and SVG, and close it."""
@@ -141,7 +165,8 @@ def save_figure(folder: Path, name: str, figure: Figure) -> None:
 
     stem = name.replace(" ", "_").replace("/", "_")
     for suffix in ("png", "svg"):
-        with atomic(folder / f"{stem}.{suffix}") as file:
+        # Names within an SVG are random without a salt.
+        with atomic(folder / f"{stem}.{suffix}") as file, plt.rc_context({"svg.hashsalt": "torchfolio"}):
             # Without a date the same figure is the same file.
             metadata = {"Date": None} if suffix == "svg" else None
             figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)

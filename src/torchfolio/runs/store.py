@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,6 +124,12 @@ def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
         return torch.from_numpy(arrays[value[TENSOR]])
     return {k: _decode(v, arrays) for k, v in value.items()}
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a file of JSON lines, atomically."""
+    with atomic(path) as file:
+        file.writelines(json.dumps(_finite(dict(row)), allow_nan=False).encode() + b"\n" for row in rows)
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
