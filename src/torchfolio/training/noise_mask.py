@@ -8,7 +8,7 @@ policy by its score function alone. Then the policy is thrown away and the *heat
 checkpoints, is trained a little more without masks. Nothing changes at inference.
 
 What the paper's text leaves open follows the authors' code; where both leave the reward open there are two objectives,
-`Reinforce` and `LogSumExp`, each a few lines.
+`Reinforce` and `LogSumExp`, each a few lines. Policy, objectives and rule make this file longer than most.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ class NoiseMaskPretraining(LearningRule):
         objective: `"reinforce"`, `"lse"` as in the released code, or a function of the losses `[B]`, the log-densities
             `[B, cells]` and the baseline.
         baseline: $c$ of `Reinforce`: `"mean"` of the batch, `"ema"` over batches (decay 0.9), or `None` for 0.
-        policy_lr_scale: learning rate of the policy over the classifier's, in `optimizer`.
+        policy_lr_scale: learning rate of the policy over the classifier's, where `fit` is given `rule.optimizer(…)`; a
+            plain optimizer trains both at one rate.
         kernel: width of the masks' blur; see `render_mask`.
         sigma: its deviation.
         loss: criterion with mean reduction; see `Backprop` for the default. It is applied to each example alone.
