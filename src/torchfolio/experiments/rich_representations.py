@@ -1,0 +1,296 @@
+"""Measures concatenated features of several trainings: on digits that were not trained on, beside wider networks.
+
+Longer than most: the paper has five uses of the features and three kinds of wider network to compare with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.engine import evaluate, fit
+from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.measure import accuracy, linear_probe, outputs
+from torchfolio.models import MLP
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+from torchfolio.training.episodes import fit_episodes, train_episodes
+from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head, two_stage_finetune
+from torchfolio.training.snapshots import Snapshots
+
+Part = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Data, networks and budget.
+
+    Attributes:
+        data: images of ten classes.
+        image_size: side of the images; `None` keeps them.
+        train_size: training images of all ten; `None` takes all.
+        val_size: validation images.
+        source: number of classes that are trained on, from 0; the others are new.
+        width: channels of the first layer; the features are twice as many.
+        episodes: trainings n.
+        epochs: of each.
+        distill_epochs: of distillation, and of the single training beside it.
+        draws: of few labels.
+        finetune_epochs: passes over 20 labels for each class; fewer over more labels, for as many steps.
+        lrs: of fine-tuning, chosen on validation data.
+    """
+
+    data: str = "mnist10k"
+    image_size: int | None = 14
+    train_size: int | None = None
+    val_size: int = 1000
+    source: int = 5
+    width: int = 8
+    episodes: int = 5
+    epochs: int = 6
+    distill_epochs: int = 12
+    draws: int = 20
+    finetune_epochs: int = 30
+    lrs: tuple[float, ...] = (0.01, 0.05)
+
+
+SCALES = {
+    "smoke": Settings(
+        data="digits", image_size=None, val_size=200, width=4, episodes=2, epochs=1, distill_epochs=1, draws=2,
+        finetune_epochs=2,
+    ),
+    "quick": Settings(),
+    "full": Settings(data="cifar10", image_size=None, source=7, width=16, episodes=10, epochs=30, distill_epochs=60),
+}  # fmt: skip
+
+
+def split(run: Run[Settings]) -> tuple[dict[str, Part], dict[str, Part]]:
+    """Source and target classes, each numbered from 0, by part."""
+    s = run.settings
+    splits = run.data(s.data, image_size=s.image_size, train_size=s.train_size, val=s.val_size)
+    source, target = {}, {}
+    for name in ("train", "val", "test"):
+        x, y = getattr(splits, name).tensors
+        old = y < s.source
+        source[name], target[name] = (x[old], y[old]), (x[~old], y[~old] - s.source)
+    return source, target
+
+
+def trunk(channels: int, width: int) -> nn.Module:
+    """Three convolutions with batch norm, the pooled features of the last."""
+    layers: list[nn.Module] = []
+    for k, (a, b) in enumerate(((channels, width), (width, 2 * width), (2 * width, 2 * width))):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if k < 2 else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers)
+
+
+def network(body: nn.Module, width: int, classes: int) -> nn.Module:
+    """A trunk and a linear head."""
+    return nn.Sequential(OrderedDict(trunk=body, head=nn.Linear(width, classes)))
+
+
+class Study:
+    """What the arms of one seed share: data, and the networks they compare."""
+
+    def __init__(self, run: Run[Settings]) -> None:
+        self.run, self.settings = run, run.settings
+        self.source, self.target = split(run)
+        self.channels = self.source["train"][0].shape[1]
+
+    def build(self, width: int | None = None) -> nn.Module:
+        """A fresh network for the source classes."""
+        width = width or self.settings.width
+        return network(trunk(self.channels, width), 2 * width, self.settings.source)
+
+    def train(self, net: nn.Module, seed: int, epochs: int | None = None, **options: Any) -> None:
+        """The source task: SGD with Nesterov momentum, half a cosine."""
+        own = {"optimizer": sgd(0.1, 0.9, 5e-4), "scheduler": cosine(), "batch_size": 128, "device": self.run.device}
+        fit(net, self.source["train"], epochs=epochs or self.settings.epochs, seed=seed, **{**own, **options})
+
+    def probe(self, features: nn.Module) -> dict[str, float]:
+        """Logistic regression on the new classes, with all labels and with 5 for each class, in percent."""
+        (x, y), (x_test, y_test) = self.target["train"], self.target["test"]
+        read, read_test = outputs(features, x), outputs(features, x_test)
+        full = linear_probe(read, y, read_test, y_test, max_iter=500)
+        generator = torch.Generator().manual_seed(self.run.seed)
+        draws = []
+        for _ in range(self.settings.draws):
+            rows = few(y, 5, generator)
+            draws.append(linear_probe(read[rows], y[rows], read_test, y_test, max_iter=500))
+        return {"full": 100 * full, "few": 100 * sum(draws) / len(draws)}
+
+    def single(self) -> dict[str, Any]:
+        """The episodes, alone and together; they are kept for the arms that follow."""
+        s = self.settings
+        seeds = [1000 * self.run.seed + k for k in range(s.episodes)]
+        self.models = train_episodes(self.build, self.train, seeds)
+        trunks = [split_head(net)[0] for net in self.models]
+        alone = [self.probe(t) for t in trunks]
+        logits = torch.stack([outputs(net, self.source["test"]) for net in self.models])
+        y = self.source["test"][1]
+        joint = self.probe(Concatenated(trunks))
+        copies = self.probe(Concatenated([copy.deepcopy(trunks[0]) for _ in trunks]))
+        return {
+            "full": sum(a["full"] for a in alone) / len(alone), "best": max(a["full"] for a in alone),
+            "few": sum(a["few"] for a in alone) / len(alone), "cat": joint["full"], "cat_few": joint["few"],
+            "copies": copies["full"], "one": alone[0]["full"], "ridge": ridge_gap(trunks[0], self.target, s.episodes),
+            "source": 100 * sum(accuracy(z, y) for z in logits) / len(logits),
+            "cat_source": 100 * accuracy(logits.mean(0), y),
+        }  # fmt: skip
+
+    def wider(self, width: int) -> dict[str, float]:
+        """One network of another width."""
+        net = self.build(width)
+        self.train(net, self.run.seed)
+        return {**self.probe(split_head(net)[0]), "parameters": float(sum(p.numel() for p in net.parameters()))}
+
+    def joint(self) -> dict[str, float]:
+        """The architecture of the concatenation, trained from scratch as one network."""
+        s = self.settings
+        body = Concatenated([trunk(self.channels, s.width) for _ in range(s.episodes)], frozen=False)
+        self.train(network(body, 2 * s.width * s.episodes, s.source), self.run.seed)
+        return self.probe(body)
+
+    def snapshots(self) -> dict[str, float]:
+        """States of one training at a high constant rate, as the episodes."""
+        s, kept = self.settings, Snapshots(self.settings.episodes, every=max(1, self.settings.epochs // 3))
+        net = self.build()
+        self.train(net, self.run.seed, kept.every * s.episodes, scheduler=None, callbacks=[kept])
+        members = [copy.deepcopy(net) for _ in kept.states]
+        for member, state in zip(members, kept.states, strict=True):
+            member.load_state_dict(state)
+        return self.probe(Concatenated([split_head(m)[0] for m in members]))
+
+    def distilled(self, heads: str) -> dict[str, float]:
+        """One trunk that serves all episodes' heads."""
+        body = trunk(self.channels, self.settings.width)
+        self.train(body, self.run.seed, self.settings.distill_epochs, rule=RichDistillation(self.models, 10.0, heads))
+        return self.probe(body)
+
+    def longer(self) -> dict[str, float]:
+        """One network, trained as long as the distillation."""
+        net = self.build()
+        self.train(net, self.run.seed, self.settings.distill_epochs)
+        return self.probe(split_head(net)[0])
+
+    def finetuned(self, labels: int) -> dict[str, float]:
+        """Fine-tuning on few labels at every rate: each network, the concatenation as a whole, and in two stages."""
+        s, classes = self.settings, int(self.target["train"][1].max()) + 1
+        rows = few(self.target["train"][1], labels, torch.Generator().manual_seed(self.run.seed))
+        data = (self.target["train"][0][rows], self.target["train"][1][rows])
+        epochs = max(1, round(s.finetune_epochs * 20 / labels))
+        starts = [network(split_head(net)[0], 2 * s.width, classes) for net in self.models]
+        scores: dict[str, list[tuple[float, float]]] = {"single": [], "naive": [], "two_stage": []}
+        for lr in s.lrs:
+            tuned: list[nn.Module] = []
+
+            def finetune(net: nn.Module, seed: int, lr: float = lr, tuned: list[nn.Module] = tuned) -> None:
+                fit(net, data, optimizer=sgd(lr, 0.9, 1e-4), scheduler=cosine(), epochs=epochs, batch_size=32, seed=seed,
+                    device=self.run.device)  # fmt: skip
+                tuned.append(net)
+
+            both = two_stage_finetune(starts, finetune, data, seed=self.run.seed)
+            singles = [self.scored(net) for net in tuned]
+            scores["single"].append(
+                (sum(v for v, _ in singles) / len(singles), sum(t for _, t in singles) / len(singles))
+            )
+            scores["two_stage"].append(self.scored(both))
+            bodies = Concatenated([copy.deepcopy(split_head(net)[0]) for net in self.models], frozen=False)
+            naive = network(bodies, 2 * s.width * s.episodes, classes)
+            finetune(naive, self.run.seed)
+            scores["naive"].append(self.scored(naive))
+        found = {name: max(pairs)[1] for name, pairs in scores.items()}
+        return {**found, **{f"{name}_low": pairs[0][1] for name, pairs in scores.items()}}
+
+    def scored(self, net: nn.Module) -> tuple[float, float]:
+        """Validation and test accuracy on the new classes in percent."""
+        val, test = (100 * evaluate(net, self.target[k])["accuracy"] for k in ("val", "test"))
+        return val, test
+
+
+def few(y: Tensor, labels: int, generator: torch.Generator) -> Tensor:
+    """Rows of so many random examples for each class."""
+    order = torch.randperm(len(y), generator=generator)
+    return torch.cat([order[y[order] == c][:labels] for c in y.unique()])
+
+
+def ridge_gap(body: nn.Module, target: dict[str, Part], n: int, penalty: float = 1.0) -> float:
+    """Largest difference of ridge predictions: n copies with a penalty, one copy with an n-th of it."""
+    f = outputs(body, target["train"][0][:500]).double()
+    y = nn.functional.one_hot(target["train"][1][:500]).double()
+
+    def predict(z: Tensor, strength: float) -> Tensor:
+        gram = z @ z.T
+        return gram @ torch.linalg.solve(gram + strength * torch.eye(len(z), dtype=z.dtype), y)
+
+    return float((predict(f.repeat(1, n), penalty) - predict(f, penalty / n)).abs().max())
+
+
+def run(run: Run[Settings]) -> None:
+    """Episodes first; then what is compared with them."""
+    s, study = run.settings, Study(run)
+    episodes = study.single  # runs again where an interrupted run needs the networks
+    base = run.arm("episodes", episodes)
+    if not hasattr(study, "models"):
+        seeds = [1000 * run.seed + k for k in range(s.episodes)]
+        study.models = train_episodes(study.build, study.train, seeds)
+    wide = run.arm("wide_parameters", study.wider, round(s.width * s.episodes**0.5))
+    run.arm("wide_features", study.wider, s.width * s.episodes)
+    run.arm("joint", study.joint)
+    run.arm("snapshots", study.snapshots)
+    run.values("transfer", cat=base["cat"], single=base["full"], best=base["best"], wide=wide["full"])
+    run.values("few_shot", cat=base["cat_few"], single=base["few"], wide=wide["few"])
+    run.values("source_task", cat=base["cat_source"], single=base["source"])
+    run.values("negative_control", copies=base["copies"], single=base["one"], ridge=base["ridge"])
+    separate = run.arm("distilled", study.distilled, "separate")
+    averaged = run.arm("distilled_averaged", study.distilled, "averaged")
+    longer = run.arm("longer", study.longer)
+    run.values("distillation", distilled=separate["full"], single=longer["full"], averaged_head=averaged["full"])
+    tuned = {labels: run.arm(f"finetuned_{labels}", study.finetuned, labels) for labels in (20, 50)}
+    measured = {f"{name}_{k}": tuned[k][name] for k in tuned for name in ("single", "naive", "two_stage")}
+    low = {"two_stage_low": tuned[20]["two_stage_low"], "naive_low": tuned[20]["naive_low"]}
+    run.values("two_stage", {**measured, **low})
+
+
+ARMS = {"one network": ("episodes", "full"), "five concatenated": ("episodes", "cat"), "as many parameters": ("wide_parameters", "full"), "as many features": ("wide_features", "full"), "trained jointly": ("joint", "full"), "snapshots": ("snapshots", "full"), "distilled": ("distilled", "full")}  # fmt: skip
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Probes of new classes, with all labels and with five for each class."""
+    few_labels = {n: (a, {"full": "few", "cat": "cat_few"}[k]) for n, (a, k) in ARMS.items()}
+    return {
+        "transfer": plots.bars(results, ARMS, ylabel="probe accuracy on new classes (%)"),
+        "few shot": plots.bars(results, few_labels, ylabel="accuracy from 5 labels a class (%)"),
+    }
+
+
+def peers(bench: Bench) -> None:
+    """Ten trainings in one pass beside a loop over seeds with the fastest loop that a user would write."""
+    x, y = torch.randn(2000, 64), torch.randint(10, (2000,))
+    seeds = list(range(10))
+
+    def build() -> nn.Module:
+        return MLP(64, 10, (32,))
+
+    def loop() -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            net = build()
+            optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, foreach=True)
+            for _ in range(2):
+                for rows in torch.randperm(len(x)).split(64):
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+                    optimizer.step()
+
+    bench.compare(
+        "10 trainings of 64-32-10 for 64 steps of 64",
+        ours=lambda: fit_episodes(build, x, y, seeds, phases=((0.1, 2),), batch_size=64), loop_over_seeds=loop,
+    )  # fmt: skip
