@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from torchfolio.checks import at_least, labels, one_of, positive, whole
 from torchfolio.data import Examples
-from torchfolio.engine import Batch, LearningRule, fit
+from torchfolio.engine import Batch, LearningRule, fit, seeded
 from torchfolio.measure import outputs, untouched
 
 __all__ = [
@@ -230,11 +230,10 @@ class LinearProbe(nn.Module):
             raise ValueError(f"expected features [B, d], got {tuple(features.shape)}; pool or flatten them")
         device = next((p.device for p in self.features.parameters()), torch.device("cpu"))
         norm = nn.BatchNorm1d(features.shape[1]) if self.batch_norm else nn.Identity()
-        linear = nn.Linear(features.shape[1], self.num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            linear.weight.normal_(0, 0.01, generator=generator)
-            linear.bias.zero_()
+        with seeded(seed):
+            linear = nn.Linear(features.shape[1], self.num_classes)
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
         self.classifier = nn.Sequential(norm, linear).to(features.dtype)
 
         def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
