@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -575,10 +576,8 @@ def _scheduler(name: str, lr: float, steps: int) -> Any:
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
-    from torchfolio.runs.store import to_json
-
     if as_json:
-        typer.echo(to_json(result))
+        typer.echo(json.dumps(result))
         return
     for key, value in result.items():
         typer.echo(f"{key:>10}  {f'{value:.4f}' if isinstance(value, float) else value}")
