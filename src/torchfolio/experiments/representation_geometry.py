@@ -1,0 +1,257 @@
+"""Measures what tanh and ReLU make of four clusters, of XOR, of kernels between inputs and labels, and of digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchfolio.engine import Backprop, fit
+from torchfolio.engine.recipes import sgd
+from torchfolio.insight.representation_geometry import (
+    ClusterTask,
+    ShallowNetwork,
+    aligned_kernel,
+    ccgp,
+    condition_means,
+    decoding_accuracy,
+    dichotomies,
+    kernel_alignment,
+    kernel_to_inputs,
+    parallelism_score,
+    participation_ratio,
+    random_clusters,
+    separable_xor,
+    train_side_by_side,
+)
+from torchfolio.runs import Results, Run, plots, threads
+from torchfolio.runs.bench import Bench
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Toy tasks and networks; P, D, width and the fixed readout are the authors'.
+
+    Attributes:
+        nets: networks of each kind for a seed, on a task of their own each.
+        dim: D.
+        width: M.
+        steps: of gradient descent.
+        noise: strong noise of the tests of generalisation and decoding.
+        samples: of these tests.
+        alignments: between inputs and labels, of the third task.
+        epochs: on digits.
+    """
+
+    nets: int = 3
+    dim: int = 100
+    width: int = 120
+    steps: int = 1500
+    noise: float = 3.0
+    samples: int = 800
+    alignments: tuple[float, ...] = (0.0, 0.3, 0.6, 0.9)
+    epochs: int = 60
+
+
+SCALES = {
+    "smoke": Settings(nets=1, dim=20, width=16, steps=50, samples=80, alignments=(0.3,), epochs=2),
+    "quick": Settings(),
+    "full": Settings(nets=20, steps=20_000, samples=4000),
+}
+KINDS = ("tanh", "relu", "relu_linear_gradient", "tanh_step_gradient")
+
+
+def trained(
+    run: Run[Settings], tasks: list[ClusterTask], kinds: tuple[str, ...], *, train_readout: bool = False
+) -> dict[str, list[ShallowNetwork]]:
+    """A network of every kind for every task, all in one tensor; kinds start from the same weights."""
+    settings, nets = run.settings, []
+    D, O = tasks[0].means.shape[1], tasks[0].labels.shape[1]
+    for kind in kinds:
+        for k in range(len(tasks)):
+            generator = torch.Generator().manual_seed(1000 * run.seed + k)
+            nets.append(ShallowNetwork(D, settings.width, O, kind, train_readout=train_readout, generator=generator))
+    generator = torch.Generator().manual_seed(run.seed)
+    train_side_by_side(nets, tasks * len(kinds), steps=settings.steps, generator=generator)
+    return {kind: nets[k * len(tasks) : (k + 1) * len(tasks)] for k, kind in enumerate(kinds)}
+
+
+def alignments(net: ShallowNetwork, task: ClusterTask) -> tuple[float, float]:
+    """With inputs and with labels, of noise-free condition means."""
+    with torch.no_grad():
+        z = net.hidden(task.means.float()).double()
+    K_x, K_y = task.kernels
+    return kernel_alignment(z @ z.T, K_x), kernel_alignment(z @ z.T, K_y)
+
+
+def clusters(run: Run[Settings]) -> dict[str, Any]:
+    """Random clusters: alignments, parallelism, generalisation, decoding, and what units turn to, by kind."""
+    settings = run.settings
+    tasks = [random_clusters(4, settings.dim, generator=torch.Generator().manual_seed(100 * run.seed + k))
+             for k in range(settings.nets)]  # fmt: skip
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for kind, nets in trained(run, tasks, KINDS).items():
+        for k, (net, task) in enumerate(zip(nets, tasks, strict=True)):
+            a_in, a_out = alignments(net, task)
+            generator = torch.Generator().manual_seed(100 * run.seed + k)
+            x, _, c = task.sample(settings.samples, noise=settings.noise, generator=generator)
+            clean, y, _ = task.sample(settings.samples, generator=generator)
+            split = task.labels[:, 0].bool().numpy()
+            others = [d for d in dichotomies(4) if (d != split).any() and (d == split).any()]
+            with torch.no_grad():
+                z, means = net.hidden(x.float()), net.hidden(task.means.float())
+                note(f"{kind}_accuracy", float(((net(clean.float()) > 0) == (y > 0.5)).double().mean()))
+            note(f"{kind}_in", a_in)
+            note(f"{kind}_out", a_out)
+            note(f"{kind}_parallelism", parallelism_score(means, split))
+            note(f"{kind}_ccgp", ccgp(z, c, split))
+            note(f"{kind}_decoding", float(np.mean([decoding_accuracy(z, c, d) for d in others])))
+            note(f"{kind}_cosine", class_axis_cosine(net, task))
+            note(f"{kind}_few", float(((means > 0).sum(0) <= 2).double().mean()))
+            note(f"{kind}_dimension", participation_ratio(means))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def class_axis_cosine(net: ShallowNetwork, task: ClusterTask) -> float:
+    """Mean |cosine| of the input weights, within the span of the means, with the axis between the classes."""
+    axis = ((2 * task.labels[:, :1] - 1).T @ task.means)[0]
+    span = torch.linalg.svd(task.means, full_matrices=False)
+    basis = span.Vh[1e-9 * span.S[0] < span.S]
+    inside = net.weight.detach().double() @ basis.T @ basis
+    return float(F.cosine_similarity(inside, axis[None]).abs().mean())
+
+
+def xor(run: Run[Settings]) -> dict[str, float]:
+    """XOR at four separabilities: alignments by kind."""
+    found = {}
+    for epsilon in (0.0, 0.25, 0.5, 1.0):
+        tasks = [separable_xor(run.settings.dim, epsilon, generator=torch.Generator().manual_seed(100 * run.seed + k))
+                 for k in range(run.settings.nets)]  # fmt: skip
+        for kind, nets in trained(run, tasks, KINDS[:2]).items():
+            pairs = [alignments(net, task) for net, task in zip(nets, tasks, strict=True)]
+            for name, values in zip(("in", "out"), zip(*pairs, strict=True), strict=True):
+                found[f"{kind}_{name}_{epsilon:g}".replace(".", "")] = float(np.mean(values))
+    return found
+
+
+def kernels(run: Run[Settings]) -> dict[str, Any]:
+    """Sixteen conditions with one label or four, at given alignments of inputs and labels; trained readouts besides."""
+    bits = torch.tensor([[k >> j & 1 for j in range(4)] for k in range(16)], dtype=torch.float64)
+    found = {}
+    for outputs in (1, 4):
+        labels = bits[:, :outputs]
+        K_y = (2 * labels - 1) @ (2 * labels - 1).T
+        tasks = []
+        for c in run.settings.alignments:
+            generator = torch.Generator().manual_seed(run.seed)
+            K = aligned_kernel(K_y, c, scale=run.settings.dim / 4, generator=generator)
+            tasks.append(ClusterTask(kernel_to_inputs(K, run.settings.dim, generator=generator), labels, 0.1))
+        for train_readout in (False, True):
+            for kind, nets in trained(run, tasks, KINDS[:2], train_readout=train_readout).items():
+                pairs = [alignments(net, task) for net, task in zip(nets, tasks, strict=True)]
+                label = f"{kind}_{outputs}{'_trained' if train_readout else ''}"
+                found[f"{label}_in"], found[f"{label}_out"] = (list(v) for v in zip(*pairs, strict=True))
+    return found
+
+
+def digits(run: Run[Settings]) -> dict[str, float]:
+    """Digits 0 to 3, 0 and 3 against 1 and 2: alignments of class means of the test split, and accuracies."""
+    data = run.data("digits")
+
+    def part(split: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = split.tensors
+        kept = y < 4
+        return x[kept].flatten(1), ((y[kept] == 0) | (y[kept] == 3)).float()[:, None], y[kept]
+
+    (x, y, _), (x_test, y_test, c) = part(data.train), part(data.test)
+    found = {}
+    for kind in ("tanh", "relu"):
+        net = ShallowNetwork(
+            x.shape[1], run.settings.width, activation=kind, generator=torch.Generator().manual_seed(run.seed)
+        )
+        fit(net, (x, y), rule=Backprop(F.binary_cross_entropy_with_logits), optimizer=sgd(0.1, momentum=0.0),
+            epochs=run.settings.epochs, batch_size=20, seed=run.seed, device="cpu")  # fmt: skip
+        with torch.no_grad():
+            means, inputs = condition_means(net.hidden(x_test), c), condition_means(x_test, c)
+            found[f"{kind}_accuracy"] = float(((net(x_test) > 0) == (y_test > 0.5)).double().mean())
+        sign = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]], dtype=torch.float64)
+        K_z = means @ means.T
+        found[f"{kind}_in"], found[f"{kind}_out"] = (
+            kernel_alignment(K_z, inputs @ inputs.T),
+            kernel_alignment(K_z, sign @ sign.T),
+        )
+    return found
+
+
+def run(run: Run[Settings]) -> None:
+    """Train on every task, one thread: the matrices are tiny."""
+    with threads(1):
+        done = run.arm("clusters", clusters, run)
+        parted = run.arm("xor", xor, run)
+        run.arm("kernels", kernels, run)
+        real = run.arm("digits", digits, run)
+
+    def pick(*names: str) -> dict[str, float]:
+        return {f"{kind}_{name}": done[f"{kind}_{name}"] for kind in ("tanh", "relu") for name in names}
+
+    run.values("alignment", pick("in", "out", "accuracy"))
+    run.values("disentangling", pick("parallelism", "ccgp", "decoding"))
+    run.values("mechanism", tanh_cosine=done["tanh_cosine"], relu_cosine=done["relu_cosine"], relu_few=done["relu_few"])
+    run.values("separable_xor", {n: parted[n] for n in ("tanh_out_05", "relu_out_05", "tanh_in_0", "relu_in_0")})
+    run.values("real_data", real)
+    run.values(
+        "negative_control",
+        relu_linear_out=done["relu_linear_gradient_out"], relu_out=done["relu_out"],
+        tanh_step_in=done["tanh_step_gradient_in"], tanh_in=done["tanh_in"],
+    )  # fmt: skip
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Alignments by kind, and over the alignment of inputs and labels."""
+    names = {
+        "tanh": "tanh",
+        "ReLU": "relu",
+        "ReLU, derivative 1": "relu_linear_gradient",
+        "tanh, step": "tanh_step_gradient",
+    }
+    lines = {f"{kind}, {where}": ("kernels", f"{kind}_1_{end}") for kind in ("tanh", "relu")
+             for where, end in (("inputs", "in"), ("labels", "out"))}  # fmt: skip
+    return {
+        "alignment with labels": plots.bars(results, {k: ("clusters", f"{v}_out") for k, v in names.items()}, ylabel="alignment"),
+        "alignment with inputs": plots.bars(results, {k: ("clusters", f"{v}_in") for k, v in names.items()}, ylabel="alignment"),
+        "kernels": plots.curves(results, lines, x=results.settings.alignments, xlabel="alignment of inputs and labels",
+                                ylabel="alignment of the hidden layer"),
+    }  # fmt: skip
+
+
+def peers(bench: Bench) -> None:
+    """160 networks for 20 steps, side by side and one by one with autograd."""
+    tasks = [random_clusters(4, 100, generator=torch.Generator().manual_seed(k)) for k in range(160)]
+    nets = [ShallowNetwork(100, 120, activation="tanh") for _ in tasks]
+
+    def loop() -> None:
+        for net, task in zip(nets, tasks, strict=True):
+            optimizer = torch.optim.SGD([net.weight, net.bias], lr=0.1)
+            means, labels = task.means.float(), task.labels.float()
+            for _ in range(20):
+                pick = torch.randint(4, (200,))
+                x = means[pick] + 0.1 * torch.randn(200, 100)
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(net(x), labels[pick]).backward()
+                optimizer.step()
+
+    bench.compare(
+        "20 steps of 160 networks, 100-120-1",
+        repeats=3,
+        ours=lambda: train_side_by_side(nets, tasks, steps=20),
+        loop=loop,
+    )
