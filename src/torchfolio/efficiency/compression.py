@@ -21,7 +21,7 @@ from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.loader import Data
 from torchfolio.measure import count_flops
 
-__all__ = ["Compressed", "Compression", "Phase", "compress", "tensor_bytes", "without_decay_of_vectors"]
+__all__ = ["Compressed", "Compression", "Phase", "compress", "own_group", "tensor_bytes", "without_decay_of_vectors"]
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,27 @@ def without_decay_of_vectors(parameters: Iterable[nn.Parameter], weight_decay: f
         {"params": [p for p in kept if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def own_group(optimizer: Optimizer, parameters: Iterable[nn.Parameter], **options: Any) -> dict[str, Any]:
+    """Move parameters of an optimizer to a new group of their own.
+
+    Args:
+        optimizer: that holds them; it must not have made a step with them.
+        parameters: to move.
+        **options: of the new group, such as `lr`; the others are those of the first group.
+
+    Returns:
+        The new group, the last of `optimizer.param_groups`.
+    """
+    moved = list({id(p): p for p in parameters}.values())
+    kept = {id(p) for p in moved}
+    defaults = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in kept]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    optimizer.add_param_group({**defaults, **options, "params": moved})
+    return optimizer.param_groups[-1]
 
 
 def tensor_bytes(model: nn.Module) -> int:

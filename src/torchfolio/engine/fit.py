@@ -170,7 +170,8 @@ def fit(
         batches = as_batches(train, batch_size, seed, rank=rank, world=world, drop_last=drop_last, device=fabric.device)
         epochs = 1 if epochs is None and max_steps is None else epochs
         steps = scheduled_steps(schedule, epochs, max_steps, batches.count, accumulate)
-        state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps)
+        total = scheduled_steps("step", epochs, max_steps, batches.count, accumulate)
+        state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps, total)
         check_last_batch(batches, state.module)
         if val is not None and evaluate is None:
             with fabric.autocast():

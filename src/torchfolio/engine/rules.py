@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 Batch = Sequence[Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +48,18 @@ class LearningRule(ABC):
 
         Returns:
             Named finite scalars, detached; `"loss"` among them.
+        """
+
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> None:
+        """Get to know the optimizer; nothing by default.
+
+        `torchfolio.engine.fit` calls it once between `prepare` and the first step. Here a rule gives some parameters
+        a group with a learning rate of their own (the schedule is made afterwards and knows them). One that updates
+        between its backward passes keeps the optimizer, and leaves the gradients of its last pass to `fit`.
+
+        Args:
+            optimizer: of everything that is trained.
+            total_steps: that training will make, or `None` where nobody knows.
         """
 
     def predictor(self, model: nn.Module) -> nn.Module:

@@ -102,11 +102,13 @@ def prepare(
     scheduler: SchedulerFactory | None,
     epochs: int | None,
     steps: int | None,
+    total_steps: int | None = None,
 ) -> FitState:
     """Move the model, let the rule build around it, share the weights, make optimizer and scheduler.
 
     Args:
         steps: that the scheduler will make in all; `None` where nobody knows.
+        total_steps: likewise of the optimizer.
     """
     convert = fabric.strategy.precision.convert_module
     example = place(fabric, _example(train, batches))
@@ -120,6 +122,7 @@ def prepare(
     elif fabric.world_size > 1:
         broadcast_module(module)
     made = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    rule.configure(made, total_steps)
     return FitState(model, module, rule, made, epochs, make_scheduler(scheduler, made, steps))
 
 

@@ -420,6 +420,9 @@ class GuidedRule(LearningRule):
     def predictor(self, model: nn.Module) -> nn.Module:
         return self.rule.predictor(model)
 
+    def configure(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
+        self.rule.configure(optimizer, total_steps)
+
     def release(self) -> None:
         self.rule.release()
 
