@@ -71,34 +71,45 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
 
 
 class _DoubleRound(torch.autograd.Function):
-    """Both roundings in one step, which saves the input alone; a chain of operations would save three of its size."""
+    """Both roundings in one step, which saves its input and output; a chain of operations would save three more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, high: Range, step: int, low: Range, weight: float) -> Tensor:
-        ctx.save_for_backward(x, scale)
+        rounded = _coarse((x / scale).round_().clamp_(*high), step, low).mul_(scale)
+        ctx.save_for_backward(x, scale, rounded)
         ctx.settings = high, step, low, weight
-        return _coarse((x / scale).round_().clamp_(*high), step, low).mul_(scale)
+        return rounded
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,), (x, scale) = gradients, ctx.saved_tensors
+        (gradient,), (x, scale, rounded) = gradients, ctx.saved_tensors
         high, step, low, weight = ctx.settings
-        real = x / scale
-        first = real.round()
-        clipped = first.clamp(*high)
-        inside = first == clipped
-        if step > 1:
-            second = (clipped / step).round_()
-            clipped = second.clamp(*low)
-            inside &= second == clipped
-            clipped.mul_(step)
-        to_x = gradient * inside
+        to_x = _inside(gradient, x / scale, high, step, low)
         to_scale = None
         if ctx.needs_input_grad[1]:
-            # d/ds = Q 2^(h-l) - [inside] x / s, in every case
-            to_scale = ((_dot(gradient, clipped) - _dot(to_x, real)) * weight).to(scale)
+            # d/ds = Q 2^(h-l) - [inside] x / s, in every case; Q 2^(h-l) is the output over s
+            to_scale = ((_dot(gradient, rounded) - _dot(to_x, x)) * weight / scale).to(scale)
         return to_x, to_scale, None, None, None, None
+
+
+def _between(gradient: Tensor, real: Tensor, limits: Range) -> Tensor:
+    """The gradient where a rounding stays within limits, else 0, by a kernel that passes what lies strictly between.
+
+    At the upper limit a half rounds up and is cut; at the lower it rounds to the even limit and is not.
+    """
+    least = (limits[0] - 0.5) * (1 + 2 * torch.finfo(real.dtype).eps)
+    return torch.ops.aten.hardtanh_backward(gradient, real, least, limits[1] + 0.5)
+
+
+def _inside(gradient: Tensor, real: Tensor, high: Range, step: int, low: Range) -> Tensor:
+    """The gradient where neither clip cuts, else 0."""
+    if step == 1:
+        return _between(gradient, real, high)
+    first = real.round_()
+    clipped = first.clamp(*high)
+    second = (clipped / step).round_()
+    return gradient * ((first == clipped) & (second == second.clamp(*low)))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
