@@ -1,0 +1,203 @@
+"""Measures FTWT on small images: accuracy and operations of gated networks beside the dense one and random masks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.data import DataSplits
+from torchfolio.efficiency.ftwt import (
+    FTWT,
+    GatedConv,
+    Gates,
+    MaskPredictor,
+    attach_gates,
+    compact,
+    estimate_flops,
+    gated_layers,
+    measure_flops,
+)
+from torchfolio.engine import Backprop, LearningRule, evaluate, fit, seeded
+from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.measure import count_flops
+from torchfolio.models import VGG
+from torchfolio.runs import Results, Run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Data, network and budget.
+
+    Attributes:
+        data: name of the data set.
+        val: training images held out.
+        image_size: images are box-downsampled to this side; `None` keeps them.
+        widths: of the convolutions, stage by stage; every stage ends in a max pool.
+        pretrain: epochs of the dense network.
+        epochs: epochs with gates.
+        shares: r, a share of the heat each.
+        lr: of the dense network, and of the network under its gates.
+        gate_lr: of the gates.
+        weight_decay: of weights.
+    """
+
+    data: str = "mnist10k"
+    val: int = 500
+    image_size: int | None = 14
+    widths: tuple[tuple[int, ...], ...] = ((16, 16), (32, 32), (64,))
+    pretrain: int = 4
+    epochs: int = 4
+    shares: tuple[float, ...] = (0.9, 0.8, 0.7)
+    lr: tuple[float, ...] = (0.1, 0.01)
+    gate_lr: float = 0.1
+    weight_decay: float = 5e-4
+
+
+SCALES = {
+    "smoke": Settings(data="digits", val=100, image_size=None, widths=((8,), (16,)), pretrain=2, epochs=2),
+    "quick": Settings(),
+    "full": Settings(
+        data="cifar10", val=5000, image_size=None, widths=((64,), (128,), (256, 256), (512, 512), (512, 512)),
+        pretrain=60, epochs=60, shares=(0.97, 0.95, 0.9),
+    ),
+}  # fmt: skip
+
+
+class RandomGates(GatedConv):
+    """The negative control: as many filters for every sample, but any."""
+
+    def gates(self, x: Tensor, out: Tensor) -> Gates:
+        learned = super().gates(x, out)
+        order = torch.rand(learned.mask.shape, device=x.device).argsort(1)
+        return learned._replace(mask=learned.mask.gather(1, order))
+
+
+def run(run: Run[Settings]) -> None:
+    """Train the dense network once, then gates at every share, with softmax and without."""
+    settings = run.settings
+    data = run.data(settings.data, val=settings.val, image_size=settings.image_size)
+    with seeded(run.seed):
+        net = VGG(settings.widths, data.num_classes, data.shape[0])
+    train(run, data, net, Backprop(), settings.lr[0], settings.pretrain)
+    dense = run.arm("dense", lambda: {"accuracy": accuracy(net, data)})["accuracy"]
+    arms: dict[str, dict[str, Any]] = {}
+    for softmax in (True, False):
+        for r in settings.shares:
+            name = f"{'softmax' if softmax else 'linear'}_{round(100 * r)}"
+            arms[name] = run.arm(name, gated, run, data, net, r, softmax)
+    least, middle = f"{round(100 * settings.shares[0])}", f"{round(100 * settings.shares[1])}"
+    enough = [arm["accuracy"] for arm in arms.values() if arm["measured"] >= 30]
+    run.values("accuracy", dense=dense, best_at_30=max(enough, default=0.0), first=arms[f"softmax_{least}"]["accuracy"],
+               first_reduction=arms[f"softmax_{least}"]["measured"])  # fmt: skip
+    soft, plain = ([arm for name, arm in arms.items() if name.startswith(kind)] for kind in ("softmax", "linear"))
+    run.values(
+        "budget",
+        linear_error=max(abs(a["estimate"] - a["measured"]) for a in plain),
+        softmax_excess=max(a["measured"] - a["estimate"] for a in soft),
+        least_rise=min(
+            b[k] - a[k]
+            for kind in (soft, plain)
+            for a, b in zip(kind, kind[1:], strict=False)
+            for k in ("estimate", "measured")
+        ),
+    )
+    chosen = arms[f"softmax_{middle}"]
+    run.values("negative_control", dense=dense, learned=chosen["accuracy"], random=chosen["random"])
+    run.values(
+        "compact",
+        difference=max(a["difference"] for a in arms.values()),
+        uncounted=max(a["uncounted"] for a in arms.values()),
+    )
+
+
+def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRule, lr: float, epochs: int) -> None:
+    """SGD and a cosine."""
+    fit(net, data.train, rule=rule, optimizer=sgd(lr, weight_decay=run.settings.weight_decay), scheduler=cosine(),
+        epochs=epochs, seed=run.seed, device=run.device)  # fmt: skip
+
+
+def accuracy(net: nn.Module, data: DataSplits) -> float:
+    """Test accuracy in percent."""
+    return 100 * evaluate(net, data.test)["accuracy"]
+
+
+def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, softmax: bool) -> dict[str, float]:
+    """Accuracy, the saving foretold and measured in percent, and what random masks of equal rate give."""
+    settings = run.settings
+    model = attach_gates(net, r, softmax=softmax)
+    for layer in gated_layers(model).values():
+        layer.oracle = True
+    targets = accuracy(model, data)  # the targets as masks, without training
+    for layer in gated_layers(model).values():
+        layer.oracle = False
+    estimate = estimate_flops(net, data.train.tensors[0][:1000], r)
+    train(run, data, model, FTWT(gate_lr=settings.gate_lr), settings.lr[1], settings.epochs)
+    measured = measure_flops(model, data.test)
+    random = copy.deepcopy(model)
+    for layer in gated_layers(random).values():
+        layer.__class__ = RandomGates
+    return {
+        "accuracy": accuracy(model, data), "targets": targets, "random": accuracy(random, data),
+        "estimate": 100 * estimate.reduction, "measured": 100 * measured.reduction,
+        "with_gates": 100 * measured.reduction_with_gates, **compacted(model, data, measured.per_sample + measured.gates),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def compacted(model: nn.Module, data: DataSplits, counted: Tensor) -> dict[str, float]:
+    """Largest difference of the compact network's outputs, one by one, and of its operations from those counted."""
+    small = compact(model)
+    x = data.test.tensors[0][:50].to(next(model.parameters()).device)
+    masked = model.eval()(x)
+    apart = torch.cat([small(one) for one in x.split(1)])
+    done = torch.tensor([count_flops(small, one) for one in x.split(1)])
+    return {"difference": float((masked - apart).abs().max()), "uncounted": float((done - counted[:50]).abs().max())}
+
+
+def wide(share: float) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A wide network, its compact form whose gates keep a share of the filters, and an image."""
+    torch.manual_seed(0)
+    net = VGG(((128, 128), (256, 256), (512, 512)), 10, 3).eval()
+    model = attach_gates(net, 0.9)
+    for layer in gated_layers(model).values():
+        predictor: MaskPredictor = layer.predictor
+        nn.init.zeros_(predictor.linear.weight)
+        with torch.no_grad():
+            predictor.linear.bias.copy_((torch.arange(len(predictor.linear.bias)) % 20 < 20 * share).float() - 0.5)
+    return net, compact(model), torch.randn(1, 3, 32, 32)
+
+
+def peers(bench: Any) -> None:
+    """One image through a wide network at about half the operations, beside the dense network and the masked one."""
+    net, small, x = wide(0.7)
+    print(f"operations: {count_flops(small, x) / count_flops(net, x):.2f} of the dense network's")
+    with torch.inference_mode():
+        bench.compare("one image, half the operations", ours=lambda: small(x), dense=lambda: net(x))
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Accuracy against the operations saved, and the saving foretold against the one measured."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for kind, label in (("softmax", "softmax"), ("linear", "no softmax")):
+        names = [f"{kind}_{round(100 * r)}" for r in results.settings.shares]
+        mean = {
+            key: [results.values(n, key).mean() for n in names]
+            for key in ("accuracy", "measured", "estimate", "random")
+        }
+        left.plot(mean["measured"], mean["accuracy"], marker="o", label=f"gates, {label}")
+        left.plot(mean["measured"], mean["random"], "x:", label=f"random masks, {label}")
+        right.plot(mean["estimate"], mean["measured"], marker="o", label=label)
+    left.axhline(results.values("dense", "accuracy").mean(), c="grey", ls="--", label="dense")
+    left.set(xlabel="operations saved (%)", ylabel="test accuracy (%)")
+    right.axline((30, 30), slope=1, c="grey", ls="--")
+    right.set(xlabel="saving estimated before training (%)", ylabel="saving measured (%)")
+    for ax in (left, right):
+        ax.legend()
+        ax.grid(alpha=0.3)
+    return {"accuracy and operations": fig}
