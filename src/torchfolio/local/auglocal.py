@@ -32,12 +32,12 @@ from torchfolio.local.local_model import (
     MeanPool2d,
     Network,
     Shape,
-    redraw,
     trace_shapes,
     width,
 )
 from torchfolio.measure import count_flops
 from torchfolio.models import BasicBlock
+from torchfolio.models.init import redraw
 
 __all__ = ["AugLocal", "AuxiliaryPlan", "auxiliary_depths", "copy_architecture", "select_layers"]
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torchfolio.engine import default_loss
 from torchfolio.local.auglocal import initialize
 from torchfolio.local.heads import HeadFactory, Host, HostHeads
-from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, redraw, trace_shapes, width
+from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, trace_shapes, width
+from torchfolio.models.init import redraw
 
 __all__ = ["MAN", "MomentumAuxiliary", "update_momentum"]
 

@@ -50,3 +50,24 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator | None 
         elif "Norm" in type(module).__name__ and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
     return model
+
+
+@torch.no_grad()
+def redraw(module: nn.Module) -> nn.Module:
+    """Draw the weights of a copied layer anew, in place, and let all of them train.
+
+    Modules draw by their own `reset_parameters`; what a module without one holds itself is drawn from the normal
+    distribution of its values (constants stay).
+    """
+    for part in module.modules():
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+            continue
+        for p in part.parameters(recurse=False):
+            if p.is_floating_point() and p.numel() > 1:
+                p.copy_(torch.randn_like(p) * p.std() + p.mean())
+    for p in module.parameters():
+        if p.is_floating_point():
+            p.requires_grad_()
+    return module
