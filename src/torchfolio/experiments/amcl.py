@@ -187,7 +187,7 @@ def peers(bench: Bench) -> None:
     def plain() -> None:
         parts: Any = modules[1]
         z = [parts["projector"](parts["encoder"](v))[0] for v in one.views(x)]
-        nt_xent(*z, 0.3).backward()
+        nt_xent(z[0], z[1], 0.3).backward()
 
     bench.compare("gradient, 128 pairs x 3x32x32 with ResNet-8", ours=lambda: adaptive.step((x, y), Tensor.backward),
                   nt_xent_one_head=plain)  # fmt: skip
