@@ -1,0 +1,282 @@
+"""Measures scalable neural network kernels: their error, bundled networks, adapters, and replaced perceptrons.
+
+Longer than most: the paper's four uses are four small experiments.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.data import DataSplits
+from torchfolio.data.text import encode, movie_reviews, train_tokenizer
+from torchfolio.engine import evaluate, fit
+from torchfolio.engine.recipes import adam, cosine
+from torchfolio.layers.snnk import (
+    SNNK,
+    URF,
+    ArcCosineFeatures,
+    BundledClassifier,
+    FourierMeasure,
+    add_adapters,
+    kernel_error,
+    replace_ffl,
+)
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the four parts.
+
+    Attributes:
+        data: images of the adapters.
+        epochs: epochs of the backbone.
+        adapter_epochs: epochs of the adapters.
+        rates: learning rates, the best of which is chosen on validation data for every adapter.
+        text: whether sentences are film reviews or random.
+        dim: width of the transformer; its SNNK layers have a quarter as many features.
+        text_epochs: epochs of the transformer, and of it again after the replacement.
+    """
+
+    data: str = "mnist10k"
+    epochs: int = 5
+    adapter_epochs: int = 6
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    text: bool = True
+    dim: int = 64
+    text_epochs: int = 3
+    sizes: tuple[int, ...] = (64, 256, 1024, 4096)
+    draws: int = 8
+    hidden: int = 512
+
+
+SCALES = {
+    "smoke": Settings("digits", 1, 1, (1e-2,), False, 16, 1, (16, 64), 1, 32),
+    "quick": Settings(),
+    "full": Settings(epochs=20, adapter_epochs=20, dim=128, text_epochs=6, draws=50),
+}
+
+
+class LinearFeatures(ArcCosineFeatures):
+    """The negative control: the same projection without the ReLU."""
+
+    def _activation(self, z: Tensor) -> Tensor:
+        return z
+
+
+def estimates(run: Run[Settings]) -> dict[str, Any]:
+    """Errors of kernel estimates in 32 dimensions: unit norms, and the cosine away from the unit ball."""
+    s, generator = run.settings, torch.Generator().manual_seed(run.seed)
+    x, w = (F.normalize(torch.randn(64, 32, generator=generator), dim=1) for _ in range(2))
+    draws = [(m, 1000 * run.seed + k) for m in s.sizes for k in range(s.draws)]
+    errors = kernel_error([ArcCosineFeatures(32, m, seed=k) for m, k in draws], x, w)
+    slope = np.polyfit(np.log(s.sizes), np.log([errors[m] for m in s.sizes]), 1)[0]
+    found: dict[str, Any] = {"arc_cosine": list(errors.values()), "slope": float(slope)}
+    dampings: dict[str, Any] = {"plain": 0.0, "damped": "auto"}
+    for name, M in dampings.items():
+        for norm in (0.5, 1.0, 2.0):
+            maps = [URF(32, 256, FourierMeasure.cos(), M, seed=k) for k in range(s.draws)]
+            found[f"{name}_{norm:g}"] = kernel_error(maps, norm * x, norm * w)[256]
+            pairs = [(one.kernel(norm * x, norm * x).diagonal() - math.cos(norm**2)).square().mean() for one in maps]
+            found[f"{name}_aligned_{norm:g}"] = float(torch.stack(pairs).mean().sqrt()) / abs(math.cos(norm**2))
+    return found
+
+
+def bundled(run: Run[Settings], data: DataSplits, depth: int, features: Any = "relu") -> dict[str, float]:
+    """A bundled classifier in closed form, and Adam on the same matrix from 0."""
+    (X, y), (X_test, y_test) = ((p.tensors[0].flatten(1), p.tensors[1]) for p in (data.train, data.test))
+    model = BundledClassifier((run.settings.hidden,) * depth, features, random_state=run.seed).fit(X.numpy(), y.numpy())
+    last: Any = model.network_[-1]
+    with torch.no_grad():
+        Z = F.pad(model.network_[:-1](X.double()), (0, 1), value=1.0)
+        best = torch.cat([last.weight, last.bias[:, None]], 1).mT
+    Y = 2 * F.one_hot(y, data.num_classes).double() - 1
+    gram, cross, penalty = Z.mT @ Z, Z.mT @ Y, torch.full((Z.shape[1], 1), model.alpha).double()
+    penalty[-1] = 0
+
+    def loss(W: Tensor) -> Tensor:
+        return (W * (gram @ W - 2 * cross + penalty * W)).sum() + Y.square().sum()
+
+    lowest = math.inf
+    for rate in (1e-2, 1e-1, 1.0) if features == "relu" else ():
+        W = torch.zeros_like(best, requires_grad=True)
+        optimizer = torch.optim.Adam([W], rate)
+        for _ in range(500):
+            optimizer.zero_grad()
+            loss(W).backward()
+            optimizer.step()
+        lowest = min(lowest, loss(W).item())
+    right = (model.predict(X_test.numpy()) == y_test.numpy()).mean()
+    return {"accuracy": 100 * float(right), "loss": loss(best).item(), "adam": lowest}
+
+
+class Bottleneck(nn.Module):
+    """The adapter that is usual: $x + V \\mathrm{ReLU}(U x)$."""
+
+    def __init__(self, d: int, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(d, width), nn.Linear(width, d)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x).relu())
+
+
+def adapted(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
+    """Accuracy on images turned by 90 degrees: a frozen perceptron alone, and with each adapter."""
+    s = run.settings
+    splits = {
+        n: (p.tensors[0], p.tensors[1]) for n, p in (("train", data.train), ("val", data.val), ("test", data.test))
+    }
+    turned = {n: (x.rot90(1, (2, 3)), y) for n, (x, y) in splits.items()}
+    inputs, common = math.prod(data.shape), {"device": run.device, "seed": run.seed, "progress": False}
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, data.num_classes),
+    )
+    fit(net, splits["train"], optimizer=adam(), scheduler=cosine(), epochs=s.epochs, **common)
+    found: dict[str, Any] = {"before": 100 * evaluate(net, turned["test"])["accuracy"]}
+    for name, size in (("snnk", 8), ("snnk", 16), ("bottleneck", 4), ("bottleneck", 16)):
+        best = -1.0
+        for rate in s.rates:
+            model: Any = copy.deepcopy(net)
+            if name == "snnk":
+                add_adapters(model, lambda key, layer: isinstance(layer, nn.ReLU), size, dim=256, seed=run.seed)
+            else:
+                model.requires_grad_(False)
+                torch.manual_seed(run.seed)
+                for k in (2, 4):
+                    model[k] = nn.Sequential(model[k], Bottleneck(256, size).to(run.device))
+            weights = [p for p in model.parameters() if p.requires_grad]
+            fit(model, turned["train"], optimizer=adam(rate), scheduler=cosine(), epochs=s.adapter_epochs, **common)
+            if (val := evaluate(model, turned["val"])["accuracy"]) > best:  # the rate is chosen here
+                best = val
+                found[f"{name}_{size}"] = 100 * evaluate(model, turned["test"])["accuracy"]
+                found[f"{name}_{size}_parameters"] = sum(p.numel() for p in weights)
+    return found
+
+
+class Classifier(nn.Module):
+    """A small transformer for sentences: the mean of its tokens is classified."""
+
+    def __init__(self, words: int, length: int, dim: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, dim, padding_idx=0), nn.Parameter(torch.zeros(length, dim))
+        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.3, batch_first=True, norm_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(dim, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids == 0
+        x = self.body(self.words(ids) + self.places, src_key_padding_mask=mask)
+        there = (~mask)[..., None].to(x.dtype)
+        return self.head((x * there).sum(1) / there.sum(1).clamp(min=1))
+
+
+def sentences(text: bool, length: int = 32) -> dict[str, tuple[Tensor, Tensor]]:
+    """Token numbers and labels of film reviews, or random ones."""
+    if not text:
+        ids = torch.randint(1, 50, (240, length), generator=torch.Generator().manual_seed(0))
+        labels = (ids[:, :8].float().mean(1) > 25).long()
+        return {"train": (ids[:160], labels[:160]), "test": (ids[160:], labels[160:])}
+    parts = movie_reviews()
+    tokenizer = train_tokenizer(parts["train"].texts, 4000)
+    return {n: (encode(tokenizer, p.texts, length), torch.tensor(p.targets)) for n, p in parts.items()}
+
+
+def replaced(run: Run[Settings]) -> dict[str, float]:
+    """A transformer, the same trained on, and with the first matrices of its perceptrons replaced and trained on."""
+    s, parts = run.settings, sentences(run.settings.text)
+    common = {"device": run.device, "seed": run.seed, "epochs": s.text_epochs, "batch_size": 64, "progress": False}
+    net = Classifier(4000, 32, s.dim)
+    fit(net, parts["train"], optimizer=adam(1e-3), scheduler=cosine(), **common)
+    small: Any = copy.deepcopy(net)
+    replace_ffl(small, lambda name, layer: name.endswith("linear1"), s.dim // 4, seed=run.seed)
+    found = {"accuracy": 100 * evaluate(net, parts["test"])["accuracy"]}
+    found["untrained"] = 100 * evaluate(small, parts["test"])["accuracy"]
+    for name, model in (("longer", net), ("uptrained", small)):
+        fit(model, parts["train"], optimizer=adam(3e-4), scheduler=cosine(), **common)
+        found[name] = 100 * evaluate(model, parts["test"])["accuracy"]
+    sizes = [sum(p.numel() for n, p in m.named_parameters() if ".linear1." in n) for m in (net, small)]
+    return {**found, "share": sizes[1] / sizes[0]}
+
+
+def run(run: Run[Settings]) -> None:
+    """Errors, bundled networks, adapters, replacement."""
+    errors = run.arm("estimates", estimates, run)
+    run.values("kernel_error", slope=errors["slope"])
+    run.values("control_large_norm", inside=errors["plain_aligned_0.5"], ours=errors["plain_aligned_2"],
+               random_directions=errors["plain_2"])  # fmt: skip
+    digits = run.data("digits")
+    one, two = (run.arm(f"bundled {depth}", bundled, run, digits, depth) for depth in (1, 2))
+    linear = run.arm("bundled linear", bundled, run, digits, 2, LinearFeatures)
+    gap = min(a["adam"] / a["loss"] for a in (one, two))
+    run.values("bundling", one=one["accuracy"], two=two["accuracy"], adam_over_closed_form=gap)
+    run.values("control_linear", linear=linear["accuracy"], relu=two["accuracy"])
+    arm = run.arm("adapters", adapted, run, run.data(run.settings.data))
+    run.values("adapter", ours=arm["snnk_8"], baseline=arm["bottleneck_16"], before=arm["before"],
+               share=arm["snnk_8_parameters"] / arm["bottleneck_16_parameters"])  # fmt: skip
+    text = run.arm("transformer", replaced, run)
+    run.values("replacement", ours=text["uptrained"], baseline=text["longer"], untrained=text["untrained"],
+               share=text["share"])  # fmt: skip
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Error by the number of features, and accuracy of the adapters."""
+    sizes = results.settings.sizes
+    scores = {
+        n.replace("_", " "): ("adapters", n) for n in ("before", "bottleneck_4", "bottleneck_16", "snnk_8", "snnk_16")
+    }
+    return {
+        "kernel error": plots.curves(results, {"arc-cosine kernel": ("estimates", "arc_cosine")}, x=sizes,
+                                     xlabel="features m", ylabel="relative error", logx=True, logy=True),
+        "adapters": plots.bars(results, scores, ylabel="accuracy on turned digits (%)"),
+    }  # fmt: skip
+
+
+def peers(bench: Bench) -> None:
+    """Layers beside `nn.Linear` with ReLU: with as many numbers, and the one that is replaced; and a loop over features."""
+    torch.manual_seed(0)
+    d = 1024
+    x = torch.randn(512, d)
+    same, small = SNNK(d, d, d // 2, bias=False), SNNK(d, d, d // 4, bias=False)
+    linear, narrow = nn.Linear(d, d), nn.Linear(d, d // 4)
+    wave = URF(256, 64, FourierMeasure.cos(), radius=1.0)
+    xi, G, M, inputs = wave.frequencies, wave.projection, wave.damping, F.normalize(x[:, :256], dim=1)
+
+    def one_by_one() -> Tensor:
+        columns = []
+        for j in range(64):
+            v = torch.sqrt(2j * math.pi * xi[j]) * inputs
+            kappa = (1 + 4 * M[j]).sqrt()
+            exponent = kappa * (v @ G[j].to(v.dtype)) - M[j] * G[j].square().sum() - (v * v).sum(1) / 2
+            columns.append((1 + 4 * M[j]) ** 64 * exponent.exp() / 8)
+        return torch.stack(columns, 1)
+
+    with torch.no_grad():
+        bench.compare("layer 1024 to 1024, 512 inputs, m = 512: as many numbers in all",
+                      ours=lambda: same(x), linear_relu=lambda: linear(x).relu())  # fmt: skip
+        bench.compare("layer 1024 to 1024, 512 inputs, m = 256: in place of the layer",
+                      ours=lambda: small(x), linear_relu=lambda: linear(x).relu())  # fmt: skip
+        bench.compare("Fourier features, 512 x 256, m = 64", ours=lambda: wave(inputs), loop_over_features=one_by_one)
+
+    def step(layer: nn.Module) -> None:
+        layer(x).square().mean().backward()
+
+    bench.compare("training step, m = 256, as many trained numbers as 1024 to 256 and the layer replaced",
+                  ours=lambda: step(small), linear_relu=lambda: step(nn.Sequential(linear, nn.ReLU())),
+                  linear_of_256=lambda: step(narrow))  # fmt: skip
