@@ -57,7 +57,9 @@ class Learner(ABC):
 
 def _at_most(K: int, d: int, name: str) -> None:
     if d < K:
-        raise ValueError(f"expected at most {d} filters of {name}, as many as a patch has numbers, got n_filters={K}")
+        raise ValueError(
+            f"expected at most {d} filters of {name}, as many as patches vary in directions, got n_filters={K}"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class ICA(Learner):
     def learn(self, x: Tensor, K: int, generator: torch.Generator) -> Tensor:
         _at_most(K, x.shape[1], "ICA")
         values, vectors = torch.linalg.eigh(torch.cov(x.double().mT))
+        # Patches without their mean have a direction less, in which there is nothing but rounding.
+        _at_most(K, int((values > 1e-6 * values[-1]).sum()), "ICA")
         down = (vectors[:, -K:] / values[-K:].clamp(min=1e-12).sqrt()).float()
         z = (x - x.mean(0)) @ down
         W = _decorrelated(torch.randn(K, K, generator=generator))
