@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -283,24 +283,26 @@ class _Batches:
         rows = torch.arange(n)
         self.orders = [TensorBatches([rows], batch_size or n, s) for s in self.seeds]
         self.members = torch.arange(members, device=x.device)[:, None]
-        self.epoch, self.drawn = 0, iter(())
+        self.epoch = 0
+        self.drawn: Iterator[Tensor] = iter(())
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next step."""
         if self.whole:
             return self.x, self.y
-        try:
-            shares = next(self.drawn)
-        except StopIteration:
-            self.drawn = zip(*(order.epoch(self.epoch) for order in self.orders), strict=True)
+        rows = next(self.drawn, None)
+        if rows is None:  # a whole epoch's orders at once: a step of small networks costs less than many small draws
+            orders = torch.stack([order.order(self.epoch) for order in self.orders]).to(self.x.device)
+            self.drawn = iter(orders.split(self.orders[0].batch_size, dim=1))
             self.epoch += 1
-            shares = next(self.drawn)
-        rows = torch.stack([share.batch[0] for share in shares]).to(self.x.device)
+            rows = next(self.drawn)
         if self.own_data:
             rows = rows.expand(len(self.members), -1)
             return self.x[self.members, rows], self.y[self.members, rows]
-        rows = rows if self.each else rows[0]
-        return self.x[rows], self.y[rows]
+        flat = rows.flatten() if self.each else rows[0]
+        shape = rows.shape if self.each else flat.shape
+        x, y = self.x.index_select(0, flat), self.y.index_select(0, flat)
+        return x.view(*shape, *x.shape[1:]), y.view(*shape, *y.shape[1:])
 
 
 class _Update:
