@@ -209,6 +209,12 @@ def test_rules(rule):
     check_rule(lambda: rule(view=VIEW, out_dim=8, **own), net, (X, Y), batch_size=12 if rule is AMCLBarlow else 5)
 
 
+def test_default_views_take_normalised_images():
+    first, second = AMCL().views(torch.randn(4, 3, 8, 8) - 3)
+    assert not torch.equal(first, second)
+    assert first.mean() < -2
+
+
 def test_moco_moves_its_copy_slowly():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     rule = AMCLMoCo(VIEW, momentum=0.75, queue=20, out_dim=8)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.checks import at_least, between, one_of, positive, whole
-from torchfolio.data.views import TwoViews, simclr_views
+from torchfolio.data.views import ColorJitter, Compose, Flip, Grey, ResizedCrop, TwoViews
 from torchfolio.engine import Batch, LearningRule
 from torchfolio.engine.modes import undisturbed
 from torchfolio.measure import untouched
@@ -45,7 +45,8 @@ class AMCL(LearningRule):
     of what `fit` leaves: use the encoder's features.
 
     Args:
-        view: random change of a batch of images, `torchfolio.data.views.simclr_views()` by default.
+        view: random change of a batch of images; by default SimCLR's crops, flips, colours and greys, without clamping, so
+            that images may be normalised.
         heads: number C of heads; 3 to 5.
         out_dim: width d' of the projections.
         temperature: module of temperatures; `PairTemperature(out_dim)` by default.
@@ -81,7 +82,7 @@ class AMCL(LearningRule):
         self.temperature, self.beta = temperature, at_least("beta", beta, 0)
         self.negatives: Negatives = one_of("negatives", negatives, ("logsumexp", "max", "topk"))
         self.top_k = whole("top_k", top_k, 1)
-        self.views = TwoViews(view or simclr_views())
+        self.views = TwoViews(view or Compose([ResizedCrop(), Flip(), ColorJitter(bounds=None), Grey()]))
         self.parts: nn.ModuleDict | None = None
 
     def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
