@@ -1,0 +1,264 @@
+"""Measures growth by mixtures of learned templates beside other starts of the added weights, on a wide residual net."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from torchfolio.data import DataSplits
+from torchfolio.efficiency.mixture_growth import (
+    GrowableModel,
+    TemplateLayer,
+    grow_by_tiling,
+    net2net_widen,
+    param_groups,
+    templatize,
+)
+from torchfolio.engine import evaluate, seeded
+from torchfolio.engine.recipes import one_cycle
+from torchfolio.measure import count_flops
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+from torchfolio.runs.tasks import SMOKE, Task, load, train
+
+
+@dataclass(frozen=True)
+class Settings(Task):
+    """The common task, for a pre-activation wide residual network.
+
+    Attributes:
+        epochs: passes for each member.
+        growth_epochs: passes after growth.
+        growth_lr: peak of the learning rate after growth.
+        templates: of each set.
+        width: factor on the widths 16, 32, 64 of the stages.
+        blocks: residual blocks of a stage.
+        net2net: whether to widen a member by Net2Net besides.
+    """
+
+    train_size: int | None = 4000
+    epochs: int = 8
+    growth_epochs: int = 4
+    growth_lr: float = 0.02
+    weight_decay: float = 5e-4
+    templates: int = 4
+    width: int = 1
+    blocks: int = 1
+    net2net: bool = False
+
+
+SCALES = {
+    "smoke": Settings(**SMOKE, epochs=2, growth_epochs=1, net2net=True),
+    "quick": Settings(),
+    "full": Settings(
+        train_size=None, test_size=None, val_size=5000, image_size=None, crop=4, epochs=60, growth_epochs=20,
+        width=4, blocks=2, net2net=True,
+    ),
+}  # fmt: skip
+
+
+class PreActivation(nn.Module):
+    """Batch norm and ReLU before each of two convolutions, around a shortcut of the activated input."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(out)
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.project = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 or channels != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x).relu()
+        return self.conv2(self.norm2(self.conv1(y)).relu()) + (x if self.project is None else self.project(y))
+
+
+def wide_network(settings: Settings, data: DataSplits) -> nn.Sequential:
+    """The network of full width: a stem, three stages, a classifier without bias."""
+    layers: list[nn.Module] = [nn.Conv2d(data.shape[0], 16, 3, 1, 1, bias=False)]
+    channels = 16
+    for stage, width in enumerate((16, 32, 64)):
+        for k in range(settings.blocks):
+            layers.append(PreActivation(channels, width * settings.width, 2 if stage and not k else 1))
+            channels = width * settings.width
+    head = nn.Linear(channels, data.num_classes or 10, bias=False)
+    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def growable(run: Run[Settings], data: DataSplits) -> GrowableModel:
+    """The network in templates, as the seed draws it."""
+    with seeded(run.seed):
+        made = templatize(wide_network(run.settings, data), data.train.tensors[0][:2], run.settings.templates)
+    return made.to(run.device)
+
+
+def fitted(run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, lr: float) -> dict[str, Any]:
+    """Train one network: its test accuracy, and validation accuracy by epoch."""
+    curve: list[float] = []
+
+    def keep(state: Any) -> None:
+        if state.step % (-(-len(data.train) // run.settings.batch_size)) == 0:
+            curve.append(100 * evaluate(net, data.val)["accuracy"])
+
+    groups = param_groups(net.to(run.device), run.settings.weight_decay)
+    optimizer = SGD(groups, lr=lr, momentum=run.settings.momentum, nesterov=True)
+    task = replace(run.settings, epochs=epochs)
+    scores = train(
+        task, data, net, seed=run.seed, device=run.device, optimizer=optimizer, scheduler=one_cycle(lr), callbacks=[keep]
+    )  # fmt: skip
+    return {"accuracy": scores["accuracy"], "curve": curve}
+
+
+def accuracy(net: nn.Module, data: DataSplits) -> float:
+    """Test accuracy in percent."""
+    return 100 * evaluate(net, data.test)["accuracy"]
+
+
+def train_members(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
+    """Train both members; their weights are what all growths start from."""
+    model = growable(run, data)
+    scores = [
+        fitted(run, data, model.train_member(i), run.settings.epochs, run.settings.lr)["accuracy"] for i in (0, 1)
+    ]
+    weights = {f"weights.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {"best": max(scores), "first": scores[0], "second": scores[1], "ensemble": accuracy(model, data), **weights}
+
+
+def grown(run: Run[Settings], data: DataSplits, members: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Grow the trained members in one way, and train the result."""
+    model = growable(run, data)
+    model.load_state_dict(
+        {name.removeprefix("weights."): tensor for name, tensor in members.items() if name.startswith("weights.")}
+    )
+    net: nn.Module = model
+    epochs, example = run.settings.growth_epochs, data.train.tensors[0][:2].to(run.device)
+    wide = wide_network(run.settings, data).to(run.device)
+    if kind == "fresh":
+        net = grow_by_tiling(wide, example, model.export(0), model.export(1), "random", seed=run.seed)
+    elif kind == "net2net":  # it needs one member, and has the cost of the other for more training
+        epochs += round(run.settings.epochs / 4)
+        net = net2net_widen(wide, example, model.export(0), 0.1, seed=run.seed)
+    else:
+        model.grow("orthogonal" if kind == "permuted" else kind, seed=run.seed)  # pyright: ignore
+        net = model
+    if kind == "permuted":
+        net = model.export()
+        shuffle_added(model, net, run.seed)
+    start = accuracy(net, data)
+    return {"start": start, **fitted(run, data, net, epochs, run.settings.growth_lr)}
+
+
+def shuffle_added(model: GrowableModel, net: nn.Module, seed: int) -> None:
+    """The negative control: the entries of every added block in random order, so that only their sizes stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in model.net.named_modules():
+        if isinstance(layer, TemplateLayer) and layer.blocks == 4:
+            w0, w1, *added = (block.detach() for block in layer.mixtures())
+            mixed = [w.flatten()[torch.randperm(w.numel(), generator=generator)].view_as(w) for w in added]
+            net.get_submodule(name).weight.data.copy_(layer.join(w0, w1, *mixed))  # pyright: ignore
+
+
+def exactness(run: Run[Settings], data: DataSplits, members: Mapping[str, Any]) -> dict[str, float]:
+    """Zero growth against the sum of the members, and with fresh statistics."""
+    model = growable(run, data)
+    model.load_state_dict({n.removeprefix("weights."): t for n, t in members.items() if n.startswith("weights.")})
+    model.eval()
+    x = data.test.tensors[0][:500].to(run.device)
+    with torch.no_grad():
+        members_sum = model(x)
+        model.grow("zero")
+        difference = float((model(x) - members_sum).abs().max())
+        exported = float((model.export().eval()(x) - model(x)).abs().max())
+    forgetful = copy.deepcopy(model)
+    for module in forgetful.net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    return {"difference": difference, "exported": exported, "fresh_statistics": accuracy(forgetful, data)}
+
+
+def costs(run: Run[Settings], data: DataSplits) -> dict[str, float]:
+    """Operations of training in epochs of the wide network."""
+    settings, x = run.settings, data.train.tensors[0][: run.settings.batch_size].to(run.device)
+    model = growable(run, data)
+    one = count_flops(wide_network(settings, data).to(run.device), x)
+    member, full = model.flops(x, member=0) / one, model.flops(x) / one
+    return {"member": member, "total": 2 * settings.epochs * member + settings.growth_epochs * full}
+
+
+def run(run: Run[Settings]) -> None:
+    """Train members, grow them in every way, and train the wide network from scratch at the same cost."""
+    settings, data = run.settings, load(run)
+    members = run.arm("members", train_members, run, data)
+    kinds = ("orthogonal", "zero", "fresh", "permuted", *(("net2net",) if settings.net2net else ()))
+    done = {kind: run.arm(kind, grown, run, data, members, kind) for kind in kinds}
+    cost = run.arm("cost", costs, run, data)
+
+    def from_scratch() -> dict[str, Any]:
+        with seeded(run.seed):
+            net = wide_network(settings, data)
+        return fitted(run, data, net, max(1, round(cost["total"])), settings.lr)
+
+    scratch = run.arm("scratch", from_scratch)["accuracy"]
+    exact = run.arm("exact", exactness, run, data, members)
+    after = {kind: arm["accuracy"] for kind, arm in done.items()}
+    run.values("growth", {kind: after[kind] for kind in ("orthogonal", "zero", "fresh")}, best_member=members["best"])
+    run.values(
+        "equal_cost", orthogonal=after["orthogonal"], zero=after["zero"], scratch=scratch,
+        cost_ratio=cost["total"] / (settings.epochs + settings.growth_epochs),
+    )  # fmt: skip
+    run.values("ensemble_start", difference=exact["difference"], exported=exact["exported"])
+    run.values("control_permuted", permuted=after["permuted"], fresh=after["fresh"])
+    run.values("control_batchnorm", fresh_statistics=exact["fresh_statistics"], ensemble=members["ensemble"])
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Accuracy of every network, and over the epochs after growth."""
+    names = {"Orthogonal": "orthogonal", "Zero": "zero", "Fresh weights": "fresh", "Permuted": "permuted"}
+    others = {"Net2Net": "net2net"} if results.settings.net2net else {}
+    scores = {name: (arm, "accuracy") for name, arm in {**names, **others, "Scratch": "scratch"}.items()}
+    return {
+        "accuracy": plots.bars(
+            results, {"Best member": ("members", "best"), "Ensemble": ("members", "ensemble"), **scores},
+            ylabel="test accuracy (%)",
+        ),
+        "after growth": plots.curves(
+            results, {name: (arm, "curve") for name, arm in names.items()}, xlabel="epoch after growth",
+            ylabel="validation accuracy (%)",
+        ),
+    }  # fmt: skip
+
+
+def peers(bench: Bench) -> None:
+    """A training step of a member beside a plain network of half the width, and of the grown one beside the target."""
+    data_shape, x, y = (3, 16, 16), torch.randn(128, 3, 16, 16), torch.randint(10, (128,))
+    settings = Settings()
+
+    class Shape:
+        shape, num_classes = data_shape, 10
+
+    wide: nn.Module = wide_network(settings, Shape())  # pyright: ignore[reportArgumentType]
+    model = templatize(wide, x[:2], settings.templates)
+
+    def step(net: nn.Module) -> Callable[[], None]:
+        optimizer = SGD(param_groups(net, 5e-4), lr=1e-4, momentum=0.9, nesterov=True)
+
+        def once() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+        return once
+
+    member, plain = step(model.member(0).train()), step(model.export(0).train())
+    bench.compare("member's step, 128 images of 16x16", ours=member, half_width=plain, repeats=15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the second member is not trained here
+        model.grow("zero")
+    bench.compare("grown step, 128 images of 16x16", ours=step(model.train()), full_width=step(wide.train()))
