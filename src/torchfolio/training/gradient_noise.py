@@ -1,0 +1,262 @@
+r"""Annealed Gaussian noise on gradients.
+
+Just before every step of an optimizer, every number of every gradient gets its own draw,
+
+$$ g_t \leftarrow g_t + \varepsilon_t, \qquad \varepsilon_t \sim N(0, \sigma_t^2), \qquad
+   \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}, $$
+
+where $t = 0, 1, \dots$ counts optimizer steps: neither epochs nor the batches of an accumulated gradient. Clip before,
+so that the variance is $\sigma_t^2$ exactly.
+
+Under plain SGD with learning rate $\lambda$ the noise alone moves every weight by a random walk of variance
+$\lambda^2 \eta\, t^{1-\gamma} / (1 - \gamma)$. A ReLU network of width $n$ whose weights are all zero begins to pass
+signals on when that reaches about $2 / n$, which says what $\lambda$ and $\eta$ have to be for the steps at hand; far
+above it the weights are too large before learning begins. Adam and its like divide by the size of gradients: where
+those are zero, noise of any size becomes steps of the learning rate's size, so that $\eta$ has to be chosen anew.
+
+Reference:
+    Neelakantan, Vilnis, Le, Sutskever, Kaiser, Kurach, Martens, "Adding Gradient Noise Improves Learning for Very Deep
+    Networks", arXiv 1511.06807, equation 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
+
+from torchfolio.checks import at_least, finite, whole
+
+__all__ = ["GradientNoise", "add_gradient_noise_", "gradient_noise_std"]
+
+Parameters = Tensor | Iterable[Tensor] | Iterable[Mapping[str, Any]]
+KEY = "gradient_noise"  # of its state in an optimizer's
+
+
+def gradient_noise_std(step: int, eta: float = 0.01, gamma: float = 0.55) -> float:
+    r"""The standard deviation $\sigma_t = \sqrt\eta\, (1 + t)^{-\gamma / 2}$ of the noise.
+
+    Args:
+        step: optimizer steps already made, 0 or more.
+        eta: variance at the first step, 0 or more; the paper chooses from 0.01, 0.3 and 1.
+        gamma: exponent of the decay, 0 or more; 0 is constant noise.
+
+    Raises:
+        ValueError: if one is negative or not finite.
+        TypeError: if one is no number.
+    """
+    whole("step", step, 0)
+    for name, value in (("eta", eta), ("gamma", gamma)):
+        finite(name, at_least(name, value, 0))
+    return math.sqrt(eta) * (1 + step) ** (-gamma / 2)
+
+
+def add_gradient_noise_(
+    parameters: Parameters,
+    step: int,
+    *,
+    eta: float = 0.01,
+    gamma: float = 0.55,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Add the noise of one step to gradients in place; call it once before `optimizer.step()`, after clipping.
+
+    Parameters without a gradient are left alone; gradients that are zero get noise. One draw serves all gradients of a
+    device and dtype, in 32 bits for those of 16. Of complex gradients real and imaginary part have half the variance.
+
+    Args:
+        parameters: a parameter, several, or an optimizer's groups; one that is given twice counts once.
+        step: optimizer steps already made.
+        eta: variance at the first step; 0 does nothing and draws nothing.
+        gamma: exponent of the decay.
+        generator: source of the draws, of any device; the global one by default. With several processes it must be in
+            the same state on all, or their weights drift apart.
+
+    Returns:
+        The standard deviation of the noise.
+
+    Raises:
+        ValueError: if a number is negative or not finite.
+        NotImplementedError: if a gradient is sparse or sharded.
+
+    Example:
+        >>> loss.backward()
+        >>> torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        >>> add_gradient_noise_(net.parameters(), step, eta=0.3)
+        >>> optimizer.step()
+    """
+    std = gradient_noise_std(step, eta, gamma)
+    _add(parameters, std, generator, {})
+    return std
+
+
+class GradientNoise:
+    """Adds the noise at every step of an optimizer, from inside `optimizer.step()`.
+
+    The optimizer stays what it is: schedulers, clipping, accumulation and `GradScaler` work as before. Steps that a
+    scaler skips are not counted. The number of steps, and the state of the generator if there is one, are part of the
+    optimizer's state dict, so that a training that goes on from a checkpoint of `torchfolio.engine.fit` draws what it
+    would have drawn. With several processes and no generator, the first process seeds one for all, so that all add the
+    same noise.
+
+    Args:
+        optimizer: any optimizer whose `step` is called without a closure.
+        eta: variance at the first step, 0 or more; 0 does nothing and draws nothing.
+        gamma: exponent of the decay, 0 or more.
+        generator: source of the draws; the global one by default.
+
+    Attributes:
+        step: optimizer steps made.
+
+    Raises:
+        ValueError: if a number is out of range, or the optimizer has gradient noise already.
+        TypeError: if the optimizer evaluates closures, as LBFGS does: gradients would come after the noise.
+
+    Note:
+        Copies of an optimizer, by `copy.deepcopy` or pickle, lose all hooks, and so the noise.
+
+    Example:
+        >>> noise = GradientNoise(torch.optim.SGD(net.parameters(), lr=0.03), eta=0.3)
+        >>> fit(net, train, optimizer=lambda p: GradientNoise(torch.optim.SGD(p, lr=0.03), eta=0.3).optimizer)
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, eta: float = 0.01, gamma: float = 0.55, generator: torch.Generator | None = None
+    ) -> None:
+        gradient_noise_std(0, eta, gamma)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, LBFGS):
+            raise TypeError("LBFGS computes gradients inside its step, after the noise; expected another optimizer")
+        if getattr(optimizer, "_has_gradient_noise", False):
+            raise ValueError("the optimizer has gradient noise already; remove() that first")
+        self.optimizer, self.eta, self.gamma, self.generator = optimizer, eta, gamma, generator
+        self.step = 0
+        self._buffers: dict[Any, Tensor] = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._load),
+        ]
+        optimizer._has_gradient_noise = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the noise at the next step."""
+        return gradient_noise_std(self.step, self.eta, self.gamma)
+
+    def remove(self) -> None:
+        """Take the noise off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            del self.optimizer._has_gradient_noise  # pyright: ignore[reportAttributeAccessIssue]
+        self._handles, self._buffers = [], {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps made, and the state of the generator if there is one."""
+        generator = {} if self.generator is None else {"generator": self.generator.get_state()}
+        return {"step": self.step, **generator}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: if it holds no step.
+        """
+        if "step" not in state:
+            raise ValueError(f"expected a state with 'step', got {', '.join(state) or 'nothing'}")
+        self.step = whole("step", state["step"], 0)
+        if "generator" in state:
+            if self.generator is None:
+                self.generator = torch.Generator(self._device())
+            self.generator.set_state(state["generator"].cpu())
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            raise RuntimeError("a closure computes gradients inside the step, after the noise; call step() without one")
+        # Fused optimizers get scaled gradients and are told by attributes; the others never see them.
+        overflow, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if overflow is not None and bool(overflow):
+            return
+        if self.eta:
+            if self.generator is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                self.generator = self._common_generator()
+            std = self.std * (float(scale) if scale is not None else 1.0)
+            _add(optimizer.param_groups, std, self.generator, self._buffers)
+        self.step += 1
+
+    def _common_generator(self) -> torch.Generator:
+        """One in the same state on all processes."""
+        device = self._device()
+        seed = torch.randint(2**62, (1,)).to(device)
+        dist.broadcast(seed, 0)
+        return torch.Generator(device).manual_seed(int(seed))
+
+    def _device(self) -> torch.device:
+        return self.optimizer.param_groups[0]["params"][0].device
+
+    def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, KEY: self.state_dict()}
+
+    def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        if KEY in state:
+            self.load_state_dict(state[KEY])
+        else:
+            warnings.warn("the optimizer's state is from a training without gradient noise", stacklevel=4)
+        return {name: value for name, value in state.items() if name != KEY}
+
+    def __repr__(self) -> str:
+        kind = type(self.optimizer).__name__
+        return f"GradientNoise({kind}, eta={self.eta}, gamma={self.gamma}, step={self.step})"
+
+
+def _add(parameters: Any, std: float, generator: torch.Generator | None, buffers: dict[Any, Tensor]) -> None:
+    """Add normal numbers of a standard deviation to all gradients; `buffers` are used again where they fit."""
+    gradients: dict[Any, list[Tensor]] = {}
+    for k, parameter in enumerate(_unique(parameters)):
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.layout is not torch.strided or isinstance(gradient, DTensor):
+            kind = "sharded" if isinstance(gradient, DTensor) else "sparse"
+            raise NotImplementedError(
+                f"the gradient of parameter {k}, of shape {tuple(parameter.shape)}, is {kind}; expected a dense one"
+            )
+        is_complex = gradient.is_complex()
+        real = torch.view_as_real(gradient) if is_complex else gradient
+        gradients.setdefault((real.device, real.dtype, is_complex), []).append(real)
+    if std == 0:
+        return
+    with torch.no_grad():
+        for (device, dtype, is_complex), group in gradients.items():
+            # A draw in 16 bits would have few distinct values.
+            draw = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+            source = generator.device if generator is not None else device
+            sizes = [gradient.numel() for gradient in group]
+            key = (source, draw)
+            if key not in buffers or len(buffers[key]) < sum(sizes):
+                buffers[key] = torch.empty(sum(sizes), device=source, dtype=draw)
+            flat = buffers[key][: sum(sizes)].normal_(generator=generator).to(device)
+            views = [v.view_as(g) for v, g in zip(flat.split(sizes), group, strict=True)]
+            torch._foreach_add_(group, views, alpha=std * math.sqrt(0.5) if is_complex else std)
+
+
+def _unique(parameters: Any) -> Iterator[Tensor]:
+    """Parameters one by one, out of groups too, each once."""
+    seen: set[int] = set()
+    for entry in [parameters] if isinstance(parameters, Tensor) else parameters:
+        for parameter in entry["params"] if isinstance(entry, Mapping) else [entry]:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"expected parameters or groups of them, got {type(parameter).__name__}")
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
