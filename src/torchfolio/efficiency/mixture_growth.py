@@ -1,4 +1,7 @@
-"""MixtureGrowth: a network twice as wide, grown from two small ones by recombining what they learned."""
+"""MixtureGrowth: a network twice as wide, grown from two small ones by recombining what they learned.
+
+It is longer than most methods, since growth without templates (tiling and Net2Net) works by the same surgery.
+"""
 
 from __future__ import annotations
 

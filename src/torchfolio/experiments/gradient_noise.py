@@ -1,6 +1,7 @@
 """Measures what noise does for a deep perceptron from poor initialisations; memory and program tasks at full scale.
 
-Rows of one batched network train side by side, each with its own initialisation, noise and learning rate.
+Rows of one batched network train side by side, each with its own initialisation, noise and learning rate. The file is longer than
+most since three tasks stand in it, two of them of its own making.
 """
 
 from __future__ import annotations
