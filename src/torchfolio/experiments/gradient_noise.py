@@ -1,7 +1,7 @@
 """Measures what noise does for a deep perceptron from poor initialisations; memory and program tasks at full scale.
 
-Rows of one batched network train side by side, each with its own initialisation, noise and learning rate. The file is longer than
-most since three tasks stand in it, two of them of its own making.
+Rows of one batched network train side by side, each with its own initialisation, noise and learning rate. The
+file is longer than most since three tasks stand in it, two of them of its own making.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Settings:
         restarts: further rows with random rate and scale, with and without noise, whose successes are counted.
         repeats: trainings of the memory and the program task, with and without noise.
         task_steps: of each of these.
+        task_etas: variances of the noise in these; Adam divides by the size of gradients and wants less of it.
     """
 
     data: str = "digits"
@@ -54,6 +55,7 @@ class Settings:
     restarts: int = 0
     repeats: int = 0
     task_steps: int = 3000
+    task_etas: tuple[float, ...] = (0.0, 0.0001, 0.01)
 
 
 SCALES = {
@@ -178,7 +180,7 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
 class Memory(nn.Module):
     """An end-to-end memory network of two hops that is asked where somebody is."""
 
-    def __init__(self, people: int = 6, places: int = 6, length: int = 12, dim: int = 16) -> None:
+    def __init__(self, people: int = 10, places: int = 10, length: int = 30, dim: int = 16) -> None:
         super().__init__()
         self.people, self.places, self.length = people, places, length
         self.person, self.place = nn.Embedding(people, dim), nn.Embedding(places, dim)
@@ -276,8 +278,8 @@ def run(run: Run[Settings]) -> None:
         run.arm("restart_count", lambda: {name: sum(hits) / len(hits) for name, hits in reached.items()})
     if settings.repeats:
         for name, make in (("memory", Memory), ("program", Program)):
-            for kind, eta in (("noise", 0.01), ("plain", 0.0)):
-                run.arm(f"{name}_{kind}", task, run, make, eta)
+            for eta in settings.task_etas:
+                run.arm(f"{name}_{eta}", task, run, make, eta)
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -301,7 +303,8 @@ def figures(results: Results) -> dict[str, Figure]:
             results, {n: ("restart_count", n) for n in ("noise", "plain")}, ylabel="restarts that reach 90 %"
         )
     if results.settings.repeats:
-        arms = {f"{t}, {k}": (f"{t}_{k}", "solved") for t in ("memory", "program") for k in ("noise", "plain")}
+        kinds = [(name, eta) for name in ("memory", "program") for eta in results.settings.task_etas]
+        arms = {f"{name}, {eta}": (f"{name}_{eta}", "solved") for name, eta in kinds}
         made["other tasks"] = plots.bars(results, arms, ylabel="trainings that solve the task")
     return made
 
