@@ -268,9 +268,16 @@ class Gated(nn.Module):
         return self.b(value * gate)
 
 
+class Counting(nn.Sequential):
+    def forward(self, x):
+        hidden = self[0](x)
+        return self[1](hidden / hidden.shape[1])
+
+
 @pytest.mark.parametrize(
     ("net", "x", "error", "match"),
     [
+        (Counting(nn.Linear(4, 8), nn.Linear(8, 2)), torch.ones(2, 4), ValueError, "not their sum"),
         (MLP(4, 2, (7,)), torch.zeros(2, 4), ValueError, "'layer1.1' has 7 outputs"),
         (Gated(), torch.zeros(2, 4), ValueError, "'b' reads channels that mix both halves"),
         (nn.Sequential(nn.LSTM(4, 4)), torch.zeros(2, 3, 4), TypeError, "LSTM '0' has parameters"),

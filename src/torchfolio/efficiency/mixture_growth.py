@@ -111,13 +111,26 @@ def templatize(
     net, *members = (copy.deepcopy(model, dict(part)) for part in parts)
     norms = {name: halves.inputs for name, halves in found.items() if type(model.get_submodule(name)) in NORMS}
     growable = GrowableModel(net, members, norms)
-    for member in members:
+    _check_halves(growable, inputs)
+    return growable
+
+
+def _check_halves(growable: GrowableModel, inputs: tuple[Tensor, ...]) -> None:
+    """Grow a copy by zeros: it must be the sum of its members, also where an operation between layers counts units."""
+    trial = copy.deepcopy(growable).eval()
+    with torch.no_grad(), seeded(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is trained yet
         try:
-            with torch.no_grad(), seeded(0):
-                copy.deepcopy(member).eval()(*inputs)
+            apart = trial(*inputs)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"a network of half the width cannot run: {error}") from error
-    return growable
+        trial.grow("zero")
+        together = trial(*inputs)
+    tolerance = 1000 * torch.finfo(apart.dtype).eps
+    if not torch.allclose(apart, together, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            "the network depends on its width beyond its layers: with zeros between the halves it is not their sum"
+        )
 
 
 class GrowableModel(nn.Module):
