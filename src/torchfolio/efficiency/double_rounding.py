@@ -494,7 +494,9 @@ def _solve(losses: np.ndarray, costs: np.ndarray, budget: float) -> list[int]:
 class BitSwitching(Compression):
     """Double Rounding as a way to shrink a trained network: convert, train all widths together, store int8.
 
-    The written network switches widths (`set_bits`) after it is loaded.
+    The written network switches widths (`set_bits`) after it is loaded. Train for so many epochs that the running
+    statistics of every width's norms settle, which takes about 30 steps: a network that was trained for less may answer
+    badly although its loss was small.
 
     Args:
         bits: widths, each from 2 to 8.
