@@ -32,7 +32,7 @@ class Settings:
         strong_epochs: of the strong teacher.
         photos: data of the weak and the good teacher.
         photos_size: training examples and side of its images.
-        weak_epochs: of the weak teacher, too few to converge.
+        weak_epochs: of the weak teacher, which is stopped before its learning rate falls.
         good_epochs: of the good teacher.
         test_size: test examples of either.
         epochs: of students on digits and on photos.
@@ -45,7 +45,7 @@ class Settings:
     strong_epochs: int = 6
     photos: str = "cifar10"
     photos_size: tuple[int, int | None] = (6000, 16)
-    weak_epochs: int = 2
+    weak_epochs: int = 3
     good_epochs: int = 6
     test_size: int | None = 2000
     epochs: tuple[int, int] = (6, 8)
@@ -99,14 +99,15 @@ def rules(tau: float) -> dict[str, Callable[[], LearningRule | None]]:
 
 
 def train(
-    run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, rule: LearningRule | None, v: Tensor | None
-) -> dict[str, Any]:
+    run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, rule: LearningRule | None = None,
+    v: Tensor | None = None, scheduler: Any = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train a network, by labels or with a teacher's logits `v`: test accuracy in percent."""
     x, y = data.train.tensors
     batches = (x, y) if rule is None or v is None else (x, v, y)
     optimizer = sgd(run.settings.lr, weight_decay=5e-4)
     fit(
-        net, batches, rule=rule, optimizer=optimizer, scheduler=cosine(), epochs=epochs, batch_size=64,
+        net, batches, rule=rule, optimizer=optimizer, scheduler=scheduler, epochs=epochs, batch_size=64,
         drop_last=len(x) % 64 == 1, seed=run.seed, device=run.device,
     )  # fmt: skip
     return {"accuracy": 100 * evaluate(net, data.test)["accuracy"]}
@@ -116,7 +117,7 @@ def learn(run: Run[Settings], data: DataSplits, epochs: int, widths: Any, name: 
     """One student, and where both losses were on one head their conflict there."""
     torch.manual_seed(run.seed)
     net = student(data.shape[0], data.num_classes, widths)
-    scores = train(run, data, net, epochs, rules(run.settings.tau)[name.removesuffix("_permuted")](), v)
+    scores = train(run, data, net, epochs, rules(run.settings.tau)[name.removesuffix("_permuted")](), v, cosine())
     scores |= etf_deviation(net[-1][-1].weight)  # pyright: ignore[reportIndexIssue, reportArgumentType]
     if name == "one_head":
         found = head_conflict(net, (*data.train.tensors[:1], v, data.train.tensors[1]), tau=run.settings.tau)
@@ -124,11 +125,13 @@ def learn(run: Run[Settings], data: DataSplits, epochs: int, widths: Any, name: 
     return scores
 
 
-def teach(run: Run[Settings], data: DataSplits, net: Callable[[], nn.Module], epochs: int) -> dict[str, Any]:
+def teach(
+    run: Run[Settings], data: DataSplits, net: Callable[[], nn.Module], epochs: int, converged: bool
+) -> dict[str, Any]:
     """A teacher's test accuracy, and its logits on the training examples in float32."""
     torch.manual_seed(run.seed)
     teacher = net()
-    scores = train(run, data, teacher, epochs, None, None)
+    scores = train(run, data, teacher, epochs, scheduler=cosine() if converged else None)
     return {**scores, "logits": outputs(teacher, data.train)}
 
 
@@ -148,7 +151,7 @@ def run(run: Run[Settings]) -> None:
     }
     done: dict[str, dict[str, Any]] = {}
     for kind, (data, net, lessons, epochs, widths) in teachers.items():
-        taught = run.arm(f"{kind}_teacher", teach, run, data, net, lessons)
+        taught = run.arm(f"{kind}_teacher", teach, run, data, net, lessons, kind != "weak")
         done[f"{kind}_teacher"], v = taught, torch.as_tensor(taught["logits"])
         for name in rules(s.tau):
             if kind != "good" or name in GOOD:
