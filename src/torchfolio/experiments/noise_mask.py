@@ -1,0 +1,329 @@
+"""Measures masks from a policy: whether the policy learns, and whether the classifier gains, on digits beside photographs.
+
+Longer than most: a policy beside a frozen classifier, five ways to train of equal length, and classes not trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import balanced_accuracy_score
+from torch import Tensor, nn
+
+from torchfolio.data import CropFlip
+from torchfolio.engine import Backprop, LearningRule, fit
+from torchfolio.engine.recipes import adam, cosine, sgd
+from torchfolio.measure import linear_probe, outputs
+from torchfolio.models import ConvNet
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+from torchfolio.training.noise_mask import BetaMaskPolicy, NoiseMaskPretraining, Reinforce, average_checkpoints
+from torchfolio.training.snapshots import Snapshots
+
+Part = tuple[Tensor, Tensor]  # images, labels: digits 0 to 9, photographs 10 to 19
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Data, networks and budget.
+
+    Attributes:
+        sources: data sets put into one problem, the photographs in grey.
+        train_sizes: training images of each.
+        val_size: validation images of each, which choose the learning rate.
+        test_sizes: test images of each.
+        image_size: side of all images.
+        width: channels of the classifier's first layer.
+        policy_width: of the policy's.
+        grid: side of the mask's grid.
+        pretrain_epochs: passes under masks.
+        finetune_epochs: passes without them.
+        lrs: learning rates to choose from; fine-tuning takes 0.3 of them.
+        steps: of REINFORCE on a frozen classifier.
+        shots: labels for each unseen class.
+    """
+
+    sources: tuple[str, ...] = ("mnist10k", "cifar10")
+    train_sizes: tuple[int, ...] = (1400, 2000)
+    val_size: int = 500
+    test_sizes: tuple[int, ...] = (1000, 2000)
+    image_size: int = 16
+    width: int = 8
+    policy_width: int = 3
+    grid: int = 8
+    pretrain_epochs: int = 4
+    finetune_epochs: int = 3
+    lrs: tuple[float, ...] = (0.03, 0.1, 0.3)
+    steps: int = 300
+    shots: tuple[int, ...] = (20, 100)
+
+
+SCALES = {
+    "smoke": Settings(
+        sources=("digits", "digits"), train_sizes=(200, 200), val_size=100, test_sizes=(100, 100), image_size=8,
+        width=4, pretrain_epochs=2, finetune_epochs=1, lrs=(0.1,), steps=20, shots=(5, 10),
+    ),
+    "quick": Settings(),
+    "full": Settings(
+        train_sizes=(6000, 14_000), test_sizes=(2000, 10_000), val_size=1000, image_size=32, width=16, policy_width=8,
+        grid=9, pretrain_epochs=60, finetune_epochs=15, steps=1000,
+    ),
+}  # fmt: skip
+
+
+class _Shuffled(Reinforce):
+    """The control: rewards of other images."""
+
+    def __call__(self, losses: Tensor, log_p: Tensor, baseline: Tensor | float) -> Tensor:
+        return super().__call__(losses[torch.randperm(len(losses), device=losses.device)], log_p, baseline)
+
+
+def data(run: Run[Settings]) -> dict[str, Part]:
+    """Both sets as grey images in one problem with one normalisation, by split."""
+    s = run.settings
+    parts: dict[str, list[Part]] = {"train": [], "val": [], "test": []}
+    for k, (name, size, test_size) in enumerate(zip(s.sources, s.train_sizes, s.test_sizes, strict=True)):
+        splits = run.data(
+            name, train_size=size, val=s.val_size, test_size=test_size, image_size=s.image_size, normalize=False
+        )
+        for split, sets in parts.items():
+            x, y = getattr(splits, split).tensors
+            sets.append((x.mean(1, keepdim=True), y + 10 * k))
+    joint = {name: (torch.cat([x for x, _ in p]), torch.cat([y for _, y in p])) for name, p in parts.items()}
+    std, mean = torch.std_mean(joint["train"][0])
+    return {name: ((x - mean) / std, y) for name, (x, y) in joint.items()}
+
+
+def classifier(s: Settings) -> nn.Module:
+    """Three convolutions; 20 outputs whichever classes are trained on."""
+    return ConvNet(20, 1, (s.width, 2 * s.width, 4 * s.width))
+
+
+def policy(s: Settings) -> BetaMaskPolicy:
+    """The light network beside it."""
+    w = s.policy_width
+    features = ConvNet(4 * w, 1, (w, 2 * w, 4 * w))
+    return BetaMaskPolicy(features, 4 * w, s.grid)
+
+
+def fixed_policy(s: Settings) -> BetaMaskPolicy:
+    """Beta(1.6, 1.6) in every cell, whatever the image."""
+    constant = policy(s)
+    constant.mix = constant.ema = 1.0
+    constant.base.fill_(1.6).log_()
+    return constant
+
+
+def masked(s: Settings, **options: Any) -> NoiseMaskPretraining:
+    """The method with the blur of small images."""
+    return NoiseMaskPretraining(**{"policy": policy(s), "kernel": 3, "sigma": 1.0, **options})
+
+
+RULES: dict[str, Callable[[Settings], LearningRule | None]] = {
+    "conventional": lambda s: None,
+    "two_phase": lambda s: Backprop(),
+    "lse": lambda s: masked(s, objective="lse"),
+    "reinforce": masked,
+    "random": lambda s: masked(s, policy=fixed_policy(s)),
+}
+
+
+def train(run: Run[Settings], parts: dict[str, Part], name: str, lr: float) -> tuple[nn.Module, nn.Module, Any]:
+    """One arm at one rate: the network before and after fine-tuning, and its rule. All arms take equally many epochs."""
+    s = run.settings
+    net, rule = classifier(s), RULES[name](s)  # the classifier first, so that all arms start from the same weights
+    own = {"augment": CropFlip(2, flip=False), "batch_size": 64, "drop_last": True, "device": run.device}
+    steps = len(parts["train"][0]) // 64
+    recipe = partial(sgd, momentum=0.9, weight_decay=1e-4, nesterov=False)
+    first = s.pretrain_epochs + (s.finetune_epochs if rule is None else 0)
+    factory = rule.optimizer(recipe(lr)) if isinstance(rule, NoiseMaskPretraining) else recipe(lr)
+    snapshots = Snapshots(3)
+    fit(net, parts["train"], rule=rule, optimizer=factory, scheduler=cosine(), epochs=first, seed=run.seed,
+        callbacks=[snapshots], **own)  # fmt: skip
+    if rule is None:
+        return net, net, rule
+    if isinstance(rule, NoiseMaskPretraining):
+        net.load_state_dict(average_checkpoints(snapshots.states))
+    heated = copy.deepcopy(net)
+    fit(net, parts["train"], optimizer=recipe(0.3 * lr), scheduler=cosine(warmup=steps), epochs=s.finetune_epochs,
+        seed=run.seed + 1000, **own)  # fmt: skip
+    return heated, net, rule
+
+
+def score(net: nn.Module, part: Part) -> float:
+    """Balanced accuracy in percent."""
+    return 100 * float(balanced_accuracy_score(part[1].numpy(), outputs(net, part[0]).argmax(1).numpy()))
+
+
+def arm(run: Run[Settings], parts: dict[str, Part], name: str) -> dict[str, Any]:
+    """One method at the rate that is best on validation data."""
+    tried = []
+    for lr in run.settings.lrs:
+        torch.manual_seed(run.seed)  # every rate from the same weights
+        heated, net, rule = train(run, parts, name, lr)
+        tried.append((score(net, parts["val"]), lr, heated, net, rule))
+    best, lr, heated, net, rule = max(tried, key=lambda t: t[0])
+    found = {"lr": lr, "val": best, "before": score(heated, parts["test"]), "after": score(net, parts["test"])}
+    if name == "reinforce":
+        calls = []
+        handle = rule.policy.register_forward_hook(lambda *_: calls.append(1))
+        score(net, parts["test"])
+        handle.remove()
+        found |= {"policy_calls": len(calls), "modality": modality(rule.policy, parts)}
+        found["modality_untrained"] = modality(policy(run.settings), parts)
+        found["masks"] = rule.masks(torch.cat([parts["test"][0][:4], parts["test"][0][-4:]]).to(run.device))
+    return found
+
+
+def modality(judged: BetaMaskPolicy, parts: dict[str, Part]) -> float:
+    """Accuracy of telling digits from photographs by the policy's logits alone, in percent."""
+    read = _Logits(judged)
+    (x, y), (x_test, y_test) = ((outputs(read, parts[k][0]), (parts[k][1] >= 10).long()) for k in ("train", "test"))
+    return 100 * linear_probe(x, y, x_test, y_test, max_iter=1000)
+
+
+class _Logits(nn.Module):
+    def __init__(self, judged: BetaMaskPolicy) -> None:
+        super().__init__()
+        self.judged = judged
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = self.judged(x)
+        return torch.cat([beta.concentration1.log(), beta.concentration0.log()], 1)
+
+
+def unseen(run: Run[Settings], parts: dict[str, Part], name: str, lr: float) -> dict[str, float]:
+    """Train on classes 0 to 4 of both sets; probes of the pooled features on few labels of the others."""
+    halves = {split: [part[1] % 10 < 5, part[1] % 10 >= 5] for split, part in parts.items()}
+    old, new = ({k: (x[halves[k][i]], y[halves[k][i]]) for k, (x, y) in parts.items()} for i in (0, 1))
+    _, net, _ = train(run, old, name, lr)
+    body = nn.Sequential(*list(net.children())[:-1], *list(net.get_submodule("head").children())[:-1])
+    features = {k: outputs(body, x) for k, (x, _) in new.items()}
+    found = {}
+    for shots in run.settings.shots:
+        rows = torch.cat([(new["train"][1] == c).nonzero()[:shots, 0] for c in new["train"][1].unique()])
+        found[f"shots_{shots}"] = 100 * linear_probe(
+            features["train"][rows], new["train"][1][rows], features["test"], new["test"][1], max_iter=1000
+        )
+    return found
+
+
+class _LeftHalf(nn.Module):
+    """A linear classifier that looks at the left half of the image alone."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.width, self.read = side // 2, nn.Linear(side * (side // 2), 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(x[..., : self.width].flatten(1))
+
+
+def mechanism(run: Run[Settings], parts: dict[str, Part], objective: Reinforce) -> dict[str, Any]:
+    """Train a policy alone, beside a frozen classifier of the left half; expected masks and loss before and after."""
+    s, (x, y) = run.settings, parts["val"]
+    net = _LeftHalf(x.shape[-1])
+    fit(net, parts["train"], optimizer=adam(3e-3), epochs=5, batch_size=64, seed=run.seed, device=run.device)
+    net.requires_grad_(False)
+    rule = masked(s, objective=objective)
+    rule.prepare(net, (x[:8].to(run.device), y[:8].to(run.device)))
+    before = _expected_loss(net, rule, x.to(run.device), y.to(run.device))
+    fit(net, parts["train"], rule=rule, optimizer=sgd(POLICY_LR), max_steps=s.steps, batch_size=256, seed=run.seed,
+        drop_last=True, device=run.device)  # fmt: skip
+    net.eval()
+    mask, half = rule.masks(x.to(run.device), expected=True), x.shape[-1] // 2
+    return {
+        "difference": float(mask[..., :half].mean() - mask[..., half:].mean()),
+        "before": before,
+        "after": _expected_loss(net, rule, x.to(run.device), y.to(run.device)),
+        "mask": mask[:8].cpu(),
+    }
+
+
+POLICY_LR = 16.0  # the credit is small: a mean over cells, of which the policy decides a tenth
+
+
+def _expected_loss(net: nn.Module, rule: NoiseMaskPretraining, x: Tensor, y: Tensor, draws: int = 8) -> float:
+    losses = [nn.functional.cross_entropy(net(x * rule.masks(x)), y) for _ in range(draws)]
+    return float(torch.stack(losses).mean())
+
+
+def run(run: Run[Settings]) -> None:
+    """Mechanism first, then every arm at its best rate, then classes that were not trained on."""
+    parts = data(run)
+    learned = run.arm("policy_alone", mechanism, run, parts, Reinforce())
+    shuffled = run.arm("shuffled_rewards", mechanism, run, parts, _Shuffled())
+    run.values("policy_learns", difference=learned["difference"], fall=1 - learned["after"] / learned["before"])
+    run.values("negative_control", difference=shuffled["difference"])
+    arms = {name: run.arm(name, arm, run, parts, name) for name in RULES}
+    after = {name: values["after"] for name, values in arms.items()}
+    ours = arms["reinforce"]
+    run.values("image_conditional", accuracy=ours["modality"], untrained=ours["modality_untrained"])
+    run.values("accuracy", after)
+    run.values(
+        "harmless", reinforce=after["reinforce"], conventional=after["conventional"], policy_calls=ours["policy_calls"]
+    )
+    run.values("fine_tuning", before=ours["before"], after=ours["after"])
+    names = ("conventional", "random", "lse", "reinforce")
+    held = {n: run.arm(f"unseen_{n}", unseen, run, parts, n, arms[n]["lr"]) for n in names}
+    few, many = run.settings.shots
+    probed = {f"{n}_few": held[n][f"shots_{few}"] for n in names} | {
+        f"{n}_many": held[n][f"shots_{many}"] for n in names
+    }
+    run.values("unseen_concepts", probed)
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Accuracy of all arms, and what the masks look like."""
+    masks = results.values("reinforce", "masks")[0]
+    return {
+        "accuracy": plots.bars(results, {n: (n, "after") for n in RULES}, ylabel="balanced test accuracy (%)"),
+        "masks": plots.grid(masks, ["digit"] * 4 + ["photograph"] * 4),
+    }
+
+
+def peers(bench: Bench) -> None:
+    """A step of the method beside its parts: the classifier's alone, and the loop that computes features for every use."""
+    s = SCALES["quick"]
+    x, y = torch.randn(64, 1, 16, 16), torch.randint(20, (64,))
+    net, rule = classifier(s), masked(s)
+    pair = rule.prepare(net, (x, y))
+    loop = _Official(masked(s), classifier(s), x, y)
+
+    def ours() -> None:
+        pair.zero_grad()
+        rule.step((x, y), Tensor.backward)
+
+    def plain() -> None:
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+
+    bench.compare("forward and backward, 64 images of 16x16, 64 cells", repeats=15, ours=ours, official_loop=loop, classifier_alone=plain)  # fmt: skip
+
+
+class _Official:
+    """The step as the authors compute it: features and heads twice, upsampling, a blur in two dimensions."""
+
+    def __init__(self, rule: NoiseMaskPretraining, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        self.pair, self.x, self.y = rule.prepare(net, (x, y)), x, y
+        line = torch.softmax(-0.5 * torch.arange(-1.0, 2.0) ** 2, 0)
+        self.kernel = (line[:, None] * line)[None, None]
+
+    def __call__(self) -> None:
+        self.pair.zero_grad()
+        judged: Any = self.pair.policy
+        judged(self.x)  # the base
+        beta = judged(self.x)
+        cells = beta.sample().clamp(1e-6, 1 - 1e-6)
+        mask = nn.functional.interpolate(cells.view(-1, 1, 8, 8), size=(16, 16))
+        mask = nn.functional.conv2d(nn.functional.pad(mask, (1, 1, 1, 1), mode="reflect"), self.kernel)
+        net: Any = self.pair.classifier
+        losses = nn.functional.cross_entropy(net(self.x * mask), self.y, reduction="none")
+        log_p = beta.log_prob(cells)
+        Reinforce()(losses, log_p, losses.mean()).backward()
