@@ -1,0 +1,461 @@
+"""Which training examples make the loss spike: pairs of small groups whose gradients oppose each other.
+
+Record the loss of every example at every step; take the step at which the mean loss first rises; the examples whose loss
+rose and fell most there are the two groups. They are chosen by the change of their loss and not by its size, and shown
+beside random groups: how far their gradients oppose each other, how much of the sharpness they own, whether they swap at
+the next step. The solvable model is in `opposing_model`; `SignSplitSGD` is the paper's case study, its constants our
+reading.
+
+Reference:
+    Rosenfeld, Risteski, Outliers with Opposing Signals Have an Outsized Effect on Neural Network Optimization, ICLR 2024
+    (arXiv 2311.04163), Sections 2, 3 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from torchfolio.checks import at_least, between, positive, whole
+from torchfolio.data import Examples
+from torchfolio.engine.modes import evaluating
+from torchfolio.insight.opposing_model import ModelPath, OpposingSignalModel
+from torchfolio.measure import Hessian, hessian_eigenvalues, loss_gradients, untouched
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "LossRecorder",
+    "ModelPath",
+    "OpposingGroups",
+    "OpposingSignalModel",
+    "SignSplitSGD",
+    "Trace",
+    "find_groups",
+    "inject",
+    "measure_groups",
+    "trace",
+]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _each(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none")
+
+
+class LossRecorder:
+    """Keeps the loss of every example at every step; a recorder of `fit`, or called by one's own loop.
+
+    The network is asked in evaluation mode, so that dropout and batch statistics do not couple examples.
+
+    Args:
+        model: the network that trains.
+        data: examples to follow: the training set or a part of it.
+        loss: criterion that gives a loss for each example, such as cross-entropy with `reduction="none"`.
+        batch_size: examples at a time.
+
+    Raises:
+        ValueError: if the criterion gives something else than a loss for each example.
+
+    Example:
+        >>> recorder = LossRecorder(net, (x, y))  # doctest: +SKIP
+        >>> fit(net, (x, y), recorder=recorder, batch_size=len(x))  # doctest: +SKIP
+        >>> groups = find_groups(recorder.losses)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, data: Any, loss: Loss = _each, *, batch_size: int = 512) -> None:
+        self.model, self.loss = model, loss
+        self.batches = list(Examples(data).batches(whole("batch_size", batch_size, 1)))
+        self.rows: list[np.ndarray] = []
+
+    @torch.no_grad()
+    def record(self, losses: Tensor | None = None) -> None:
+        """Keep the losses of now.
+
+        Args:
+            losses: `[n]`, where the training's own forward pass computed them already (full batches): nothing is run.
+        """
+        if losses is None:
+            device = next(self.model.parameters()).device
+            with evaluating(self.model), untouched(self.model):
+                parts = []
+                for *inputs, target in self.batches:
+                    found = self.loss(self.model(*(x.to(device) for x in inputs)), target.to(device))
+                    if found.shape[:1] != target.shape[:1] or found.dim() != 1:
+                        raise ValueError(
+                            f"expected a loss for each of {len(target)} examples (reduction='none'), got shape "
+                            f"{tuple(found.shape)}"
+                        )
+                    parts.append(found)
+            losses = torch.cat(parts)
+        row = losses.detach().float().cpu().numpy()
+        if row.ndim != 1 or (self.rows and len(row) != len(self.rows[0])):
+            raise ValueError(f"expected the losses of as many examples at every step, got shape {row.shape}")
+        self.rows.append(row)
+
+    def __call__(self, state: Any) -> None:
+        """Record after a step; as a recorder of `fit`."""
+        if not getattr(state, "epoch_end", False):
+            self.record()
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Losses `[T, n]`, float32."""
+        return np.stack(self.rows) if self.rows else np.zeros((0, 0), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class OpposingGroups:
+    """Two groups of examples behind one step.
+
+    Attributes:
+        step: t; the change is from t to t + 1.
+        positive: examples whose loss rose most, `[k]`, the most first.
+        negative: examples whose loss fell most, `[k]`.
+        delta: change of every example's loss at this step, `[n]`.
+        score: largest change of every example in the window, $\\max_t |\\Delta_i(t)|$, `[n]`.
+        opposition: correlation over the window of the groups' mean changes, near -1 at the edge of stability.
+        concentration: share of the sum of all changes that the 2 % of examples with the largest ones carry.
+        alternation: mean change of the first group at this step times that at the next; negative where they swap.
+        instability: whether the mean loss rose at any recorded step. Where it did not, no instability was seen, and the
+            groups are those of the step with the most uneven changes.
+    """
+
+    step: int
+    positive: np.ndarray
+    negative: np.ndarray
+    delta: np.ndarray
+    score: np.ndarray
+    opposition: float
+    concentration: float
+    alternation: float
+    instability: bool
+
+
+def find_groups(
+    losses: Any, k: int | None = None, step: int | None = None, window: int | None = None
+) -> OpposingGroups:
+    """Find the examples whose loss moves most at the step at which the mean loss first rises.
+
+    Args:
+        losses: `[T, n]`, a row for each step.
+        k: size of each group; 2 % of the examples, at least 10 (at most half of them), by default.
+        step: in place of the first rise.
+        window: steps around it for scores and correlations; all by default.
+
+    Raises:
+        ValueError: if there are fewer than two steps, a loss is not finite, k is above half of the examples, or the step
+            is not recorded.
+    """
+    table = np.asarray(losses, dtype=float)
+    if table.ndim != 2 or table.shape[0] < 2 or table.shape[1] < 2:
+        raise ValueError(f"expected losses [T, n] of at least two steps and two examples, got shape {table.shape}")
+    if not np.isfinite(table).all():
+        raise ValueError("expected finite losses, got NaN or infinity: the training diverged")
+    n = table.shape[1]
+    k = min(max(10, round(0.02 * n)), n // 2) if k is None else whole("k", k, 1, n // 2)
+    changes = np.diff(table, axis=0)
+    rises = np.flatnonzero(changes.mean(1) > 0)
+    instability = len(rises) > 0
+    if step is None:
+        step = int(rises[0]) if instability else int(_kurtosis(changes).argmax())
+    whole("step", step, 0, len(changes) - 1)
+    delta = changes[step]
+    order = delta.argsort(kind="stable")
+    positive, negative = order[::-1][:k].copy(), order[:k].copy()
+    reach = len(changes) if window is None else whole("window", window, 1)
+    near = changes[max(0, step - reach) : step + reach + 1]
+    means = near[:, positive].mean(1), near[:, negative].mean(1)
+    varied = len(near) > 1 and min(m.std() for m in means) > 0
+    size = np.sort(np.abs(delta))[::-1]
+    follows = changes[step + 1, positive].mean() if step + 1 < len(changes) else np.nan
+    return OpposingGroups(
+        step, positive, negative, delta, np.abs(near).max(0),
+        float(np.corrcoef(*means)[0, 1]) if varied else float("nan"),
+        float(size[: max(1, round(0.02 * n))].sum() / max(size.sum(), 1e-300)),
+        float(delta[positive].mean() * follows), bool(instability),
+    )  # fmt: skip
+
+
+def _kurtosis(changes: np.ndarray) -> np.ndarray:
+    centred = changes - changes.mean(1, keepdims=True)
+    variance = np.maximum((centred**2).mean(1), 1e-300)
+    return (centred**4).mean(1) / variance**2
+
+
+def measure_groups(
+    model: nn.Module,
+    data: Any,
+    groups: OpposingGroups,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    *,
+    n_random: int = 8,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What makes two groups opposing signals, beside random groups of their size.
+
+    Args:
+        model: the network, with the weights of the step of the groups; it is left as it was, asked in evaluation mode.
+        data: the examples that the groups count.
+        groups: of `find_groups`.
+        loss: criterion with mean reduction.
+        n_random: pairs of random groups.
+        seed: of these.
+
+    Returns:
+        Rows `opposing` and `random` (means over the pairs): `cosine` of the two mean gradients, `norm_ratio` of their
+        norms to those of random groups, `projection_1` and `projection_2` on the top eigenvector v of the Hessian over
+        the norms (their signs are to be compared with each other), `curvature_1` and `curvature_2`, $v^\\top H_S v / \\lambda_1$,
+        `input_norm_1` and `input_norm_2` over that of all examples.
+    """
+    import pandas as pd
+
+    rows = list(Examples(data).batches(None))
+    *inputs, target = rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]
+    if len(inputs) != 1 or not inputs[0].is_floating_point():
+        raise ValueError("expected one floating-point input an example, to measure its norm and gradients")
+    x, y = inputs[0], target
+    device = next(model.parameters()).device
+    rng = np.random.default_rng(seed)
+    k, n = len(groups.positive), len(y)
+    pairs = [("opposing", groups.positive, groups.negative)]
+    for _ in range(whole("n_random", n_random, 1)):
+        drawn = rng.permutation(n)[: 2 * k]
+        pairs.append(("random", drawn[:k], drawn[k:]))
+    with untouched(model, training=False):
+        top = hessian_eigenvalues(model, loss, (x, y), generator=torch.Generator().manual_seed(seed))
+        v, scale = top.vectors[:, 0], float(top.values[0])
+        overall = float(x.flatten(1).norm(dim=1).mean())
+        table = []
+        for kind, *members in pairs:
+            found: dict[str, Any] = {"kind": kind}
+            gradients = []
+            for side, member in enumerate(members, start=1):
+                part = (x[member].to(device), y[member].to(device))
+                g = torch.cat([t.flatten() for t in loss_gradients(model, loss, part).values()])
+                gradients.append(g)
+                found[f"projection_{side}"] = float(g @ v / g.norm())
+                found[f"curvature_{side}"] = float(v @ Hessian(model, loss, part)(v)) / scale
+                found[f"input_norm_{side}"] = float(x[member].flatten(1).norm(dim=1).mean()) / overall
+            found["cosine"] = float(F.cosine_similarity(gradients[0], gradients[1], dim=0))
+            found["norm"] = float(sum(g.norm() for g in gradients)) / 2
+            table.append(found)
+    frame: Any = pd.DataFrame(table).groupby("kind", sort=False).mean()
+    frame["norm_ratio"] = frame["norm"] / frame.loc["random", "norm"]
+    return frame.drop(columns="norm")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A training by full batches.
+
+    Attributes:
+        losses: of every example before each step and at the end, `[T + 1, n]`.
+        steps: steps at which the sharpness was measured.
+        sharpness: top eigenvalue of the Hessian there.
+        limit: $2 / \\eta$, above which gradient descent is unstable.
+        snapshots: weights, by step, of the steps that were asked for.
+    """
+
+    losses: np.ndarray
+    steps: tuple[int, ...]
+    sharpness: tuple[float, ...]
+    limit: float
+    snapshots: dict[int, dict[str, Tensor]]
+
+
+def trace(
+    model: nn.Module,
+    data: Any,
+    *,
+    lr: float,
+    steps: int,
+    sharpness_every: int = 10,
+    loss: Loss = _each,
+    keep: Iterable[int] = (),
+    keep_first_rise: bool = False,
+) -> Trace:
+    """Train a network in place by full-batch gradient descent, with the losses of all examples and the sharpness.
+
+    Args:
+        model: the network, in the mode it is in; a network with dropout should be in evaluation mode.
+        data: tensors (x, y).
+        lr: step size $\\eta$.
+        steps: of gradient descent.
+        sharpness_every: steps between measurements; 0 measures none but that of the first rise.
+        loss: criterion that gives a loss for each example.
+        keep: steps whose weights are kept.
+        keep_first_rise: whether the weights before the first step that raises the loss are kept, and its sharpness.
+
+    Raises:
+        ValueError: if the loss is no longer finite.
+    """
+    positive("lr", lr)
+    rows = list(Examples(data).batches(None))
+    device = next(model.parameters()).device
+    x, y = (torch.cat(column).to(device) for column in zip(*rows, strict=True))
+    wanted, parameters = set(keep), [p for p in model.parameters() if p.requires_grad]
+    mean: Loss = lambda output, target: loss(output, target).mean()  # noqa: E731
+    recorder = LossRecorder(model, (x[:1], y[:1]), loss)
+    marks: list[int] = []
+    values: list[float] = []
+    snapshots: dict[int, dict[str, Tensor]] = {}
+    start = None
+    before: dict[str, Tensor] | None = None
+    risen = not keep_first_rise
+
+    def sharpness(step: int) -> None:
+        nonlocal start
+        found = hessian_eigenvalues(model, mean, (x, y), start=start, generator=torch.Generator().manual_seed(0))
+        start = found.vectors
+        marks.append(step)
+        values.append(float(found.values[0]))
+
+    for step in range(whole("steps", steps, 1) + 1):
+        each = loss(model(x), y)
+        if not bool(torch.isfinite(each).all()):
+            raise ValueError(f"the loss is not finite at step {step}; lower lr from {lr}")
+        recorder.record(each)
+        # Before anything looks at other weights, which the graph of this step would notice.
+        grads = torch.autograd.grad(each.mean(), parameters) if step < steps else ()
+        if (
+            not risen
+            and before is not None
+            and len(recorder.rows) > 1
+            and recorder.rows[-1].mean() > recorder.rows[-2].mean()
+        ):
+            risen, now = True, _copied(model)
+            model.load_state_dict(before)
+            snapshots[step - 1] = before
+            sharpness(step - 1)
+            model.load_state_dict(now)
+        if step in wanted:
+            snapshots[step] = _copied(model)
+        if sharpness_every and step % sharpness_every == 0:
+            sharpness(step)
+        if step == steps:
+            break
+        before = None if risen else _copied(model)
+        with torch.no_grad():
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.sub_(grad, alpha=lr)
+    order = np.argsort(marks, kind="stable")
+    return Trace(recorder.losses, tuple(marks[k] for k in order), tuple(values[k] for k in order), 2 / lr, snapshots)
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def inject(
+    x: Tensor,
+    y: Tensor,
+    classes: tuple[int, int],
+    n: int,
+    strength: float = 3.0,
+    pattern: Tensor | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Plant an opposing signal: a strong common feature in a few examples of two classes.
+
+    Args:
+        x: images `[N, C, H, W]` or features `[N, D]`.
+        y: labels `[N]`.
+        classes: the two classes.
+        n: number of examples changed, half in each class.
+        strength: mean factor of the pattern; it is drawn between 2/3 and 4/3 of this for each example.
+        pattern: what is added, of the shape of one example or one number a channel; a random colour by default.
+        seed: of the choice.
+
+    Returns:
+        The changed inputs, $0.3 x$ plus the pattern, and which were changed, bool `[N]`.
+    """
+    if whole("n", n, 2) % 2:
+        raise ValueError(f"expected an even number of examples, half in each class, got {n}")
+    positive("strength", strength)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(y), dtype=torch.bool)
+    for label in classes:
+        where = (y == label).nonzero()[:, 0]
+        if len(where) < n // 2:
+            raise ValueError(f"expected at least {n // 2} examples of class {label}, got {len(where)}")
+        chosen[where[torch.randperm(len(where), generator=generator)[: n // 2]]] = True
+    feature = torch.randn(x.shape[1], generator=generator) if pattern is None else pattern
+    if pattern is None:
+        feature = feature / feature.norm() * x.shape[1] ** 0.5
+    feature = feature.to(x)
+    feature = feature.view(-1, *[1] * (x.dim() - 2)) if feature.dim() == 1 and x.dim() > 2 else feature
+    factor = strength * (2 / 3 + 2 / 3 * torch.rand(int(chosen.sum()), generator=generator)).to(x)
+    out = x.clone()
+    out[chosen] = 0.3 * x[chosen] + factor.view(-1, *[1] * (x.dim() - 1)) * feature
+    return out, chosen
+
+
+class SignSplitSGD(Optimizer):
+    """SGD whose large coordinates take steps of a fixed size: the part of Adam that opposing signals call for.
+
+    $m \\leftarrow \\mu m + (1 - \\tau) g$; coordinates with $|m| \\le r$ move by $-\\eta_1 m$, the others by
+    $-\\eta_2 \\operatorname{sign}(m)$. The paper's exact constants are not known to us: these are our reading.
+
+    Args:
+        params: parameters or groups.
+        lr: $\\eta_1$.
+        sign_lr: $\\eta_2$.
+        momentum: $\\mu$.
+        dampening: $\\tau$.
+        quantile: share of coordinates that are large, of the first gradients, which fixes r.
+        threshold: r itself, in place of `quantile`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.1,
+        sign_lr: float = 1e-3,
+        momentum: float = 0.9,
+        dampening: float = 0.9,
+        quantile: float = 0.1,
+        threshold: float | None = None,
+    ) -> None:
+        at_least("lr", lr, 0)
+        at_least("sign_lr", sign_lr, 0)
+        between("momentum", momentum, 0, 1)
+        between("dampening", dampening, 0, 1)
+        between("quantile", quantile, 0, 1)
+        if threshold is not None:
+            at_least("threshold", threshold, 0)
+        defaults = {"lr": lr, "sign_lr": sign_lr, "momentum": momentum, "dampening": dampening, "quantile": quantile,
+                    "threshold": threshold}  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.grad is not None]
+            if group["threshold"] is None and held:
+                sizes = torch.cat([p.grad.abs().flatten().float() for p in held])
+                rank = max(1, min(len(sizes), round((1 - group["quantile"]) * len(sizes))))
+                group["threshold"] = float(sizes.kthvalue(rank).values)
+            for p in held:
+                state = self.state[p]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(p)
+                m = state["average"].mul_(group["momentum"]).add_(p.grad, alpha=1 - group["dampening"])
+                small = m.abs() <= group["threshold"]
+                p.sub_(torch.where(small, group["lr"] * m, group["sign_lr"] * m.sign()))
+        return loss
