@@ -123,3 +123,10 @@ def test_networks_among_settings_see_data_as_they_were_trained_on():
     torch.testing.assert_close(renormalized(net, ((), ()), own)(x), net((x - mean) / std))
     torch.testing.assert_close(renormalized(net, own, ((), ()))(x), net(x * std + mean))
     assert renormalized(net, own, own) is net
+
+
+def test_json_is_valid_whatever_the_numbers_are(capsys):
+    from torchfolio.cli.networks import show_result
+
+    show_result({"loss": float("nan"), "rows": [{"x": float("inf")}]}, True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "rows": [{"x": None}]}

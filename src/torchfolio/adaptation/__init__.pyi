@@ -1,4 +1,13 @@
 # Written by docs/generate.py from the catalogue.
+from torchfolio.adaptation.bt2 import BCTLoss as BCTLoss
+from torchfolio.adaptation.bt2 import BT2 as BT2
+from torchfolio.adaptation.bt2 import BT2Adapter as BT2Adapter
+from torchfolio.adaptation.bt2 import BT2Loss as BT2Loss
+from torchfolio.adaptation.bt2 import BackwardCompatible as BackwardCompatible
+from torchfolio.adaptation.bt2 import BasisTransformation as BasisTransformation
+from torchfolio.adaptation.bt2 import backfill_curve as backfill_curve
+from torchfolio.adaptation.bt2 import class_prototypes as class_prototypes
+from torchfolio.adaptation.bt2 import upgrade_report as upgrade_report
 from torchfolio.adaptation.dam import ConcreteMerging as ConcreteMerging
 from torchfolio.adaptation.dam import DefenseAwareMerging as DefenseAwareMerging
 from torchfolio.adaptation.naive_bayes_probe import NaiveBayesHead as NaiveBayesHead

@@ -324,8 +324,10 @@ def _figures(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _show(report: dict[str, Any], output: Path, as_json: bool) -> None:
+    from torchfolio.runs.store import to_json
+
     if as_json:
-        typer.echo(json.dumps({"audit": str(output), **report}))
+        typer.echo(to_json({"audit": str(output), **report}))
         return
     for sentence in [*report["sentences"], *report.get("network", {"sentences": []})["sentences"]]:
         typer.echo(sentence)
@@ -338,6 +340,7 @@ def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: boo
     from torchfolio.backdoor.audit import chance, p_values
     from torchfolio.bundle import load_bundle
     from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.runs.store import to_json
 
     record = _record(folder)
     source = load_bundle(folder / NETWORK, allow=allow, device=resolve_device(device))
@@ -358,7 +361,7 @@ def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: boo
     odds = chance(loaded.calibration_, loaded.threshold_, len(rows), found)
     expected = len(rows) * record["false_positives"]["expected"]
     if as_json:
-        typer.echo(json.dumps({"filter": str(folder), "inputs": rows, "suspicious": found, "expected_if_clean": expected,
+        typer.echo(to_json({"filter": str(folder), "inputs": rows, "suspicious": found, "expected_if_clean": expected,
                                "chance_if_clean": odds, "threshold": loaded.threshold_}))  # fmt: skip
     else:
         for row in sorted(rows, key=lambda row: -row["score"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +50,8 @@ def run(
 
     Example: torchfolio run auglocal --scale quick --seeds 3
     """
+    from torchfolio.runs.store import to_json
+
     chosen = _choose(slugs or [], family, everything)
     from torchfolio.runs import plan, run_all
     from torchfolio.runs.settings import parse
@@ -65,7 +66,7 @@ def run(
     if as_json:
         from dataclasses import asdict
 
-        typer.echo(json.dumps([asdict(o) | {"folder": str(p.folder)} for o, p in zip(outcomes, plans, strict=True)]))
+        typer.echo(to_json([asdict(o) | {"folder": str(p.folder)} for o, p in zip(outcomes, plans, strict=True)]))
     else:
         for outcome, planned in zip(outcomes, plans, strict=True):
             _show(outcome, planned.folder)
@@ -85,6 +86,7 @@ def bench(
     """
     from torchfolio.runs import bench as benches
     from torchfolio.runs.record import record_peers
+    from torchfolio.runs.store import to_json
 
     with _Status() as status:
         timed = benches.bench(slug, num_threads=num_threads, say=status.say)
@@ -92,7 +94,7 @@ def bench(
     if record is not None:
         record_peers(slug, ratios, record)
     if as_json:
-        typer.echo(json.dumps(ratios))
+        typer.echo(to_json(ratios))
         return
     for work, times in timed.times.items():
         typer.secho(work, bold=True)
@@ -111,10 +113,11 @@ def report(
     Example: torchfolio report runs/ -o report.html
     """
     from torchfolio.report import write_report
+    from torchfolio.runs.store import to_json
 
     check_file(output)
     path = write_report(runs or [Path("runs")], output).resolve()
-    typer.echo(json.dumps({"report": str(path)}) if as_json else f"report: {path}")
+    typer.echo(to_json({"report": str(path)}) if as_json else f"report: {path}")
 
 
 def _record(outcomes: list[Outcome], folder: Path) -> None:

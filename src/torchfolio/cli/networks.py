@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -576,8 +575,10 @@ def _scheduler(name: str, lr: float, steps: int) -> Any:
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
+    from torchfolio.runs.store import to_json
+
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     for key, value in result.items():
         typer.echo(f"{key:>10}  {f'{value:.4f}' if isinstance(value, float) else value}")

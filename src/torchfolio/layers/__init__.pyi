@@ -1,4 +1,19 @@
 # Written by docs/generate.py from the catalogue.
+from torchfolio.layers.filter_design import Bank as Bank
+from torchfolio.layers.filter_design import FilterLearner as FilterLearner
+from torchfolio.layers.filter_design import PatchNormConv2d as PatchNormConv2d
+from torchfolio.layers.filter_design import bench as bench
+from torchfolio.layers.filter_design import dct_bank as dct_bank
+from torchfolio.layers.filter_design import filter_count as filter_count
+from torchfolio.layers.filter_design import filter_size_report as filter_size_report
+from torchfolio.layers.filter_design import gabor_bank as gabor_bank
+from torchfolio.layers.filter_design import init_ as init_
+from torchfolio.layers.filter_design import marchenko_pastur_count as marchenko_pastur_count
+from torchfolio.layers.filter_design import random_bank as random_bank
+from torchfolio.layers.filter_design import receptive_field as receptive_field
+from torchfolio.layers.filter_design import redundancy as redundancy
+from torchfolio.layers.filter_design import select_filters as select_filters
+from torchfolio.layers.filter_design import wavelet_bank as wavelet_bank
 from torchfolio.layers.powernorm import NormMonitor as NormMonitor
 from torchfolio.layers.powernorm import PowerNorm as PowerNorm
 from torchfolio.layers.powernorm import PowerNormV as PowerNormV
@@ -13,3 +28,17 @@ from torchfolio.layers.quadratic import functional_dimension as functional_dimen
 from torchfolio.layers.quadratic import quadratic_strength as quadratic_strength
 from torchfolio.layers.quadratic import relinear_param_groups as relinear_param_groups
 from torchfolio.layers.quadratic import to_quadratic as to_quadratic
+from torchfolio.layers.snnk import ArcCosineFeatures as ArcCosineFeatures
+from torchfolio.layers.snnk import BundledClassifier as BundledClassifier
+from torchfolio.layers.snnk import BundledRegressor as BundledRegressor
+from torchfolio.layers.snnk import FourierMeasure as FourierMeasure
+from torchfolio.layers.snnk import SNNK as SNNK
+from torchfolio.layers.snnk import SNNKAdapter as SNNKAdapter
+from torchfolio.layers.snnk import URF as URF
+from torchfolio.layers.snnk import add_adapters as add_adapters
+from torchfolio.layers.snnk import best_damping as best_damping
+from torchfolio.layers.snnk import bundle as bundle
+from torchfolio.layers.snnk import kernel_error as kernel_error
+from torchfolio.layers.snnk import merge_linear as merge_linear
+from torchfolio.layers.snnk import replace_ffl as replace_ffl
+from torchfolio.layers.snnk import ridge_solution as ridge_solution

@@ -42,9 +42,14 @@ def clear_scratch(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; numbers that are not finite become null."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    text = to_json(value, indent=2)
     with atomic(path) as file:
         file.write(text.encode() + b"\n")
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
 
 
 def _finite(value: Any) -> Any:
@@ -129,13 +134,13 @@ def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as a file of JSON lines, atomically."""
     with atomic(path) as file:
-        file.writelines(json.dumps(_finite(dict(row)), allow_nan=False).encode() + b"\n" for row in rows)
+        file.writelines(to_json(row).encode() + b"\n" for row in rows)
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a file of JSON lines, at once on disk as far as the system cares."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(dict(row)), allow_nan=False)
+    line = to_json(row)
     needs_break = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if needs_break else "") + line + "\n")

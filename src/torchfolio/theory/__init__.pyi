@@ -13,6 +13,13 @@ from torchfolio.theory.multitasking_hopfield import example_set as example_set
 from torchfolio.theory.multitasking_hopfield import mean_field as mean_field
 from torchfolio.theory.multitasking_hopfield import phase_diagram as phase_diagram
 from torchfolio.theory.multitasking_hopfield import sparse_patterns as sparse_patterns
+from torchfolio.theory.nngp_scale_mixture import Burr12 as Burr12
+from torchfolio.theory.nngp_scale_mixture import ConvNNGPKernel as ConvNNGPKernel
+from torchfolio.theory.nngp_scale_mixture import NNGPKernel as NNGPKernel
+from torchfolio.theory.nngp_scale_mixture import ScaleMixtureRegressor as ScaleMixtureRegressor
+from torchfolio.theory.nngp_scale_mixture import SparseStudentTClassifier as SparseStudentTClassifier
+from torchfolio.theory.nngp_scale_mixture import StudentTProcessRegressor as StudentTProcessRegressor
+from torchfolio.theory.nngp_scale_mixture import scale_mixture_init_ as scale_mixture_init_
 from torchfolio.theory.xor_grokking import DualGD as DualGD
 from torchfolio.theory.xor_grokking import XORNetwork as XORNetwork
 from torchfolio.theory.xor_grokking import alignment as alignment
