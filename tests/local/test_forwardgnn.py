@@ -234,6 +234,12 @@ def test_refusals():
     for settings in ({"lr": math.nan}, {"layers": 0}, {"algorithm": "bp"}, {"conv": "gin"}, {"temperature": 0}):
         with pytest.raises(ValueError, match="expected"):
             model(**settings).fit(g)
+    with pytest.raises(TypeError, match="train_mask"):
+        fit(train_mask=None)
+    fitted = fit()
+    assert torch.equal(fitted.predict(g), fitted.predict())
+    with pytest.raises(ValueError, match="fitted nodes"):
+        fitted.predict(g.x[:-1])
     with pytest.warns(UserWarning, match="one direction"):
         fit(edge_index=g.edge_index[:, g.edge_index[0] < g.edge_index[1]])
     assert SparseMatrix(torch.eye(3).numpy(), g.x).shape == (3, 3)

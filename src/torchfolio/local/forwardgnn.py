@@ -236,7 +236,7 @@ class ForwardGNNClassifier(BaseEstimator):
         Forward-forward appends candidate labels to nodes whose labels are unknown; the others keep theirs.
 
         Args:
-            x: other features of the same nodes; by default those of `fit`.
+            x: other features of the same nodes, or an object with `x` and `edge_index`; by default those of `fit`.
             edge_index: other edges among them.
 
         Raises:
@@ -264,6 +264,8 @@ class ForwardGNNClassifier(BaseEstimator):
         if not hasattr(self, "layers_"):
             raise NotFittedError("this ForwardGNNClassifier is not fitted; call fit first")
         graph = self.graph_
+        if x is not None and not isinstance(x, Tensor) and edge_index is None:
+            x, edge_index = getattr(x, "x", x), getattr(x, "edge_index", None)
         if x is not None:
             if not isinstance(x, Tensor) or x.shape != graph.x.shape:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -585,6 +587,8 @@ def _door(x: Any, edge_index: Any, y: Any, train_mask: Any, val_mask: Any) -> tu
 
 def _mask(name: str, mask: Any, num_nodes: int) -> Tensor:
     """A bool mask `[N]` from a mask of any type, or from indices."""
+    if mask is None:
+        raise TypeError(f"expected {name} to be a mask or indices, got None")
     mask = torch.as_tensor(mask)
     if mask.dtype == torch.bool or mask.is_floating_point() or (mask.shape == (num_nodes,) and int(mask.max()) <= 1):
         if mask.shape != (num_nodes,) or not bool(((mask == 0) | (mask == 1)).all()):
