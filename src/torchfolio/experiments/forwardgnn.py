@@ -56,14 +56,14 @@ class Settings:
     short: int = 2
     lr: float = 0.01
     lrs: tuple[float, ...] = (1e-3, 1e-2)
-    epochs: int = 100
-    val_every: int = 5
-    patience: int = 20
+    epochs: int = 80
+    val_every: int = 10
+    patience: int = 10
     depths: tuple[int, ...] = (2, 4, 8)
 
 
 SCALES = {
-    "smoke": Settings(graph="synthetic", hidden=16, epochs=10),
+    "smoke": Settings(graph="synthetic", hidden=16, epochs=10, val_every=5),
     "quick": Settings(),
     "full": Settings(layers=4, epochs=1000, val_every=2, patience=100, depths=(2, 4, 8, 16)),
 }
@@ -263,7 +263,7 @@ def _step_times(settings: Settings, graph: Graph) -> dict[str, float]:
     """Seconds of a training step of all layers of the short network: fits of 45 and of 5 steps, each at its fastest."""
     masks = (graph.x, graph.edge_index, graph.y, graph.train_mask)
     seconds: dict[tuple[Any, int], list[float]] = {(name, n): [] for name in ("sf", "ff-la") for n in (5, 45)}
-    for _ in range(3):
+    for _ in range(2):
         for (name, epochs), times in seconds.items():
             model = ForwardGNNClassifier(
                 hidden=settings.hidden, layers=settings.short, algorithm=name, epochs=epochs, n_negatives=2
