@@ -1,0 +1,278 @@
+"""Measures three-layer networks on hierarchical polynomials: against kernels, over samples, and with their controls."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchfolio.engine import fit
+from torchfolio.engine.recipes import adam
+from torchfolio.runs import Results, Run, plots, threads
+from torchfolio.theory.hierarchical_polynomials import (
+    HierarchicalPolynomial,
+    LayerwiseThreeLayerRegressor,
+    RandomFeatureRidge,
+    SpectralDescent,
+    ThreeLayerNetwork,
+    TunedKernelRidge,
+    feature_recovery,
+    sample_complexity,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the tasks.
+
+    Attributes:
+        d: dimension of the main task.
+        n: samples of each stage, ascending; the second is the one at which all models are compared.
+        m1: neurons on the feature.
+        m2: neurons on the inputs.
+        n_test: fresh samples to test on.
+        single_d: dimension of the single-index task.
+        single_n: samples of each stage there.
+        epochs: epochs of training end to end.
+        small_d: dimensions of the curves over samples.
+        small_n: samples of each stage there, over d squared.
+        small_m2: neurons on the inputs there.
+        steps: numbers of gradient steps whose course is shown.
+    """
+
+    d: int = 24
+    n: tuple[int, int, int] = (2000, 4000, 8000)
+    m1: int = 400
+    m2: int = 2000
+    n_test: int = 5000
+    single_d: int = 64
+    single_n: int = 1000
+    epochs: int = 30
+    small_d: tuple[int, ...] = (12, 16)
+    small_n: tuple[int, ...] = (2, 4, 8)
+    small_m2: int = 800
+    steps: tuple[int, ...] = (1, 10, 100, 1000, 10_000, 100_000)
+
+
+SCALES = {
+    "smoke": Settings(
+        d=8,
+        n=(150, 300, 600),
+        m1=50,
+        m2=200,
+        n_test=500,
+        single_d=10,
+        single_n=100,
+        epochs=2,
+        small_d=(4, 6),
+        small_n=(4, 8),
+        small_m2=100,
+    ),
+    "quick": Settings(),
+    "full": Settings(d=32, n=(4000, 8000, 16_000), m2=4000, n_test=20_000, small_d=(16, 24, 32), small_n=(2, 4, 8, 16)),
+}
+
+
+class _WithoutFirstStage(LayerwiseThreeLayerRegressor):
+    """The control: a random feature, on which the second stage is fitted as ever."""
+
+    def _first_stage(self, network: ThreeLayerNetwork, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        u = torch.randn(self.m2, generator=generator, dtype=torch.float64) / math.sqrt(self.m2)
+        network.bottleneck.weight.copy_(u)
+        network.bottleneck.bias.copy_(-(network.activation(network.inner(x)).mean(0) @ u))
+
+
+def run(run: Run[Settings]) -> None:
+    """Everything on one thread, so that seeds may run side by side."""
+    with threads(1):
+        _main(run)
+        _controls(run)
+        run.arm("path", _path, run.settings, run.seed)
+        run.arm("curves", _curves, run.settings, run.seed)
+
+
+def _target(settings: Settings, seed: int) -> HierarchicalPolynomial:
+    return HierarchicalPolynomial(settings.d, seed=seed)
+
+
+def _fitted(model: Any, target: HierarchicalPolynomial, n: int, settings: Settings, seed: int) -> dict[str, Any]:
+    """Relative error of a model fitted to n samples, and what its feature is, where it has one."""
+    X, y = target.sample(2 * max(settings.n), seed=2 * seed)
+    X_test, y_test = target.sample(settings.n_test, seed=2 * seed + 1)
+    model.fit(X[:n].numpy(), y[:n].numpy())
+    error = float(((model.predict(X_test.numpy()) - y_test.numpy()) ** 2).mean() / y_test.numpy().var())
+    if not hasattr(model, "feature_"):
+        return {"error": error}
+    recovery = feature_recovery(model, target, X_test)
+    shown = {"feature": recovery.feature[:500], "hidden": recovery.hidden[:500]}
+    return {"error": error, "correlation": recovery.correlation, "target": recovery.target_correlation, **shown}
+
+
+def _network(settings: Settings, seed: int) -> LayerwiseThreeLayerRegressor:
+    return LayerwiseThreeLayerRegressor(settings.m1, settings.m2, random_state=seed)
+
+
+def _main(run: Run[Settings]) -> None:
+    settings, seed = run.settings, run.seed
+    target, n = _target(settings, seed), 2 * settings.n[1]
+    ours = [
+        run.arm(f"three-layer {m}", _fitted, _network(settings, seed), target, 2 * m, settings, seed)
+        for m in settings.n
+    ]
+    run.arm("random features", _fitted, RandomFeatureRidge(settings.m2, random_state=seed), target, n, settings, seed)
+    run.arm("end to end", _end_to_end, settings, seed)
+    kernels = {"poly2": 2, "poly4": 4, "rbf": None}
+    errors = {
+        name: run.arm(name, _fitted, TunedKernelRidge(degree), target, n, settings, seed)["error"]
+        for name, degree in kernels.items()
+    }
+    learned = ours[1]["correlation"]
+    run.values("beats_kernels", ours=ours[1]["error"], **errors)
+    run.values("feature_recovery", learned=learned, target=ours[1]["target"])
+    run.values("feature_limit", learned=learned, limit=target.recovery_limit())
+    by_size = {name: arm["error"] for name, arm in zip(("half", "same", "double"), ours, strict=True)}
+    run.values("scaling", **by_size, kernel=min(errors.values()))
+
+
+def _end_to_end(settings: Settings, seed: int) -> dict[str, Any]:
+    """The same network, all of its layers by Adam; the best epoch on held-out data."""
+    target, n = _target(settings, seed), 2 * settings.n[1]
+    X, y = (part[:n].float() for part in target.sample(2 * max(settings.n), seed=2 * seed))
+    X_test, y_test = (part.float() for part in target.sample(settings.n_test, seed=2 * seed + 1))
+    network, held, tried = ThreeLayerNetwork(settings.d, settings.m1, settings.m2), n // 5, []
+
+    def watch(state: Any) -> None:
+        if state.epoch_end:
+            with torch.no_grad():
+                tried.append([float(F.mse_loss(network(a), b)) for a, b in ((X[-held:], y[-held:]), (X_test, y_test))])
+
+    fit(
+        network,
+        (X[:-held], y[:-held]),
+        epochs=settings.epochs,
+        optimizer=adam(lr=1e-3),
+        callbacks=[watch],
+        seed=seed,
+    )
+    return {"error": min(tried)[1] / float(y_test.var())}
+
+
+def _controls(run: Run[Settings]) -> None:
+    settings, seed = run.settings, run.seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that p cannot be seen is the point
+        blind = HierarchicalPolynomial(settings.d, link=(0, 0, 1), seed=seed)
+    n = 2 * settings.n[1]
+    hidden = run.arm("no linear part", _fitted, _network(settings, seed), blind, n, settings, seed)
+    run.values("control_no_linear_part", correlation=hidden["correlation"], error=hidden["error"])
+    random = _WithoutFirstStage(settings.m1, settings.m2, random_state=seed)
+    skipped = run.arm("no first stage", _fitted, random, _target(settings, seed), n, settings, seed)
+    run.values("control_no_first_stage", error=skipped["error"])
+    link = (0, math.sqrt(0.6), 0, math.sqrt(0.4))
+    single = HierarchicalPolynomial(settings.single_d, k=1, link=link, L=1, seed=seed)
+    one = run.arm("single index", _fitted, _network(settings, seed), single, 2 * settings.single_n, settings, seed)
+    run.values("single_index", error=one["error"], correlation=one["correlation"])
+
+
+def _path(settings: Settings, seed: int) -> dict[str, Any]:
+    """The first stage over weight decay and over gradient steps, all from one eigendecomposition."""
+    d = settings.small_d[-1]
+    target, n = HierarchicalPolynomial(d, seed=seed), settings.small_n[-1] * d**2
+    X, y = target.sample(n, seed=2 * seed)
+    X_test, y_test = target.sample(settings.n_test, seed=2 * seed + 1)
+    network = ThreeLayerNetwork(d, 1, settings.small_m2).double()
+    with torch.no_grad():
+        features, test = (network.activation(network.inner(x)) for x in (X, X_test))
+    mean = features.mean(0)
+    spectrum = SpectralDescent(features - mean, y - y.mean())
+    decays = torch.logspace(-7, 0, 22, dtype=torch.float64)
+    weights = {
+        "decay": spectrum.weights(decays * spectrum.top),
+        "steps": torch.stack([spectrum.weights(0.0, T) for T in settings.steps], -1),
+    }
+    result: dict[str, Any] = {"decays": decays}
+    for name, u in weights.items():
+        f, p = (test - mean) @ u, target.p(X_test)
+        result[f"error over {name}"] = (f + y.mean() - y_test[:, None]).square().mean(0) / y_test.var()
+        result[f"correlation over {name}"] = torch.corrcoef(torch.cat([p[None], f.T]))[0, 1:]
+    return result
+
+
+def _curves(settings: Settings, seed: int) -> dict[str, Any]:
+    """Errors over dimension and samples, of the network and of a kernel."""
+    models = {
+        "network": lambda d, n: LayerwiseThreeLayerRegressor(settings.m1, settings.small_m2, random_state=seed),
+        "kernel": lambda d, n: TunedKernelRidge(4),
+    }
+    rows: list[dict[str, Any]] = []
+    for d in settings.small_d:
+        sizes = [2 * ratio * d**2 for ratio in settings.small_n]
+        rows += sample_complexity([d], sizes, lambda d: HierarchicalPolynomial(d, seed=seed), models, seed=2 * seed)
+    return {f"{name} {d}": [r["test_mse_rel"] for r in rows if (r["model"], r["d"]) == (name, d)]
+            for name in models for d in settings.small_d}  # fmt: skip
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """The learned feature against p, all errors, the curves over samples, and the first stage's course."""
+    s: Settings = results.settings
+    arms = [arm for arm in results.arms[0] if "error" in results.arms[0][arm]]
+    fig, ax = plots.axes("hidden polynomial p(x)", "learned feature, scaled")
+    main = results.arms[0][f"three-layer {s.n[1]}"]
+    ax.plot(main["hidden"], main["feature"], ".", ms=3)
+    return {
+        "feature": fig,
+        "errors": plots.bars(results, {arm: (arm, "error") for arm in arms}, ylabel="test error / variance"),
+        "samples": _collapse(results),
+        "first stage": _course(results),
+    }
+
+
+def _collapse(results: Results) -> Figure:
+    import matplotlib.pyplot as plt
+
+    s: Settings = results.settings
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+    for ax, power in zip(axes, (2, 4), strict=True):
+        for name, style in (("network", "-o"), ("kernel", "--s")):
+            for k, d in enumerate(s.small_d):
+                n = 2 * np.asarray(s.small_n) * d**2
+                ax.loglog(n / d**power, results.values("curves", f"{name} {d}").mean(0), style, c=f"C{k}",
+                          label=f"{name}, d = {d}")  # fmt: skip
+        ax.set(xlabel=f"samples / $d^{power}$", ylabel="test error / variance")
+        ax.legend(fontsize=8)
+    return fig
+
+
+def _course(results: Results) -> Figure:
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+    places = {"decay": results.arms[0]["path"]["decays"], "steps": results.settings.steps}
+    for ax, (name, x) in zip(axes, places.items(), strict=True):
+        for value in ("error", "correlation"):
+            ax.semilogx(x, results.values("path", f"{value} over {name}").mean(0), label=f"{value} of the first stage")
+        ax.set(xlabel="weight decay / top eigenvalue" if name == "decay" else "gradient steps")
+        ax.legend(fontsize=8)
+    return fig
+
+
+def peers(bench: Any) -> None:
+    """At equal test error: the network from 1,500 samples against a degree-4 kernel from 8,000, its decay given."""
+    from sklearn.kernel_ridge import KernelRidge
+
+    X, y = (part.numpy() for part in HierarchicalPolynomial(24).sample(8000))
+    ours = LayerwiseThreeLayerRegressor(m2=1000, random_state=0)
+    kernel = KernelRidge(kernel="poly", degree=4, gamma=1 / 24, coef0=1, alpha=1)
+    bench.compare(
+        "fit to a test error of about 0.4",
+        repeats=3,
+        ours=lambda: ours.fit(X[:2500], y[:2500]),
+        sklearn_kernel_ridge=lambda: kernel.fit(X, y),
+    )
