@@ -1,0 +1,277 @@
+"""Measures physical local learning beside backprop through the simulator, on a twin, and with the hardware in the loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.data.places import folder_of
+from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
+from torchfolio.local.physical_systems import (
+    KerrCavity,
+    MeasuredSurrogate,
+    MultimodeOptics,
+    PhysicalSystem,
+    as_physical,
+)
+from torchfolio.runs import Results, Run, plots
+
+Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and budgets.
+
+    Attributes:
+        train_size: training digits.
+        hidden: width of both layers and of the second system's inputs.
+        epochs: passes of the local rule.
+        backprop_epochs: passes of ideal and in-silico backprop; physics-aware training gets equal physical calls.
+        cavity_epochs: passes that fit the surrogate to the measured cavity; 0 leaves the vowels out.
+        vowel_epochs: passes of the local rule over the vowels, all in one batch.
+    """
+
+    train_size: int = 1437
+    hidden: int = 100
+    epochs: int = 20
+    inner_steps: int = 10
+    lr: float = 3e-3
+    batch_size: int = 480
+    backprop_epochs: int = 60
+    cavity_epochs: int = 10
+    vowel_epochs: int = 60
+    twin_errors: tuple[float, ...] = (0.0, 0.2, 0.4)
+
+
+SCALES = {
+    "smoke": Settings(train_size=300, hidden=30, epochs=2, inner_steps=3, backprop_epochs=3, cavity_epochs=0),
+    "quick": Settings(),
+    "full": Settings(hidden=200, epochs=60, backprop_epochs=200, cavity_epochs=100, vowel_epochs=200),
+}
+
+
+def run(run: Run[Settings]) -> None:
+    """Train every arm on the same specimens, digits first."""
+    s, digits = run.settings, _digits(run)
+    done = {name: run.arm(name, _local, run, digits, kind) for name, kind in SYSTEMS.items()}
+    ideal = {name: run.arm(f"ideal_{name}", _backprop, run, digits, SYSTEMS[name], True, 0.0) for name in SYSTEMS}
+    accuracies = {name: 100 * arm["curve"][-1] for name, arm in done.items()}
+    run.values("accuracy", accuracies | {f"ideal_{name}": arm["accuracy"] for name, arm in ideal.items()})
+    bare = run.arm("no_skip", _local, run, digits, MultimodeOptics, False)
+    ours = 100 * bare["curve"][-1]
+    optics = (run, digits, MultimodeOptics, False)
+    twins = {f"twin_{100 * e:.0f}": run.arm(f"twin_{100 * e:.0f}", _backprop, *optics, e) for e in s.twin_errors}
+    run.values("no_twin", {"ours": ours} | {name: arm["accuracy"] for name, arm in twins.items()})
+    aware = run.arm("physics_aware", _backprop, *optics, 0.2, True)
+    calls = {"ours_calls": bare["calls"], "physics_aware_calls": aware["calls"]}
+    run.values("hardware_aware", {"ours": ours, "physics_aware": aware["accuracy"], **calls})
+    optical = done["optics"]
+    run.values("drift", {name: optical[name] for name in ("before", "swapped", "recovered")})
+    run.values("control_no_label", accuracy=optical["no_label"])
+    run.values("physical_calls", run.arm("calls", _calls, run, digits))
+    run.values("control_no_contrast", run.arm("no_contrast", _no_contrast, run, digits))
+    silent = run.arm("no_physics", _local, run, digits, _silent, False)
+    run.values("control_no_physics", accuracy=100 * silent["curve"][-1])
+    run.values("unsupervised", run.arm("unsupervised", _unsupervised, run, digits))
+    if s.cavity_epochs:
+        run.values("measured_cavity", run.arm("vowels", _vowels, run))
+
+
+def _silent(n_in: int, n_out: int, *, seed: int) -> PhysicalSystem:
+    return as_physical(lambda x: x.new_zeros(len(x), n_out), n_in, n_out, seed=seed)
+
+
+SYSTEMS: dict[str, Callable[..., PhysicalSystem]] = {"optics": MultimodeOptics, "kerr": KerrCavity}
+
+
+def _digits(run: Run[Settings]) -> Split:
+    data = run.data("digits", normalize=False)
+    x, y = (torch.cat([part.tensors[k] for part in (data.train, data.val, data.test)]) for k in (0, 1))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
+    x, y = x.flatten(1)[rows].to(run.device), y[rows].to(run.device)
+    n = min(run.settings.train_size, len(x) - 360)
+    return x[:n], y[:n], x[-360:], y[-360:]
+
+
+def _blocks(run: Run[Settings], n_in: int, system: Any, skip: bool = True) -> list[PhysicalBlock]:
+    widths, seed = (n_in, run.settings.hidden), 10 * run.seed
+    n = run.settings.hidden
+    return [PhysicalBlock(system(w, n, seed=seed + k), n, skip, seed=seed + k) for k, w in enumerate(widths)]
+
+
+def _train(run: Run[Settings], net: Any, split: Split, epochs: int, first: bool = True, seed: int = 0) -> Any:
+    s = run.settings
+    train = net.to(run.device).fit if first else net.partial_fit
+    own = {"inner_steps": s.inner_steps, "lr": s.lr, "batch_size": s.batch_size, "seed": run.seed + 1000 * seed}
+    return train(*split[:2], epochs=epochs, **own)
+
+
+def _local(run: Run[Settings], split: Split, system: Any, skip: bool = True) -> dict[str, Any]:
+    """Test accuracy by epoch, then without labels, then through a swap of the specimens."""
+    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64)
+    curve, calls = [], 0
+    for epoch in run.progress(range(run.settings.epochs), "epochs"):
+        net.reset_calls()
+        _train(run, net, split, 1, epoch == 0, epoch)
+        calls += net.physical_calls
+        curve.append(net.score(*split[2:]))
+    reliance = [block.reliance() for block in net.blocks]
+    outcome: dict[str, Any] = {"curve": curve, "calls": calls, "reliance": reliance}
+    if system is not MultimodeOptics or not skip:
+        return outcome
+    blind = copy.deepcopy(net)
+    blind.embed = lambda x, y: net.embed(x, None)
+    outcome |= {"no_label": 100 * blind.score(*split[2:]), "before": 100 * curve[-1]}
+    for block in net.blocks:
+        block.physical.drift(1.0)
+    episode = [net.score(*split[2:])]
+    for epoch in range(5):
+        _train(run, net, split, 1, False, 100 + epoch)
+        episode.append(net.score(*split[2:]))
+    return outcome | {"swapped": 100 * episode[0], "recovered": 100 * episode[-1], "episode": episode}
+
+
+def _backprop(
+    run: Run[Settings], split: Split, system: Any, skip: bool, error: float, aware: bool = False
+) -> dict[str, Any]:
+    """A softmax head on the same blocks, by gradients of a twin; its values too, unless the hardware is in the loop."""
+    s, (x, y, x_test, y_test) = run.settings, split
+    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64).to(run.device)
+    scaled = (x - x.mean(0)) / (x.std(0) + (x.std(0) == 0))
+    low, pad = scaled.amin(0), (10, 0)
+    inputs = F.pad(scaled - low, pad)
+    tests = F.pad(((x_test - x.mean(0)) / (x.std(0) + (x.std(0) == 0)) - low).clamp_min(0), pad)
+    twins = [block.physical.twin(error, seed=run.seed + k) for k, block in enumerate(net.blocks)]
+    head = nn.Linear(s.hidden, 10).to(run.device)
+    weights = [*(p for block in net.blocks for p in block.linear.parameters()), *head.parameters()]
+
+    def logits(h: Tensor, real: bool, model: bool) -> Tensor:
+        for block, twin in zip(net.blocks, twins, strict=True):
+            e = block.encode(h)
+            r = twin.response(e) if model else block.physical(e)
+            r = r + (block.physical(e) - r).detach() if real and model else r
+            h = block.linear(torch.cat((r, h), 1) if skip else r)
+        return head(h)
+
+    optimizer, generator = torch.optim.Adam(weights, lr=s.lr), torch.Generator().manual_seed(run.seed)
+    for _ in range(2 * s.epochs if aware else s.backprop_epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(s.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(logits(inputs[rows], aware, True), y[rows]).backward()
+            optimizer.step()
+    calls = net.physical_calls
+    with torch.no_grad():
+        return {
+            "accuracy": 100 * float((logits(tests, True, False).argmax(1) == y_test).float().mean()),
+            "calls": calls,
+        }
+
+
+def _calls(run: Run[Settings], split: Split) -> dict[str, float]:
+    shares, batches = {}, math.ceil(len(split[0]) / run.settings.batch_size)
+    for name, steps in (("few", 1), ("many", 10)):
+        net = PhysicalLocalNet(_blocks(run, 74, MultimodeOptics), 10, 64).to(run.device)
+        net.fit(*split[:2], epochs=1, inner_steps=steps, batch_size=run.settings.batch_size)
+        shares[name] = net.physical_calls / (2 * 2 * batches)
+    return shares
+
+
+class NoContrast(PhysicalLocalNet):
+    """The control: negatives carry the right label too."""
+
+    def wrong_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The labels as they are."""
+        return y
+
+
+def _no_contrast(run: Run[Settings], split: Split) -> dict[str, float]:
+    net = _train(run, NoContrast(_blocks(run, 74, MultimodeOptics), 10, 64), split, 3)
+    distance = np.abs(np.array(net.losses) - math.log(2)).max()
+    return {"loss_distance": float(distance), "accuracy": 100 * net.score(*split[2:])}
+
+
+def _unsupervised(run: Run[Settings], split: Split) -> dict[str, float]:
+    scores = {}
+    for name, epochs in (("untrained", 1), ("trained", max(run.settings.epochs // 2, 1))):
+        net = PhysicalLocalFeatures(_blocks(run, 64, MultimodeOptics), 10, (8, 8))
+        start = copy.deepcopy([block.linear.state_dict() for block in net.blocks])
+        _train(run, net, split, epochs)
+        if name == "untrained":  # the scaling is fitted, the weights are as they were drawn
+            for block, state in zip(net.blocks, start, strict=True):
+                block.linear.load_state_dict(state)
+        scores[name] = 100 * net.fit_readout(*split[:2]).score(*split[2:])
+    return scores
+
+
+def _vowels(run: Run[Settings]) -> dict[str, float]:
+    """Two blocks 40 -> 20 and 40 -> 20, as the authors' acoustic network; a column of zeros fills the 20 inputs."""
+    folder = folder_of("physical_ff", "acoustic_cavity.npz")
+    measured = np.load(folder / "acoustic_cavity.npz")
+    table = np.genfromtxt(folder / "vowel_formants.csv", delimiter=",", skip_header=1, dtype=str)
+    y = torch.from_numpy(np.unique([name[-2:] for name in table[:, 0]], return_inverse=True)[1])
+    x = F.pad(torch.from_numpy(table[:, 1:].astype(np.float32)), (0, 1))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
+    test, train = rows[: len(x) // 5], rows[len(x) // 5 :]
+    pairs = (torch.from_numpy(measured[key]) for key in ("x", "y"))
+    cavity = MeasuredSurrogate(*pairs, epochs=run.settings.cavity_epochs, lr=1e-3, seed=run.seed)
+    outcome = {"surrogate_error": float(cavity.error)}
+    for name, system in (("cavity", cavity), ("digital", _silent(20, 20, seed=0))):
+        blocks = [PhysicalBlock(copy.deepcopy(system), 20, seed=run.seed + k) for k in range(2)]
+        net = PhysicalLocalNet(blocks, 7, 13).fit(
+            x[train], y[train], epochs=run.settings.vowel_epochs, lr=run.settings.lr
+        )
+        outcome[name] = 100 * net.score(x[test], y[test])
+    return outcome
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Accuracy by epoch, through the swap, and deployed against twin error."""
+    arms = {"optics": ("optics", "curve"), "Kerr cavity": ("kerr", "curve"), "optics, no skip": ("no_skip", "curve")}
+    twins = {name: (name, "accuracy") for name in results.arms[0] if name.startswith(("twin_", "ideal_", "physics_"))}
+    return {
+        "accuracy": plots.curves(results, arms, xlabel="epoch", ylabel="test accuracy"),
+        "drift": plots.curves(
+            results, {"optics": ("optics", "episode")}, xlabel="epochs after swap", ylabel="accuracy"
+        ),
+        "twins": plots.bars(results, twins, ylabel="test accuracy on the true system (%)"),
+    }
+
+
+def peers(bench: Any) -> None:
+    """Candidates in one batch and negatives at once, against the authors' loops over labels and examples."""
+    x, y = torch.rand(64, 64), torch.arange(64) % 10
+    blocks = [PhysicalBlock(MultimodeOptics(w, 50), 50, in_features=w) for w in (74, 50)]
+    net, generator = PhysicalLocalNet(blocks, 10, 64).fit(x, y, epochs=1), torch.Generator().manual_seed(0)
+    many, one = torch.arange(10).repeat(144), net.scale(x[:1])
+    drawn = np.random.default_rng(0)
+    bench.compare(
+        "wrong labels of 1,440 examples",
+        ours=lambda: net.wrong_labels(many, generator),
+        loop=lambda: [drawn.choice([c for c in range(10) if c != int(label)]) for label in many],
+    )
+    bench.compare(
+        "class of one example",
+        ours=lambda: net.predict(x[:1]),
+        loop=lambda: [net.layers(net.embed(one, torch.tensor([c]))) for c in range(10)],
+    )
+    bench.compare("an epoch of 64", ours=lambda: net.partial_fit(x, y), loop=lambda: _authors_epoch(net, x, y, drawn))
+
+
+def _authors_epoch(net: PhysicalLocalNet, x: Tensor, y: Tensor, drawn: np.random.Generator) -> None:
+    """Batches of 64, negatives by a loop; training and test sets of 1,440 and 360 are scored in every batch."""
+    torch.tensor([drawn.choice([c for c in range(10) if c != int(label)]) for label in y])
+    net.partial_fit(x, y)
+    for n in (1440, 360):
+        h = net.scale(x.repeat(n // 64 + 1, 1)[:n])
+        for c in range(10):
+            net.layers(net.embed(h, torch.full((n,), c)))
