@@ -1,6 +1,10 @@
 # Written by docs/generate.py from the catalogue.
 from torchfolio.theory.convex_relu import ConvexReLUClassifier as ConvexReLUClassifier
 from torchfolio.theory.convex_relu import ConvexReLURegressor as ConvexReLURegressor
+from torchfolio.theory.hierarchical_polynomials import HierarchicalPolynomial as HierarchicalPolynomial
+from torchfolio.theory.hierarchical_polynomials import LayerwiseThreeLayerRegressor as LayerwiseThreeLayerRegressor
+from torchfolio.theory.hierarchical_polynomials import feature_recovery as feature_recovery
+from torchfolio.theory.hierarchical_polynomials import sample_complexity as sample_complexity
 from torchfolio.theory.infinite_classifiers import HermiteActivation as HermiteActivation
 from torchfolio.theory.infinite_classifiers import InfiniteNetworkClassifier as InfiniteNetworkClassifier
 from torchfolio.theory.infinite_classifiers import OptimalActivation as OptimalActivation
