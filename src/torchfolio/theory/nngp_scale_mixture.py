@@ -245,11 +245,12 @@ def cholesky(kernel: Tensor, noise: float | Tensor) -> Tensor:
     Raises:
         ValueError: if it is not positive definite with 1e-3 of its mean diagonal either.
     """
-    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    factor, info = torch.linalg.cholesky_ex(kernel + noise * eye)
+    diagonal = kernel.diagonal()
+    factor, info = torch.linalg.cholesky_ex(torch.diagonal_scatter(kernel, diagonal + noise))
     jitter = JITTER
     while bool(info) and jitter <= LARGEST_JITTER:
-        factor, info = torch.linalg.cholesky_ex(kernel + (noise + jitter * kernel.diagonal().mean()) * eye)
+        more = noise + jitter * diagonal.mean()
+        factor, info = torch.linalg.cholesky_ex(torch.diagonal_scatter(kernel, diagonal + more))
         jitter *= 2
     if bool(info):
         raise ValueError(
