@@ -45,7 +45,7 @@ class Settings:
     hidden: int = 100
     epochs: int = 20
     inner_steps: int = 10
-    lr: float = 3e-3
+    lr: float = 4e-3
     batch_size: int = 480
     backprop_epochs: int = 60
     cavity_epochs: int = 10
@@ -118,7 +118,7 @@ def _train(run: Run[Settings], net: Any, split: Split, epochs: int, first: bool 
 
 def _local(run: Run[Settings], split: Split, system: Any, skip: bool = True) -> dict[str, Any]:
     """Test accuracy by epoch, then without labels, then through a swap of the specimens."""
-    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64)
+    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64, standardize=False)
     curve, calls = [], 0
     for epoch in run.progress(range(run.settings.epochs), "epochs"):
         net.reset_calls()
@@ -146,11 +146,8 @@ def _backprop(
 ) -> dict[str, Any]:
     """A softmax head on the same blocks, by gradients of a twin; its values too, unless the hardware is in the loop."""
     s, (x, y, x_test, y_test) = run.settings, split
-    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64).to(run.device)
-    scaled = (x - x.mean(0)) / (x.std(0) + (x.std(0) == 0))
-    low, pad = scaled.amin(0), (10, 0)
-    inputs = F.pad(scaled - low, pad)
-    tests = F.pad(((x_test - x.mean(0)) / (x.std(0) + (x.std(0) == 0)) - low).clamp_min(0), pad)
+    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64, standardize=False).to(run.device)
+    inputs, tests = F.pad(x, (10, 0)), F.pad(x_test, (10, 0))
     twins = [block.physical.twin(error, seed=run.seed + k) for k, block in enumerate(net.blocks)]
     head = nn.Linear(s.hidden, 10).to(run.device)
     weights = [*(p for block in net.blocks for p in block.linear.parameters()), *head.parameters()]
@@ -180,7 +177,7 @@ def _backprop(
 def _calls(run: Run[Settings], split: Split) -> dict[str, float]:
     shares, batches = {}, math.ceil(len(split[0]) / run.settings.batch_size)
     for name, steps in (("few", 1), ("many", 10)):
-        net = PhysicalLocalNet(_blocks(run, 74, MultimodeOptics), 10, 64).to(run.device)
+        net = PhysicalLocalNet(_blocks(run, 74, MultimodeOptics), 10, 64, standardize=False).to(run.device)
         net.fit(*split[:2], epochs=1, inner_steps=steps, batch_size=run.settings.batch_size)
         shares[name] = net.physical_calls / (2 * 2 * batches)
     return shares
@@ -195,7 +192,7 @@ class NoContrast(PhysicalLocalNet):
 
 
 def _no_contrast(run: Run[Settings], split: Split) -> dict[str, float]:
-    net = _train(run, NoContrast(_blocks(run, 74, MultimodeOptics), 10, 64), split, 3)
+    net = _train(run, NoContrast(_blocks(run, 74, MultimodeOptics), 10, 64, standardize=False), split, 3)
     distance = np.abs(np.array(net.losses) - math.log(2)).max()
     return {"loss_distance": float(distance), "accuracy": 100 * net.score(*split[2:])}
 
@@ -203,7 +200,7 @@ def _no_contrast(run: Run[Settings], split: Split) -> dict[str, float]:
 def _unsupervised(run: Run[Settings], split: Split) -> dict[str, float]:
     scores = {}
     for name, epochs in (("untrained", 1), ("trained", max(run.settings.epochs // 2, 1))):
-        net = PhysicalLocalFeatures(_blocks(run, 64, MultimodeOptics), 10, (8, 8))
+        net = PhysicalLocalFeatures(_blocks(run, 64, MultimodeOptics), 10, (8, 8), standardize=False)
         start = copy.deepcopy([block.linear.state_dict() for block in net.blocks])
         _train(run, net, split, epochs)
         if name == "untrained":  # the scaling is fitted, the weights are as they were drawn
@@ -251,7 +248,10 @@ def peers(bench: Any) -> None:
     """Candidates in one batch and negatives at once, against the authors' loops over labels and examples."""
     x, y = torch.rand(64, 64), torch.arange(64) % 10
     blocks = [PhysicalBlock(MultimodeOptics(w, 50), 50, in_features=w) for w in (74, 50)]
-    net, generator = PhysicalLocalNet(blocks, 10, 64).fit(x, y, epochs=1), torch.Generator().manual_seed(0)
+    net, generator = (
+        PhysicalLocalNet(blocks, 10, 64, standardize=False).fit(x, y, epochs=1),
+        torch.Generator().manual_seed(0),
+    )
     many, one = torch.arange(10).repeat(144), net.scale(x[:1])
     drawn = np.random.default_rng(0)
     bench.compare(

@@ -214,8 +214,11 @@ class _LocalNetwork(nn.Module):
     std: Tensor
     low: Tensor
 
-    def __init__(self, blocks: Sequence[PhysicalBlock], num_classes: int, n_features: int, extra: int) -> None:
+    def __init__(
+        self, blocks: Sequence[PhysicalBlock], num_classes: int, n_features: int, extra: int, standardize: bool
+    ) -> None:
         super().__init__()
+        self.standardize = standardize
         self.blocks: Any = nn.ModuleList(blocks)
         if not len(self.blocks):
             raise ValueError("expected at least one block, got none")
@@ -258,9 +261,12 @@ class _LocalNetwork(nn.Module):
         """
         examples = self._examples(data, y)
         x = torch.cat([self._flat(row[0]) for row in examples.batches(None)])
-        self.std.copy_(torch.where((std := x.std(0, correction=0)) > 0, std, 1))
-        self.mean.copy_(x.mean(0))
-        self.low.copy_(((x - self.mean) / self.std).amin(0))
+        if self.standardize:
+            self.std.copy_(torch.where((std := x.std(0, correction=0)) > 0, std, 1))
+            self.mean.copy_(x.mean(0))
+            self.low.copy_(((x - self.mean) / self.std).amin(0))
+        else:
+            self.low.copy_(x.amin(0).clamp_max(0))
         self._optimizers = []
         return self.partial_fit(
             examples, epochs=epochs, inner_steps=inner_steps, lr=lr, batch_size=batch_size, seed=seed
@@ -375,7 +381,7 @@ class _LocalNetwork(nn.Module):
         return finite("x", x)
 
     def scale(self, x: Any) -> Tensor:
-        """Standardised features, moved to be at least 0."""
+        """Features as the blocks get them, 0 or more."""
         if self.low.isnan().any():
             raise ValueError("expected a fitted network; call fit first")
         return ((self._flat(torch.as_tensor(x)) - self.mean) / self.std - self.low).clamp_min(0)
@@ -394,6 +400,8 @@ class PhysicalLocalNet(_LocalNetwork):
         n_features: number of features of an example.
         label_slots: `"concat"` puts C slots before the features, `"overwrite"` takes the first C of them.
         label_value: value of the slot of the label: `"max"`, the largest feature of the example, or a number.
+        standardize: whether features are standardised; without it they are only moved to be at least 0, which suits
+            pixels, whose rare ones would else be the largest.
 
     Attributes:
         losses: local loss of every block, by epoch.
@@ -419,12 +427,13 @@ class PhysicalLocalNet(_LocalNetwork):
         n_features: int,
         label_slots: Literal["concat", "overwrite"] = "concat",
         label_value: Literal["max"] | float = "max",
+        standardize: bool = True,
     ) -> None:
         one_of("label_slots", label_slots, ("concat", "overwrite"))
         whole("num_classes", num_classes, 2)
         concat = label_slots == "concat"
         whole("n_features", n_features, 1 if concat else num_classes)
-        super().__init__(blocks, num_classes, n_features, num_classes if concat else 0)
+        super().__init__(blocks, num_classes, n_features, num_classes if concat else 0, standardize)
         self.label_slots = label_slots
         self.label_value: str | float = label_value if label_value == "max" else at_least("label_value", label_value, 0)
 
@@ -477,16 +486,22 @@ class PhysicalLocalFeatures(_LocalNetwork):
         num_classes: number of classes of the readout.
         shape: shape of an example, in which masks are smooth: `(H, W)`, `(C, H, W)` or `(D,)`.
         ridge: penalty of the readout on standardised outputs, per example.
+        standardize: see `PhysicalLocalNet`.
     """
 
     readout: Tensor
 
     def __init__(
-        self, blocks: Sequence[PhysicalBlock], num_classes: int, shape: Sequence[int], ridge: float = 1e-3
+        self,
+        blocks: Sequence[PhysicalBlock],
+        num_classes: int,
+        shape: Sequence[int],
+        ridge: float = 1e-3,
+        standardize: bool = True,
     ) -> None:
         self.shape, self.ridge = tuple(shape), positive("ridge", ridge)
         n = int(torch.Size(self.shape).numel())
-        super().__init__(blocks, num_classes, n, 0)
+        super().__init__(blocks, num_classes, n, 0, standardize)
         width = sum(block.linear.out_features for block in self.blocks[1:] or self.blocks)
         self.register_buffer("readout", torch.zeros(2 * width + 1, num_classes))
 
