@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, InverseGamma, constraints
 
 from torchfolio import checks
+from torchfolio.engine import seeded
 
 __all__ = ["Burr12", "InverseGamma", "NormalMixture", "StudentT", "draw"]
 
@@ -65,8 +66,7 @@ def draw(prior: Distribution, n: int, generator: torch.Generator | None = None) 
     if generator is None:
         values = prior.sample(torch.Size((n,)))
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with seeded(int(torch.randint(2**31, (), generator=generator))):
             values = prior.sample(torch.Size((n,)))
     values = values.double().reshape(n)
     if not bool((values > 0).all()):
