@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 from torchfolio.measure import alternate
 from torchfolio.robustness.bounds import Bounds, crown, ibp
+from torchfolio.robustness.onnx_file import read_onnx
 from torchfolio.robustness.properties import Box, Property, Verdict, classification
 from torchfolio.robustness.relu_split import ReluSplit
 from torchfolio.robustness.verifiers import CrownSplit
-from torchfolio.robustness.vnnlib import read_onnx, read_vnnlib
+from torchfolio.robustness.vnnlib import read_vnnlib
 
 FEW = 20  # inputs up to which splitting them gets anywhere
 
