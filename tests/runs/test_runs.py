@@ -14,7 +14,7 @@ import torch
 from torchfolio.catalog import Claim
 from torchfolio.errors import TorchfolioError
 from torchfolio.runs import Outcome, Run, experiment, plan, run_all, run_experiment, threads
-from torchfolio.runs.outcome import aggregate_claims
+from torchfolio.runs.outcome import aggregate_arms, aggregate_claims
 from torchfolio.runs.record import digest, record, record_peers
 from torchfolio.runs.settings import override, parse
 from torchfolio.runs.store import append_json_line, read_json_lines, read_result, write_json, write_result
@@ -148,6 +148,12 @@ def test_conditions_are_decided_on_means_or_on_every_seed():
     (toy_data,) = aggregate_claims([Claim("c", "", "", "x > 1")], seeds, judge=False)
     assert toy_data["holds"] is None
     assert toy_data["values"]["x"]["mean"] == 2.0
+
+
+def test_arms_that_a_seed_lacks_are_summarised_over_the_others():
+    tables = aggregate_arms([{"a": {"x": 1.0}}, {"a": {"x": 3.0}, "b": {"x": 5.0}}])
+    assert tables["a"]["x"]["mean"] == 2.0
+    assert tables["b"]["x"]["seeds"] == [5.0]
 
 
 def test_not_a_number_does_not_hold():

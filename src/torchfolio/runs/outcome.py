@@ -128,11 +128,12 @@ def _decide(claim: Claim, found: Sequence[Mapping[str, float]], values: Mapping[
 
 
 def aggregate_arms(arms: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Scalars of every arm over seeds."""
+    """Scalars of every arm over the seeds that have it: what a seed chose on validation data, others may lack."""
     tables: dict[str, dict[str, Any]] = {}
-    for name, first in (arms[0] if arms else {}).items():
-        scalars = [k for k, v in first.items() if isinstance(v, int | float)]
-        tables[name] = {k: summary([float(seed[name][k]) for seed in arms]) for k in scalars}
+    for name in dict.fromkeys(name for seed in arms for name in seed):
+        found = [seed[name] for seed in arms if name in seed]
+        scalars = [k for k, v in found[0].items() if isinstance(v, int | float)]
+        tables[name] = {k: summary([float(values[k]) for values in found]) for k in scalars}
     return tables
 
 
