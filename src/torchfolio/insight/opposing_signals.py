@@ -188,8 +188,7 @@ def find_groups(
 
 def _kurtosis(changes: np.ndarray) -> np.ndarray:
     centred = changes - changes.mean(1, keepdims=True)
-    variance = np.maximum((centred**2).mean(1), 1e-300)
-    return (centred**4).mean(1) / variance**2
+    return (centred**4).mean(1) / np.maximum((centred**2).mean(1) ** 2, 1e-300)
 
 
 def measure_groups(
