@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -272,7 +272,35 @@ class PowerNorm(_TokenNorm):
         return f"{super().extra_repr()}, warmup_steps={self.warmup_steps}, num_groups={self.num_groups}"
 
 
-class PowerNormV(_TokenNorm):
+class _BatchStatistics(_TokenNorm):
+    """Norms by the batch's own statistics in training, and by running ones in evaluation."""
+
+    starts: ClassVar[dict[str, float]]
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, affine, device, dtype)
+        self.momentum = between("momentum", momentum, 0, 1)
+        exact = dtype if dtype == torch.float64 else torch.float32
+        for name, start in self.starts.items():
+            self.register_buffer(name, torch.full((num_features,), start, device=device, dtype=exact))
+
+    def _follow(self, **statistics: Tensor) -> None:
+        """Take statistics of a batch into the running ones."""
+        for name, value in statistics.items():
+            running = self.get_buffer(name)
+            running.lerp_(value.detach().to(running.dtype), self.momentum)
+
+
+class PowerNormV(_BatchStatistics):
     """Divide by the batch's own quadratic mean, with the exact gradient (PN-V, the paper's intermediate form).
 
     Evaluation uses a running mean.
@@ -291,31 +319,18 @@ class PowerNormV(_TokenNorm):
 
     phi: Tensor
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(num_features, eps, affine, device, dtype)
-        self.momentum = between("momentum", momentum, 0, 1)
-        exact = dtype if dtype == torch.float64 else torch.float32
-        self.register_buffer("phi", torch.ones(num_features, device=device, dtype=exact))
+    starts: ClassVar[dict[str, float]] = {"phi": 1.0}
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         tokens, valid = self._flat(x, padding_mask)
         power = self.phi
         if self.training:
             power = self._mean(tokens.square(), valid)
-            self.phi.lerp_(power.detach().to(self.phi.dtype), self.momentum)
+            self._follow(phi=power)
         return self._scaled(tokens * (power + self.eps).rsqrt().to(tokens.dtype)).view_as(x)
 
 
-class SequenceBatchNorm(_TokenNorm):
+class SequenceBatchNorm(_BatchStatistics):
     """Batch normalisation over tokens, padding left out: the baseline of the other norms.
 
     Args:
@@ -333,21 +348,7 @@ class SequenceBatchNorm(_TokenNorm):
     mean: Tensor
     var: Tensor
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(num_features, eps, affine, device, dtype)
-        self.momentum = between("momentum", momentum, 0, 1)
-        exact = dtype if dtype == torch.float64 else torch.float32
-        self.register_buffer("mean", torch.zeros(num_features, device=device, dtype=exact))
-        self.register_buffer("var", torch.ones(num_features, device=device, dtype=exact))
+    starts: ClassVar[dict[str, float]] = {"mean": 0.0, "var": 1.0}
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         tokens, valid = self._flat(x, padding_mask)
@@ -355,8 +356,7 @@ class SequenceBatchNorm(_TokenNorm):
         if self.training:
             mean = self._mean(tokens, valid)
             var = self._mean((tokens - mean.to(tokens.dtype)).square(), valid)
-            self.mean.lerp_(mean.detach().to(self.mean.dtype), self.momentum)
-            self.var.lerp_(var.detach().to(self.var.dtype), self.momentum)
+            self._follow(mean=mean, var=var)
         z = (tokens - mean.to(tokens.dtype)) * (var + self.eps).rsqrt().to(tokens.dtype)
         return self._scaled(z).view_as(x)
 
