@@ -133,9 +133,13 @@ class Translations:
         return drawn if isinstance(kappa, list) else drawn[0]
 
     def valid(self, outputs: Tensor) -> Tensor:
-        """Which outputs are a synonym for every symbol, and then the end."""
+        """Which outputs, of the first sources, are a synonym for every symbol, and then the end."""
         words, end = outputs[..., :-1], outputs[..., -1]
-        return (((words - TARGETS) // 2 == self.symbols).all(-1)) & (words >= TARGETS).all(-1) & (end == EOS)
+        return (
+            (((words - TARGETS) // 2 == self.symbols[: outputs.shape[-2]]).all(-1))
+            & (words >= TARGETS).all(-1)
+            & (end == EOS)
+        )
 
     def validity(self, kappa: float) -> float:
         return float(self.valid(self.decode(kappa)).double().mean())
@@ -164,11 +168,7 @@ class Translations:
         drawn = sample_sequences(self.step, prefix, EOS, self.length + 1, rationality=kappa, generator=generator)
         drawn = F.pad(drawn, (0, self.length + 1 - drawn.shape[1])).view(inputs, 16, -1)
         chosen = torch.stack([rows[mbr_decision([tuple(r.tolist()) for r in rows], overlap)] for rows in drawn])
-        kept, self.symbols = self.symbols, self.symbols[:inputs]
-        try:
-            return float(self.valid(chosen).double().mean())
-        finally:
-            self.symbols = kept
+        return float(self.valid(chosen).double().mean())
 
 
 def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
