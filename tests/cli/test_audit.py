@@ -167,6 +167,50 @@ def test_any_judge_of_networks_will_do(folders, tmp_path, monkeypatch):
     assert "judges networks" in done.stderr
 
 
+class Pixels(ModelDetector):
+    """Sees images in [0, 1] and a network that normalises them."""
+
+    pixels = True
+
+    def __init__(self, level: float = 0.0) -> None:
+        self.level = level
+
+    def _scan(self, model, clean, scan):
+        assert clean is not None
+        assert float(clean[0].min()) == 0
+        assert float(clean[0].max()) == 1
+        assert float((model(clean[0]).argmax(1) == clean[1]).float().mean()) > 0.9
+        return ModelVerdict(self.level > 0, self.level, 0.5, ((1, 0), (2, 0)))
+
+
+def test_several_methods_give_one_verdict(folders, tmp_path, monkeypatch):
+    offers = {
+        "one": {"model_detector": Suspicious},
+        "two": {"model_detector": Pixels},
+        "filter": {"input_detector": Distance},
+    }
+    monkeypatch.setattr("torchfolio.cli.audit._offered", lambda slug, kind: offers[slug].get(kind))
+    arguments = ["audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--set", "fpr=0.05", "--detector"]
+    done = call(*arguments, "one, two,filter", "--set", "level=1.5", "--json")
+    assert done.exit_code == 1, done.output
+    report = json.loads(done.stdout)
+    assert "2 of 2 methods" in report["together"]
+    assert "agree on the target 0" in report["together"]
+    assert report["networks"]["two"]["score"] == 1.5
+    assert report["detector"] == "filter"
+    assert call("audit", tmp_path / "f", "--input", folders / "plain").exit_code in (0, 1)
+    page = (tmp_path / "f" / "index.html").read_text()
+    assert page.count('<article class="card">') == 4
+    done = call(*arguments, "two,filter")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("No method finds a backdoor in the network (two); that is no proof")
+    assert "two: The network is not suspicious" in done.stdout
+    for given, message in {"two,two": "every method once", "one,two": "has a setting 'fpr'"}.items():
+        refused = call(*arguments, given)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.stderr.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

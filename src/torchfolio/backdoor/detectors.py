@@ -434,6 +434,9 @@ class ModelDetector(ABC):
     needs_clean: ClassVar[bool] = True
     """Whether a scan takes clean examples, or may do without."""
 
+    pixels: ClassVar[bool] = False
+    """Whether it works on images in [0, 1], so that a command puts the normalisation into the network first."""
+
     @abstractmethod
     def _scan(self, model: nn.Module, clean: Pair | None, scan: Scan) -> ModelVerdict:
         """The verdict on a network.

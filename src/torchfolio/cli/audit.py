@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ from torchfolio.cli.networks import call_with, importable, normalized, open_netw
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from torchfolio.backdoor.detectors import InputDetector, ModelDetector
     from torchfolio.bundle import Bundle, Manifest
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 SUSPICIOUS = 1
 RECORD, PAGE, NETWORK = "audit.json", "index.html", "net"
+KINDS = ("input_detector", "model_detector")
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +43,10 @@ def audit(
     ] = None,
     detector: Annotated[
         str | None,
-        typer.Option(help="Slug of a method that detects backdoors; the one that filters inputs by default."),
+        typer.Option(
+            help="Slug of a method that detects backdoors, or several with commas between; the one that filters inputs "
+            "by default."
+        ),
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the filter and its page.")] = Path("audit"),
@@ -92,7 +96,7 @@ def audit(
     _refuse_strangers(output)
     if folder is not None and (folder / RECORD).is_file():
         raise TorchfolioError(f"{folder} is a filter already; try it with --input")
-    detector = _default() if detector is None else detector
+    slugs = [_default()] if detector is None else [slug.strip() for slug in detector.split(",")]
     references = _references(reference or [], allowed, device)
     own = {
         "seed": seed,
@@ -100,28 +104,68 @@ def audit(
         "alpha": alpha,
         "references": [bundle.model for bundle in references],
     }
-    inputs_by, network_by = _detectors(detector, parse_settings(setting), own)
+    methods = _methods(slugs, parse_settings(setting), own)
     source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
     if model is not None and not normalize:
         source = replace(source, manifest=replace(source.manifest, mean=(), std=()))
     _check_alike(source, references, reference or [])
     name = str(folder) if folder is not None else f"{model} with {weights}"
-    _say(f"{detector}: fitting to {name} on clean examples of {data}")
     clean = _examples(splits, source.manifest, size, seed)
     source.model.to(_place(device))
     classes = source.manifest.classes or tuple(map(str, range(_outputs(source, clean[0]))))
-    report: dict[str, Any] = {"network_name": name, "detector": detector, "examples": len(clean[0]), "notes": []}
-    with _noting(report["notes"]):
-        found = [
-            *([_filter(inputs_by, source, clean, classes)] if inputs_by is not None else []),
-            *([_network(network_by, source, clean, classes, seed, budget)] if network_by is not None else []),
-        ]
-    report |= found[0][0] | ({"network": found[1][0]} if len(found) > 1 else {})
-    kind = "inputs" if inputs_by is not None else "model"
-    _write(output, inputs_by, source, report, [picture for _, pictures in found for picture in pictures], kind)
+    parts: list[_Part] = []
+    for slug, inputs_by, network_by in methods:
+        _say(f"{slug}: fitting to {name} on clean examples of {data}")
+        notes: list[str] = []
+        with _noting(notes):
+            if inputs_by is not None:
+                parts.append(_Part(slug, "inputs", *_filter(inputs_by, source, clean, classes)))
+            if network_by is not None:
+                parts.append(_Part(slug, "model", *_network(network_by, source, clean, classes, seed, budget)))
+        parts[-1].notes.extend(notes)
+    report = {"network_name": name, "examples": len(clean[0]), **_report(parts, classes)}
+    _write(output, next((by for _, by, _ in methods if by is not None), None), source, report, parts)
     _show(report, output, as_json)
-    if any(part["suspicious"] for part, _ in found):
+    if any(part.report["suspicious"] for part in parts):
         raise typer.Exit(SUSPICIOUS)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one method says of the inputs (a filter) or of the network (a verdict)."""
+
+    slug: str
+    kind: Literal["inputs", "model"]
+    report: dict[str, Any]
+    pictures: list[tuple[Any, str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def _report(parts: Sequence[_Part], classes: Sequence[str]) -> dict[str, Any]:
+    """The record of an audit: the filter's figures first where there is one, then the verdicts on the network."""
+    first = min(parts, key=lambda part: part.kind != "inputs")
+    verdicts = [part for part in parts if part.kind == "model" and part is not first]
+    report = {"detector": first.slug, "notes": [note for part in parts for note in part.notes], **first.report}
+    if len({part.slug for part in parts}) == 1:
+        return report | ({"network": verdicts[0].report} if verdicts else {})
+    judged = {part.slug: part.report for part in parts if part.kind == "model"}
+    return report | {"networks": judged, "together": _together(judged, classes)}
+
+
+def _together(judged: dict[str, dict[str, Any]], classes: Sequence[str]) -> str:
+    """One sentence on what several methods say of a network."""
+    if not judged:
+        return "No method judged the network itself."
+    found = [slug for slug, report in judged.items() if report["suspicious"]]
+    if not found:
+        return f"No method finds a backdoor in the network ({', '.join(judged)}); that is no proof that it has none."
+    said = f"{len(found)} of {len(judged)} methods that judge networks find a backdoor: {', '.join(found)}."
+    targets = [{target for _, target in judged[slug]["pairs"]} for slug in found]
+    common = set.intersection(*targets)
+    if len(found) > 1:
+        named = ", ".join(str(classes[k]) for k in sorted(common))
+        said += f" They agree on the target {named}." if common else " They do not agree on a target."
+    return said
 
 
 def _say(text: str) -> None:
@@ -139,7 +183,7 @@ def _detectors(slug: str, settings: dict[str, Any], own: dict[str, Any]) -> tupl
 
     One that judges inputs judges the network too only where it is given references.
     """
-    factories = [_offered(slug, kind) for kind in ("input_detector", "model_detector")]
+    factories = [_offered(slug, kind) for kind in KINDS]
     if factories == [None, None]:
         known = sorted({*catalog.offering("input_detector"), *catalog.offering("model_detector")})
         raise TorchfolioError(f"{slug} is not a detector of backdoors; these are: {', '.join(known)}")
@@ -160,6 +204,32 @@ def _detectors(slug: str, settings: dict[str, Any], own: dict[str, Any]) -> tupl
         chosen = {k: v for k, v in {**own, **settings}.items() if k in known}
         made.append(factory and call_with(factory, {**chosen, **strangers}, f"the method {slug}"))
     return made[0], made[1]
+
+
+def _methods(slugs: Sequence[str], settings: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Every method with its detector of inputs and its detector of networks; a setting goes to all that take it."""
+    if len(slugs) == 1:
+        return [(slugs[0], *_detectors(slugs[0], settings, own))]
+    if len(set(slugs)) < len(slugs):
+        raise TorchfolioError(f"expected every method once in --detector, got {', '.join(slugs)}")
+    taken = {slug: {name for kind in KINDS if (f := _offered(slug, kind)) is not None for name in _parameters(f)}
+             for slug in slugs}  # fmt: skip
+    for name in settings:
+        if not any(name in names for names in taken.values()):
+            raise TorchfolioError(f"none of the methods {', '.join(slugs)} has a setting {name!r}")
+    compares = [slug for slug in slugs if "references" in taken[slug]]
+    if own["references"] and not compares:
+        raise TorchfolioError(f"none of the methods {', '.join(slugs)} compares networks: leave --reference out")
+    methods = []
+    for slug in slugs:
+        chosen = {k: v for k, v in settings.items() if k in taken[slug]}
+        given = own if slug in compares else {**own, "references": []}
+        methods.append((slug, *_detectors(slug, chosen, given)))
+    if sum(by is not None for _, by, _ in methods) > 1:
+        raise TorchfolioError(
+            "only one method that filters inputs can be fitted at a time: the folder holds one filter"
+        )
+    return methods
 
 
 def _offered(slug: str, kind: str) -> Any:
@@ -239,7 +309,10 @@ def _network(
     budget: float | None,
 ) -> Report:
     """What a detector of backdoored networks says, and its pictures."""
-    verdict = made.scan(source.model, clean, seed=seed, budget_seconds=budget)
+    model = source.model
+    if made.pixels:
+        model, clean = _on_pixels(source, clean)
+    verdict = made.scan(model, clean, seed=seed, budget_seconds=budget)
     report = {
         "suspicious": verdict.is_backdoored, "score": verdict.score, "threshold": verdict.threshold,
         "pairs": [list(pair) for pair in verdict.pairs], "complete": verdict.complete,
@@ -247,6 +320,25 @@ def _network(
         "sentences": verdict.sentences(classes),
     }  # fmt: skip
     return report, made.pictures(verdict, classes)
+
+
+def _on_pixels(source: Bundle, clean: tuple[Tensor, Tensor]) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """The network with its normalisation in front, and the examples as images in [0, 1]."""
+    import torch
+    from torch import nn
+
+    from torchfolio.backdoor.zoo import Normalize
+
+    mean, std = source.manifest.mean, source.manifest.std
+    x, y = clean
+    if mean:
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        x = x * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+        # What normalising and going back has lost of 0 and 1.
+        x = torch.where((x > -1e-4) & (x < 1 + 1e-4), x.clamp(0, 1), x)
+        place = next((p.device for p in source.model.parameters()), x.device)
+        return nn.Sequential(Normalize(mean, std).to(place), source.model), (x, y)
+    return source.model, clean
 
 
 def _filter(made: InputDetector, source: Bundle, clean: tuple[Tensor, Tensor], classes: Sequence[str]) -> Report:
@@ -289,11 +381,11 @@ def _refuse_strangers(output: Path) -> None:
 
 
 def _write(
-    output: Path, made: InputDetector | None, source: Bundle, report: dict[str, Any], pictures: list[Any], kind: str
+    output: Path, made: InputDetector | None, source: Bundle, report: dict[str, Any], parts: list[_Part]
 ) -> None:
     """The filter with the network that it is for, the page, and last the record that makes it readable."""
     from torchfolio.bundle import save_bundle
-    from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
+    from torchfolio.report.sheet import write_sheet
     from torchfolio.runs.store import write_json
 
     output.mkdir(parents=True, exist_ok=True)
@@ -301,21 +393,35 @@ def _write(
     if made is not None:
         save_bundle(source.model, output / NETWORK, source.manifest)
         made.save(output)
-    compared = report.get("network", {"suspicious": False, "sentences": []})
-    suspicious = report["suspicious"] or compared["suspicious"]
-    both = [report["sentences"], compared["sentences"]]
-    headline, *sentences = [text for part in (both[::-1] if compared["suspicious"] else both) for text in part]
-    card = Sheet(
-        headline, report["detector"], ("suspicious", "fails") if suspicious else ("nothing found", "unmeasured"), sentences,
-        report["notes"], [Table(("figure", "value"), tuple(_figures(report).items()))],
-        [Picture(*pair) for pair in pictures],
-    )  # fmt: skip
-    write_sheet(output / PAGE, f"audit of {report['network_name']}", [card])
-    write_json(output / RECORD, {"format": FORMAT, "kind": kind, **report})
+    write_sheet(output / PAGE, f"audit of {report['network_name']}", _cards(report, parts))
+    write_json(output / RECORD, {"format": FORMAT, "kind": "model" if made is None else "inputs", **report})
+
+
+def _cards(report: dict[str, Any], parts: list[_Part]) -> list[Any]:
+    """One card for one method; for several, one with what they say together and one each."""
+    from torchfolio.report.sheet import Picture, Sheet, Table
+
+    def card(eyebrow: str, of: Sequence[_Part], sentences: Sequence[str], rows: dict[str, str]) -> Sheet:
+        badge = ("suspicious", "fails") if any(p.report["suspicious"] for p in of) else ("nothing found", "unmeasured")
+        headline, *rest = sentences
+        notes = [note for p in of for note in p.notes]
+        pictures = [Picture(*pair) for p in of for pair in p.pictures]
+        return Sheet(headline, eyebrow, badge, rest, notes, [Table(("figure", "value"), tuple(rows.items()))], pictures)
+
+    if "together" not in report:
+        ordered = sorted(parts, key=lambda part: not (part.kind == "model" and part.report["suspicious"]))
+        sentences = [text for part in ordered for text in part.report["sentences"]]
+        return [card(report["detector"], parts, sentences, _figures(report))]
+    badge = ("suspicious", "fails") if any(p.report["suspicious"] for p in parts) else ("nothing found", "unmeasured")
+    first = Sheet(report["together"], "all methods", badge)
+    every = {"examples": report["examples"]}
+    return [first, *(card(p.slug, [p], p.report["sentences"], _figures({**p.report, **every})) for p in parts)]
 
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:
     rows = {"clean examples": str(report["examples"]), "threshold": f"{report['threshold']:.4g}"}
+    if "score" in report:
+        rows["score"] = f"{report['score']:.4g}"
     for name, value in report.get("figures", {}).items():
         rows[name] = f"{value:.3f}"
     if share := report.get("false_positives"):
@@ -329,8 +435,15 @@ def _show(report: dict[str, Any], output: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(to_json({"audit": str(output), **report}))
         return
-    for sentence in [*report["sentences"], *report.get("network", {"sentences": []})["sentences"]]:
+    judged = report.get("networks") or {"": report.get("network", {"sentences": []})}
+    for sentence in [report["together"]] if "together" in report else []:
         typer.echo(sentence)
+    if report.get("networks", {}).get(report["detector"]) is None:  # else its sentences come with the others
+        for sentence in report["sentences"]:
+            typer.echo(sentence)
+    for slug, part in judged.items():
+        for sentence in part["sentences"]:
+            typer.echo(f"{slug}: {sentence}" if slug else sentence)
     for key, value in {"audit": str(output), "page": str(output / PAGE), **_figures(report)}.items():
         typer.echo(f"{key:>26}  {value}")
 
