@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchfolio import __version__, catalog, models
 from torchfolio.engine.lock import held, sync
 from torchfolio.errors import TorchfolioError
+from torchfolio.json_text import plain
 
 FORMAT = 2
 WEIGHTS, MANIFEST = "model.safetensors", "bundle.json"
@@ -106,7 +107,7 @@ def save_bundle(model: nn.Module, folder: str | Path, manifest: Manifest) -> Pat
     check_folder(folder)
     stored, tied = _unshared(model)
     _check_finite(model, stored)
-    body = {**asdict(manifest), "training": _finite_or_none(manifest.training), "tied": tied}
+    body = {**asdict(manifest), "training": plain(manifest.training), "tied": tied}
     body |= {"format": FORMAT, "version": __version__, "weights_sha256": ""}
     try:
         body = json.loads(json.dumps(body, allow_nan=False))
@@ -474,15 +475,6 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     for name in ("input_shape", "classes", "mean", "std"):
         body[name] = tuple(body[name])
     return Manifest(**{f.name: body[f.name] for f in fields(Manifest)}), body["weights_sha256"]
-
-
-def _finite_or_none(value: Any) -> Any:
-    """A record in which numbers that JSON does not have are `None`."""
-    if isinstance(value, Mapping):
-        return {key: _finite_or_none(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_none(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: Any) -> str:

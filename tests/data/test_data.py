@@ -368,3 +368,14 @@ def test_mnist10k(real_data):
     splits = load("mnist10k", root=real_data)
     assert splits.shape == (1, 28, 28)
     assert len(splits.test) == 2000
+
+
+@pytest.mark.parametrize("name", ["", " ", "folder:", "hf:", "hf:/", "hf:a", "hf:a/b/c"])
+def test_names_that_name_nothing(name):
+    with pytest.raises(DataNotFound, match="expected"):
+        load(name)
+
+
+def test_a_name_is_text():
+    with pytest.raises(TypeError, match="as text, got int"):
+        load(3)  # type: ignore[arg-type]

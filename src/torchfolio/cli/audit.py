@@ -430,7 +430,7 @@ def _figures(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _show(report: dict[str, Any], output: Path, as_json: bool) -> None:
-    from torchfolio.runs.store import to_json
+    from torchfolio.json_text import to_json
 
     if as_json:
         typer.echo(to_json({"audit": str(output), **report}))
@@ -453,7 +453,7 @@ def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: boo
     from torchfolio.backdoor.audit import chance, p_values
     from torchfolio.bundle import load_bundle
     from torchfolio.engine.evaluate import resolve_device
-    from torchfolio.runs.store import to_json
+    from torchfolio.json_text import to_json
 
     record = _record(folder)
     source = load_bundle(folder / NETWORK, allow=allow, device=resolve_device(device))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from torchfolio import catalog
+from torchfolio.json_text import to_json
 
 if TYPE_CHECKING:
     from torchfolio.catalog import Paper
@@ -37,7 +37,7 @@ def list_papers(
         raise typer.BadParameter(f"there is no family {family!r}; there are {', '.join(catalog.FAMILIES)}")
     found = [p for p in catalog.papers().values() if family in (None, p.family) and (p.is_in or not ready)]
     if as_json:
-        typer.echo(json.dumps([_table(paper) for paper in found], ensure_ascii=False))
+        typer.echo(to_json([_table(paper) for paper in found], ensure_ascii=False))
         return
     width = max((len(p.slug) for p in found), default=0)
     for name in catalog.FAMILIES:
@@ -56,7 +56,7 @@ def show(slug: Annotated[str, typer.Argument(help="Slug of the paper.")], as_jso
     """
     paper = catalog.paper(slug)
     if as_json:
-        typer.echo(json.dumps(_table(paper), ensure_ascii=False))
+        typer.echo(to_json(_table(paper), ensure_ascii=False))
         return
     typer.secho(paper.title, bold=True)
     typer.echo(f"{', '.join(paper.authors)}. {paper.venue}.")
@@ -89,7 +89,7 @@ def search(
     found = catalog.search(" ".join(words), limit)
     if as_json:
         typer.echo(
-            json.dumps([{"slug": p.slug, "title": p.title, "score": score} for p, score in found], ensure_ascii=False)
+            to_json([{"slug": p.slug, "title": p.title, "score": score} for p, score in found], ensure_ascii=False)
         )
         return
     for paper, _ in found:

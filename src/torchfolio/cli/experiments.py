@@ -50,7 +50,7 @@ def run(
 
     Example: torchfolio run auglocal --scale quick --seeds 3
     """
-    from torchfolio.runs.store import to_json
+    from torchfolio.json_text import to_json
 
     chosen = _choose(slugs or [], family, everything)
     from torchfolio.runs import plan, run_all
@@ -84,9 +84,9 @@ def bench(
 
     Example: torchfolio bench naive_bayes_probe
     """
+    from torchfolio.json_text import to_json
     from torchfolio.runs import bench as benches
     from torchfolio.runs.record import record_peers
-    from torchfolio.runs.store import to_json
 
     with _Status() as status:
         timed = benches.bench(slug, num_threads=num_threads, say=status.say)
@@ -112,8 +112,8 @@ def report(
 
     Example: torchfolio report runs/ -o report.html
     """
+    from torchfolio.json_text import to_json
     from torchfolio.report import write_report
-    from torchfolio.runs.store import to_json
 
     check_file(output)
     path = write_report(runs or [Path("runs")], output).resolve()

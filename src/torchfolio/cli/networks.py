@@ -575,7 +575,7 @@ def _scheduler(name: str, lr: float, steps: int) -> Any:
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
-    from torchfolio.runs.store import to_json
+    from torchfolio.json_text import to_json
 
     if as_json:
         typer.echo(to_json(result))

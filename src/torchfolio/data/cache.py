@@ -6,6 +6,7 @@ those changes; files that were written a moment ago are read again, since a seco
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import numpy as np
 
 Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 
+SCRATCH = ".new-"  # how the names of what is being written begin
 SETTLED = 2.0  # seconds after which a change of a file shows in its times on any usual file system
 
 
@@ -123,7 +125,7 @@ def _note(note: Path, stamp: str, found: str) -> None:
     """Keep what was found; without a word where that cannot be written."""
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".new-", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=SCRATCH, delete=False) as file:
             json.dump({"stamp": stamp, "found": found}, file)
         os.replace(file.name, note)
     except OSError:
@@ -132,7 +134,8 @@ def _note(note: Path, stamp: str, found: str) -> None:
 
 def _write(folder: Path, arrays: Arrays) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    _clear_scratch(folder.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder.parent))
     try:
         x, y, classes = arrays
         for name, array in (("x.npy", x), ("y.npy", y)):
@@ -150,6 +153,14 @@ def _write(folder: Path, arrays: Arrays) -> None:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear_scratch(place: Path) -> None:
+    """Remove what killed processes left half written; what is younger than a day may be somebody's who still writes."""
+    for left in place.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _checksum(path: Path) -> str:

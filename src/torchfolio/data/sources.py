@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def find(name: str, root: str | Path | None = None, image_size: int | None = Non
     Raises:
         DataNotFound: if it is nowhere.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"expected the name of a data set as text, got {type(name).__name__}")
     if not name.removeprefix("folder:").strip():
         raise DataNotFound(f"expected the name of a data set, got {name!r}; embedded are {', '.join(embedded_names())}")
+    if name.startswith("hf:") and not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name):
+        raise DataNotFound(f"expected a set of the hub as hf:owner/name, got {name!r}")
     if name in embedded_names():
         return getattr(embedded, name)()
     if name.startswith("hf:"):

@@ -172,10 +172,6 @@ def fit(
         steps = scheduled_steps(schedule, epochs, max_steps, batches.count, accumulate)
         total = scheduled_steps("step", epochs, max_steps, batches.count, accumulate)
         state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps, total)
-        check_last_batch(batches, state.module)
-        if val is not None and evaluate is None:
-            with fabric.autocast():
-                check_validation(state.model, val, state.rule)
         settings = fingerprint(
             arguments, state.optimizer, state.scheduler, seed=seed, batch_size=batch_size,
             accumulate=accumulate, clip_norm=clip_norm, schedule=schedule, processes=fabric.world_size,
@@ -193,6 +189,10 @@ def fit(
         # Dropout and augmentation differ between processes, the weights do not.
         seed_all((seed + 1_000_003 * rank) % 2**63)
         try:
+            check_last_batch(batches, state.module)
+            if val is not None and evaluate is None:
+                with fabric.autocast():
+                    check_validation(state.model, val, state.rule)
             with keeper.alone():
                 keeper.restore(resume)
                 Training(fabric, keeper, options).run(progress)

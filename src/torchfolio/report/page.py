@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from torchfolio import __version__, catalog
 from torchfolio.errors import TorchfolioError
+from torchfolio.json_text import to_json
 from torchfolio.report.svg import LARGEST, dot_plot, picture, policy
 from torchfolio.runs.outcome import Outcome
 from torchfolio.runs.store import atomic
@@ -252,7 +252,7 @@ def _environment() -> Any:
     environment.filters |= {
         "number": _number,
         "readable": _readable,
-        "json": lambda v: json.dumps(v, indent=2, default=str),
+        "json": lambda v: to_json(v, indent=2, default=str),
     }
     environment.globals |= {"dot_plot": lambda values, condition: Markup(dot_plot(values, condition))}
     return environment

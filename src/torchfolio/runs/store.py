@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from torchfolio.json_text import to_json
+
 ARRAY, TENSOR = "__array__", "__tensor__"
 SCRATCH = ".unfinished-"  # how the names of files begin that are being written
 
@@ -45,21 +47,6 @@ def write_json(path: Path, value: Any) -> None:
     text = to_json(value, indent=2)
     with atomic(path) as file:
         file.write(text.encode() + b"\n")
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """JSON that every reader takes: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
