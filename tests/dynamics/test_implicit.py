@@ -192,6 +192,10 @@ def test_quadratic_programs_are_solved():
     shared = layer(Q[0], p, G[0], h[0] + 1)
     assert torch.allclose(shared[2], layer(Q[0], p[2], G[0], h[0] + 1), atol=1e-6)
     assert layer(torch.eye(2), torch.ones(2)).dtype == torch.float32
+    many = programs(64, 20, 30, 5)
+    first = QPLayer(1e-11)(*many)
+    for unit in (1e-4, 1e4):  # of the objective
+        assert torch.allclose(QPLayer(1e-11)(many[0] * unit, many[1] * unit, *many[2:]), first, atol=1e-8)
 
 
 @pytest.mark.parametrize("constraints", [0, 1, 2])

@@ -114,7 +114,7 @@ class QPLayer(nn.Module):
         Amos and Kolter 2017, equations 6 to 8.
 
     Example:
-        >>> QPLayer()(torch.eye(2), torch.tensor([-1.0, -3.0]), torch.eye(2), torch.tensor([2.0, 2.0]))
+        >>> QPLayer()(torch.eye(2), torch.tensor([-1.0, -3.0]), torch.eye(2), torch.tensor([2.0, 2.0])).round(decimals=4)
         tensor([1., 2.])
     """
 
@@ -222,62 +222,83 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _interior_point(program: list[Tensor], tol: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mehrotra's predictor-corrector: z, the multipliers, and the largest relative residual of every program."""
-    _, p, G, h, _, b = program
-    m = G.shape[1]
-    scale = 1 + torch.stack(
-        [t.abs().flatten(1).amax(1) if t[0].numel() else t.new_zeros(len(t)) for t in program]
-    ).amax(0)
-    ones = torch.ones_like(h)
-    z, lam, nu = _Step(program, ones)(p, -h, -b, torch.zeros_like(h), ones, ones)[:3]
-    s = -lam
-    s, lam = (
-        t + (1 - t.amin(1, keepdim=True)).clamp_min(0) * (t.amin(1, keepdim=True) <= 0) if m else t for t in (s, lam)
-    )
+    """The best iterate (z and the multipliers), and the largest relative residual of every program."""
+    # The size of the objective changes nothing but the multipliers; with it at 1 the start fits.
+    unit = torch.maximum(program[0].abs().flatten(1).amax(1), program[1].abs().amax(1))[:, None]
+    program = [program[0] / unit[:, :, None], program[1] / unit, *program[2:]]
+    scale = 1 + torch.stack([t.abs().flatten(1).amax(1) for t in program if t[0].numel()]).amax(0)
+    point = _start(program)
+    best, lowest = point, torch.full_like(scale, torch.inf)
     for step in range(max_steps + 1):
-        dual, _, equal = _conditions(z, lam, nu, program)
-        primal = _times(G, z) + s - h
-        gap = s * lam
-        parts = [t.abs().amax(1) for t in (dual, primal, equal, gap) if t.shape[1]]
-        residual = torch.stack(parts).amax(0) / scale
-        if step == max_steps or bool((residual <= tol).all()):
+        residuals = _residuals(point, program)
+        worst = torch.stack([r.abs().amax(1) for r in residuals if r.shape[1]]).amax(0) / scale
+        better = worst < lowest
+        best = [torch.where(better[:, None], new, old) for new, old in zip(point, best, strict=True)]
+        lowest = torch.where(better, worst, lowest)
+        if step == max_steps or bool((lowest <= tol).all()):
             break
-        solve = _Step(program, lam / s)
-        dz, dlam, dnu, ds = solve(dual, primal, equal, gap, s, lam)
-        if m:
-            mean = gap.mean(1, keepdim=True)
-            length = torch.minimum(_longest(s, ds), _longest(lam, dlam))
-            centred = ((s + length * ds) * (lam + length * dlam)).mean(1, keepdim=True)
-            gap = gap + ds * dlam - (centred / mean) ** 3 * mean
-            dz, dlam, dnu, ds = solve(dual, primal, equal, gap, s, lam)
-            length = (0.99 * torch.minimum(_longest(s, ds), _longest(lam, dlam))).clamp_max(1)
-        else:
-            length = torch.ones_like(p[:, :1])
-        length = torch.where(residual[:, None] <= tol, 0, length)  # what is solved stays
-        z, lam, nu, s = z + length * dz, lam + length * dlam, nu + length * dnu, s + length * ds
-    return z, lam, nu, residual
+        point = _predict_and_correct(point, residuals, program)
+    z, lam, nu, _ = best
+    return z, lam * unit, nu * unit, lowest
+
+
+def _start(program: list[Tensor]) -> list[Tensor]:
+    """The optimum with $\\|Gz - h\\|^2 / 2$ in place of the inequalities, moved until slacks and multipliers are positive."""
+    _, p, G, h, _, b = program
+    z, lam, nu, _ = _Step(program, torch.ones_like(h))(p, -h, -b, torch.zeros_like(h), torch.ones_like(h))
+    slack = -lam
+    if G.shape[1]:
+        lowest = [t.amin(1, keepdim=True) for t in (slack, lam)]
+        slack, lam = (torch.where(low > 0, t, t + 1 - low) for t, low in zip((slack, lam), lowest, strict=True))
+    return [z, lam, nu, slack]
+
+
+def _residuals(point: list[Tensor], program: list[Tensor]) -> list[Tensor]:
+    """Of stationarity, inequalities, equalities, complementarity."""
+    z, lam, nu, slack = point
+    stationarity, _, equal = _conditions(z, lam, nu, program)
+    return [stationarity, _times(program[2], z) + slack - program[3], equal, slack * lam]
+
+
+def _predict_and_correct(point: list[Tensor], residuals: list[Tensor], program: list[Tensor]) -> list[Tensor]:
+    """One step of Mehrotra's method: how far the plain Newton step gets says how much to centre the real one."""
+    _, lam, _, slack = point
+    solve = _Step(program, slack / lam)
+    dual, primal, equal, gap = residuals
+    steps = solve(dual, primal, equal, gap, lam)
+    length: Tensor | float = 1.0
+    if lam.shape[1]:
+        _, dlam, _, ds = steps
+        length = torch.minimum(_longest(slack, ds), _longest(lam, dlam))
+        mean, ahead = (t.mean(1, keepdim=True) for t in (gap, (slack + length * ds) * (lam + length * dlam)))
+        steps = solve(dual, primal, equal, gap + ds * dlam - (ahead / mean) ** 3 * mean, lam)
+        length = 0.99 * torch.minimum(_longest(slack, steps[3]), _longest(lam, steps[1]))
+    return [t + length * dt for t, dt in zip(point, steps, strict=True)]
 
 
 class _Step:
-    """Newton directions at one point, from one factorisation of $[[Q + G^\\top D G, A^\\top], [A, 0]]$."""
+    """Newton directions at one point, from one factorisation of $[[Q, G^\\top, A^\\top], [G, -S/\\Lambda, 0], [A, 0, 0]]$.
 
-    def __init__(self, program: list[Tensor], weight: Tensor) -> None:
-        Q, _, self.G, _, self.A, _ = program
-        self.weight, e = weight, self.A.shape[1]
-        top = torch.cat([Q + self.G.mT @ (weight[:, :, None] * self.G), self.A.mT], 2)
-        below = torch.cat([self.A, Q.new_zeros(len(Q), e, e)], 2)
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(torch.cat([top, below], 1))
+    The system is not reduced further: $Q + G^\\top (\\Lambda / S) G$ is smaller, but loses the last digits near the optimum.
+    """
+
+    def __init__(self, program: list[Tensor], ratio: Tensor) -> None:
+        Q, _, self.G, _, A, _ = program
+        self.ratio, m, e = ratio, ratio.shape[1], A.shape[1]
+        corner = Q.new_zeros(len(Q), m + e, m + e)
+        corner[:, :m, :m] = torch.diag_embed(-ratio)
+        below = torch.cat([torch.cat([self.G, A], 1), corner], 2)
+        system = torch.cat([torch.cat([Q, self.G.mT, A.mT], 2), below], 1)
+        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(system)
 
     def __call__(
-        self, dual: Tensor, primal: Tensor, equal: Tensor, gap: Tensor, s: Tensor, lam: Tensor
+        self, dual: Tensor, primal: Tensor, equal: Tensor, gap: Tensor, lam: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Steps of z, lambda, nu and s that bring the four residuals to 0."""
-        shifted = self.weight * primal - gap / s
-        right = torch.cat([-dual - _times(self.G.mT, shifted), -equal], 1)
-        both = torch.linalg.lu_solve(self.lu, self.pivots, right[:, :, None])[:, :, 0]
-        dz, dnu = both.split([self.G.shape[2], self.A.shape[1]], 1)
-        moved = _times(self.G, dz)
-        return dz, shifted + self.weight * moved, dnu, -primal - moved
+        right = torch.cat([-dual, gap / lam - primal, -equal], 1)
+        steps = torch.linalg.lu_solve(self.lu, self.pivots, right[:, :, None])[:, :, 0]
+        dz, dlam, dnu = steps.split([dual.shape[1], gap.shape[1], equal.shape[1]], 1)
+        return dz, dlam, dnu, -gap / lam - self.ratio * dlam
 
 
 def _longest(x: Tensor, dx: Tensor) -> Tensor:
