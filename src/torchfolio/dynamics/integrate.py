@@ -1,0 +1,234 @@
+"""The driver: solve a differential equation from its first state, and read it off at the times asked for."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchfolio.checks import at_least, positive, whole
+from torchfolio.dynamics.gradients import Checkpoint, Direct, Gradient, Reversible, check_gradient
+from torchfolio.dynamics.runge_kutta import Tsit5
+from torchfolio.dynamics.solver import Solver
+from torchfolio.dynamics.stepping import NEAR, Adaptive, Problem
+from torchfolio.dynamics.terms import Packing, Stats, Terms
+
+__all__ = ["Solution", "odeint"]
+
+FEW_STEPS = 200  # up to so many fixed steps are differentiated directly
+
+
+class Solution(NamedTuple):
+    """What a solve gives.
+
+    Attributes:
+        ys: states at all times, of the form of `y0` with time as a further first axis.
+        stats: what it cost.
+    """
+
+    ys: Any
+    stats: Stats
+
+
+def odeint(
+    field: Callable[..., Any],
+    y0: Any,
+    ts: Tensor | Sequence[float],
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-7,
+    dt: float | None = None,
+    grid: Tensor | Sequence[float] | None = None,
+    params: Iterable[Tensor] = (),
+    jump_ts: Tensor | Sequence[float] = (),
+    adaptive: Adaptive | None = None,
+    max_steps: int = 100_000,
+) -> Solution:
+    """Solve the ordinary differential equation dy/dt = f(t, y).
+
+    Steps are chosen by the error estimate where the solver has one and neither `dt` nor `grid` is given, one step for
+    the whole batch. Outputs are read off between steps by interpolation, never by shortening them.
+
+    Args:
+        field: function or module `(t, y) -> dy/dt`; `t` is a tensor without axes, the result has the form of `y`.
+        y0: state at `ts[0]`: a tensor in floating point, or nested lists, tuples and dicts of such.
+        ts: times of the outputs `[T]`, at least 2, strictly rising or falling.
+        solver: method; `Tsit5()` by default.
+        gradient: way to differentiate; by default `Direct()` for at most 200 fixed steps, else `Checkpoint()`.
+        rtol: relative tolerance of adaptive steps, at least 0.
+        atol: absolute tolerance of adaptive steps, above 0.
+        dt: length of fixed steps, above 0.
+        grid: times of fixed steps, from the first to the last of `ts`. Where neither is given, a solver without an
+            error estimate steps from output to output.
+        params: tensors other than the parameters of `field` that it depends on and that want gradients.
+        jump_ts: times at which the field jumps; steps meet them exactly.
+        adaptive: rule for adaptive steps in place of `rtol` and `atol`.
+        max_steps: maximum number of steps tried, at least 1.
+
+    Shapes:
+        y0: any, leaves `[...]`; ys: leaves `[T, ...]`.
+
+    Returns:
+        `(ys, stats)`.
+
+    Raises:
+        TypeError: if `y0` is no tree of tensors in floating point, or `solver` or `gradient` is no such object.
+        ValueError: if times are not monotone, an option is out of range, the field's output has another form, the
+            gradient does not fit the solver, or `params` misses a tensor.
+        SolveError: if the field is NaN or infinite, or takes too many or too small steps.
+
+    >>> import torch
+    >>> ys, stats = odeint(lambda t, y: -y, torch.tensor([1.0]), [0.0, 1.0])
+    >>> round(ys[-1].item(), 4)
+    0.3679
+    """
+    solver = _checked_solver(solver or Tsit5(), stochastic=False)
+    packing = Packing(y0)
+    times = _times(ts)
+    terms = Terms(field, packing, parameters_of(field, params))
+    problem = Problem(
+        terms,
+        solver,
+        times,
+        _grid(times, dt, grid, jump_ts, solver),
+        _checked_adaptive(adaptive or Adaptive(rtol, atol)),
+        jumps=_jumps(jump_ts, times, packing.dtype),
+        max_steps=whole("max_steps", max_steps, 1),
+    )
+    return solve(problem, packing.pack(y0), gradient)
+
+
+def solve(problem: Problem, y0: Tensor, gradient: Gradient | None) -> Solution:
+    """Run a problem from a packed state."""
+    if gradient is None:
+        few = problem.grid is not None and len(problem.grid) <= FEW_STEPS
+        gradient = Direct() if few else Reversible() if problem.solver.reversible else Checkpoint()
+    ys = check_gradient("gradient", gradient).solve(problem, y0)
+    packed = ys if isinstance(ys, Tensor) else torch.stack(ys)
+    return Solution(problem.terms.packing.unpack(packed), problem.terms.stats)
+
+
+def parameters_of(field: Any, params: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Tensors of a field that want gradients: those named, and the parameters of modules.
+
+    Raises:
+        TypeError: if `field` is no function, or one of `params` is no tensor.
+    """
+    if not callable(field):
+        raise TypeError(f"expected field to be a function (t, y) -> dy/dt, got {type(field).__name__}")
+    owner = getattr(field, "__self__", field)
+    owner = owner.func if isinstance(owner, functools.partial) else owner
+    own = owner.parameters() if isinstance(owner, nn.Module) else ()
+    unique: dict[int, Tensor] = {}
+    for p in itertools.chain(own, params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"expected params to be tensors, got {type(p).__name__}")
+        if p.requires_grad:
+            unique[id(p)] = p
+    return list(unique.values())
+
+
+def _checked_solver(solver: Any, stochastic: bool) -> Solver:
+    if not isinstance(solver, Solver):
+        raise TypeError(f"expected solver to be a solver such as Tsit5(), got {solver!r}")
+    if stochastic and solver.calculus is None:
+        raise ValueError(f"expected a solver of stochastic equations such as ReversibleHeun(), got {solver}")
+    if not stochastic and not solver.ordinary:
+        raise ValueError(f"expected a solver of ordinary equations such as Tsit5(), got {solver}")
+    return solver
+
+
+def _checked_adaptive(adaptive: Adaptive) -> Adaptive:
+    at_least("rtol", adaptive.rtol, 0)
+    positive("atol", adaptive.atol)
+    if adaptive.first_step is not None:
+        positive("first_step", adaptive.first_step)
+    return adaptive
+
+
+def _floats(name: str, values: Any) -> list[float]:
+    if isinstance(values, Tensor):
+        if values.requires_grad:
+            warnings.warn(f"{name} wants a gradient, but solves are not differentiated in times", stacklevel=4)
+        values = values.detach().double().reshape(-1).tolist() if values.dim() == 1 else values
+    try:
+        return [float(v) for v in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected {name} to be a sequence of times, got {values!r}") from error
+
+
+def _times(ts: Any) -> list[float]:
+    times = _floats("ts", ts)
+    steps = [b - a for a, b in itertools.pairwise(times)]
+    if not steps or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)) or not math.isfinite(sum(times)):
+        raise ValueError(f"expected ts to be at least 2 strictly rising or falling times, got {_few(times)}")
+    return times
+
+
+def _few(times: Sequence[float]) -> str:
+    text = ", ".join(f"{t:g}" for t in times[:6])
+    return f"[{text}{', …' if len(times) > 6 else ''}]"
+
+
+def _jumps(jump_ts: Any, times: Sequence[float], dtype: torch.dtype) -> dict[float, None]:
+    """Jumps within the times, in their order; those that a field's clock cannot tell apart are one."""
+    low, high = min(times[0], times[-1]), max(times[0], times[-1])
+    jumps = sorted({t for t in _floats("jump_ts", jump_ts) if low <= t <= high}, reverse=times[0] > times[-1])
+    if any(t != t for t in jumps):
+        raise ValueError("expected jump_ts to be times, got nan")
+    return dict.fromkeys(jumps)
+
+
+def _grid(times: list[float], dt: Any, grid: Any, jump_ts: Any, solver: Solver) -> list[float] | None:
+    """Times of fixed steps, or None for adaptive ones."""
+    t0, end = times[0], times[-1]
+    if grid is not None:
+        if dt is not None:
+            raise ValueError("expected dt or grid, got both")
+        points = _times(grid)
+        if points[0] != t0 or points[-1] != end:
+            raise ValueError(f"expected grid from {t0:g} to {end:g} as ts, got {points[0]:g} to {points[-1]:g}")
+    elif dt is not None:
+        dt = positive("dt", float(dt))
+        n = max(1, math.ceil(abs(end - t0) / dt - NEAR))
+        points = [t0 + math.copysign(k * dt, end - t0) for k in range(n)] + [end]
+    elif solver.error_order is None:
+        points = list(times)
+    else:
+        return None
+    direction = math.copysign(1.0, end - t0)
+    jumps = [t for t in _floats("jump_ts", jump_ts) if 0 < (t - t0) * direction < (end - t0) * direction]
+    return _snapped(points, times, jumps, direction)
+
+
+def _snapped(points: list[float], times: Sequence[float], jumps: Sequence[float], direction: float) -> list[float]:
+    """The grid with jumps put in, and with points that are times of outputs but for rounding moved onto them."""
+    width = abs(points[-1] - points[0]) / (len(points) - 1)
+    outputs = iter(times)
+    output = next(outputs, None)
+    snapped = []
+    for t in points:
+        while output is not None and (t - output) * direction > NEAR * width:
+            output = next(outputs, None)
+        snapped.append(output if output is not None and abs(t - output) <= NEAR * width else t)
+    for t in jumps:
+        k = min(range(len(snapped)), key=lambda k: abs(snapped[k] - t))
+        if abs(snapped[k] - t) > NEAR * width:
+            snapped.append(t)
+        elif 0 < k < len(snapped) - 1:
+            snapped[k] = t
+    return sorted(set(snapped), reverse=direction < 0)
+
+
+def flat_tensors(*trees: Any) -> list[Tensor]:
+    """All tensors in trees that want gradients."""
+    return [v for v in pytree.tree_leaves(trees) if isinstance(v, Tensor) and v.requires_grad]
