@@ -470,3 +470,28 @@ def test_custom_datasets_and_loaders():
 def test_device_index_contradicts_several_devices() -> None:
     with pytest.raises(ValueError, match="expected device 'cuda' with devices=2, got 'cuda:1'"):
         fit(nn.Linear(3, 2), data(), device="cuda:1", devices=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "auglocal"}, "expected a learning rule such as Backprop.., got the text 'auglocal'"),
+        ({"rule": Backprop}, "expected a learning rule such as Backprop.., got the class Backprop"),
+        ({"rule": 3}, "expected a learning rule such as Backprop.., got a int"),
+        ({"model": "net"}, "expected a network, an nn.Module, got the text 'net'"),
+        ({"model": nn.Linear}, "expected a network, an nn.Module, got the class Linear"),
+    ],
+)
+def test_what_is_no_rule_and_no_network(arguments, message):
+    model = arguments.pop("model", nn.Linear(3, 2))
+    with pytest.raises(TypeError, match=message):
+        fit(model, (torch.randn(8, 3), torch.randint(2, (8,))), epochs=1, device="cpu", **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there(device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=f"expected a device that this machine has, got '{device}'"):
+        fit(nn.Linear(3, 2), (torch.randn(8, 3), torch.randint(2, (8,))), epochs=1, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -58,11 +59,29 @@ def test_other_selections():
     assert select_layers(2, 3, 10, "repetitive") == [9, 9, 9]
 
 
-def test_halvings_follow_widths_where_they_double_and_resolutions_elsewhere():
-    assert halvings((16, 32, 32), (64, 8, 8)) == 2
-    assert halvings((16, 32, 32), (16, 16, 16)) == 0
-    assert halvings((16, 32, 32), (24, 16, 16)) == 1
-    assert halvings((7,), (9,)) == 0
+@pytest.mark.parametrize(
+    ("target", "halved"),
+    [((64, 8, 8), 2), ((16, 16, 16), 1), ((24, 16, 16), 1), ((32, 32, 32), 0), ((32, 64, 64), 0), ((9,), 0),
+     ((32, 29, 29), math.log2(32 / 29))],
+)  # fmt: skip
+def test_halvings_follow_the_traced_resolution(target, halved):
+    assert halvings((16, 32, 32), target) == halved
+
+
+@pytest.mark.parametrize(("side", "pooled"), [(7, 4), (7, 3), (5, 3), (3, 1), (3, 2)])
+def test_a_pooling_of_an_odd_side_is_one_halving(side, pooled):
+    assert halvings((16, side, side), (16, pooled, pooled)) == 1
+
+
+def test_pools_stand_where_the_network_has_them():
+    widths, layers = [16, 16, 32, 32, 64, 64, 64, 64], []
+    for k, (a, b) in enumerate(zip([3, *widths[:-1]], widths, strict=True)):
+        pool = [nn.MaxPool2d(2)] if k in (2, 4) else []  # after the second and the fourth convolution
+        layers.append(nn.Sequential(*pool, nn.Conv2d(a, b, 3, padding=1), nn.ReLU()))
+    net = nn.Sequential(*layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)))
+    rule = AugLocal(aux_depth=6, selection="sequential")
+    rule.prepare(net, batch(shape=(3, 16, 16)))
+    assert rule.auxiliary_plan()["shapes"][0][-1] == (64, 4, 4)
 
 
 def test_strides_and_widths_of_the_first_auxiliary_network():

@@ -230,3 +230,37 @@ def test_mean_pool_is_adaptive_pooling(size, output):
 def test_mean_pool_saves_nothing():
     x = torch.randn(3, 2, 8, 8, requires_grad=True)
     assert saved_bytes(lambda: MeanPool2d((2, 2))(x)).peak == 0
+
+
+def test_averages_of_16_bit_weights_move_by_less_than_a_bit_of_them():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 5, dtype=torch.bfloat16)
+    auxiliary = MomentumAuxiliary(layer, 0.995)
+    start = layer.weight.detach().double().clone()
+    with torch.no_grad():
+        layer.weight.mul_(1.1)
+    for _ in range(300):
+        auxiliary.update(layer)
+    assert auxiliary.ema is not None
+    goal = layer.weight.detach().double()
+    torch.testing.assert_close(
+        auxiliary.ema.weight.double(),
+        goal + 0.995**300 * (start - goal),
+        atol=2e-3,
+        rtol=1e-2,  # a bit of bfloat16
+    )
+    resumed = MomentumAuxiliary(layer, 0.995)
+    resumed.load_state_dict(auxiliary.state_dict())
+    for each in (auxiliary, resumed):
+        each.update(layer)
+    assert torch.equal(auxiliary.average()[0], resumed.average()[0])
+
+
+def test_the_rule_trains_in_16_bits():
+    net = MLP(6, 3, hidden=(16, 16, 16)).bfloat16()
+    data = (torch.randn(64, 6).bfloat16(), torch.randint(3, (64,)))
+    rule = MAN(momentum=0.9)
+    fit(net, data, rule=rule, epochs=3, batch_size=16, device="cpu", precision="bf16-true")
+    for auxiliary, layer in rule._pairs:
+        assert auxiliary.average()[0].dtype == torch.float32
+        assert not torch.equal(auxiliary.average()[0], next(layer.parameters()).float())

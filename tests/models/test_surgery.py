@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -166,3 +167,15 @@ def test_parameter_groups_hold_every_parameter_once():
     torch.optim.SGD(groups, lr=0.1)
     members = [id(p) for g in groups for p in g["params"]]
     assert sorted(members) == sorted({id(p) for p in net.parameters()})
+
+
+def test_a_network_that_is_listened_to_can_be_pickled_and_copied():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with take_features(net, ["0", "2"]) as features:
+        for other in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
+            x = torch.randn(5, 3)
+            net(x)
+            seen = features["0"]
+            other(torch.randn(7, 3))
+            assert features["0"] is seen
+            torch.testing.assert_close(other(x), net(x))

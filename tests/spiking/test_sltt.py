@@ -309,3 +309,21 @@ def test_step_before_prepare():
 def test_loss_is_the_papers_by_default():
     assert isinstance(SLTT(timesteps=2).loss, SLTTLoss)
     assert SLTT(timesteps=2).loss.alpha == 0.05
+
+
+@pytest.mark.parametrize("rule", [SLTT, BPTT])
+def test_a_neuron_at_two_places_is_refused(rule):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.fire = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3), LIF(tau=1.5)
+
+        def forward(self, x):
+            return self.c(self.fire(self.b(self.fire(self.a(x)))))
+
+    data = (torch.rand(8, 6), torch.randint(3, (8,)))
+    with pytest.raises(ValueError, match="'fire' runs at two places"):
+        fit(Shared(), data, rule=rule(timesteps=3), epochs=1, device="cpu")
+    net = nn.Sequential(nn.Linear(6, 6), LIF(tau=1.5), nn.Linear(6, 3))
+    fit(net, data, rule=rule(timesteps=3), epochs=2, batch_size=4, device="cpu")
+    assert not any(m._forward_pre_hooks for m in net.modules())

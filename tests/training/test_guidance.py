@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchfolio.engine import Backprop, LearningRule, fit
 from torchfolio.local.auglocal import AugLocal
 from torchfolio.models import MLP, ResNetCIFAR, ViT
-from torchfolio.training.guidance import Guidance, GuidedRule, layer_correspondence, linear_cka, rsa
+from torchfolio.training.guidance import Guidance, GuidedRule, Recorder, layer_correspondence, linear_cka, rsa
 
 
 def features(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -569,3 +569,31 @@ def test_rule_that_runs_a_copy_is_noticed():
     rule.prepare(net, batch())
     with pytest.raises(ValueError, match="ran none of the guided layers"):
         rule.step(batch(), torch.Tensor.backward)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_layers_that_say_where_their_examples_are_are_believed(batch_first):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 4, batch_first=batch_first), nn.Linear(4, 2)
+
+        def forward(self, x):  # [N, T, 3]
+            h, _ = self.lstm(x if batch_first else x.transpose(0, 1))
+            return self.head(h.mean(1 if batch_first else 0))
+
+    target, x = Reader(), torch.randn(6, 6, 3)  # as many steps as examples
+    recorder = Recorder(target, "lstm", "target", 0)
+    with recorder:
+        target(x)
+        seen = recorder.take(6)["lstm"]
+    expected = target.lstm(x if batch_first else x.transpose(0, 1))[0]
+    torch.testing.assert_close(seen, expected if batch_first else expected.transpose(0, 1))
+
+
+def test_an_armed_target_can_be_pickled():
+    target = MLP(6, 3, hidden=(8, 8))
+    with Guidance(target, MLP(6, 3, hidden=(8, 8))):
+        again = pickle.loads(pickle.dumps(target))
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(again(x), target(x))

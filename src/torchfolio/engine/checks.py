@@ -192,6 +192,25 @@ def check_monitor(stopper: EarlyStopping | None, validated: bool) -> None:
         raise ValueError(f"early stopping monitors {stopper.monitor!r}; expected val or evaluate to be given")
 
 
+def check_kinds(model: Any, rule: Any) -> None:
+    """Refuse what is no network, and what is no learning rule but its name or its class.
+
+    Raises:
+        TypeError: saying which.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a network, an nn.Module, got {_kind(model)}")
+    if isinstance(rule, type) or not all(callable(getattr(rule, name, None)) for name in ("prepare", "step")):
+        example = rule.__name__ if isinstance(rule, type) else "Backprop"
+        raise TypeError(f"expected a learning rule such as {example}(), got {_kind(rule)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
 def check_callables(callbacks: Sequence[Callable[..., Any]]) -> None:
     """Refuse callbacks that cannot be called.
 

@@ -14,6 +14,7 @@ from torchfolio.data.examples import Examples
 from torchfolio.engine.checks import (
     check_callables,
     check_data,
+    check_kinds,
     check_last_batch,
     check_monitor,
     check_settings,
@@ -151,6 +152,8 @@ def fit(
     """
     check_settings(schedule, clip_norm, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
                    accumulate=accumulate, checkpoint_every=checkpoint_every, log_every=log_every)  # fmt: skip
+    rule = rule or Backprop()
+    check_kinds(model, rule)
     check_data(train, "train")
     if val is not None:
         check_data(val, "val")
@@ -164,7 +167,6 @@ def fit(
     rank, world = data_rank(fabric)
     train = Examples(train, "train").source
     val = Examples(val, "val").source if val is not None else None
-    rule = rule or Backprop()
     with seeded(seed):
         arguments = {"": type(rule).__name__, **settings_of(rule)}
         batches = as_batches(train, batch_size, seed, rank=rank, world=world, drop_last=drop_last, device=fabric.device)

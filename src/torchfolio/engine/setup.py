@@ -41,6 +41,7 @@ def launch(
     # Imported when it is needed: it takes longer to import than torch.
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     if given is None:
         # Fabric wants the kind of device and the indices apart.
@@ -54,12 +55,17 @@ def launch(
             num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", num_nodes))
         loggers = list(loggers) if isinstance(loggers, list | tuple) else [loggers]
         key = (devices, num_nodes, accelerator, *sorted(arguments.items())) if not loggers and devices == 1 else None
-        given = _made(
-            key,
-            lambda: Fabric(
-                devices=devices, num_nodes=num_nodes, loggers=loggers or None, accelerator=accelerator, **arguments
-            ),
-        )
+        try:
+            given = _made(
+                key,
+                lambda: Fabric(
+                    devices=devices, num_nodes=num_nodes, loggers=loggers or None, accelerator=accelerator, **arguments
+                ),
+            )
+        except (RuntimeError, MisconfigurationException) as error:
+            if accelerator in ("cuda", "gpu", "mps", "tpu"):
+                raise ValueError(f"expected a device that this machine has, got {str(device)!r}: {error}") from error
+            raise
     if not isinstance(given.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise ValueError(
             f"{type(given.strategy).__name__} wraps the module, which learning rules cannot see through; "

@@ -134,7 +134,7 @@ class AugLocal(LocalRule):
     network alone.
 
     The auxiliary network copies the type of the layers that `select_layers` names, at their widths, and halves
-    the resolution where widths double (at most once a layer; leftover halvings fall to the global pool). It ends
+    the resolution where the network does (at most once a layer; leftover halvings fall to the global pool). It ends
     in a global average pool, a batch norm if it is no deeper than one layer, and a linear classifier.
 
     Args:
@@ -272,17 +272,17 @@ class AugLocal(LocalRule):
 
 
 def halvings(current: Shape, target: Shape) -> float:
-    """How often the resolution should halve between two layers.
+    """How often the resolution halves between two layers: $\\log_2$ of the ratio of their traced sides, whole where so
+    many poolings, rounding up or down, lead from one to the other.
 
-    $\\log_2$ of the ratio of widths where that is a power of two of at least 1 (the paper's rule, which holds where
-    a network doubles widths as it halves maps), else of the ratio of the traced resolutions.
+    The paper tells it by the widths, which comes to the same where a network doubles widths as it halves maps.
     """
-    if len(current) != 3 or len(target) != 3:
+    if len(current) != 3 or len(target) != 3 or current[1] <= target[1]:
         return 0.0
-    ratio = math.log2(target[0] / current[0])
-    if ratio >= 0 and ratio == int(ratio):
-        return ratio
-    return max(0.0, math.log2(current[1] / target[1]))
+    ratio = math.log2(current[1] / target[1])
+    counts = (math.floor(ratio), math.ceil(ratio))
+    whole = (n for n in counts if current[1] >> n <= target[1] <= -(-current[1] >> n))
+    return float(next(whole, ratio))
 
 
 def copy_architecture(layer: nn.Module, before: Shape, after: Shape, in_shape: Shape, out_shape: Shape) -> nn.Module:

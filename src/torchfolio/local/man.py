@@ -82,6 +82,7 @@ class MomentumAuxiliary(nn.Module):
         self.ema = _fresh(next_layer, init).requires_grad_(False) if ema else None
         self.branch = _fresh(next_layer, "random") if bias == "branch" else None
         self.vector = nn.Parameter(torch.zeros(channels)) if bias == "vector" and channels else None
+        self._average: list[Tensor] = []
 
     def forward(self, h: Tensor) -> Tensor:
         u = h
@@ -93,6 +94,23 @@ class MomentumAuxiliary(nn.Module):
             shape = (-1, *[1] * (u.dim() - 2)) if u.dim() > 3 else (-1,)
             u = u + self.vector.view(shape)
         return u
+
+    def average(self) -> list[Tensor]:
+        """The parameters of E, or what stands for them: in 16 bits a step of $1 - m$ would be lost, so that the average
+        of such weights is held in float32, and the weights follow it."""
+        assert self.ema is not None
+        parameters: list[Tensor] = list(self.ema.parameters())
+        if all(p.dtype.itemsize > 2 for p in parameters):
+            return parameters
+        if not self._average or any(a.device != p.device for a, p in zip(self._average, parameters, strict=True)):
+            self._average = [p.detach().float() for p in parameters]
+        return self._average
+
+    def get_extra_state(self) -> list[Tensor]:
+        return self._average
+
+    def set_extra_state(self, state: list[Tensor]) -> None:
+        self._average = list(state)
 
     def update(self, next_layer: nn.Module) -> None:
         """Move E towards the current parameters of the next layer."""
@@ -122,10 +140,15 @@ def update_momentum(pairs: Sequence[tuple[MomentumAuxiliary, nn.Module]]) -> Non
         if auxiliary.ema is None or auxiliary.momentum == 1:  # at 1 the copy stays as it is, to the bit
             continue
         gamma, theta = followers.setdefault(auxiliary.momentum, ([], []))
-        gamma.extend(auxiliary.ema.parameters())
-        theta.extend(layer.parameters())
+        gamma.extend(auxiliary.average())
+        theta.extend(p.to(a.dtype) for p, a in zip(layer.parameters(), auxiliary.average(), strict=True))
     for momentum, (gamma, theta) in followers.items():
         torch._foreach_lerp_(gamma, theta, 1 - momentum)
+    for auxiliary, _ in pairs:
+        if auxiliary.ema is not None and auxiliary.momentum < 1:
+            for parameter, average in zip(auxiliary.ema.parameters(), auxiliary.average(), strict=True):
+                if parameter is not average:
+                    parameter.copy_(average)
 
 
 class MomentumHead(LocalHead):

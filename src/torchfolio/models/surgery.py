@@ -6,6 +6,7 @@ import difflib
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -139,6 +140,20 @@ class Feature(NamedTuple):
     version: int
 
 
+class _Listener:
+    """A hook that hands on the last of its arguments. In a copy or a pickle of the module it hears nothing."""
+
+    def __init__(self, hear: Callable[[object], None] | None = None) -> None:
+        self.hear = hear
+
+    def __call__(self, module: nn.Module, *seen: object) -> None:
+        if self.hear is not None:
+            self.hear(seen[-1])
+
+    def __reduce__(self) -> tuple[type[_Listener], tuple[()]]:
+        return _Listener, ()
+
+
 class Features:
     """Outputs of named modules, filled at every forward pass of the model.
 
@@ -158,20 +173,16 @@ class Features:
             if name not in modules:
                 close = difflib.get_close_matches(name, list(modules), n=3) or list(modules)[1:6]
                 raise ValueError(f"the network has no module {name!r}; did you mean {', '.join(close)}?")
-        # A copy of the model takes its hooks along: they must only listen to the modules they were made for.
-        self._handles = [model.register_forward_pre_hook(lambda m, a: self._seen.clear() if m is model else None)]
-        self._handles += [modules[name].register_forward_hook(self._keeper(name, modules[name])) for name in names]
+        self._handles = [model.register_forward_pre_hook(_Listener(lambda _: self._seen.clear()))]
+        self._handles += [
+            modules[name].register_forward_hook(_Listener(partial(self._keep, name, modules[name]))) for name in names
+        ]
 
-    def _keeper(self, name: str, watched: nn.Module) -> Callable[[nn.Module, object, object], None]:
-        def keep(module: nn.Module, arguments: object, output: object) -> None:
-            if module is not watched:
-                return
-            for value in self._read(module, output) if self._read is not None else [_first_tensor(name, output)]:
-                kept = flatten_features(value, self._flatten)
-                kept = kept.detach() if self._detach else kept
-                self._seen.append(Feature(name, kept, 0 if kept.is_inference() else kept._version))
-
-        return keep
+    def _keep(self, name: str, module: nn.Module, output: object) -> None:
+        for value in self._read(module, output) if self._read is not None else [_first_tensor(name, output)]:
+            kept = flatten_features(value, self._flatten)
+            kept = kept.detach() if self._detach else kept
+            self._seen.append(Feature(name, kept, 0 if kept.is_inference() else kept._version))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torchfolio.engine import LearningRule, evaluate
 from torchfolio.spiking.encoders import Encode, encode_input
@@ -35,8 +36,8 @@ class SequenceRule(LearningRule):
         generator: of random choices; torch's global one by default.
 
     Raises:
-        ValueError: if `timesteps` is below 1; in `prepare`, if the network has no spiking neuron; in `step`, if a
-            sequence has another length, or the loss of one step is not a scalar that requires a gradient.
+        ValueError: if `timesteps` is below 1; in `prepare`, if the network has no spiking neuron; in the first
+            `step`, if one runs at two places; in `step`, if a sequence has another length, or the loss of one step is not a scalar that requires a gradient.
     """
 
     detach = False  # what the rule needs of its neurons' detach_state
@@ -59,10 +60,12 @@ class SequenceRule(LearningRule):
         self.generator = generator
         self.model: nn.Module | None = None
         self._flags: list[tuple[LIF, bool]] = []
+        self._seen: list[RemovableHandle] = []
 
     def prepare(self, model: nn.Module, example: Sequence[Tensor]) -> nn.Module:
         self.release()
         neurons = find_neurons(model)
+        self._seen = _refuse_second_places(model, neurons)
         self._flags = [(n, n.detach_state) for n in neurons if isinstance(n, LIF)]
         for neuron, _ in self._flags:
             neuron.detach_state = self.detach
@@ -74,6 +77,12 @@ class SequenceRule(LearningRule):
         for neuron, flag in self._flags:
             neuron.detach_state = flag
         self._flags, self.model = [], None
+        self._look_no_more()
+
+    def _look_no_more(self) -> None:
+        for handle in self._seen:
+            handle.remove()
+        self._seen = []
 
     def step(self, batch: Sequence[Tensor], backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         if self.model is None:
@@ -85,6 +94,7 @@ class SequenceRule(LearningRule):
             loss, total, steps = self.learn(self.model, x_seq, y, backward)
         finally:
             reset_state(self.model)  # the last graph goes, and an evaluation starts afresh
+            self._look_no_more()
         scalars: dict[str, Tensor | float] = {"loss": loss, "backward_steps": float(steps)}
         if not y.is_floating_point() and total.dim() == y.dim() + 1:
             scalars["accuracy"] = (total.argmax(-1) == y).float().mean()
@@ -125,6 +135,25 @@ class SequenceRule(LearningRule):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if self.generator is not None and "generator" in state:
             self.generator.set_state(state["generator"])
+
+
+def _refuse_second_places(model: nn.Module, neurons: Sequence[nn.Module]) -> list[RemovableHandle]:
+    """Hooks that stop the network when it runs a neuron twice in one step."""
+    names = {module: name for name, module in model.named_modules()}
+    ran: set[nn.Module] = set()
+
+    def begin(module: nn.Module, inputs: object) -> None:
+        ran.clear()
+
+    def once(module: nn.Module, inputs: object) -> None:
+        if module in ran:
+            raise ValueError(
+                f"the spiking neuron {names.get(module, '')!r} runs at two places of the network and would carry the "
+                "potential of one to the other; give each place a neuron of its own"
+            )
+        ran.add(module)
+
+    return [model.register_forward_pre_hook(begin), *(n.register_forward_pre_hook(once) for n in neurons)]
 
 
 class BPTT(SequenceRule):

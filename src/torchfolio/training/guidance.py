@@ -529,6 +529,8 @@ class Recorder:
         """The features with the axis of examples first; `None` for outputs of a type search that have none."""
         if value.dim() > 1 and value.is_floating_point():
             axes = [self.batch_dim, *range(value.dim())] if value.dim() > self.batch_dim + 1 else range(value.dim())
+            if (own := _batch_axis(self.network.get_submodule(name))) is not None and value.dim() == 3:
+                axes = [own, *axes]
             axis = next((axis for axis in axes if value.shape[axis] == n), None)
             if axis is not None:
                 return value.movedim(axis, 0)
@@ -560,6 +562,15 @@ def _tensors(module: nn.Module, output: object) -> list[Tensor]:
     if isinstance(output, tuple | list):
         return [tensor for part in output for tensor in _tensors(module, part)]
     return []
+
+
+def _batch_axis(module: nn.Module) -> int | None:
+    """The axis of the examples in the output of a layer that says it by `batch_first`; `None` of any other."""
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    elif not isinstance(module, nn.RNNBase):
+        return None
+    return 0 if getattr(module, "batch_first", False) else 1
 
 
 def _types(layers: Select) -> tuple[type[nn.Module], ...] | None:
