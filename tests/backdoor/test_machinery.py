@@ -450,3 +450,27 @@ def test_a_trigger_that_leaves_the_range_is_refused():
     with pytest.raises(ValueError, match="keep images"):
         poison((x, y), lambda t: t.add_(2), AllToOne(0, 2), rate=0.25, seed=0).tensors()
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("change", ["append", "subset", "relabelled", "clean"])
+def test_sets_of_other_rows_come_back_too(tmp_path, change):
+    made = poison(data(), TRIGGERS["patch"], AllToOne(0, 4), rate=0.1, seed=0, mode="append")
+    if change == "subset":
+        made = made.subset(np.random.default_rng(0).random(len(made)) < 0.6)
+    elif change == "relabelled":
+        made = made.relabelled((made.y + 1) % 4)
+    elif change == "clean":
+        made = made.clean_view()
+    again = load(made.save(tmp_path), data())
+    for field in ("y", "y_true", "is_poison", "is_cover", "source_index"):
+        assert np.array_equal(getattr(again, field), getattr(made, field))
+    assert torch.equal(again.tensors()[0], made.tensors()[0])
+
+
+def test_a_saved_set_holds_the_poisoned_rows_alone(tmp_path):
+    many = (torch.rand(4000, 1, 12, 10, generator=torch.Generator().manual_seed(0)), torch.arange(4000) % 4)
+    made = poison(many, TRIGGERS["patch"], AllToOne(0, 4), rate=0.01, seed=0)
+    made.save(tmp_path)
+    assert (tmp_path / "poison.npz").stat().st_size < 40 * (120 + 8) + 4000  # the images, their rows, and headers
+    with pytest.raises(ValueError, match="other labels"):
+        load(tmp_path, (many[0], many[1].flip(0)))

@@ -337,3 +337,16 @@ def test_a_transform_of_the_items_is_seen_by_isolation_and_the_mean():
     assert float(seen[0].max()) < 0
     assert float(prepared.stamp.value.mean()) == pytest.approx(float(seen[0].mean()), abs=1e-5)
     assert float(prepared.tensors()[0].max()) < 0
+
+
+def test_a_mean_stamp_is_of_the_data_set_at_hand():
+    stamp = Stamp()
+    mask = torch.zeros(40, dtype=torch.bool)
+    mask[:4] = True
+    for level in (0.2, 0.7):
+        x, y = torch.full((40, 3, 6, 6), level), torch.arange(40) % 4
+        nab = NAB(PrecomputedIsolator(mask), PrecomputedRelabeler((y + 1) % 4), stamp)
+        nab.prepare((x, y))
+        nab.prepare((x + 0.1, y))
+        torch.testing.assert_close(nab.stamp.value, torch.full((3,), level + 0.1))
+    assert not stamp.known

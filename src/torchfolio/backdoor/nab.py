@@ -17,6 +17,7 @@ switches the trigger off. At test time every input is stamped. Loss, optimizer a
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence, Sized
@@ -552,7 +553,8 @@ class NAB(TrainingDefense):
         if not 0 <= stamp_clean_fraction < 1:
             raise ValueError(f"expected stamp_clean_fraction in [0, 1), got {stamp_clean_fraction}")
         self.isolator, self.relabeler, self.ratio = isolator, relabeler, ratio
-        self.stamp = stamp if stamp is not None else Stamp()
+        self._given = stamp if stamp is not None else Stamp()
+        self.stamp = self._given
         self.stamp_clean_fraction, self.augment = stamp_clean_fraction, augment
 
     def prepare(self, dataset: Any, *, clean: Any = None, seed: int = 0) -> NABDataset:
@@ -568,7 +570,8 @@ class NAB(TrainingDefense):
             ValueError: if a mask or labels have another length, labels are out of range, or the stamp does not fit.
         """
         x, y = _gather(dataset)
-        if not self.stamp.known:
+        if not self._given.known:  # each data set has a mean of its own
+            self.stamp = copy.deepcopy(self._given)
             self.stamp.value = x.float().mean((0, 2, 3)).to(self.stamp.value.device)
         self.stamp(x[:1])
         given = torch.as_tensor(self.isolator((x, y), seed=seed)).cpu()

@@ -19,7 +19,7 @@ from torchfolio.engine.loader import tensors_of
 
 __all__ = ["PoisonedDataset", "load", "poison", "poisoned_test"]
 
-FORMAT = 1
+FORMAT = 2
 Base = Dataset | Sequence[Tensor]
 ImageMap = Callable[..., Tensor]
 
@@ -134,7 +134,8 @@ class PoisonedDataset(Dataset):
         return (self.is_poison + 2 * self.is_cover).astype(np.uint8)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `meta.json` and `poison.npz`: all but the base, which `load` lays the triggered samples over.
+        """Write `meta.json` and `poison.npz`: the triggered samples, and of the others those that are not at the place
+        or of the label that they have in the base, which `load` lays them over.
 
         Raises:
             ValueError: if samples are not quantised, which eight bits cannot hold.
@@ -143,11 +144,16 @@ class PoisonedDataset(Dataset):
             raise ValueError("only quantised samples can be saved in eight bits; make them with quantize=True")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        labels, flags = _labels(self.base), self._flags()
+        places = np.arange(len(self)) % len(labels)
+        rows = np.flatnonzero((flags > 0) | (self.source_index != places) | (self.y != labels[places]))
         x = (255 * self.block()).round().to(torch.uint8).numpy()
         arrays = {
-            "index": self.source_index, "y": self.y, "y_true": self.y_true, "flags": self._flags(), "x": x,
+            "rows": _narrow(rows), "index": _narrow(self.source_index[rows]), "y": _narrow(self.y[rows]),
+            "flags": flags[rows], "x": x,
         }  # fmt: skip
-        meta: dict[str, Any] = {"format": FORMAT, **self.info, "label_map": self.label_map.spec(), "triggers": {}}
+        meta: dict[str, Any] = {"format": FORMAT, "samples": len(self), **self.info,
+                                "label_map": self.label_map.spec(), "triggers": {}}  # fmt: skip
         for name, trigger in (("trigger", self.trigger), ("cover_trigger", self.cover_trigger)):
             if isinstance(trigger, Trigger):
                 spec = trigger.spec()
@@ -155,8 +161,9 @@ class PoisonedDataset(Dataset):
                 arrays |= {f"{name}/{key}": value.cpu().numpy() for key, value in spec["tensors"].items()}
         np.savez(folder / "poison.npz", **arrays)  # pyright: ignore[reportArgumentType]
         meta["sha256"] = {
-            "index": _sha256(self.source_index.tobytes()),
+            "index": _sha256(arrays["index"].tobytes()),
             "x": _sha256(x.tobytes()),
+            "labels": _sha256(labels.tobytes()),
             "poison.npz": _sha256((folder / "poison.npz").read_bytes()),
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -312,18 +319,39 @@ def load(folder: str | Path, base: Base, **modules: nn.Module) -> PoisonedDatase
         arrays = dict(file)
     for field in ("index", "x"):
         _same_hash(field, arrays[field].tobytes(), meta, folder)
-    length = len(_labels(base))
-    if length != meta["length"]:
-        raise ValueError(f"expected a base of length {meta['length']}, got {length}")
+    labels = _labels(base)
+    if len(labels) != meta["length"]:
+        raise ValueError(f"expected a base of length {meta['length']}, got {len(labels)}")
+    if _sha256(labels.tobytes()) != meta["sha256"]["labels"]:
+        raise ValueError(f"expected the base that {folder} was made from, got one of other labels")
+    samples, rows = meta.get("samples"), arrays["rows"].astype(np.int64)
+    if not isinstance(samples, int) or not 0 <= samples <= len(labels) + len(rows) or not _within(rows, samples):
+        raise ValueError(f"expected rows below the number of samples in {folder}, {samples}")
+    if not _within(arrays["index"], len(labels)) or (arrays["flags"] > 0).sum() != len(arrays["x"]):
+        raise ValueError(f"expected an image for every poisoned row in {folder}, and rows of the base")
+    index = np.arange(samples) % len(labels)
+    y, flags = labels[index], np.zeros(samples, np.uint8)
+    index[rows], flags[rows], y[rows] = arrays["index"], arrays["flags"], arrays["y"]
     triggers: dict[str, Trigger | None] = {"trigger": None, "cover_trigger": None}
     for key, spec in meta["triggers"].items():
         tensors = {n.removeprefix(f"{key}/"): torch.from_numpy(v) for n, v in arrays.items() if n.startswith(f"{key}/")}
         triggers[key] = Trigger.from_spec({**spec, "tensors": tensors}, **modules)
     info = {k: meta[k] for k in ("seed", "mode", "rate", "quantize", "base", "length")}
     return PoisonedDataset(
-        base, arrays["index"], arrays["y"], arrays["y_true"], arrays["flags"], **triggers,
+        base, index, y, labels[index], flags, **triggers,
         label_map=LabelMap.from_spec(meta["label_map"]), info=info, block=torch.from_numpy(arrays["x"]).float() / 255,
     )  # fmt: skip
+
+
+def _within(values: np.ndarray, end: int) -> bool:
+    return values.ndim == 1 and (not len(values) or (int(values.min()) >= 0 and int(values.max()) < end))
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """The same integers in as few bytes as hold them."""
+    if not len(values):
+        return values.astype(np.uint8)
+    return values.astype(np.result_type(np.min_scalar_type(values.min()), np.min_scalar_type(values.max())))
 
 
 def _same_hash(field: str, content: bytes, meta: dict[str, Any], folder: Path) -> None:
