@@ -471,6 +471,6 @@ def test_a_saved_set_holds_the_poisoned_rows_alone(tmp_path):
     many = (torch.rand(4000, 1, 12, 10, generator=torch.Generator().manual_seed(0)), torch.arange(4000) % 4)
     made = poison(many, TRIGGERS["patch"], AllToOne(0, 4), rate=0.01, seed=0)
     made.save(tmp_path)
-    assert (tmp_path / "poison.npz").stat().st_size < 40 * (120 + 8) + 4000  # the images, their rows, and headers
+    assert (tmp_path / "poison.npz").stat().st_size < 10_000  # images and triggers; int64 of all rows would be 96 kB
     with pytest.raises(ValueError, match="other labels"):
         load(tmp_path, (many[0], many[1].flip(0)))
