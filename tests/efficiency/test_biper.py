@@ -404,3 +404,44 @@ def test_network_inside_a_bundle_must_be_allowed_too():
     recipe = BiPer().recipe({"build": "os:system", "arguments": {"command": "true"}})
     with pytest.raises(BundleError, match="allow it by name"):
         build(recipe["build"], recipe["arguments"])
+
+
+def small():
+    return nn.Sequential(nn.Linear(4, 4), nn.Hardtanh(), nn.Linear(4, 4))
+
+
+def test_the_stage_is_in_the_state():
+    trained = binarize(small(), where=["2"], stage=2)
+    net = binarize(small(), where=["2"])
+    net.load_state_dict(trained.state_dict())
+    assert net[2].stage == 2
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(net.eval()(x), trained.eval()(x))
+    assert copy.deepcopy(net)[2].stage == 2
+
+
+@pytest.mark.parametrize("match", [False, True])
+def test_shared_frozen_and_double_weights_stay_so(match):
+    net = small().double()
+    net[2].weight = net[0].weight
+    net[0].weight.requires_grad_(False)
+    x, before = torch.randn(5, 4, dtype=torch.double), net[0].weight.clone()
+    y = net(x)
+    binarize(net, where=["0", "2"], match=match, binary_input=False)
+    assert net[0].weight is net[2].weight
+    assert not net[2].weight.requires_grad
+    assert net[0].bias.requires_grad
+    assert net[0].weight.dtype == net[0].alpha.dtype == torch.double
+    if match:
+        torch.testing.assert_close(net(x), y)
+    else:
+        assert torch.equal(net[0].weight, before)
+
+
+def test_what_would_stay_real_or_lose_its_weight_is_refused():
+    with pytest.raises(ValueError, match=r"'attention\.out_proj' belongs to an nn.MultiheadAttention"):
+        binarize(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), where=lambda n, m: True)
+    net = small()
+    net[2].weight = net[0].weight
+    with pytest.raises(ValueError, match="'2' shares a weight with '0'"):
+        binarize(net, where=["2"], match=True)

@@ -81,11 +81,11 @@ class BinaryLayer(nn.Module):
         raise NotImplementedError
 
     def adopt(self, old: nn.Conv2d | nn.Linear) -> None:
-        """Copy the weights and bias of an ordinary layer."""
-        with torch.no_grad():
-            self.weight.copy_(old.weight)
-            if self.bias is not None and old.bias is not None:
-                self.bias.copy_(old.bias)
+        """Take over the parameters of an ordinary layer themselves: what they share with other layers, whether they are
+        frozen and of what type they are stays."""
+        for name in ("weight", "bias"):
+            setattr(self, name, getattr(old, name))
+        self.alpha.data = self.alpha.data.to(old.weight)
 
     def _scaled_weight(self) -> Tensor:
         # The scale goes on the weights, not on the larger output: the same product, fewer operations and less saved.

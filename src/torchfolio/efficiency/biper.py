@@ -85,20 +85,36 @@ class BiPerLayer(BinaryLayer):
 
     Attributes:
         frequency: $\\omega_0$.
-        stage: 1 for $\\sin \\omega_0 w$, 2 for its sign.
+        stage: 1 for $\\sin \\omega_0 w$, 2 for its sign; kept in the state dict.
         trained: whether the weights have been in training in stage 1; kept in the state dict.
     """
 
     trained: Tensor
+    in_stage: Tensor
 
     def _begin(self, frequency: float, binary_input: bool, stage: int) -> None:
         if not (math.isfinite(frequency) and frequency > 0):
             raise ValueError(f"expected a frequency above 0, got {frequency!r}")
         self.frequency = float(frequency)
-        self.stage = _checked(stage)
+        self.register_buffer("in_stage", torch.tensor(1, dtype=torch.uint8, device=self.weight.device))
+        self.stage = stage
         self._start(binary_input)
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool, device=self.weight.device))
         self._look = True
+
+    @property
+    def stage(self) -> int:
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: int) -> None:
+        self._stage = _checked(stage)  # a number of its own, so that no forward pass waits for a device
+        self.in_stage.fill_(stage)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.in_stage.is_meta:
+            self._stage = _checked(int(self.in_stage))
 
     def effective_weight(self) -> Tensor:
         if self.stage == 1:
@@ -236,6 +252,9 @@ def binarize(
     """
     chosen = _choose(model, where)
     settings = {"frequency": frequency, "binary_input": binary_input, "stage": stage}
+    matched: dict[nn.Parameter, BiPerLayer] = {}
+    if match:
+        _refuse_half_tied(model, chosen)
 
     def convert(old: nn.Module) -> nn.Module:
         if type(old).__name__.startswith("ConvTranspose") or not isinstance(old, nn.Conv2d | nn.Linear):
@@ -246,7 +265,7 @@ def binarize(
             new = BiPerLinear(**linear_arguments(old), **settings)
         new.adopt(old)
         if match:
-            _match(new)
+            _match(new, matched)
         return new
 
     model = replace_layers(model, lambda name, module: name in chosen, convert)
@@ -269,6 +288,7 @@ def _choose(model: nn.Module, where: Where | None) -> set[str]:
         unknown = sorted(chosen - set(modules))
         if unknown:
             raise ValueError(f"the network has no module {unknown[0]!r}; expected names of its layers")
+    _refuse_inside_attention(modules, chosen)
     if not chosen:
         kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
         raise ValueError(
@@ -282,13 +302,43 @@ def _weighs(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear | nn.modules.conv._ConvTransposeNd)
 
 
+def _refuse_inside_attention(modules: dict[str, nn.Module], chosen: set[str]) -> None:
+    for name in sorted(chosen):
+        parent = modules.get(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name!r} belongs to an nn.MultiheadAttention, which uses its weight without calling the layer: it would "
+                "stay real; leave it out by where="
+            )
+
+
+def _refuse_half_tied(model: nn.Module, chosen: set[str]) -> None:
+    """Matched weights are others than the old ones, which a layer that stays real cannot share."""
+    places: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, set()).add(name.rpartition(".")[0])
+    for owners in places.values():
+        if owners & chosen and owners - chosen:
+            raise ValueError(
+                f"{min(owners & chosen)!r} shares a weight with {min(owners - chosen)!r}, which stays real: match=True "
+                "gives it a weight of its own; make both binary, or use match=False"
+            )
+
+
 @torch.no_grad()
-def _match(layer: BiPerLayer) -> None:
-    """Scale of a channel: its largest weight; the weights: where the sine takes the rest of it."""
-    flat = layer.weight.flatten(1)
+def _match(layer: BiPerLayer, matched: dict[nn.Parameter, BiPerLayer]) -> None:
+    """Scale of a channel: its largest weight; the weights: where the sine takes the rest of it. Shared ones once."""
+    old = layer.weight
+    if old in matched:
+        layer.weight = matched[old].weight
+        layer.alpha.copy_(matched[old].alpha)
+        return
+    matched[old] = layer
+    flat = old.flatten(1)
     alpha = flat.abs().amax(1).clamp_min(torch.finfo(flat.dtype).tiny)
     layer.alpha.copy_(alpha)
-    layer.weight.copy_(((flat / alpha[:, None]).asin() / layer.frequency).view_as(layer.weight))
+    sines = (flat / alpha[:, None]).asin() / layer.frequency
+    layer.weight = nn.Parameter(sines.view_as(old), old.requires_grad)
 
 
 def _layers(model: nn.Module) -> dict[str, BiPerLayer]:
