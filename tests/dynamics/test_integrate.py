@@ -236,6 +236,19 @@ def test_computed_tensors_as_parameters():
         torch.testing.assert_close(grad, grads[0], atol=1e-6, rtol=0)
 
 
+def test_parameters_behind_computed_ones():
+    base = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    shift = base.exp()
+    y0, options = torch.zeros(2).double(), {"dt": 0.1, "params": [shift, base]}
+    grads = []
+    for gradient in (Direct(), Checkpoint(3)):
+        ys, _ = odeint(lambda t, y: shift - y, y0, [0, 1], RK4(), gradient, **options)
+        grads.append(torch.autograd.grad(ys[-1].sum(), base, retain_graph=True)[0])
+    torch.testing.assert_close(*grads)
+    with pytest.raises(ValueError, match="none was computed from another"):
+        odeint(lambda t, y: shift - base * y, y0, [0, 1], RK4(), Checkpoint(3), **options)
+
+
 def test_copies_and_dtypes():
     for thing in (Tsit5(), ReversibleHeun(), Checkpoint(3), Adjoint(), Reversible()):
         assert repr(copy.deepcopy(thing)) == repr(pickle.loads(pickle.dumps(thing)))

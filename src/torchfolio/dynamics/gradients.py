@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from torchfolio.checks import whole
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
+from torchfolio.dynamics.runge_kutta import ExplicitRungeKutta
 from torchfolio.dynamics.solver import Carry, Solver, Step
 from torchfolio.dynamics.stepping import Adaptive, Outputs, Problem, march, read_off, rms
 
-__all__ = ["Adjoint", "Checkpoint", "Direct", "Gradient", "Reversible", "check_gradient"]
+__all__ = ["Adjoint", "Checkpoint", "Direct", "Gradient", "Reversible", "check_gradient", "refuse_random_layers"]
 
 
 class Gradient(ABC):
@@ -48,15 +49,15 @@ class _Recomputed(Gradient):
         Raises:
             ValueError: if it is one.
         """
-        _refuse_random_layers(problem.terms.field)
-        _refuse_undeclared(problem, y0)
+        refuse_random_layers(problem.terms.field)
 
     def solve(self, problem: Problem, y0: Tensor) -> list[Tensor] | Tensor:
-        params = problem.terms.params
-        if not torch.is_grad_enabled() or not any(v.requires_grad for v in (y0, *params)):
+        terms = problem.terms
+        if not torch.is_grad_enabled() or not any(v.requires_grad for v in (y0, *terms.params)):
             return read_off(problem, y0)
         self.check(problem, y0)
-        return _Solve.apply(self, problem, y0, *params)  # pyright: ignore[reportReturnType]
+        terms.params = _used_parameters(problem, y0)
+        return _Solve.apply(self, problem, y0, *terms.params)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
     def forward(self, problem: Problem, y0: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
@@ -265,7 +266,8 @@ class Adjoint(_Recomputed):
     as wrong as both solves' tolerances allow.
 
     Args:
-        solver: solver of the adjoint equation; the same as forwards if None.
+        solver: solver of the adjoint equation; the same as forwards if None. For stochastic equations `Heun()`,
+            `Midpoint()` or `Ralston()`.
         rtol: relative tolerance of the adjoint equation; as forwards if None.
         atol: absolute tolerance of the adjoint equation; as forwards if None.
         seminorm: whether the gradients G of the parameters, on which nothing depends, are left out of the error norm;
@@ -285,8 +287,11 @@ class Adjoint(_Recomputed):
         self.solver, self.rtol, self.atol, self.seminorm = solver, rtol, atol, seminorm
 
     def check(self, problem: Problem, y0: Tensor) -> None:
-        if problem.terms.noisy and problem.solver.calculus == "ito":
-            raise ValueError(f"expected a Stratonovich solver for the gradient Adjoint(), got {problem.solver}")
+        solver = self.solver or problem.solver
+        if problem.terms.noisy and not (isinstance(solver, ExplicitRungeKutta) and solver.calculus == "stratonovich"):
+            raise ValueError(
+                f"expected Heun() or Midpoint() to solve the adjoint of a stochastic equation, got {solver}"
+            )
         super().check(problem, y0)
 
     def forward(self, problem: Problem, y0: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
@@ -349,7 +354,12 @@ def _plus(x: Any, y: Tensor | None) -> Any:
     return y if x is None else x if y is None else x + y
 
 
-def _refuse_random_layers(field: Any) -> None:
+def refuse_random_layers(field: Any) -> None:
+    """Refuse a module that answers at random, or counts its calls, where it will be asked again.
+
+    Raises:
+        ValueError: if dropout or batch normalisation is in training mode.
+    """
     modules = field.modules() if isinstance(field, nn.Module) else ()
     for module in modules:
         if module.training and isinstance(module, (_DropoutNd, _BatchNorm)):
@@ -359,29 +369,54 @@ def _refuse_random_layers(field: Any) -> None:
             )
 
 
-def _refuse_undeclared(problem: Problem, y0: Tensor) -> None:
-    """Refuse a field that depends on tensors that want gradients but are not among its parameters."""
+def _used_parameters(problem: Problem, y0: Tensor) -> tuple[Tensor, ...]:
+    """Parameters that the field depends on directly.
+
+    Raises:
+        ValueError: if it depends on other tensors that want gradients, or a parameter was computed from another one that
+            the field depends on too, whose gradient would count twice.
+    """
     terms = problem.terms
     before = terms.stats.nfe_forward
     with torch.enable_grad():
         outputs = terms.rates(problem.sides(problem.ts[0], problem.ts[-1])[0], y0.detach())
     terms.stats.nfe_forward = before
-    declared = {id(p) for p in terms.params}
-    # The graph of a declared tensor that was computed is not the field's.
-    seen = {p.grad_fn for p in terms.params if p.grad_fn is not None}
-    nodes = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    # Parameters by the node of the graph that stands for them: leaves by their own, computed ones by what computed them.
+    declared = {id(p) if p.grad_fn is None else p.grad_fn: p for p in terms.params}
+    used, missing = _reached([out.grad_fn for out in outputs], declared)
+    if missing:
+        raise ValueError(
+            f"expected params to name every tensor that the field depends on and that wants a gradient, "
+            f"one of shape {tuple(missing[0].shape)} is missing"
+        )
+    computed = [node for key in used if (node := declared[key].grad_fn) is not None]
+    behind, _ = _reached([parent for node in computed for parent, _ in node.next_functions], declared)
+    if twice := [declared[key] for key in used if key in behind]:
+        raise ValueError(
+            f"expected params of which none was computed from another, one of shape {tuple(twice[0].shape)} was used so; "
+            "hand the field one of the two detached, or use the gradient Direct()"
+        )
+    return tuple(declared[key] for key in used)
+
+
+def _reached(nodes: list[Any], declared: Mapping[Any, Tensor]) -> tuple[list[Any], list[Tensor]]:
+    """Keys of declared tensors that a graph reaches without passing through one, and leaves that are not declared."""
+    seen, used, missing = set(), [], []
+    nodes = [node for node in nodes if node is not None]
     while nodes:
         node = nodes.pop()
         if node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in declared:
-            raise ValueError(
-                f"expected params to name every tensor that the field depends on and that wants a gradient, "
-                f"one of shape {tuple(variable.shape)} is missing"
-            )
-        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+        key = node if variable is None else id(variable)
+        if key in declared:
+            used.append(key)
+        elif variable is not None:
+            missing.append(variable)
+        else:
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return used, missing
 
 
 def check_gradient(name: str, value: Any) -> Gradient:

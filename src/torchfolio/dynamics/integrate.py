@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchfolio.checks import at_least, positive, whole
-from torchfolio.dynamics.gradients import Checkpoint, Direct, Gradient, Reversible, check_gradient
-from torchfolio.dynamics.runge_kutta import Tsit5
+from torchfolio.dynamics.brownian import Brownian, BrownianGrid
+from torchfolio.dynamics.controls import Control
+from torchfolio.dynamics.gradients import Checkpoint, Direct, Gradient, Reversible, check_gradient, refuse_random_layers
+from torchfolio.dynamics.reversible_heun import ReversibleHeun
+from torchfolio.dynamics.runge_kutta import Euler, Tsit5
+from torchfolio.dynamics.sde import SDE, SDETerms
 from torchfolio.dynamics.solver import Solver
 from torchfolio.dynamics.stepping import NEAR, Adaptive, Problem
 from torchfolio.dynamics.terms import Packing, Stats, Terms
 
-__all__ = ["Solution", "odeint"]
+__all__ = ["Solution", "cdeint", "odeint", "sdeint"]
 
 FEW_STEPS = 200  # up to so many fixed steps are differentiated directly
 
@@ -105,6 +108,164 @@ def odeint(
         max_steps=whole("max_steps", max_steps, 1),
     )
     return solve(problem, packing.pack(y0), gradient)
+
+
+def sdeint(
+    sde: SDE,
+    y0: Tensor,
+    ts: Tensor | Sequence[float],
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+    *,
+    dt: float | None = None,
+    grid: Tensor | Sequence[float] | None = None,
+    brownian: Brownian | None = None,
+    seed: int | None = None,
+    params: Iterable[Tensor] = (),
+) -> Solution:
+    """Solve a stochastic differential equation by fixed steps.
+
+    Args:
+        sde: equation; its calculus must be the solver's.
+        y0: state at `ts[0]` `[..., h]`.
+        ts: times of the outputs `[T]`, at least 2, strictly rising. Between steps outputs lie on straight lines.
+        solver: method; by default `ReversibleHeun()` for Stratonovich equations, `Euler()` for Itô ones.
+        gradient: way to differentiate; by default `Reversible()` where the solver is reversible, else `Direct()` for at
+            most 200 steps and `Checkpoint()` for more.
+        dt: length of the steps, above 0.
+        grid: times of the steps, in place of `dt`.
+        brownian: Brownian motion; a `BrownianGrid` on the steps by default.
+        seed: number that decides that default motion; drawn by torch's global generator if None.
+        params: tensors other than the parameters of `sde` that it depends on and that want gradients.
+
+    Shapes:
+        y0: `[..., h]`; ys: `[T, ..., h]`.
+
+    Returns:
+        `(ys, stats)`.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if calculus and solver do not fit, neither `dt` nor `grid` is given, the shape of a diffusion or of
+            the Brownian motion does not fit the noise, or the gradient does not fit the solver.
+        SolveError: if drift or diffusion is NaN or infinite.
+    """
+    if not isinstance(sde, SDE):
+        raise TypeError(f"expected sde to be an SDE, got {type(sde).__name__}")
+    if not isinstance(y0, Tensor) or y0.dim() < 1:
+        raise TypeError("expected y0 to be a tensor [..., channels]")
+    solver = _checked_solver(solver or (ReversibleHeun() if sde.calculus == "stratonovich" else Euler()), True)
+    if solver.calculus != sde.calculus:
+        raise ValueError(f"expected a solver for the calculus {sde.calculus!r}, got {solver} for {solver.calculus!r}")
+    if sde.noise not in getattr(solver, "noises", (sde.noise,)):
+        raise ValueError(f"expected diagonal or additive noise for {solver}, got {sde.noise}")
+    if dt is None and grid is None:
+        raise ValueError("expected dt or grid: stochastic equations are solved by fixed steps")
+    packing, times = Packing(y0), _times(ts)
+    if times[0] > times[-1]:
+        raise ValueError("expected ts to rise: stochastic equations are solved forwards in time")
+    terms = SDETerms(sde, packing, parameters_of(sde, params))
+    steps = _grid(times, dt, grid, (), solver)
+    assert steps is not None
+    shape = terms.noise_shape(times[0], y0)
+    if brownian is None:
+        seed = int(torch.randint(2**62, ())) if seed is None else whole("seed", seed)
+        # Outputs are on it too, for adjoint equations restart there.
+        brownian = BrownianGrid(sorted({*steps, *times}), shape, seed, dtype=y0.dtype, device=y0.device)
+    elif not isinstance(brownian, Brownian):
+        raise TypeError(f"expected brownian to be a BrownianInterval or BrownianGrid, got {type(brownian).__name__}")
+    elif brownian.shape != shape or brownian.dtype != y0.dtype:
+        raise ValueError(
+            f"expected a Brownian motion of shape {shape} and {y0.dtype}, got {brownian}, {brownian.dtype}"
+        )
+    problem = Problem(terms, solver, times, steps, noise=brownian)
+    if gradient is None and solver.reversible:
+        gradient = Reversible()
+    return solve(problem, y0, gradient)
+
+
+def cdeint(
+    control: Control,
+    field: Callable[..., Any],
+    z0: Tensor,
+    ts: Tensor | Sequence[float] | None = None,
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+    *,
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+    dt: float | None = None,
+    grid: Tensor | Sequence[float] | None = None,
+    params: Iterable[Tensor] = (),
+    adaptive: Adaptive | None = None,
+    max_steps: int = 100_000,
+) -> Solution:
+    """Solve the controlled differential equation dz = f(t, z) dX(t) as the ordinary one dz/dt = f(t, z) X'(t).
+
+    The control's knots are met exactly where its slope jumps. Gradients reach the data that the control was made from.
+
+    Args:
+        control: path X.
+        field: function or module `(t, z) -> f` `[..., h, c]`, a matrix for each z.
+        z0: state at the first time `[..., h]`; let it depend on the control's first value, since only changes of X are
+            seen afterwards.
+        ts: times of the outputs `[T]`; both ends of the control by default.
+        solver: method; `Tsit5()` by default.
+        gradient: way to differentiate; by default `Reversible()` where the solver is reversible, else as for `odeint`.
+        rtol: relative tolerance of adaptive steps, at least 0.
+        atol: absolute tolerance of adaptive steps, above 0.
+        dt: length of fixed steps, above 0.
+        grid: times of fixed steps, such as `control.knots`.
+        params: tensors other than the parameters of `field` and the control's data that want gradients.
+        adaptive: rule for adaptive steps in place of `rtol` and `atol`.
+        max_steps: maximum number of steps tried, at least 1.
+
+    Shapes:
+        control: values `[..., c]`; z0: `[..., h]`; ys: `[T, ..., h]`.
+
+    Returns:
+        `(ys, stats)`.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: as `odeint`, or if times lie outside the control.
+        SolveError: as `odeint`.
+    """
+    if not isinstance(control, Control):
+        raise TypeError(f"expected control to be a Control such as HermiteControl, got {type(control).__name__}")
+    ts = [control.t0, control.t1] if ts is None else ts
+    times = _times(ts)
+    if min(times) < control.t0 or max(times) > control.t1:
+        raise ValueError(f"expected ts within the control's times [{control.t0:g}, {control.t1:g}], got {_few(times)}")
+
+    def controlled(t: Tensor, z: Tensor) -> Tensor:
+        f, slope = field(t, z), control.derivative(t)
+        if f.shape[-1:] != slope.shape[-1:] or f.shape[:-1] != z.shape:
+            raise ValueError(
+                f"expected the field's output of shape {(*z.shape, slope.shape[-1])}, got {tuple(f.shape)}"
+            )
+        return (f @ slope.unsqueeze(-1)).squeeze(-1)
+
+    if not isinstance(gradient, Direct):
+        refuse_random_layers(field)
+    solver = solver or Tsit5()
+    if gradient is None and getattr(solver, "reversible", False):
+        gradient = Reversible()
+    return odeint(
+        controlled,
+        z0,
+        times,
+        solver,
+        gradient,
+        rtol=rtol,
+        atol=atol,
+        dt=dt,
+        grid=grid,
+        params=[*parameters_of(field, params), control.coefficients],
+        jump_ts=control.jumps,
+        adaptive=adaptive,
+        max_steps=max_steps,
+    )
 
 
 def solve(problem: Problem, y0: Tensor, gradient: Gradient | None) -> Solution:
@@ -227,8 +388,3 @@ def _snapped(points: list[float], times: Sequence[float], jumps: Sequence[float]
         elif 0 < k < len(snapped) - 1:
             snapped[k] = t
     return sorted(set(snapped), reverse=direction < 0)
-
-
-def flat_tensors(*trees: Any) -> list[Tensor]:
-    """All tensors in trees that want gradients."""
-    return [v for v in pytree.tree_leaves(trees) if isinstance(v, Tensor) and v.requires_grad]

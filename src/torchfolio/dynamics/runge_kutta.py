@@ -47,6 +47,9 @@ class ExplicitRungeKutta(Solver):
 
         k_i = f(t + c_i h, y + h Σ_j a_ij k_j),    y' = y + h Σ_i b_i k_i
 
+    For stochastic equations k_i = f h + g ΔW takes the place of h k_i. One stage gives Euler's method for Itô equations;
+    with Σ b_i c_i = ½ the method solves Stratonovich ones, at strong order ½, or 1 if the noise commutes.
+
     A subclass names a tableau and its orders. Between steps the state is the cubic through both ends with their slopes
     (Hermite), or the quartic that also meets the middle of the step.
     """
@@ -54,6 +57,8 @@ class ExplicitRungeKutta(Solver):
     tableau: ClassVar[Tableau]
 
     def step(self, terms: Terms, t0: float, t1: float, y: Tensor, carry: Carry, noise: Any = None) -> Step:
+        if noise is not None:
+            return self._noisy_step(terms, t0, t1, y, noise)
         tableau, h = self.tableau, t1 - t0
         k = [carry[0] if carry else terms(t0, y)]
         reached = y
@@ -69,7 +74,16 @@ class ExplicitRungeKutta(Solver):
         dense = (k[0],) if tableau.b_mid is None else tuple(k)
         return Step(t0, t1, y, y1, (k[-1],) if same else (), error, dense)
 
+    def _noisy_step(self, terms: Terms, t0: float, t1: float, y: Tensor, noise: Any) -> Step:
+        tableau, h = self.tableau, t1 - t0
+        k = [terms.move(t0, y, h, noise)]
+        for c, row in zip(tableau.c[1:], tableau.a, strict=True):
+            k.append(terms.move(t1 if c == 1 else t0 + c * h, combine(y, k, row, 1.0), h, noise))
+        return Step(t0, t1, y, combine(y, k, tableau.b, 1.0), ())
+
     def interpolate(self, terms: Terms, step: Step, t: float) -> Tensor:
+        if not step.dense:
+            return super().interpolate(terms, step, t)
         h = step.t1 - step.t0
         x = (t - step.t0) / h
         if not step.carry:
@@ -102,9 +116,10 @@ def combine(y: Tensor | None, k: Sequence[Tensor], weights: Sequence[float], h: 
 
 
 class Euler(ExplicitRungeKutta):
-    """Euler's method, order 1."""
+    """Euler's method, order 1; for Itô equations Euler–Maruyama's, strong order ½."""
 
     order = 1
+    calculus = "ito"
     tableau = Tableau((), (1.0,))
 
 
@@ -112,6 +127,7 @@ class Midpoint(ExplicitRungeKutta):
     """Midpoint method, order 2."""
 
     order = 2
+    calculus = "stratonovich"
     tableau = Tableau(((0.5,),), (0.0, 1.0))
 
 
@@ -119,6 +135,7 @@ class Heun(ExplicitRungeKutta):
     """Heun's method (trapezoidal), order 2, with Euler's step as the embedded one."""
 
     order, error_order = 2, 2
+    calculus = "stratonovich"
     tableau = Tableau(((1.0,),), (0.5, 0.5), (-0.5, 0.5))
 
 
@@ -126,6 +143,7 @@ class Ralston(ExplicitRungeKutta):
     """Ralston's method, order 2 with the least error bound, with Euler's step as the embedded one."""
 
     order, error_order = 2, 2
+    calculus = "stratonovich"
     tableau = Tableau(((2 / 3,),), (0.25, 0.75), (-0.75, 0.75))
 
 

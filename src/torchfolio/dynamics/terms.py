@@ -136,6 +136,10 @@ class Terms:
         """Change of the state by rates over a time and a Brownian increment."""
         return rates[0] * h
 
+    def move(self, t: float, y: Tensor, h: float, noise: Any) -> Tensor:
+        """Change of the state if the rates at a state held for a time and a Brownian increment."""
+        return self.increment(self.rates(t, y), h, noise)
+
     def increment_cotangents(self, a: Tensor, h: float, noise: Any) -> tuple[Tensor, ...]:
         """Gradients in the rates from that in their increment."""
         return (a * h,)
