@@ -15,6 +15,9 @@ from torchfolio.training.dhkd import binary_kl as binary_kl
 from torchfolio.training.dhkd import binary_kl_norm as binary_kl_norm
 from torchfolio.training.dhkd import etf_deviation as etf_deviation
 from torchfolio.training.dhkd import head_conflict as head_conflict
+from torchfolio.training.fast_slow_memory import FastSlowEstimator as FastSlowEstimator
+from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork as FastSlowMemoryNetwork
+from torchfolio.training.fast_slow_memory import FastSlowTraining as FastSlowTraining
 from torchfolio.training.gradient_noise import GradientNoise as GradientNoise
 from torchfolio.training.gradient_noise import add_gradient_noise_ as add_gradient_noise_
 from torchfolio.training.gradient_noise import gradient_noise_std as gradient_noise_std

@@ -1,0 +1,275 @@
+"""Measures memory networks with and without a fast path on functions and classes that are new in every episode.
+
+Longer than most: four tasks, shared feedback paths, and the arms beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.engine import Backprop, FitState, fit
+from torchfolio.engine.recipes import adam
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
+from torchfolio.training.meta_episodes import class_episodes, prototype_episodes, sine_episodes
+
+Episodes = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and budget.
+
+    Attributes:
+        steps: slow steps on sines and prototypes.
+        share_steps: of the networks that share a feedback path, or not.
+        reuse_steps: of the third network.
+        rare_steps: with a rare class.
+        further: steps of the arms that no claim is about: no regression of gradients, digits; 0 leaves them out.
+        batch_size: episodes of a step.
+        lr: learning rate of Adam.
+        hidden: width of codes and hidden layer.
+        test: fixed episodes to test on.
+    """
+
+    steps: int = 600
+    share_steps: int = 300
+    reuse_steps: int = 200
+    rare_steps: int = 300
+    further: int = 0
+    batch_size: int = 32
+    lr: float = 2e-3
+    hidden: int = 40
+    test: int = 300
+
+
+SCALES = {
+    "smoke": Settings(steps=3, share_steps=2, reuse_steps=2, rare_steps=3, further=1, test=20),
+    "quick": Settings(),
+    "full": Settings(steps=2000, share_steps=2000, reuse_steps=200, rare_steps=2000, further=2000),
+}
+RARE = (5, 5, 5, 5, 2)
+
+
+class BlindFeedback(FeedbackPath):
+    """A feedback path that sees neither errors nor labels."""
+
+    def forward(self, activity: Tensor, output: Tensor, error: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        nothing = torch.zeros_like(error)
+        return super().forward(activity, output, nothing, nothing)
+
+
+class LSTMLearner(nn.Module):
+    """An LSTM that gets an input with the target before it."""
+
+    def __init__(self, inputs: int, out: int, hidden: int) -> None:
+        super().__init__()
+        self.cell, self.head, self.out = nn.LSTM(inputs + out, hidden, batch_first=True), nn.Linear(hidden, out), out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = y if y.is_floating_point() else F.one_hot(y, self.out).to(x.dtype)
+        before = F.pad(y[:, :-1], (0, 0, 1, 0))
+        return self.head(self.cell(torch.cat((x, before), 2))[0])
+
+
+def kinks(n: int, seed: int) -> Episodes:
+    """A |x - b|, A from -2 to 2, b from -3 to 3, on x from -5 to 5."""
+    return _functions(n, seed, lambda x, a, b: (4 * a - 2) * (x - 6 * b + 3).abs())
+
+
+def soft_steps(n: int, seed: int) -> Episodes:
+    """A tanh(x - b), A from -5 to 5, b from -3 to 3."""
+    return _functions(n, seed, lambda x, a, b: (10 * a - 5) * torch.tanh(x - 6 * b + 3))
+
+
+def _functions(n: int, seed: int, f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Episodes:
+    generator = torch.Generator().manual_seed(seed)
+    x = 10 * torch.rand(n, 20, 1, generator=generator) - 5
+    a, b = torch.rand(2, n, 1, 1, generator=generator)
+    return x / 5, f(x, a, b)
+
+
+TASKS: dict[str, Callable[[int, int], Episodes]] = {
+    "sines": lambda n, seed: sine_episodes(n, seed=seed),
+    "kinks": kinks,
+    "soft_steps": soft_steps,
+    "prototypes": lambda n, seed: prototype_episodes(n, seed=seed),
+    "rare": lambda n, seed: prototype_episodes(n, shots=RARE, seed=seed),
+}
+TEST_SEED = 10**6
+
+
+class Study:
+    """Networks and trainings of one seed; training and test episodes come from other streams."""
+
+    def __init__(self, run: Run[Settings]) -> None:
+        self.settings, self.seed, self.device = run.settings, run.seed, run.device
+
+    def network(self, task: str, kind: str = "fast", feedback: FeedbackPath | None = None) -> FastSlowMemoryNetwork:
+        """A network for a task: `fast`, `slow`, `blind`, or `unregressed`; slow weights start alike."""
+        h, classes = self.settings.hidden, task in ("prototypes", "rare")
+        inputs, out = (16, 5) if classes else (1, 1)
+        encoder = nn.Sequential(nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.Tanh())
+        net = FastSlowMemoryNetwork(
+            encoder, out, task="classification" if classes else "regression", hidden=h, fast=kind != "slow",
+            feedback=feedback, lambda_sg=0.0 if kind == "unregressed" else 0.1,
+        )  # fmt: skip
+        if kind == "blind":
+            assert net.feedback is not None
+            net.feedback = BlindFeedback(net.feedback.sizes, out)
+        return net
+
+    def train(self, net: nn.Module, tasks: list[str], steps: int, callbacks: tuple[Any, ...] = ()) -> None:
+        """Slow training, on a sequence of fresh episodes."""
+        n = steps * self.settings.batch_size
+        data = [v for k, task in enumerate(tasks) for v in TASKS[task](n, 2 * self.seed + 1 + 7919 * k)]
+        self.learn(net, tuple(data), callbacks)
+
+    def learn(self, net: nn.Module, data: tuple[Tensor, ...], callbacks: tuple[Any, ...] = ()) -> None:
+        """One pass over episodes."""
+        s, rule = self.settings, FastSlowTraining()
+        if isinstance(net, LSTMLearner):  # an input, the target as an input, and the target
+            data, rule = (*data, data[-1]), Backprop(sequence_loss)
+        fit(net, data, rule=rule, optimizer=adam(s.lr), batch_size=s.batch_size, clip_norm=5.0, seed=self.seed,
+            device=self.device, callbacks=callbacks)  # fmt: skip
+
+    def scores(self, net: nn.Module, task: str, data: Episodes | None = None) -> dict[str, Any]:
+        """Squared errors or accuracies (%) by position in fixed episodes."""
+        x, y = data or TASKS[task](self.settings.test, TEST_SEED)
+        with torch.no_grad():
+            output = net(x.to(self.device), y.to(self.device)).cpu()
+        if y.is_floating_point():
+            by = (output - y).square().mean((0, 2))
+            return {"by": by, "first": float(by[:2].mean()), "fifth": float(by[4:6].mean()),
+                    "tenth": float(by[9:11].mean()), "last": float(by[-3:].mean())}  # fmt: skip
+        right = (output.argmax(2) == y).float()
+        by = 100 * right.mean(0)
+        parts = {"first": by[:5], "second": by[5:10], "before_last": by[-10:-5], "last": by[-5:]}
+        rare = F.one_hot(y, output.shape[2]).sum(1).argmin(1)
+        places = torch.sort((y == rare[:, None]).int(), dim=1, descending=True, stable=True).indices[:, 1:2]
+        return {"by": by, "rare_second": 100 * float(right.gather(1, places).mean()),
+                **{name: float(part.mean()) for name, part in parts.items()}}  # fmt: skip
+
+    def single(self, task: str, kind: str, steps: int) -> dict[str, Any]:
+        """One network on one task, with its error or accuracy as training goes on."""
+        out = 5 if task in ("prototypes", "rare") else 1
+        inputs = 16 if out == 5 else 1
+        net = LSTMLearner(inputs, out, 64) if kind == "lstm" else self.network(task, kind)
+        curve: list[float] = []
+
+        def watch(state: FitState) -> None:
+            if state.step % max(1, steps // 6) == 0 and not state.epoch_end:
+                curve.append(self.scores(net, task)["last"])
+
+        started = time.process_time()
+        self.train(net, [task], steps, (watch,))
+        spent = (time.process_time() - started) / steps
+        return {**self.scores(net, task), "curve": curve, "milliseconds": 1000 * spent}
+
+    def pair(self, shared: bool) -> dict[str, Any]:
+        """Networks for sines and kinks with one feedback path or two; the shared one then serves a third, frozen."""
+        s, first = self.settings, self.network("sines")
+        both = nn.ModuleList([first, self.network("kinks", feedback=first.feedback if shared else None)])
+        self.train(both, ["sines", "kinks"], s.share_steps)
+        scores = {task: self.scores(net, task)["last"] for net, task in zip(both, ("sines", "kinks"), strict=True)}
+        if shared:
+            assert first.feedback is not None
+            third = self.network("soft_steps", feedback=first.feedback.requires_grad_(False))
+            self.train(third, ["soft_steps"], s.reuse_steps)
+            scores["soft_steps"] = self.scores(third, "soft_steps")["last"]
+        return scores
+
+    def digits(self, kind: str, data: Any, steps: int) -> dict[str, Any]:
+        """Four classes of digits 6 to 9, after training on episodes of digits 0 to 5."""
+        torch.manual_seed(self.seed)
+        h, (x, y) = self.settings.hidden, data.train.tensors
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), h), nn.ReLU(), nn.Linear(h, h), nn.Tanh())
+        net = FastSlowMemoryNetwork(encoder, 4, task="classification", hidden=h, fast=kind == "fast")
+        old = y < 6
+        n = steps * self.settings.batch_size
+        self.learn(net, class_episodes(x[old], y[old], 4, 5, episodes=n, seed=2 * self.seed + 1))
+        new = class_episodes(x[~old], y[~old], 4, 5, episodes=self.settings.test, seed=TEST_SEED)
+        return self.scores(net, "digits", new)
+
+
+def sequence_loss(output: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of all steps."""
+    return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output.flatten(0, 1), y.flatten())
+
+
+def run(run: Run[Settings]) -> None:
+    """Functions, classes, a shared path, a rare class; then what no claim is about."""
+    s, study = run.settings, Study(run)
+
+    def both(task: str, steps: int, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [run.arm(f"{task}_{kind}", study.single, task, kind, steps) for kind in kinds]
+
+    fast, slow, blind, _ = both("sines", s.steps, ("fast", "slow", "blind", "lstm"))
+    run.values("regression", fast=fast["last"], slow=slow["last"])
+    run.values("negative_control", blind=blind["last"], slow=slow["last"])
+    fast, slow, _ = both("prototypes", s.steps, ("fast", "slow", "lstm"))
+    run.values("classification", fast_second=fast["second"], slow_second=slow["second"], fast_last=fast["last"],
+               slow_last=slow["last"])  # fmt: skip
+    shared, separate = run.arm("shared", study.pair, True), run.arm("separate", study.pair, False)
+    (without,) = both("soft_steps", s.reuse_steps, ("slow",))
+    run.values("sharing", shared_sines=shared["sines"], separate_sines=separate["sines"], shared_kinks=shared["kinks"],
+               separate_kinks=separate["kinks"], reused=shared["soft_steps"], without=without["last"])  # fmt: skip
+    fast, slow = both("rare", s.rare_steps, ("fast", "slow"))
+    run.values("rare_data", fast=fast["rare_second"], slow=slow["rare_second"])
+    if s.further:
+        both("sines", s.further, ("unregressed",))
+        digits = run.data("digits")
+        for kind in ("fast", "slow"):
+            run.arm(f"digits_{kind}", study.digits, kind, digits, s.further)
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Errors and accuracies within an episode, and at its end as slow training goes on."""
+    lines = {"fast path": "fast", "memory alone": "slow", "LSTM": "lstm"}
+    sines = {**lines, "no errors or labels": "blind"}
+    steps = [results.settings.steps * (k + 1) / 6 for k in range(6)]
+    by = "squared error", "accuracy (%)"
+    figures = {
+        "sines": plots.curves(results, {n: (f"sines_{k}", "by") for n, k in sines.items()}, xlabel="point of the sine",
+                              ylabel=by[0], logy=True),
+        "classes": plots.curves(results, {n: (f"prototypes_{k}", "by") for n, k in lines.items()},
+                                xlabel="item of the episode", ylabel=by[1]),
+    }  # fmt: skip
+    if len(results.values("sines_fast", "curve")[0]) == len(steps):
+        figures["slow training"] = plots.curves(results, {n: (f"sines_{k}", "curve") for n, k in sines.items()}, x=steps,
+                                                xlabel="slow steps", ylabel="squared error at the end", logy=True)  # fmt: skip
+    return figures
+
+
+def peers(bench: Bench) -> None:
+    """Forward and backward of a batch of episodes: attention over the past beside matrices of fast weights."""
+    for hidden, width in ((40, 20), (200, 40)):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(1, hidden), nn.ReLU())
+        net = FastSlowMemoryNetwork(encoder, 1, hidden=hidden, width=width)
+        slow = FastSlowMemoryNetwork(encoder, 1, hidden=hidden, width=width, fast=False)
+        x, y = sine_episodes(32)
+
+        def matrices(net: FastSlowMemoryNetwork = net, x: Tensor = x, y: Tensor = y) -> None:
+            state, outputs = net.init_state(len(x)), []
+            for t in range(x.shape[1]):
+                output, context = net.step(state, x[:, t])
+                state = net.observe(state, context, y[:, t])
+                outputs.append(output)
+            F.mse_loss(torch.stack(outputs, 1), y).backward()
+
+        bench.compare(
+            f"32 sines of 20 points, {hidden} units",
+            ours=lambda net=net, x=x, y=y: F.mse_loss(net(x, y), y).backward(),
+            matrices=matrices,
+            without_fast_path=lambda net=slow, x=x, y=y: F.mse_loss(net(x, y), y).backward(),
+        )
