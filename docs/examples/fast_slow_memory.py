@@ -11,7 +11,7 @@ from torchfolio.training import FastSlowEstimator, FastSlowMemoryNetwork, FastSl
 from torchfolio.training.meta_episodes import prototype_episodes
 
 net = FastSlowMemoryNetwork(nn.Linear(13, 24), 3, task="classification", slots=8, width=12, hidden=24)
-episodes = prototype_episodes(960, ways=3, shots=4, dim=13)  # random means; labels mean something else in each
+episodes = prototype_episodes(1600, ways=3, shots=4, dim=13)  # random means; labels mean something else in each
 engine.fit(net, episodes, rule=FastSlowTraining(), optimizer=adam(1e-2), batch_size=32, clip_norm=5.0)
 
 table = load_wine()

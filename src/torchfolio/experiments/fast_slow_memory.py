@@ -42,9 +42,9 @@ class Settings:
     """
 
     steps: int = 600
-    share_steps: int = 300
+    share_steps: int = 200
     reuse_steps: int = 200
-    rare_steps: int = 300
+    rare_steps: int = 200
     further: int = 0
     batch_size: int = 32
     lr: float = 2e-3
