@@ -98,3 +98,66 @@ def test_what_is_saved_for_the_backward_pass():
     saved = draw(nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 10)), x, names=["b m"]).saved_for_backward()
     assert int(saved.subs({s: {"b": 32, "m": 64}.get(str(s), 96) for s in saved.free_symbols})) == 32 * (64 + 96 + 96)
     assert draw(nn.Linear(3, 3), torch.rand(2, 3)).saved_for_backward() is not None
+
+
+class Applied(nn.Module):
+    """A function of a linear layer's parameters and the inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.layer = function, nn.Linear(6, 6)
+
+    def forward(self, *inputs):
+        return self.function(self.layer, *inputs)
+
+
+OTHERS = {
+    "einsum with a weight": (Applied(lambda m, x: torch.einsum("bti,io->bto", x, m.weight)), [(3, 4, 6)]),
+    "addmm": (Applied(lambda m, x: torch.addmm(m.bias, x, m.weight)), [(4, 6)]),
+    "baddbmm": (Applied(lambda m, x: torch.baddbmm(x[:, :, :4], x, x.mT)), [(3, 4, 6)]),
+    "tensordot": (Applied(lambda m, x: torch.tensordot(x, m.weight, ([2], [0]))), [(3, 4, 6)]),
+    "bilinear": (nn.Bilinear(6, 5, 4), [(3, 6), (3, 5)]),
+    "gru": (nn.GRU(6, 8, batch_first=True), [(3, 4, 6)]),
+    "lstm": (nn.LSTM(6, 8), [(3, 4, 6)]),
+    "a matrix and a vector": (Applied(lambda m, x: x @ m.bias), [(4, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore:drawn as plain boxes")
+def test_operations_without_axes_of_their_own_are_counted_by_torch(name):
+    module, shapes = OTHERS[name]
+    inputs = tuple(map(torch.randn, shapes))
+    cost = draw(module, inputs).cost()
+    assert cost.total() == count_flops(module, *inputs) > 0
+    assert not cost.uncounted
+
+
+@pytest.mark.filterwarnings("ignore:drawn as plain boxes")
+def test_counts_of_the_example_are_named_at_other_sizes():
+    cost = draw(nn.GRU(6, 8, batch_first=True), torch.randn(3, 4, 6)).cost()
+    assert cost.fixed == ("gru",)
+    with pytest.warns(UserWarning, match="counted at the sizes of the example: gru"):
+        cost.total(b=5)
+
+
+@pytest.mark.parametrize(
+    ("function", "signature"),
+    [
+        (lambda m, x: x.movedim(0, 1), "b x m -> x b m"),
+        (lambda m, x: x.swapaxes(0, 2), "b x m -> m x b"),
+        (lambda m, x: x.mT, "b x m -> b m x"),
+        (lambda m, x: torch.stack([x, x.sin()]), "b x m -> a b x m"),
+        (lambda m, x: torch.stack([x, x.sin()], -1), "b x m -> b x m a"),
+        (lambda m, x: x.std(-1), "b x m -> b x"),
+        (lambda m, x: x.max(1)[0], "b x m -> b m"),
+        (lambda m, x: x.logsumexp(0), "b x m -> x m"),
+        (lambda m, x: torch.maximum(x, x.sin()), "b x m -> b x m"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:drawn as plain boxes")
+def test_axes_keep_their_names(function, signature):
+    module, x = Applied(function), torch.randn(3, 4, 6)
+    drawing = draw(module, x)
+    assert drawing.signature() == signature
+    torch.testing.assert_close(drawing.to_module()(x), module(x))

@@ -144,3 +144,39 @@ def test_alternation_needs_two_callables() -> None:
         alternate(print)
     with pytest.raises(ValueError, match="at least one round"):
         alternate(a=print, b=print, repeats=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "flops"),
+    [
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [(2, 5, 8)], 11_840),
+        (nn.MultiheadAttention(8, 2, batch_first=True), [(2, 5, 8)] * 3, 6_720),
+        (nn.LSTM(5, 10, batch_first=True), [(6, 10, 5)], 72_000),
+        (nn.GRU(5, 10, batch_first=True), [(6, 10, 5)], 54_000),
+        (nn.Bilinear(4, 5, 6), [(3, 4), (3, 5)], 2 * 3 * 4 * 5 * 6),
+    ],
+)
+def test_fused_layers_cost_the_same_in_training_and_evaluation(module, inputs, flops):
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    for training in (True, False):
+        module.train(training)
+        assert count_flops(module, *map(torch.randn, inputs)) == flops
+    assert before == (
+        torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    )  # fmt: skip
+
+
+def test_products_with_vectors():
+    a, b = torch.randn(4, 5), torch.randn(5)
+    assert count_flops(lambda x, y: x @ y, a, b) == 40
+    assert count_flops(lambda x, y: torch.addmv(y[:4], x, y), a, b) == 40
+    assert count_flops(torch.dot, b, b) == 10
+
+
+def test_an_operator_without_a_formula_is_named():
+    @torch.library.custom_op("torchfolio_tests::fast_linear", mutates_args=())
+    def fast_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w
+
+    with pytest.warns(UserWarning, match="not counted: fast_linear"):
+        count_flops(lambda x, w: fast_linear(x, w), torch.randn(3, 4), torch.randn(4, 5))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,67 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from torchfolio.measure.untouched import untouched
 
+HEAVY = ("mm", "mv", "linear", "conv", "rnn", "lstm", "gru", "attention", "transformer", "mkldnn", "cudnn", "quantized")
+"""What the names of operators hold that multiply matrices, in torch and in what extends it."""
 
-def _counter() -> FlopCounterMode:
-    """Torch's counter, which knows fused attention on accelerators, with the formula for the CPU's added."""
+
+class FlopCounter(FlopCounterMode):
+    """Torch's counter with more formulas; it remembers operators that by their names multiply matrices and have none.
+
+    While it counts, layers run operator by operator: the fused kernels of attention, transformer layers and recurrent
+    layers, which differ between training and evaluation and from device to device, hide their products.
+
+    Attributes:
+        missed: names of operators that are not counted, those met so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_formulas())
+        self.missed: set[str] = set()
+        self._plain = ExitStack()
+
+    def __enter__(self) -> Self:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._plain.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+            self._plain.callback(setattr, backend, "enabled", backend.enabled)
+            backend.enabled = False
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        with self._plain:
+            return super().__exit__(*error)
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        name = func_packet.__name__
+        if func_packet not in self.flop_registry and any(word in name for word in HEAVY):
+            self.missed.add(name)
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+    def warn(self) -> None:
+        """Say what was missed."""
+        if self.missed:
+            warnings.warn(f"not counted: {', '.join(sorted(self.missed))}", stacklevel=3)
+
+
+def _formulas() -> dict[Any, Any]:
+    """Those that torch lacks: attention on the CPU, products with vectors, bilinear layers."""
     aten = torch.ops.aten
+
+    def with_vector(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(a)
+
+    def vector_added(to: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(a)
+
+    def trilinear(a: Any, b: Any, c: Any, *expand: Any, **kwargs: Any) -> int:
+        shapes = [list(shape) for shape in (a, b, c)]
+        for shape, places in zip(shapes, expand, strict=False):
+            for place in places:
+                shape.insert(place, 1)
+        return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
     def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -30,15 +88,20 @@ def _counter() -> FlopCounterMode:
     def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
-    formulas = {
+    return {
+        aten.mv: with_vector,
+        aten.dot: with_vector,
+        aten.vdot: with_vector,
+        aten.addmv: vector_added,
+        aten._trilinear: trilinear,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def count_flops(model: nn.Module | Callable[..., Any], *inputs: Tensor, backward: bool = False) -> int:
-    """Floating-point operations of one forward pass, by torch's counter.
+    """Floating-point operations of one forward pass, by torch's counter. They are the same in training and evaluation
+    and on every device. Warns of operators that multiply matrices and have no formula.
 
     Matrix products, convolutions and attention count, two operations for a multiply-add; element-wise work,
     normalisation and pooling do not. A convolution with $C$ input channels in groups of $C / g$, a window of
@@ -59,10 +122,11 @@ def count_flops(model: nn.Module | Callable[..., Any], *inputs: Tensor, backward
     """
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     guard = untouched(model) if isinstance(model, nn.Module) else nullcontext()
-    with guard, _counter() as counter, torch.set_grad_enabled(backward):
+    with guard, FlopCounter() as counter, torch.set_grad_enabled(backward):
         output = model(*inputs)
         if backward:
             _backward(output, [t for t in (*parameters, *inputs) if isinstance(t, Tensor) and t.requires_grad])
+    counter.warn()
     return counter.get_total_flops()
 
 
@@ -99,7 +163,7 @@ def flops_by_module(model: nn.Module, *inputs: Tensor) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     starts: dict[str, int] = {}
     seen: set[str] = set()
-    counter = _counter()
+    counter = FlopCounter()
     handles = []
     for name, module in model.named_modules():
         if next(module.children(), None) is not None:
@@ -127,6 +191,7 @@ def flops_by_module(model: nn.Module, *inputs: Tensor) -> pd.DataFrame:
     finally:
         for handle in handles:
             handle.remove()
+    counter.warn()
     return pd.DataFrame(rows, columns=["name", "type", "parameters", "flops", "shape"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,9 @@ class Cost:
         memory: elements alive at every column of data, weights aside.
         working: elements alive while the operations of a column are under way: what goes in and what comes out.
         sizes: of the axes by name.
+        fixed: kinds of operations without a formula in the names of axes that were counted at the lengths of the
+            example, by torch's own formulas.
+        uncounted: kinds of operations that could not be counted; their floating-point operations are missing.
         kinds: `(kind, path)` of every operation.
         depth: columns of operations: the time with unlimited parallel hardware.
     """
@@ -39,9 +43,18 @@ class Cost:
     sizes: Mapping[str, int]
     kinds: tuple[tuple[str, str], ...]
     depth: int
+    fixed: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
     def total(self, **sizes: int) -> int:
-        """Floating-point operations of the whole, of other sizes where they are given."""
+        """Floating-point operations of the whole, of other sizes where they are given.
+
+        Warns of operations that are not counted, and at other sizes of those that are counted at the example's.
+        """
+        if self.uncounted:
+            warnings.warn(f"not counted: {', '.join(self.uncounted)}", stacklevel=2)
+        if self.fixed and any(self.sizes.get(name) != size for name, size in sizes.items()):
+            warnings.warn(f"counted at the sizes of the example: {', '.join(self.fixed)}", stacklevel=2)
         return self._value(sum(self.flops, sympy.Integer(0)), sizes)
 
     def peak(self, **sizes: int) -> int:
@@ -96,6 +109,8 @@ def cost_of(sheet: Sheet) -> Cost:
         tuple(s.times * f for s, (f, _) in zip(steps, priced, strict=True)),
         tuple(s.times * o for s, (_, o) in zip(steps, priced, strict=True)), memory, working, sizes,
         tuple((s.kind, s.path) for s in steps), len(sheet.columns),
+        tuple(sorted({s.kind for s in steps if s.params.get("counted")})),
+        tuple(sorted({s.kind for s in steps if s.params.get("counted", 0) is None})),
     )  # fmt: skip
 
 
@@ -143,4 +158,6 @@ def _price(step: Step) -> tuple[sympy.Expr, sympy.Expr]:
         return nothing, _product(step.in_wires)
     if step.kind in ("elementwise", "binary", "softmax", "norm", "dropout"):
         return nothing, _product(step.out_wires)
+    if step.params.get("counted"):
+        return sympy.Integer(step.params["counted"]), nothing
     return nothing, nothing  # copies, views, bars and tags move data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections import Counter
@@ -79,8 +80,10 @@ def trace(
             # One tensor that is given twice, or a weight that is given, would be traced as one.
             own = tuple(example.detach().clone() for example in args)
             program = torch.export.export(module, own, dynamic_shapes=shapes if free else None)
-            if _writes_beside_a_view(program.graph.nodes):
-                program = program.run_decompositions({})
+            if _writes_beside_a_view(program.graph.nodes) or any(
+                _short(n) in MADE_OF_OTHERS for n in program.graph.nodes
+            ):
+                program = program.run_decompositions(_decompositions())
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TorchfolioError(
@@ -109,6 +112,29 @@ VIEWS = ("view", "reshape", "slice", "select", "transpose", "permute", "unsqueez
          "split", "chunk", "unbind", "flatten", "unflatten", "detach", "alias", "getitem", "diagonal", "movedim", "moveaxis",
          "swapaxes", "swapdims", "mT", "numpy_T", "adjoint", "view_as", "reshape_as", "expand_as", "broadcast_to", "unfold",
          "contiguous", "to", "type_as", "real", "imag", "as_strided", "tensor_split", "ravel", "atleast_1d", "identity")  # fmt: skip
+
+
+MADE_OF_OTHERS = {"movedim", "moveaxis", "swapaxes", "swapdims", "mT", "numpy_T", "narrow", "glu", "hstack",
+                  "vstack", "outer", "ger", "addmm", "addmv", "baddbmm", "addbmm", "tensordot", "inner", "kron",
+                  "tile", "cdist", "lerp", "addcmul", "addcdiv"}  # fmt: skip
+"""Operations that are read as the simpler ones that they are made of."""
+
+
+def _decompositions() -> dict[Any, Any]:
+    table = torch.export.default_decompositions()
+    chosen = {op: rule for op, rule in table.items() if op._schema.name.split("::")[1] in MADE_OF_OTHERS}
+    aten = torch.ops.aten
+    for op, product in ((aten.addmm, aten.mm), (aten.addmv, aten.mv)):
+        chosen[op.default] = functools.partial(_added, product.default)
+    return chosen
+
+
+def _added(
+    product: Any, to: TorchTensor, a: TorchTensor, b: TorchTensor, *, beta: float = 1, alpha: float = 1
+) -> TorchTensor:
+    made = product(a, b)
+    made = made if alpha == 1 else made * alpha
+    return made + (to if beta == 1 else to * beta)
 
 
 def _writes_beside_a_view(nodes: Iterable[Any]) -> bool:

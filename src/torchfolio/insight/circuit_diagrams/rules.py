@@ -12,6 +12,7 @@ from torch import Tensor as TorchTensor
 
 from torchfolio.insight.circuit_diagrams.compile import OPERATORS
 from torchfolio.insight.circuit_diagrams.graph import Value, hint
+from torchfolio.measure.cost import FlopCounter
 
 if TYPE_CHECKING:
     from torchfolio.insight.circuit_diagrams.exported import Reader
@@ -598,6 +599,40 @@ def _concat(r: Reader, node: Any, name: str) -> Value | None:
     return r.add("concat", sources, [Value(axes)], [*(s.axes[dim] for s in sources), new], dim=dim, **writing)
 
 
+def _stack(r: Reader, node: Any, name: str) -> Value | None:
+    """A concatenation along a new axis."""
+    sources = [r.value(a) for a in node.args[0]]
+    if None in sources:  # a weight among them
+        return _unknown(r, node, name)
+    dim = (node.args[1] if len(node.args) > 1 else 0) % len(node.meta["val"].shape)
+    axes = list(sources[0].axes)
+    for other in sources[1:]:
+        axes = [r.unite(a, b) for a, b in zip(axes, other.axes, strict=True)]
+    viewed = []
+    for source in sources:
+        own = list(source.axes)
+        viewed.append(_viewed(r, source, [*own[:dim], r.axis("", 1), *own[dim:]]))
+    new = r.axis("", len(sources))
+    core = [*(v.axes[dim] for v in viewed), new]
+    marks = ", ".join(f"{{{i}}}" for i in range(len(viewed)))
+    return r.add("concat", viewed, [Value([*axes[:dim], new, *axes[dim:]])], core, dim=dim,
+                 code=f"torch.cat([{marks}], {dim})")  # fmt: skip
+
+
+def _extremum(r: Reader, node: Any, name: str) -> Any:
+    """Largest or smallest of all, along an axis with its place, or of two."""
+    if isinstance(node.meta.get("val"), list | tuple):
+        made = _unknown(r, node, name)
+        source = r.value(node.args[0])
+        assert source is not None
+        dim, keep = node.args[1] % len(source.axes), len(made[0].axes) == len(source.axes)
+        for value in made:
+            one = [r.axis("", 1)] if keep else []
+            value.axes = [*source.axes[:dim], *one, *source.axes[dim + 1 :]]
+        return made
+    return (_reduce if len(node.args) == 1 else _binary)(r, node, name)
+
+
 def _split(r: Reader, node: Any, name: str) -> Any:
     source = r.value(node.args[0])
     if source is None:
@@ -683,6 +718,26 @@ def _embedding(r: Reader, node: Any, name: str) -> Value | None:
     return r.add("embedding", [source], [Value([*source.axes, new])], [new], learned=True, **writing)
 
 
+def _counted(node: Any) -> int | None:
+    """Floating-point operations of a node by torch's formulas, at the lengths of the example;
+    `None` where it cannot be run on shapes alone."""
+
+    def shape_of(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return type(a)(map(shape_of, a))
+        made = a.meta.get("val") if hasattr(a, "op") else a
+        if isinstance(made, TorchTensor):
+            return torch.empty([hint(s) for s in made.shape], dtype=made.dtype, device="meta")
+        return hint(made) if isinstance(made, torch.SymInt) else made
+
+    try:
+        with FlopCounter() as counter:
+            node.target(*map(shape_of, node.args), **{k: shape_of(v) for k, v in node.kwargs.items()})
+    except Exception:  # whatever an operator raises that has no rule for shapes alone
+        return None
+    return None if counter.missed else counter.get_total_flops()
+
+
 def _unknown(r: Reader, node: Any, name: str, sources: Sequence[Value] | None = None) -> Any:
     """An operation without a rule: its axes stay where the shape stays, and are new otherwise."""
     if sources is None:
@@ -703,7 +758,7 @@ def _unknown(r: Reader, node: Any, name: str, sources: Sequence[Value] | None = 
     writing = call(r, node)
     # A box by another name than that of an operation whose axes are known.
     kind = f"torch.{name}" if name in KINDS else name
-    r.add(kind, sources, outputs, core, learned=_learned(writing["weights"]), **writing)
+    r.add(kind, sources, outputs, core, learned=_learned(writing["weights"]), counted=_counted(node), **writing)
     return outputs if several else outputs[0]
 
 
@@ -717,7 +772,8 @@ RULES: dict[str, Rule] = {
     "permute": _permute, "transpose": _permute, "t": _permute, "view": _reshape, "reshape": _reshape, "flatten": _reshape,
     "unflatten": _reshape, "unsqueeze": _unsqueeze, "squeeze": _unsqueeze, "expand": _expand, "cat": _concat, "split": _split,
     "chunk": _split, "split_with_sizes": _split, "unbind": _split, "select": _select, "slice": _slice, "mean": _reduce,
-    "sum": _reduce, "amax": _reduce, "amin": _reduce, "embedding": _embedding, "pad": _resized, "constant_pad_nd": _resized,
+    "sum": _reduce, **dict.fromkeys(("std", "var", "prod", "logsumexp", "any", "all", "argmax", "argmin"), _reduce),
+    "max": _extremum, "min": _extremum, "stack": _stack, "amax": _reduce, "amin": _reduce, "embedding": _embedding, "pad": _resized, "constant_pad_nd": _resized,
     "upsample_nearest2d": _resized, "upsample_bilinear2d": _resized, "dropout": _dropout, "feature_dropout": _dropout,
     "to": _cast, "_to_copy": _cast, "detach": _detach, **dict.fromkeys(SILENT, _same),
 }  # fmt: skip
