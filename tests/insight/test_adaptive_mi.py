@@ -295,3 +295,13 @@ def test_other_tables_and_dtypes_work():
     net = nn.Sequential(nn.Linear(13, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     plane = information_plane(net, ["1"], x.double(), y, AdaptiveKDE())
     assert 0 < plane.i_ty[0] <= math.log2(3)
+
+
+def test_bfloat16_and_arrays():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(60, 6), torch.randint(3, (60,))
+    plain = information_plane(net, ["1"], x, y)
+    assert information_plane(net, ["1"], x.numpy(), y.numpy()) == plain
+    halved = information_plane(net.bfloat16(), ["1"], x.bfloat16(), y)
+    assert abs(halved.i_ty[0] - plain.i_ty[0]) < 0.5

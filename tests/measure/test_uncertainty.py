@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from torchfolio.measure import bootstrap_interval, confidence_interval, standard_error
@@ -51,3 +52,10 @@ def test_errors() -> None:
         standard_error([1.0, float("nan")])
     with pytest.raises(ValueError, match="level between 0 and 1, got 95"):
         confidence_interval([1.0, 2.0], level=95)
+
+
+def test_tensors_of_any_type():
+    values = torch.arange(20) / 8
+    expected = bootstrap_interval(values.numpy(), resamples=200)
+    assert bootstrap_interval(values.bfloat16(), resamples=200) == expected
+    assert bootstrap_interval(values.requires_grad_(), resamples=200) == expected

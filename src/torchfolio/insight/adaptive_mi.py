@@ -334,7 +334,8 @@ def _checked(activations: Tensor, labels: Tensor | None) -> Tensor:
         raise ValueError(
             f"expected integer labels [{len(activations)}], got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    return activations.detach()
+    activations = activations.detach()
+    return activations.float() if activations.dtype.itemsize < 4 else activations  # numpy has no bfloat16
 
 
 @dataclass(frozen=True)
@@ -413,6 +414,7 @@ def information_plane(
         ValueError: on unknown layers, NaN (names the layer), labels of another number, or maps without `reduce`.
     """
     estimator = estimator if estimator is not None else AdaptiveBinning()
+    inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
     names = [layer_name(module, layer) for layer in layers]
     found = _activations(module, names, inputs, reduce, output, batch_size)
     rows = [_measured(name, t, labels, estimator) for name, t in found.items()]

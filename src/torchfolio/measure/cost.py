@@ -45,7 +45,7 @@ class FlopCounter(FlopCounterMode):
         self._plain.callback(torch.backends.mha.set_fastpath_enabled, fused)
         for backend in (torch.backends.mkldnn, torch.backends.cudnn):
             self._plain.callback(setattr, backend, "enabled", backend.enabled)
-            backend.enabled = False
+            setattr(backend, "enabled", False)  # noqa: B010
         super().__enter__()
         return self
 

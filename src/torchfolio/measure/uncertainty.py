@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 
 class Interval(NamedTuple):
@@ -99,6 +100,8 @@ def _level(level: float) -> float:
 
 
 def _sample(values: ArrayLike | Sequence[float]) -> np.ndarray:
+    if isinstance(values, Tensor):  # of any device and type, bfloat16 too
+        values = values.detach().double().cpu().numpy()
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) < 2:
         raise ValueError(f"expected at least two values [n], got shape {sample.shape}")

@@ -122,7 +122,7 @@ MADE_OF_OTHERS = {"movedim", "moveaxis", "swapaxes", "swapdims", "mT", "numpy_T"
 
 def _decompositions() -> dict[Any, Any]:
     table = torch.export.default_decompositions()
-    chosen = {op: rule for op, rule in table.items() if op._schema.name.split("::")[1] in MADE_OF_OTHERS}
+    chosen = {op: rule for op, rule in table.items() if op.name().split("::")[1].split(".")[0] in MADE_OF_OTHERS}
     aten = torch.ops.aten
     for op, product in ((aten.addmm, aten.mm), (aten.addmv, aten.mv)):
         chosen[op.default] = functools.partial(_added, product.default)

@@ -601,9 +601,9 @@ def _concat(r: Reader, node: Any, name: str) -> Value | None:
 
 def _stack(r: Reader, node: Any, name: str) -> Value | None:
     """A concatenation along a new axis."""
-    sources = [r.value(a) for a in node.args[0]]
-    if None in sources:  # a weight among them
-        return _unknown(r, node, name)
+    sources = [v for v in (r.value(a) for a in node.args[0]) if v is not None]
+    if len(sources) < len(node.args[0]):  # a weight among them
+        return _unknown(r, node, name, sources)
     dim = (node.args[1] if len(node.args) > 1 else 0) % len(node.meta["val"].shape)
     axes = list(sources[0].axes)
     for other in sources[1:]:

@@ -29,7 +29,7 @@ def mutual_information(a: Tensor, b: Tensor, bins: int = 10, bias: Bias = "mille
     Raises:
         ValueError: as `mi_matrix`.
     """
-    return float(mi_matrix(a.reshape(-1, 1), b.reshape(-1, 1), bins, bias))
+    return float(mi_matrix(torch.as_tensor(a).reshape(-1, 1), torch.as_tensor(b).reshape(-1, 1), bins, bias))
 
 
 def mi_matrix(a: Tensor, b: Tensor, bins: int = 10, bias: Bias = "miller") -> Tensor:
@@ -55,6 +55,7 @@ def mi_matrix(a: Tensor, b: Tensor, bins: int = 10, bias: Bias = "miller") -> Te
         raise ValueError(f"expected bias to be 'miller', 'official' or 'none', got {bias!r}")
     if bins < 2:
         raise ValueError(f"expected at least 2 bins, got {bins}")
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or not len(a):
         raise ValueError(
             f"expected activations [M, S] of the same M samples, got {tuple(a.shape)} and {tuple(b.shape)}"
