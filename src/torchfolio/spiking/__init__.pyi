@@ -4,6 +4,13 @@ from torchfolio.spiking.encoders import frames as frames
 from torchfolio.spiking.encoders import latency as latency
 from torchfolio.spiking.encoders import poisson as poisson
 from torchfolio.spiking.encoders import repeat as repeat
+from torchfolio.spiking.hlop import DSR as DSR
+from torchfolio.spiking.hlop import FeedbackAlignment as FeedbackAlignment
+from torchfolio.spiking.hlop import HLOP as HLOP
+from torchfolio.spiking.hlop import HebbianSubspace as HebbianSubspace
+from torchfolio.spiking.hlop import OTTT as OTTT
+from torchfolio.spiking.hlop import SignSymmetric as SignSymmetric
+from torchfolio.spiking.hlop import continual_metrics as continual_metrics
 from torchfolio.spiking.neurons import IF as IF
 from torchfolio.spiking.neurons import LIF as LIF
 from torchfolio.spiking.sequence import Unrolled as Unrolled
