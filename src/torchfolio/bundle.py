@@ -86,7 +86,9 @@ class Bundle:
     manifest: Manifest
 
 
-def save_bundle(model: nn.Module, folder: str | Path, manifest: Manifest) -> Path:
+def save_bundle(
+    model: nn.Module, folder: str | Path, manifest: Manifest, *, notes: Mapping[str, str] | None = None
+) -> Path:
     """Write a bundle. The folder appears whole or not at all; an earlier bundle there is replaced.
 
     A process that dies in between leaves the earlier bundle or the new one, never neither.
@@ -95,6 +97,7 @@ def save_bundle(model: nn.Module, folder: str | Path, manifest: Manifest) -> Pat
         model: the network; its parameters and buffers are stored.
         folder: where to write.
         manifest: how to build it again. Numbers in `training` that are not finite are stored as `null`.
+        notes: texts that are kept beside it, by file name; they are never read back.
 
     Returns:
         The folder.
@@ -105,6 +108,8 @@ def save_bundle(model: nn.Module, folder: str | Path, manifest: Manifest) -> Pat
     """
     folder = Path(folder)
     check_folder(folder)
+    if odd := [n for n in notes or () if Path(n).name != n or Path(n).suffix in PICKLES or n in (WEIGHTS, MANIFEST)]:
+        raise BundleError(f"expected notes to be named by plain file names of their own, got {odd[0]!r}")
     stored, tied = _unshared(model)
     _check_finite(model, stored)
     body = {**asdict(manifest), "training": plain(manifest.training), "tied": tied}
@@ -121,6 +126,8 @@ def save_bundle(model: nn.Module, folder: str | Path, manifest: Manifest) -> Pat
         body["digest"] = _digest(body)
         _check_manifest(body, "the manifest")
         _write(scratch / MANIFEST, json.dumps(body, indent=2, allow_nan=False) + "\n")
+        for name, text in (notes or {}).items():
+            _write(scratch / name, text)
         _publish(scratch)
         _swap(scratch, folder)
     return folder

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -130,3 +133,49 @@ def test_json_is_valid_whatever_the_numbers_are(capsys):
 
     show_result({"loss": float("nan"), "rows": [{"x": float("inf")}]}, True)
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "rows": [{"x": None}]}
+
+
+def test_a_batch_job_says_every_epoch_and_the_bundle_keeps_the_history(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--model", "mlp", "--data", "digits", "--epochs", "3", "-o", "net", "--log", "csv"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    rows = list(csv.DictReader((tmp_path / "net" / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    record = json.loads((tmp_path / "net" / "bundle.json").read_text())["training"]
+    assert record["val"] == {name: float(rows[-1][f"val_{name}"]) for name in ("loss", "accuracy")}
+    assert f"val loss {record['val']['loss']:.4f}" in lines[-1]
+    assert len(list(tmp_path.glob("net.logs/*/metrics.csv"))) == 1
+
+
+def test_early_stopping_is_kept_in_the_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--model", "mlp", "--data", "digits", "--epochs", "30", "--lr", "0", "--schedule", "constant"]
+    done = CliRunner().invoke(app, [*arguments, "--early-stopping", "2", "-o", "net"])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "net" / "bundle.json").read_text())["training"]
+    assert "val_loss" in record["stopped"]
+    assert record["steps"] < 30 * 11
+
+
+def test_weights_and_biases_gets_every_epoch(tmp_path, monkeypatch):
+    logged, ended = [], []
+    run = types.SimpleNamespace(log=lambda m, step: logged.append((step, m)), finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--model", "mlp", "--data", "digits", "--epochs", "2", "-o", "net", "--log", "wandb"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert [m["epoch"] for _, m in logged if "epoch" in m] == [1, 2]
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("log", ["paper", "wandb"])
+def test_a_logger_that_is_not_there(log, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--model", "mlp", "--data", "digits", "-o", "net", "--log", log]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert ("expected csv, tensorboard, wandb" if log == "paper" else "wandb is not installed") in done.stderr

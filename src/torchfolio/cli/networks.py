@@ -28,6 +28,7 @@ from torchfolio.cli._options import (
     at_least_zero,
     check_output,
 )
+from torchfolio.cli._training import HISTORY, history_text, make_logger, say_epoch, validation
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ def train(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of network, order and subset.")] = 0,
     device: Device = "auto",
     precision: Precision = "32-true",
+    early_stopping: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Stop after so many epochs without a better validation loss.")
+    ] = None,
+    log: Annotated[str | None, typer.Option(help="Log to csv, tensorboard or wandb, in NAME.logs beside it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -112,6 +117,7 @@ def train(
     allowed = importable(allow or [])
     added = _objectives(importable(add or []), add_set or [])
     networks = [_named_bundles(make, own, allowed) for make, own in ((make_rule, settings), *added.values())]
+    loggers = make_logger(log, output)
     make_optimizer = _optimizer(optimizer, lr, weight_decay)
     if schedule not in SCHEDULES:
         raise typer.BadParameter(f"expected {', '.join(SCHEDULES)}, got {schedule!r}", param_hint="--schedule")
@@ -144,6 +150,9 @@ def train(
             precision=precision,
             checkpoint=checkpoints,
             resume=resume,
+            early_stopping=early_stopping,
+            callbacks=[say_epoch],
+            loggers=loggers,
         )
         scores = engine.evaluate(net, splits.test, rule=learning_rule)
         record = {
@@ -163,9 +172,12 @@ def train(
             "predictor": type(host).predictor is not engine.LearningRule.predictor,
             "start": str(start) if start else None,
             "steps": result.steps,
+            "stopped": result.stopped,
+            "val": validation(result.history.rows),
             "test": scores,
         }
-        save_bundle(net, output, replace(manifest, training=record))
+        notes = {HISTORY: history_text(result.history.rows)}
+        save_bundle(net, output, replace(manifest, training=record), notes=notes)
         shutil.rmtree(checkpoints, ignore_errors=True)
     show_result({"bundle": str(output), **scores}, as_json)
 
