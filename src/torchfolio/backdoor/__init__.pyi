@@ -18,6 +18,8 @@ from torchfolio.backdoor.nab import NAB as NAB
 from torchfolio.backdoor.poison import PoisonedDataset as PoisonedDataset
 from torchfolio.backdoor.poison import poison as poison
 from torchfolio.backdoor.poison import poisoned_test as poisoned_test
+from torchfolio.backdoor.smoothinv import SmoothInv as SmoothInv
+from torchfolio.backdoor.smoothinv import SmoothedClassifier as SmoothedClassifier
 from torchfolio.backdoor.triggers import AdditiveTrigger as AdditiveTrigger
 from torchfolio.backdoor.triggers import BlendTrigger as BlendTrigger
 from torchfolio.backdoor.triggers import GeneratorTrigger as GeneratorTrigger
@@ -26,3 +28,4 @@ from torchfolio.backdoor.triggers import SinusoidTrigger as SinusoidTrigger
 from torchfolio.backdoor.triggers import TokenTrigger as TokenTrigger
 from torchfolio.backdoor.triggers import Trigger as Trigger
 from torchfolio.backdoor.triggers import WarpTrigger as WarpTrigger
+from torchfolio.backdoor.umd import UMD as UMD

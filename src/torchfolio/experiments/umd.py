@@ -1,0 +1,213 @@
+"""UMD on digit networks: are backdoored ones told from clean ones, whatever their map of classes, and which pairs are named?"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.backdoor import X2X, AdditiveTrigger, AllToOne, LabelMap, Trigger, auroc
+from torchfolio.backdoor.pair_triggers import AdditiveInversion
+from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery
+from torchfolio.backdoor.victims import default_net, victim
+from torchfolio.backdoor.zoo import Normalize
+from torchfolio.data import DataSplits, load
+from torchfolio.runs import Results, Run, plots
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Data, victims and the detector.
+
+    Attributes:
+        data: name of the images.
+        image_size: side of the images.
+        size: training images.
+        width: of the networks.
+        epochs: of the training.
+        rate: poisoned images that are added, as a share of the training images.
+        each: networks of each kind.
+        sources: of the attacks with several targets.
+        amplitude: of the chessboard that sends all classes to one.
+        big_amplitude: of the diagonals that send some classes to targets of their own.
+        steps: of an inversion.
+        n_transfer: images of every class that triggers are tried on.
+    """
+
+    data: str = "mnist10k"
+    image_size: int = 28
+    size: int = 4000
+    width: int = 8
+    epochs: int = 5
+    rate: float = 0.15
+    each: int = 2
+    sources: int = 5
+    amplitude: float = 0.06
+    big_amplitude: float = 0.15
+    steps: int = 200
+    n_transfer: int = 20
+
+
+SCALES = {
+    "smoke": Settings(data="digits", image_size=8, size=800, epochs=6, each=1, steps=4, n_transfer=5),
+    "quick": Settings(),
+    "full": Settings(data="cifar10", image_size=32, size=50_000, width=16, epochs=20, each=10, amplitude=0.03,
+                     big_amplitude=15 / 255),
+}  # fmt: skip
+
+
+def run(run: Run[Settings]) -> None:
+    """Train networks of every kind, scan them, and compare with Neural Cleanse's statistic on the same triggers."""
+    s = run.settings
+    data = run.data(s.data, normalize=False, val=0, train_size=s.size, image_size=s.image_size)
+    names = [f"{kind}_{k}" for kind in ("clean", "a2o", "x2x") for k in range(s.each)]
+    found = {name: run.arm(name, scanned, run, data, name) for name in [*names, "clean_mlp", "clean_narrow"]}
+    clean, a2o, x2x = ([found[f"{kind}_{k}"] for k in range(s.each)] for kind in ("clean", "a2o", "x2x"))
+    flagged = [arm for arm in x2x if arm["flagged"]]
+    run.values(
+        "detection",
+        {"false_positives": total(clean, "flagged"), "single_target": total(a2o, "flagged"),
+         "several_targets": total(x2x, "flagged"), "auroc": ranked(clean, a2o + x2x, "score"),
+         "other_false_positives": total([found["clean_mlp"], found["clean_narrow"]], "flagged")},
+    )  # fmt: skip
+    run.values(
+        "pairs",
+        {"precision": mean(a2o, "precision"), "recall": mean(a2o, "recall"),
+         "recall_several": mean(flagged, "recall") if flagged else 0.0},
+    )  # fmt: skip
+    run.values("baseline", umd=ranked(clean, x2x, "score"), neural_cleanse=ranked(clean, x2x, "cleanse"))
+    run.values("negative_control", recall=mean(a2o, "shuffled_recall"))
+
+
+def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
+    """One network and what the detector says of it."""
+    s = run.settings
+    kind, which = name.split("_")
+    seed = 10 * run.seed + (int(which) if which.isdigit() else 0)
+    trigger, labels = attack(s, data, kind, seed)
+    nets = {"mlp": partial(mlp, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
+    made = victim(
+        data, trigger, labels, rate=0.0 if kind == "clean" else s.rate, epochs=s.epochs, mode="append",
+        net=nets.get(which, partial(default_net, data, s.width)), seed=seed, device=run.device,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the number of pairs is recorded
+        detector = UMD(steps=s.steps, n_transfer=s.n_transfer, n_images=10 if s.n_transfer >= 10 else 4)
+        verdict = detector.scan(made.model, data.test.tensors, seed=seed, progress=False)
+    assert isinstance(verdict, UMDVerdict)
+    assert verdict.triggers is not None
+    true = set(labels.pairs().items())
+    shuffled = core_periphery(permuted(verdict.transfer, seed), [pair[0] for pair in verdict.triggers.pairs])
+    hits = len(true & {verdict.triggers.pairs[k] for k in shuffled.members})
+    # An infinite score ranks above all others.
+    return {
+        "flagged": int(verdict.is_backdoored), "score": min(verdict.score, 1e6), "threshold": verdict.threshold,
+        "H": verdict.H, "core": [list(pair) for pair in verdict.core], "acc": made.metrics.acc, "asr": made.metrics.asr,
+        "precision": len(true & set(verdict.core)) / len(verdict.core), "recall": len(true & set(verdict.core)) / len(true),
+        "shuffled_recall": hits / len(true), "cleanse": cleanse(verdict.sizes), "sizes": verdict.sizes,
+        "reached": verdict.evidence["pairs_reached"], "members": verdict.evidence["members"], "transfer": verdict.transfer,
+    }  # fmt: skip
+
+
+def attack(s: Settings, data: DataSplits, kind: str, seed: int) -> tuple[Trigger, LabelMap]:
+    """Trigger and labels; those of all-to-one for clean networks, to see what the trigger does by itself."""
+    if kind == "x2x":
+        return AdditiveTrigger.shape("bigX", data.shape, s.big_amplitude), X2X.random(data.num_classes, s.sources, seed)
+    return AdditiveTrigger.shape("chessboard", data.shape, s.amplitude), AllToOne(
+        seed % data.num_classes, data.num_classes
+    )
+
+
+def cleanse(sizes: np.ndarray) -> float:
+    """The baseline, Neural Cleanse's anomaly index: how far the smallest median size of a target lies below the others'."""
+    finite = np.where(np.isinf(sizes), np.nanmax(np.where(np.isinf(sizes), np.nan, sizes), initial=1.0), sizes)
+    medians = np.nanmedian(finite, axis=0)
+    centre = float(np.median(medians))
+    spread = 1.4826 * float(np.median(np.abs(medians - centre)))
+    return (centre - float(medians.min())) / spread if spread > 0 else 0.0
+
+
+def permuted(A: np.ndarray, seed: int) -> np.ndarray:
+    """The transfers with all entries off the diagonal in random order."""
+    off = ~np.eye(len(A), dtype=bool)
+    out = np.zeros_like(A)
+    out[off] = np.random.default_rng(seed).permutation(A[off])
+    return out
+
+
+def mlp(data: DataSplits) -> nn.Module:
+    """A network without convolutions."""
+    front = Normalize([0.5] * data.shape[0], [0.5] * data.shape[0])
+    return nn.Sequential(
+        front, nn.Flatten(), nn.Linear(math.prod(data.shape), 64), nn.ReLU(), nn.Linear(64, data.num_classes)
+    )
+
+
+def total(arms: list[dict[str, Any]], key: str) -> float:
+    return float(sum(arm[key] for arm in arms))
+
+
+def mean(arms: list[dict[str, Any]], key: str) -> float:
+    return total(arms, key) / len(arms)
+
+
+def ranked(clean: list[dict[str, Any]], bad: list[dict[str, Any]], key: str) -> float:
+    return auroc(*(torch.tensor([arm[key] for arm in arms]) for arms in (clean, bad)))
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Scores of all networks, and the transfers of one of each kind."""
+    fig, ax = plots.axes("", "score")
+    for k, (kind, label) in enumerate({"clean": "clean", "a2o": "to one target", "x2x": "to several"}.items()):
+        arms = [arm for seed in results.arms for name, arm in seed.items() if name.startswith(kind)]
+        ax.plot(k + np.linspace(-0.2, 0.2, len(arms)), [min(arm["score"], 20) for arm in arms], "o", label=label)
+    ax.axhline(results.arms[0]["clean_0"]["threshold"], c="k", ls="--")
+    ax.set_xticks(range(3), ["clean", "one target", "several targets"])
+    maps, axes = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
+    for place, kind in zip(axes, ("clean", "a2o", "x2x"), strict=True):
+        arm = results.arms[0][f"{kind}_0"]
+        A, members = np.asarray(arm["transfer"]), list(arm["members"])
+        order = [*members, *np.setdiff1d(np.arange(len(A)), members)]
+        place.imshow(A[np.ix_(order, order)], vmin=0, vmax=1, interpolation="nearest")
+        place.set(
+            title=f"{kind}: H = {arm['H']:.2f}, z = {arm['score']:.2g}",
+            xlabel="tried on pair",
+            ylabel="trigger of pair",
+        )
+    return {"scores": fig, "transfers": maps}
+
+
+def peers(bench: Any) -> None:
+    """All pairs in one batch, against one pair after another with the same steps, and with the authors'."""
+    data = load("digits", normalize=False, val=0)
+    trigger, labels = AdditiveTrigger.shape("chessboard", data.shape, 0.1), AllToOne(0, 10)
+    net = victim(data, trigger, labels, rate=0.15, epochs=4, lr=0.1, mode="append", seed=0).model
+    x, y = data.train.tensors
+    images = torch.stack([x[y == c][:10] for c in range(10)])
+    pairs = [(s, t) for s in range(10) for t in range(10) if s != t]
+    frozen = net.requires_grad_(False)
+
+    def one(x: Tensor, t: int, lr: float | None, steps: int) -> None:
+        v = torch.zeros_like(x[0])
+        for _ in range(steps):
+            v.requires_grad_(True)
+            logits = frozen((x + v).clamp(0, 1))
+            if (logits.argmax(1) == t).double().mean() >= 0.9 or float(v.norm()) > 20:
+                return
+            (g,) = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.full((len(x),), t)), v)
+            v = (v - (0.1 * g / g.norm() if lr is None else lr * g)).detach()
+
+    bench.compare(
+        "90 pairs, 10 images of 8 x 8 each", repeats=3,
+        ours=lambda: AdditiveInversion().estimate(net, images, pairs),
+        loop=lambda: [one(images[s], t, None, 200) for s, t in pairs],
+        loop_raw_gradients=lambda: [one(images[s], t, 0.1, 1000) for s, t in pairs],
+    )  # fmt: skip
