@@ -1,4 +1,9 @@
 # Written by docs/generate.py from the catalogue.
+from torchfolio.robustness.attack_tracing import TracedCopy as TracedCopy
+from torchfolio.robustness.attack_tracing import separate as separate
+from torchfolio.robustness.attack_tracing import trace as trace
+from torchfolio.robustness.attack_tracing import transfer_matrix as transfer_matrix
+from torchfolio.robustness.attack_tracing import trial as trial
 from torchfolio.robustness.attacks import deepfool as deepfool
 from torchfolio.robustness.attacks import fgsm as fgsm
 from torchfolio.robustness.attacks import hop_skip_jump as hop_skip_jump
