@@ -24,7 +24,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfolio import __version__, catalog, models
 from torchfolio.engine.lock import held, sync
+from torchfolio.engine.modes import evaluating
 from torchfolio.errors import TorchfolioError
 from torchfolio.json_text import plain
+from torchfolio.models.chain import recipe_of
 
 FORMAT = 2
 WEIGHTS, MANIFEST = "model.safetensors", "bundle.json"
@@ -87,7 +89,12 @@ class Bundle:
 
 
 def save_bundle(
-    model: nn.Module, folder: str | Path, manifest: Manifest, *, notes: Mapping[str, str] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    manifest: Manifest | None = None,
+    *,
+    example: Tensor | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a bundle. The folder appears whole or not at all; an earlier bundle there is replaced.
 
@@ -96,7 +103,10 @@ def save_bundle(
     Args:
         model: the network; its parameters and buffers are stored.
         folder: where to write.
-        manifest: how to build it again. Numbers in `training` that are not finite are stored as `null`.
+        manifest: how to build it again. Numbers in `training` that are not finite are stored as `null`. Without one it is
+            made of the live network, which must be a reference network or an `nn.Sequential` of PyTorch's own layers;
+            one that cannot be built again is refused, and one that was changed since it was built.
+        example: a batch of inputs `[B, ...]`, for a network without a manifest.
         notes: texts that are kept beside it, by file name; they are never read back.
 
     Returns:
@@ -110,6 +120,8 @@ def save_bundle(
     check_folder(folder)
     if odd := [n for n in notes or () if Path(n).name != n or Path(n).suffix in PICKLES or n in (WEIGHTS, MANIFEST)]:
         raise BundleError(f"expected notes to be named by plain file names of their own, got {odd[0]!r}")
+    if manifest is None:
+        manifest = describe(model, example)
     stored, tied = _unshared(model)
     _check_finite(model, stored)
     body = {**asdict(manifest), "training": plain(manifest.training), "tied": tied}
@@ -131,6 +143,39 @@ def save_bundle(
         _publish(scratch)
         _swap(scratch, folder)
     return folder
+
+
+def describe(model: nn.Module, example: Tensor | None) -> Manifest:
+    """The manifest of a live network.
+
+    Args:
+        model: a reference network, or an `nn.Sequential` of PyTorch's own layers.
+        example: a batch of inputs that it takes.
+
+    Raises:
+        BundleError: if the network cannot be built again, or its copy is another or gives other outputs.
+    """
+    if not isinstance(example, Tensor) or example.dim() < 1 or not len(example):
+        raise BundleError(f"expected example=x, a batch of inputs of the network, got {_shown(example)}")
+    advice = "give a Manifest with the import path of your own factory"
+    try:
+        factory, arguments = recipe_of(model)
+    except ValueError as error:
+        raise BundleError(f"the network cannot be built again from values: {error}; {advice}") from error
+    path = f"torchfolio.models:{factory.__name__}"
+    made = Manifest(path, json.loads(json.dumps(plain(arguments))), tuple(example.shape[1:]))
+    again = build(made.build, made.arguments)
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    if {n: v.shape for n, v in again.state_dict().items()} != {n: v.shape for n, v in state.items()}:
+        raise BundleError(f"the network is not the {factory.__name__} that it was built as: it was changed; {advice}")
+    again.load_state_dict(state)
+    dtype = next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32)
+    with torch.no_grad(), evaluating(model):
+        expected, found = model(example).cpu(), again.to(dtype).eval()(example.cpu())
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        raise BundleError(f"the {factory.__name__} built again gives other outputs than the network: {advice}")
+    classes = tuple(map(str, range(found.shape[1]))) if found.dim() == 2 and found.shape[1] > 1 else ()
+    return replace(made, classes=classes)
 
 
 def check_folder(folder: Path) -> None:
@@ -271,6 +316,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
         many = isinstance(value, list | tuple) and len(value) <= MOST_MODULES
         return many and all(_is_a(part, parts[0]) for part in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
     if annotation is None or annotation is type(None):
         return value is None
     if annotation is int:

@@ -1,5 +1,6 @@
 """Reference networks, and the surgery that methods need on a user's own."""
 
+from torchfolio.models.chain import Chain
 from torchfolio.models.init import initialize
 from torchfolio.models.nets import MLP, VGG, ConvNet, EncoderBlock, Transformer, UNet, ViT, vgg11, vgg13, vgg16, vgg19
 from torchfolio.models.registry import BUILDERS, build, names, spec
@@ -27,6 +28,7 @@ __all__ = [
     "MLP",
     "VGG",
     "BasicBlock",
+    "Chain",
     "ConvNet",
     "EncoderBlock",
     "Features",

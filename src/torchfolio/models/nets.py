@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.models.chain import remembered
 from torchfolio.models.init import initialize
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -35,6 +36,7 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+@remembered
 class MLP(nn.Sequential):
     """A multilayer perceptron: `layer1`, …, `layerL`, `head`.
 
@@ -103,6 +105,7 @@ def pooled_head(channels: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
+@remembered
 class ConvNet(nn.Sequential):
     """A small convolutional network: `layer1`, …, `layerL` (convolution, batch norm, ReLU, max pool), `head`.
 
@@ -133,6 +136,7 @@ VGG_PLANS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
+@remembered
 class VGG(nn.Sequential):
     """VGG with batch norm for small images: `layer1`, …, `layerL`, and a pooled linear `head`.
 
@@ -208,6 +212,7 @@ class PatchEmbedding(nn.Module):
         return self.project(x).flatten(2).transpose(1, 2) + self.positions
 
 
+@remembered
 class EncoderBlock(nn.Module):
     """A pre-norm transformer block: attention and a two-layer perceptron, each on a residual path.
 
@@ -249,6 +254,7 @@ class TokenMean(nn.Module):
         return x.mean(1)
 
 
+@remembered
 class ViT(nn.Sequential):
     """A small vision transformer: `embed`, `block1`, …, `blockL`, `head` (norm, mean over tokens, linear).
 
@@ -298,6 +304,7 @@ def sinusoids(length: int, dim: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim]
 
 
+@remembered
 class Transformer(nn.Module):
     """An encoder-decoder transformer on token ids.
 
@@ -417,6 +424,7 @@ def _groups(channels: int) -> int:
     return next(g for g in (8, 4, 2, 1) if channels % g == 0)
 
 
+@remembered
 class UNet(nn.Module):
     """A small U-Net, from image to image, with an optional time input for diffusion.
 

@@ -24,7 +24,7 @@ NAMES = {
     "transformer": "Transformer",
 }
 
-BUILDERS = (*sorted(set(NAMES.values())), "BasicBlock", "EncoderBlock", "ResNetCIFAR", "VGG")
+BUILDERS = (*sorted(set(NAMES.values())), "BasicBlock", "Chain", "EncoderBlock", "ResNetCIFAR", "VGG")
 """Names in `torchfolio.models` that a bundle may build: they evaluate no text, import nothing and open no path."""
 
 

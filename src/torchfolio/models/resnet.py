@@ -9,6 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.models.chain import remembered
+
 Shortcut = Literal["A", "B"]
 
 
@@ -69,6 +71,7 @@ class BasicBlock(nn.Module):
         return self.relu2(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+@remembered
 class ResNetCIFAR(nn.Sequential):
     """The residual network for 32x32 images: a stem, three stages of $n$ blocks, a pooled linear head.
 
