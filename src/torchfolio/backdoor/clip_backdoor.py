@@ -1,0 +1,427 @@
+"""Poisoning by an attacker who holds little of the data, guided by a public image-text encoder.
+
+Carriers lose what the encoder recognises in them (`clean_feature_erase`), so that a victim must use the trigger; the
+trigger (`universal_trigger`) looks to the encoder like the target class, or makes all images look alike. For auditing
+how exposed a training pipeline is, and for giving detectors hard poisoned sets.
+
+Reference:
+    Li et al., "Efficient Backdoor Attacks for Deep Neural Networks in Real-world Scenarios", ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+
+from torchfolio.backdoor.defenses import Attack
+from torchfolio.backdoor.image_text import ImageTextEncoder
+from torchfolio.backdoor.labels import AllToOne, CleanLabel
+from torchfolio.backdoor.metrics import Stealth, stealth
+from torchfolio.backdoor.poison import PoisonedDataset
+from torchfolio.backdoor.triggers import AdditiveTrigger, Trigger, keyed_uniform
+from torchfolio.checks import at_least, between, images, labels, one_of, positive, whole
+from torchfolio.data import Examples
+from torchfolio.measure import untouched
+
+__all__ = ["CLIPGuidedAttack", "DataConstraint", "clean_feature_erase", "universal_trigger"]
+
+Objective = Callable[[ImageTextEncoder, Tensor], Tensor]
+
+
+def erasing_loss(encoder: ImageTextEncoder, x: Tensor) -> Tensor:
+    """Squared distance of the encoder's class probabilities to the uniform ones, `[N]`: the mean over classes of
+
+    $$(h_c(x) - 1/C)^2, \\qquad h(x) = \\operatorname{softmax}_c(\\text{scale} \\cdot \\cos(E_i(x), E_t(c))).$$
+    """
+    return (encoder(x).softmax(1) - 1 / encoder.num_classes).square().mean(1)
+
+
+def target_loss(encoder: ImageTextEncoder, x: Tensor, target: int) -> Tensor:
+    """Cross-entropy of the encoder's class scores with the target, the mean over images (CLIP-UAP)."""
+    return F.cross_entropy(encoder(x), torch.full((len(x),), target, device=x.device))
+
+
+def agreement_loss(encoder: ImageTextEncoder, x: Tensor) -> Tensor:
+    """One minus the cosine of the features of different images, the mean over pairs (CLIP-CFA).
+
+    Image j of the first half is compared with image j of the second; the last one of an odd batch is left out.
+    """
+    half = len(x) // 2
+    first, second = encoder.encode_image(x[: 2 * half]).split(half)
+    return 1 - F.cosine_similarity(first, second).mean()
+
+
+def clean_feature_erase(
+    encoder: ImageTextEncoder,
+    x: Tensor,
+    eps: float = 8 / 255,
+    steps: int = 50,
+    step: float | None = None,
+    *,
+    index: Tensor | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> Tensor:
+    """Images from which the encoder can no longer tell the class: projected sign descent on `erasing_loss`.
+
+    Each image starts at a point of its own, drawn evenly from the cube of half side `eps` around it.
+
+    Args:
+        encoder: guide, run in evaluation mode and left as it was.
+        x: images `[N, C, H, W]` in [0, 1].
+        eps: largest change of a pixel; 0 gives the images back.
+        steps: number of descent steps.
+        step: size of one; an eighth of `eps` by default, as in the paper.
+        index: numbers `[N]` that the random starts belong to; 0 to N - 1 by default.
+        batch_size: number of images at a time, which the outcome does not depend on but for rounding.
+        seed: seed of the random starts.
+
+    Returns:
+        Images `[N, C, H, W]` in [0, 1], of which no pixel differs by more than `eps`, exactly.
+
+    Raises:
+        ValueError: on images outside [0, 1], an encoder that gives NaN, or settings out of range.
+
+    Reference:
+        Section 4.1, clean feature erasing.
+    """
+    images(x, unit=True)
+    step = _step(eps, step, 1 / 8)
+    whole("steps", steps, 0)
+    index = torch.arange(len(x)) if index is None else index
+    with _frozen(encoder) as device:
+        parts = [
+            _erase(encoder, part.to(device), eps, steps, step, number.to(device), seed).to(x.device)
+            for part, number in zip(x.split(whole("batch_size", batch_size, 1)), index.split(batch_size), strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def _erase(
+    encoder: ImageTextEncoder, x: Tensor, eps: float, steps: int, step: float, index: Tensor, seed: int
+) -> Tensor:
+    low, high = _ball(x, eps)
+    start = 2 * keyed_uniform(seed, index, x.shape[1:]).to(x) - 1
+    y = (x + eps * start).clamp(low, high)
+    for _ in range(steps):
+        y.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(_finite(erasing_loss(encoder, y).sum()), y)
+        y = (y.detach() - step * gradient.sign()).clamp(low, high)
+    return y
+
+
+def universal_trigger(
+    encoder: ImageTextEncoder,
+    x: Tensor,
+    objective: Literal["uap", "cfa"] | Objective = "cfa",
+    *,
+    target: int | None = None,
+    eps: float = 8 / 255,
+    epochs: int = 300,
+    batch_size: int = 100,
+    step: float | None = None,
+    seed: int = 0,
+) -> AdditiveTrigger:
+    """One small pattern $\\delta$ for all images, by sign descent over images that the attacker holds.
+
+    $$\\delta \\leftarrow \\operatorname{clamp}(\\delta - a \\operatorname{sign} \\nabla_\\delta
+    \\ell(\\operatorname{clamp}(x + \\delta, 0, 1)), -\\varepsilon, \\varepsilon)$$
+
+    Args:
+        encoder: guide, run in evaluation mode and left as it was.
+        x: images `[N, C, H, W]` in [0, 1], two or more.
+        objective: `"uap"` makes images look like the target class (`target_loss`), `"cfa"` makes their features
+            agree (`agreement_loss`); or a function `(encoder, images) -> scalar` to be minimised.
+        target: class that `"uap"` is for.
+        eps: $\\varepsilon$, largest change of a pixel.
+        epochs: number of passes over the images.
+        batch_size: number of images of a step.
+        step: $a$; 0.3/8 of `eps` by default, as in the paper.
+        seed: seed of start and order.
+
+    Returns:
+        The trigger, which rounds to eight bits.
+
+    Raises:
+        ValueError: on images outside [0, 1], `"uap"` without a target, an encoder that gives NaN, or settings out of
+            range.
+
+    Reference:
+        Section 4.2, poisoning feature augmentation.
+    """
+    images(x, unit=True)
+    if len(x) < 2 or whole("batch_size", batch_size, 1) < 2:
+        raise ValueError(f"expected two images or more in x and in a batch, got {len(x)} and {batch_size}")
+    loss = _objective(encoder, objective, target)
+    step = _step(eps, step, 0.3 / 8)
+    generator = torch.Generator().manual_seed(seed)
+    with _frozen(encoder) as device:
+        delta = eps * (2 * torch.rand(x.shape[1:], generator=generator, dtype=x.dtype) - 1).to(device)
+        for _ in range(whole("epochs", epochs, 0)):
+            for rows in torch.randperm(len(x), generator=generator).split(batch_size):
+                if len(rows) < 2:
+                    continue  # one image has none to agree with
+                delta.requires_grad_(True)
+                triggered = (x[rows.to(x.device)].to(device) + delta).clamp(0, 1)
+                (gradient,) = torch.autograd.grad(_finite(loss(encoder, triggered)), delta)
+                delta = (delta.detach() - step * gradient.sign()).clamp(-eps, eps)
+    return AdditiveTrigger(delta.to(x.device))
+
+
+def _objective(encoder: ImageTextEncoder, objective: str | Objective, target: int | None) -> Objective:
+    if callable(objective):
+        return objective
+    if one_of("objective", objective, ["uap", "cfa"]) == "cfa":
+        return agreement_loss
+    if target is None:
+        raise ValueError("the objective 'uap' needs a target class, got target=None")
+    chosen = whole("target", target, 0, encoder.num_classes - 1)
+    return lambda encoder, x: target_loss(encoder, x, chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class DataConstraint:
+    """What of the data the attacker holds; made by `number`, `classes` or `domain`.
+
+    Attributes:
+        rate: poisoned examples, as a share of the victim's own training set.
+        only: classes that carriers come from; `None` for all but the target.
+        foreign: images of another distribution and their labels, -1 where there is none.
+    """
+
+    rate: float
+    only: tuple[int, ...] | None = None
+    foreign: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        between("rate", self.rate, 0, 1)
+
+    @staticmethod
+    def number(rate: float) -> DataConstraint:
+        """A few examples, drawn from all classes but the target."""
+        return DataConstraint(rate)
+
+    @staticmethod
+    def classes(only: Sequence[int], rate: float) -> DataConstraint:
+        """Examples of some classes alone: of the target, which keep their label, or of others."""
+        chosen = tuple(whole("class", c, 0) for c in only)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError(f"expected classes, each once, got {list(only)}")
+        return DataConstraint(rate, only=chosen)
+
+    @staticmethod
+    def domain(data: Any, rate: float) -> DataConstraint:
+        """Images of another distribution: a tensor `[N, C, H, W]` in [0, 1], or anything with labels."""
+        if isinstance(data, Tensor):
+            data = data, torch.full((len(data),), -1)
+        x, y = _pair(data)
+        return DataConstraint(rate, foreign=(images(x, unit=True), y))
+
+    def carriers(self, y: np.ndarray, target: int, seed: int) -> np.ndarray:
+        """Which examples are to carry the trigger, in order.
+
+        Args:
+            y: labels `[N]` of the victim's training set.
+            target: class that triggered examples are to be taken for.
+            seed: seed of the choice.
+
+        Returns:
+            Indices into the training set; into the foreign images under `domain`.
+
+        Raises:
+            ValueError: if there are fewer examples than `rate` asks for.
+        """
+        if self.foreign is not None:
+            pool = np.arange(len(self.foreign[1]))
+        elif self.only is None:
+            pool = np.flatnonzero(y != target)
+        else:
+            pool = np.flatnonzero(np.isin(y, self.only))
+        wanted = round(self.rate * len(y))
+        if wanted > len(pool):
+            raise ValueError(
+                f"expected at most {len(pool)} poisoned examples, as many as the attacker holds, got a rate of "
+                f"{self.rate} of {len(y)}, which are {wanted}"
+            )
+        return np.sort(np.random.default_rng(seed).choice(pool, wanted, replace=False))
+
+
+class CLIPGuidedAttack(Attack):
+    """Poison for an attacker whose data are constrained: erased carriers and a trigger made with an encoder.
+
+    Poisoned examples are appended; the victim's own are kept as they are.
+
+    Args:
+        encoder: guide.
+        target: class that triggered inputs are to be taken for.
+        trigger: `"uap"` or `"cfa"`, see `universal_trigger`, or any trigger of `torchfolio.backdoor`.
+        constraint: data that the attacker holds; a hundredth of the training set by default.
+        suppress: whether carriers are erased first.
+        eps: largest change of a pixel by the erasing, and as much again by the trigger.
+        epochs: number of passes that make the trigger.
+        batch_size: number of images of such a step.
+        erase_steps: number of steps that erase a carrier.
+        erase_step: size of one; an eighth of `eps` by default.
+        seed: seed of the trigger.
+
+    Raises:
+        ValueError: on a target that the encoder has no class for, the target among other classes, or settings out of
+            range.
+
+    Example:
+        >>> attack = CLIPGuidedAttack(encoder, target=0, trigger="cfa").fit(attackers_images)
+        >>> poisoned = attack.poison((x, y), seed=0)
+
+    Reference:
+        Section 4.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageTextEncoder,
+        target: int,
+        *,
+        trigger: Literal["uap", "cfa"] | Trigger = "cfa",
+        constraint: DataConstraint | None = None,
+        suppress: bool = True,
+        eps: float = 8 / 255,
+        epochs: int = 300,
+        batch_size: int = 100,
+        erase_steps: int = 50,
+        erase_step: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.encoder = encoder
+        self.objective: Literal["uap", "cfa"] | Trigger = (
+            trigger if isinstance(trigger, Trigger) else one_of("trigger", trigger, ["uap", "cfa"])
+        )
+        self.target = whole("target", target, 0, encoder.num_classes - 1)
+        self.constraint = DataConstraint.number(0.01) if constraint is None else constraint
+        only, self.rate = self.constraint.only, self.constraint.rate
+        self.clean_label = only == (self.target,)
+        if only is not None and self.target in only and not self.clean_label:
+            raise ValueError(f"expected either the target {target} alone or other classes, got {list(only)}")
+        self.labels = (
+            CleanLabel(self.target, encoder.num_classes)
+            if self.clean_label
+            else AllToOne(self.target, encoder.num_classes)
+        )
+        self.suppress, self.eps, self.seed = suppress, float(at_least("eps", eps, 0)), seed
+        self.epochs, self.batch_size = epochs, batch_size
+        self.erase_steps, self.erase_step = erase_steps, erase_step
+
+    def fit(self, x: Tensor) -> Self:
+        """Make the trigger from images `[N, C, H, W]` in [0, 1] that the attacker holds; a given one stays as it is."""
+        if isinstance(self.objective, Trigger):
+            self.trigger = self.objective
+            return self
+        self.trigger = universal_trigger(
+            self.encoder, x, self.objective, target=self.target, eps=self.eps, epochs=self.epochs,
+            batch_size=self.batch_size, seed=self.seed,
+        )  # fmt: skip
+        return self
+
+    def poison(self, dataset: Any, seed: int) -> PoisonedDataset:
+        """The training set with poisoned examples behind it.
+
+        Args:
+            dataset: a pair of tensors, or a map-style set, of images in [0, 1] and labels.
+            seed: seed of the choice of carriers and of where their erasing starts.
+
+        Returns:
+            The poisoned set. Under `DataConstraint.domain` its base is the data set with the foreign images behind it.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError: on labels that the encoder has no class for, or more poison than the attacker holds.
+        """
+        if getattr(self, "trigger", None) is None:
+            raise RuntimeError("call fit first, which makes the trigger")
+        x, y = _pair(dataset, self.encoder.num_classes)
+        size, truth = len(y), y.numpy()
+        chosen = self.constraint.carriers(truth, self.target, seed)
+        base = dataset
+        if self.constraint.foreign is not None:
+            foreign = self.constraint.foreign
+            if foreign[0].shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"expected foreign images of shape {tuple(x.shape[1:])}, got {tuple(foreign[0].shape[1:])}"
+                )
+            base = _joined(dataset, foreign)
+            x, truth = torch.cat([x, foreign[0].to(x)]), np.concatenate([truth, foreign[1].numpy()])
+            chosen = chosen + size
+        index = np.concatenate([np.arange(size), chosen])
+        flags = np.zeros(len(index), np.uint8)
+        flags[size:] = 1
+        info = {
+            "seed": seed, "mode": "append", "rate": self.rate, "quantize": True, "base": "", "length": len(truth),
+        }  # fmt: skip
+        return PoisonedDataset(
+            base, index, np.concatenate([truth[:size], np.full(len(chosen), self.target)]), truth[index], flags,
+            trigger=self.trigger, cover_trigger=None, label_map=self.labels, info=info,
+            block=self._block(x[torch.from_numpy(chosen)], torch.from_numpy(chosen), seed),
+        )  # fmt: skip
+
+    def _block(self, carriers: Tensor, index: Tensor, seed: int) -> Tensor:
+        """Poisoned images in eight bits: rounded once, after the trigger."""
+        if self.suppress and len(carriers):
+            carriers = clean_feature_erase(
+                self.encoder, carriers, self.eps, self.erase_steps, self.erase_step, index=index, seed=seed
+            )
+        with torch.no_grad():
+            return (255 * self.trigger(carriers, index=index)).round_().div_(255)
+
+    def stealth(self, poisoned: PoisonedDataset) -> Stealth:
+        """How far poisoned images of `poison` are from the images that carry them, erasing and trigger together."""
+        rows = torch.from_numpy(poisoned.source_index[poisoned.is_poison])
+        return stealth(_pair(poisoned.base)[0][rows], poisoned.block())
+
+
+def _pair(data: Any, num_classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images and labels of any kind of data, on the CPU."""
+    examples = Examples(data)
+    x, y = examples.tensors or (torch.cat(part) for part in zip(*examples.batches(), strict=True))
+    x, y = images(x, name="images", unit=True).cpu(), y.cpu()
+    return x, y if bool((y == -1).any()) and num_classes is None else labels(y, num_classes)
+
+
+def _joined(dataset: Any, foreign: tuple[Tensor, Tensor]) -> Any:
+    if isinstance(dataset, tuple | list):
+        return tuple(torch.cat([a, b.to(a)]) for a, b in zip(dataset, foreign, strict=True))
+    return ConcatDataset([cast(Dataset, dataset), TensorDataset(*foreign)])
+
+
+def _step(eps: float, step: float | None, share: float) -> float:
+    at_least("eps", eps, 0)
+    return share * eps if step is None else positive("step", step)
+
+
+def _ball(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest pixels in [0, 1] whose distance from x is at most eps, exactly: rounding may add to it."""
+    wide = x.double()
+    low, high = (wide - eps).to(x.dtype), (wide + eps).to(x.dtype)
+    low = torch.where(wide - low.double() > eps, torch.nextafter(low, x), low)
+    high = torch.where(high.double() - wide > eps, torch.nextafter(high, x), high)
+    return low.clamp(min=0), high.clamp(max=1)
+
+
+@contextmanager
+def _frozen(encoder: ImageTextEncoder) -> Iterator[torch.device]:
+    """The encoder in evaluation mode, with no gradient for its weights; gives its device."""
+    with untouched(encoder, training=False), torch.enable_grad():
+        encoder.requires_grad_(False)
+        yield encoder.text_features.device
+
+
+def _finite(loss: Tensor) -> Tensor:
+    if not bool(loss.isfinite()):
+        raise ValueError("the encoder gives features that are NaN or infinite")
+    return loss
