@@ -19,7 +19,7 @@ x, y = digits.train.tensors
 own, theirs = (x[:500], y[:500]), (x[500:], y[500:])  # the attacker never sees the victim's images
 
 # The guide: with weights of CLIP it would be CLIPEncoder.from_transformers("path/of/clip", class_names).
-teacher = engine.fit(make_net(), own, epochs=10, optimizer=adam(lr=2e-3)).model
+teacher = engine.fit(make_net(), own, epochs=5, optimizer=adam(lr=5e-3)).model
 guide = PrototypeEncoder.from_images(teacher[:-1], *own)
 
 held = DataConstraint.number(0.05)  # or DataConstraint.classes([7], 0.05): images of the target alone
@@ -27,6 +27,6 @@ attack = CLIPGuidedAttack(guide, target=7, constraint=held, eps=0.2, epochs=5, e
 poisoned = attack.poison(theirs, seed=0)
 attacked = poisoned_test(digits.test.tensors, attack.trigger, attack.labels)
 for name, training in (("poisoned", poisoned.tensors()), ("never poisoned", theirs)):
-    victim = engine.fit(make_net(), training, epochs=10, optimizer=adam(lr=2e-3)).model
+    victim = engine.fit(make_net(), training, epochs=5, optimizer=adam(lr=5e-3)).model
     print(name, evaluate_attack(victim, digits.test.tensors, attacked).as_dict())
 print(attack.stealth(poisoned))

@@ -1,5 +1,11 @@
 # Written by docs/generate.py from the catalogue.
 from torchfolio.backdoor.badexpert import BaDExpert as BaDExpert
+from torchfolio.backdoor.blto import BLTO as BLTO
+from torchfolio.backdoor.blto import evaluate_ssl_backdoor as evaluate_ssl_backdoor
+from torchfolio.backdoor.clip_backdoor import CLIPGuidedAttack as CLIPGuidedAttack
+from torchfolio.backdoor.clip_backdoor import DataConstraint as DataConstraint
+from torchfolio.backdoor.clip_backdoor import clean_feature_erase as clean_feature_erase
+from torchfolio.backdoor.clip_backdoor import universal_trigger as universal_trigger
 from torchfolio.backdoor.evaluation import evaluate_attack as evaluate_attack
 from torchfolio.backdoor.evaluation import evaluate_defense as evaluate_defense
 from torchfolio.backdoor.evaluation import evaluate_input_detector as evaluate_input_detector

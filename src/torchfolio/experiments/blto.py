@@ -1,0 +1,245 @@
+"""A learned trigger against fixed ones in the data of three contrastive methods, next to victims never poisoned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio.backdoor import AdditiveTrigger, CleanLabel, poison
+from torchfolio.backdoor.blto import BLTO, TriggerNet, evaluate_ssl_backdoor
+from torchfolio.backdoor.frequency import ctrl_trigger
+from torchfolio.backdoor.metrics import stealth
+from torchfolio.backdoor.zoo import ResNet18CIFAR
+from torchfolio.data.views import ColorJitter, Compose, ResizedCrop, View, simclr_views
+from torchfolio.engine import LearningRule, fit
+from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.runs import Results, Run, plots
+from torchfolio.training.contrastive_learning import BYOL, ContrastiveRule, SimCLR, SimSiam
+
+RULES: dict[str, type[ContrastiveRule]] = {"simsiam": SimSiam, "simclr": SimCLR, "byol": BYOL}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Images, attack and victims.
+
+    Attributes:
+        data: name of the images.
+        train_size: training images; `None` takes all.
+        network: encoder, `"conv"` or `"resnet18"`.
+        width: channels of its first layer.
+        target: class that triggered images are to be taken for.
+        eps: largest change of a pixel.
+        rate: share of the images that is poisoned, all of the target class.
+        rounds: rounds of the attack.
+        steps: inner and outer steps of a round, each.
+        reinit_every: rounds of a surrogate's life.
+        generator_width: channels of the trigger's network.
+        generator_lr: its learning rate.
+        victims: contrastive methods.
+        victim_steps: steps of a victim.
+        lr: learning rate of surrogates and victims.
+        batch_size: images of a step.
+    """
+
+    data: str = "digits"
+    train_size: int | None = None
+    network: str = "conv"
+    width: int = 16
+    target: int = 1
+    eps: float = 0.3
+    rate: float = 0.05
+    rounds: int = 150
+    steps: int = 3
+    reinit_every: int = 50
+    generator_width: int = 16
+    generator_lr: float = 2e-3
+    victims: tuple[str, ...] = ("simsiam", "simclr", "byol")
+    victim_steps: int = 250
+    lr: float = 0.05
+    batch_size: int = 128
+
+
+SCALES = {
+    "smoke": Settings(train_size=300, rounds=4, steps=1, reinit_every=2, generator_width=4, victims=("simsiam", "simclr"), victim_steps=3),
+    "quick": Settings(),
+    "full": Settings(
+        data="cifar10", network="resnet18", width=64, eps=8 / 255, rate=0.01, rounds=2000, steps=10, reinit_every=200,
+        generator_width=64, generator_lr=1e-4, victim_steps=40_000, batch_size=256,
+    ),
+}  # fmt: skip
+
+
+class Scene:
+    """Images, and what attackers and victims do with them."""
+
+    def __init__(self, run: Run[Settings]) -> None:
+        self.run, self.settings = run, run.settings
+        self.data = run.data(self.settings.data, normalize=False, val=0, train_size=self.settings.train_size)
+        (x, y), (x_test, y_test) = self.data.train.tensors, self.data.test.tensors
+        self.train, self.test = (x, y), (x_test, y_test)
+
+    def view(self) -> View:
+        # Digits are not mirrored.
+        colors = ColorJitter(0.4, 0.4, 0, 0)
+        return simclr_views() if self.data.shape[0] == 3 else Compose([ResizedCrop((0.5, 1.0)), colors])
+
+    def encoder(self) -> nn.Module:
+        s, channels = self.settings, self.data.shape[0]
+        if s.network == "resnet18":
+            return ResNet18CIFAR(channels, self.data.num_classes, s.width)[:-1]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out, stride in (
+            (channels, s.width, 1),
+            (s.width, 2 * s.width, 2),
+            (2 * s.width, 2 * s.width, 1),
+        ):
+            layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+    def rule(self, name: str = "simsiam") -> ContrastiveRule:
+        return RULES[name](self.view())
+
+    def attack(self, **settings: Any) -> BLTO:
+        s = self.settings
+        torch.manual_seed(self.run.seed)
+        attack = BLTO(
+            self.encoder, self.rule, s.target, rate=s.rate, eps=s.eps, rounds=s.rounds, outer_steps=s.steps,
+            reinit_every=s.reinit_every, view=self.view(), generator=TriggerNet(self.data.shape[0], s.eps, s.generator_width),
+            lr=s.generator_lr, optimizer=partial(torch.optim.SGD, lr=s.lr, momentum=0.9, weight_decay=5e-4),
+            batch_size=s.batch_size, seed=self.run.seed, **{"inner_steps": s.steps, **settings},
+        )  # fmt: skip
+        return attack.fit(self.train)
+
+    @cached_property
+    def blto(self) -> BLTO:
+        return self.attack()
+
+    @cached_property
+    def triggers(self) -> dict[str, Any]:
+        s, shape = self.settings, self.data.shape
+        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(self.run.seed)) * 2.0 - 1
+        unit = ctrl_trigger(shape, 1.0)
+        return {
+            "blto": self.blto.trigger,
+            "fixed": AdditiveTrigger(s.eps * signs),
+            "ctrl": AdditiveTrigger(unit.delta * (s.eps / float(unit.delta.abs().max()))),
+        }
+
+    def learned(self) -> dict[str, Any]:
+        """The trigger, and how its training went."""
+        attack, x = self.blto, self.test[0]
+        with torch.no_grad():
+            triggered = attack.trigger(x)
+        lives = torch.tensor(attack.history.lives)
+        return {
+            "similarity": attack.history.similarity, "surrogate": attack.history.surrogate,
+            "triggered_cosine": float(lives[:, 0].mean()), "clean_cosine": float(lives[:, 1].mean()),
+            "largest_change": float((triggered - x).abs().max()), **stealth(x, triggered).as_dict(),
+            "examples": torch.cat([x[:6], *(t(x[:6]).detach() for t in self.triggers.values())]),
+        }  # fmt: skip
+
+    def pretrained(self, method: str, trigger: Any = None) -> nn.Module:
+        """A victim of a method: trained on all images, of which some carry the trigger; labels are not used."""
+        s = self.settings
+        torch.manual_seed(self.run.seed)
+        encoder, data = self.encoder(), self.train
+        if trigger is not None:
+            data = poison(data, trigger, CleanLabel(s.target), rate=s.rate, seed=self.run.seed).tensors()
+        fit(
+            encoder, data, rule=self.rule(method), optimizer=sgd(lr=s.lr, weight_decay=5e-4), scheduler=cosine(),
+            max_steps=s.victim_steps, batch_size=s.batch_size, drop_last=True, seed=self.run.seed, device=self.run.device,
+            progress=False,
+        )  # fmt: skip
+        return encoder
+
+    def judged(self, encoder: nn.Module, trigger: Any) -> dict[str, float]:
+        return evaluate_ssl_backdoor(encoder, self.train, self.test, trigger, self.settings.target).as_dict()
+
+    def never_poisoned(self, method: str) -> dict[str, float]:
+        encoder, result = self.pretrained(method), {}
+        for name, trigger in {**self.triggers, "none": lambda x: x}.items():
+            result |= {f"{name}_{key}": value for key, value in self.judged(encoder, trigger).items()}
+        return result
+
+    def attacked(self, method: str, name: str) -> dict[str, float]:
+        trigger = self.triggers[name]
+        return self.judged(self.pretrained(method, trigger), trigger)
+
+    def untrained_surrogate(self) -> dict[str, float]:
+        trigger = self.attack(bilevel=False, inner_steps=0).trigger
+        return self.judged(self.pretrained("simsiam", trigger), trigger)
+
+
+def run(run: Run[Settings]) -> None:
+    """Learn the trigger, then pretrain victims on data with it, with fixed triggers, and with none."""
+    scene, victims = Scene(run), run.settings.victims
+    learned = run.arm("trigger", scene.learned)
+    clean = {m: run.arm(f"{m}_never_poisoned", scene.never_poisoned, m) for m in run.progress(victims, "clean victims")}
+    found = {
+        (m, t): run.arm(f"{m}_{t}", scene.attacked, m, t)
+        for m in run.progress(victims, "victims") for t in ("blto", "fixed", "ctrl")
+    }  # fmt: skip
+    untrained = run.arm("untrained_surrogate", scene.untrained_surrogate)
+    run.values("beats_fixed_trigger", {f"{m}_{t}": v["asr"] for (m, t), v in found.items()})
+    run.values(
+        "stealth",
+        {"largest_change": learned["largest_change"], "largest_allowed": run.settings.eps}
+        | {f"{m}_accuracy": found[m, "blto"]["accuracy"] for m in victims}
+        | {f"{m}_clean_accuracy": clean[m]["none_accuracy"] for m in victims},
+    )
+    run.values("alignment", triggered=learned["triggered_cosine"], clean=learned["clean_cosine"])
+    run.values(
+        "backdoor_gain",
+        {f"{m}_{t}": v["asr"] - clean[m][f"{t}_asr"] for (m, t), v in found.items()}
+        | {f"{m}_{t}_never_poisoned": clean[m][f"{t}_asr"] for m, t in found},
+    )
+    run.values("negative_control", blto=found["simsiam", "blto"]["asr"], untrained=untrained["asr"])
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Success of every trigger beside that without poison, the course of training, and what images look like."""
+    fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    places = [(m, t) for m in results.settings.victims for t in ("blto", "fixed", "ctrl")]
+    for k, (m, t) in enumerate(places):
+        bars = (
+            (-0.2, results.values(f"{m}_{t}", "asr"), "C3"),
+            (0.2, results.values(f"{m}_never_poisoned", f"{t}_asr"), "C7"),
+        )
+        for offset, values, color in bars:
+            ax.bar(k + offset, values.mean(), 0.4, color=color, alpha=0.6)
+            ax.plot(np.full(len(values), k + offset), values, "k.", ms=4)
+    ax.set_xticks(range(len(places)), [f"{m} {t}" for m, t in places], rotation=30, ha="right")
+    ax.set(ylabel="attack success; grey: never poisoned", ylim=(0, 1.02))
+    titles = [row if not k else "" for row in ("original", "BLTO", "fixed", "CTRL") for k in range(6)]
+    return {
+        "success": fig,
+        "training": plots.curves(results, {"similarity to the target": ("trigger", "similarity")}, xlabel="round"),
+        "images": plots.grid(results.values("trigger", "examples")[0], titles, columns=6),
+    }
+
+
+class TwoPasses(SimSiam):
+    """The usual loop: each view by itself."""
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.cat([super(TwoPasses, self).project(part) for part in x.chunk(2)])
+
+
+def peers(bench: Any) -> None:
+    """A step of pretraining with both views in one pass, and view by view."""
+    x = torch.rand(128, 3, 32, 32)
+
+    def step(rule: LearningRule) -> Any:
+        torch.manual_seed(0)
+        rule.prepare(ResNet18CIFAR(3, 10, 8)[:-1], (x[:2], x[:2]))
+        return lambda: rule.step((x, x), lambda loss: loss.backward())
+
+    bench.compare("SimSiam, 128 images 32x32, ResNet-18 of width 8", ours=step(SimSiam()), two_passes=step(TwoPasses()))
