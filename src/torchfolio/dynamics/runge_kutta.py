@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchfolio.dynamics.solver import Carry, Solver, Step
+from torchfolio.dynamics.solver import Carry, Solver, Step, shares
 from torchfolio.dynamics.terms import Terms
 
 __all__ = ["RK4", "Bosh3", "Dopri5", "Euler", "ExplicitRungeKutta", "Heun", "Midpoint", "Ralston", "Tableau", "Tsit5"]
@@ -81,11 +81,10 @@ class ExplicitRungeKutta(Solver):
             k.append(terms.move(t1 if c == 1 else t0 + c * h, combine(y, k, row, 1.0), h, noise))
         return Step(t0, t1, y, combine(y, k, tableau.b, 1.0), ())
 
-    def interpolate(self, terms: Terms, step: Step, t: float) -> Tensor:
+    def interpolate(self, terms: Terms, step: Step, ts: Sequence[float]) -> Tensor:
         if not step.dense:
-            return super().interpolate(terms, step, t)
-        h = step.t1 - step.t0
-        x = (t - step.t0) / h
+            return super().interpolate(terms, step, ts)
+        h, x = step.t1 - step.t0, shares(step, ts)
         if not step.carry:
             step.carry = (terms(step.end, step.y1),)  # the next step begins with it
         f0, f1 = step.dense[0], step.carry[0]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchfolio.dynamics.terms import Terms
 
-__all__ = ["Carry", "Solver", "Step"]
+__all__ = ["Carry", "Solver", "Step", "shares"]
 
 Carry = tuple[Tensor, ...]  # what a solver hands from one step to the next, besides the state
 
@@ -77,9 +79,15 @@ class Solver(ABC):
             noise: Brownian increment from `t0` to `t1`; None for ordinary equations.
         """
 
-    def interpolate(self, terms: Terms, step: Step, t: float) -> Tensor:
-        """State at a time within a step; on the straight line between its ends unless a solver knows better."""
-        return step.y0.lerp(step.y1, (t - step.t0) / (step.t1 - step.t0))
+    def interpolate(self, terms: Terms, step: Step, ts: Sequence[float]) -> Tensor:
+        """States at times within a step `[len(ts), ...]`; on the straight line unless a solver knows better."""
+        return torch.lerp(step.y0, step.y1, shares(step, ts))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def shares(step: Step, ts: Sequence[float]) -> Tensor:
+    """Times as shares of a step, to be broadcast with its state."""
+    x = [(t - step.t0) / (step.t1 - step.t0) for t in ts]
+    return step.y0.new_tensor(x).view(-1, *[1] * step.y0.dim())

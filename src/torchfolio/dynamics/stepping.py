@@ -213,10 +213,13 @@ class Outputs:
 
     def of(self, step: Step) -> list[Tensor]:
         """States at the times within a step, its end included."""
-        ts, problem, outputs = self.problem.ts, self.problem, []
-        while self.next < len(ts) and (step.t1 - ts[self.next]) * self.direction >= 0:
-            t = ts[self.next]
-            outputs.append(step.y1 if t == step.t1 else problem.solver.interpolate(problem.terms, step, t))
+        ts, problem, inside = self.problem.ts, self.problem, []
+        while self.next < len(ts) and (step.t1 - ts[self.next]) * self.direction > 0:
+            inside.append(ts[self.next])
+            self.next += 1
+        outputs = list(problem.solver.interpolate(problem.terms, step, inside).unbind(0)) if inside else []
+        if self.next < len(ts) and step.t1 == ts[self.next]:
+            outputs.append(step.y1)
             self.next += 1
         return outputs
 

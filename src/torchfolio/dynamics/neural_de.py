@@ -1,0 +1,209 @@
+"""Neural ordinary and controlled differential equations as modules, and the doors to what they are made of.
+
+Reference:
+    Kidger, "On Neural Differential Equations", arXiv 2202.02435: chapters 2 (ordinary), 3 (controlled), 4 (stochastic),
+    5 (solvers) and 6 (symbolic regression, implicit layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchfolio.checks import at_least, positive, whole
+from torchfolio.dynamics.brownian import BrownianGrid, BrownianInterval
+from torchfolio.dynamics.controls import (
+    Control,
+    HermiteControl,
+    LinearControl,
+    NaturalCubicControl,
+    RectilinearControl,
+)
+from torchfolio.dynamics.gradients import Adjoint, Checkpoint, Direct, Gradient, Reversible
+from torchfolio.dynamics.implicit import DEQ, QPLayer, argmin_layer
+from torchfolio.dynamics.integrate import cdeint, odeint, sdeint
+from torchfolio.dynamics.neural_sde import LatentSDE, NeuralSDE
+from torchfolio.dynamics.reversible_heun import ReversibleHeun
+from torchfolio.dynamics.runge_kutta import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
+from torchfolio.dynamics.sde import SDE
+from torchfolio.dynamics.sde_gan import SDEGAN
+from torchfolio.dynamics.sde_solvers import EulerHeun, Milstein
+from torchfolio.dynamics.solver import Solver
+from torchfolio.dynamics.symbolic_regression import SymbolicRegressor
+from torchfolio.dynamics.vector_fields import VectorField
+
+__all__ = [
+    "DEQ",
+    "RK4",
+    "SDE",
+    "SDEGAN",
+    "Adjoint",
+    "Bosh3",
+    "BrownianGrid",
+    "BrownianInterval",
+    "Checkpoint",
+    "Control",
+    "Direct",
+    "Dopri5",
+    "Euler",
+    "EulerHeun",
+    "HermiteControl",
+    "Heun",
+    "LatentSDE",
+    "LinearControl",
+    "Midpoint",
+    "Milstein",
+    "NaturalCubicControl",
+    "NeuralCDE",
+    "NeuralODE",
+    "NeuralSDE",
+    "QPLayer",
+    "Ralston",
+    "RectilinearControl",
+    "Reversible",
+    "ReversibleHeun",
+    "SymbolicRegressor",
+    "Tsit5",
+    "VectorField",
+    "argmin_layer",
+    "cdeint",
+    "odeint",
+    "sdeint",
+]
+
+
+class NeuralODE(nn.Module):
+    """The flow of a field: y(ts) for dy/dt = f(t, y), y(ts[0]) = y0.
+
+    Args:
+        field: module or function `(t, y) -> dy/dt`; `VectorField` is one.
+        solver: method; `Tsit5()` by default.
+        gradient: way to differentiate, as for `odeint`.
+        rtol: relative tolerance, at least 0.
+        atol: absolute tolerance, above 0.
+        dt: length of fixed steps, above 0; steps are adaptive if None and the solver has an error estimate.
+
+    Shapes:
+        y0: `[...]` or a tree of such; ts: `[T]`; output: `[T, ...]`.
+
+    Attributes:
+        stats: cost of the last solve; None before the first.
+
+    Raises:
+        ValueError: if an option is out of range; those of `odeint` when it is called.
+
+    Reference:
+        Chapter 2; Chen et al., arXiv 1806.07366.
+    """
+
+    def __init__(
+        self,
+        field: Callable[..., Any],
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        *,
+        rtol: float = 1e-5,
+        atol: float = 1e-7,
+        dt: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.field, self.solver, self.gradient = field, solver or Tsit5(), gradient
+        self.rtol, self.atol = at_least("rtol", rtol, 0), positive("atol", atol)
+        self.dt = None if dt is None else positive("dt", dt)
+        self.stats: Any = None
+
+    def extra_repr(self) -> str:
+        steps = f"dt={self.dt}" if self.dt is not None else f"rtol={self.rtol}, atol={self.atol}"
+        return f"{self.solver}, {steps}"
+
+    def forward(self, y0: Any, ts: Tensor | Sequence[float]) -> Any:
+        options = {"rtol": self.rtol, "atol": self.atol, "dt": self.dt}
+        ys, self.stats = odeint(self.field, y0, ts, self.solver, self.gradient, **options)
+        return ys
+
+
+class NeuralCDE(nn.Module):
+    """A recurrent network in continuous time, for series with irregular times and missing values.
+
+        z(t_0) = ζ(X(t_0)),    dz = f(z) dX,    output = ℓ(z)
+
+    Args:
+        channels: number of channels of the series.
+        hidden: number of channels of z.
+        out: number of outputs.
+        control: class of the control X; `HermiteControl` by default.
+        width: width of the field's network.
+        depth: number of its hidden layers, at least 1.
+        append_time: whether time is a channel of X; without it the output cannot depend on speed.
+        append_mask: whether counts of observations are channels of X.
+        solver: method; `Tsit5()` by default.
+        gradient: way to differentiate, as for `cdeint`.
+        rtol: relative tolerance, at least 0.
+        atol: absolute tolerance, above 0.
+        dt: length of fixed steps, above 0, in the control's time; if None adaptive where the solver has an error
+            estimate, else from knot to knot.
+
+    Shapes:
+        x: `[N, B, channels]`, time first, NaN where a value is missing; t: `[N]`; output: `[B, out]` at the end, or
+        `[T, B, out]` at times `ts`.
+
+    Attributes:
+        stats: cost of the last solve; None before the first.
+
+    Raises:
+        ValueError: if an option is out of range or a series has another number of channels.
+
+    Reference:
+        Chapter 3; Kidger et al., arXiv 2005.08926.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        out: int,
+        control: type[Control] = HermiteControl,
+        *,
+        width: int = 128,
+        depth: int = 1,
+        append_time: bool = True,
+        append_mask: bool = False,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        rtol: float = 1e-4,
+        atol: float = 1e-6,
+        dt: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.hidden = whole("channels", channels, 1), whole("hidden", hidden, 1)
+        self.control, self.solver, self.gradient = control, solver or Tsit5(), gradient
+        self.options = {"append_time": append_time, "append_mask": append_mask}
+        self.rtol, self.atol = at_least("rtol", rtol, 0), positive("atol", atol)
+        self.dt = None if dt is None else positive("dt", dt)
+        driving = channels * (2 if append_mask else 1) + append_time
+        self.initial = nn.Linear(driving, hidden)
+        self.field = VectorField(hidden, width, depth, shape=(hidden, driving), activation=nn.ReLU())
+        self.readout = nn.Linear(hidden, whole("out", out, 1))
+        self.stats: Any = None
+
+    def extra_repr(self) -> str:
+        return f"{self.control.__name__}, {self.solver}, append_time={self.options['append_time']}"
+
+    def start(self, control: Control) -> Tensor:
+        """z(t_0) `[B, hidden]`, from the control's first value."""
+        return self.initial(control.evaluate(control.t0))
+
+    def forward(
+        self, x: Tensor, t: Tensor | Sequence[float] | None = None, ts: Tensor | Sequence[float] | None = None
+    ) -> Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.channels:
+            raise ValueError(f"expected series [N, B, {self.channels}], got shape {tuple(x.shape)}")
+        control = self.control(x, t, **self.options)
+        options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "dt": self.dt}
+        if self.dt is None and self.solver.error_order is None:
+            options["grid"] = control.knots
+        z0 = self.start(control)
+        z, self.stats = cdeint(control, self.field, z0, ts, self.solver, self.gradient, **options)
+        return self.readout(z[-1] if ts is None else z)
