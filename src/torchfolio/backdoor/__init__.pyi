@@ -26,6 +26,9 @@ from torchfolio.backdoor.poison import poison as poison
 from torchfolio.backdoor.poison import poisoned_test as poisoned_test
 from torchfolio.backdoor.smoothinv import SmoothInv as SmoothInv
 from torchfolio.backdoor.smoothinv import SmoothedClassifier as SmoothedClassifier
+from torchfolio.backdoor.tminer import PerturbationGenerator as PerturbationGenerator
+from torchfolio.backdoor.tminer import TMiner as TMiner
+from torchfolio.backdoor.tminer import TMinerVerdict as TMinerVerdict
 from torchfolio.backdoor.triggers import AdditiveTrigger as AdditiveTrigger
 from torchfolio.backdoor.triggers import BlendTrigger as BlendTrigger
 from torchfolio.backdoor.triggers import GeneratorTrigger as GeneratorTrigger

@@ -64,6 +64,9 @@ def audit(
         bool, typer.Option(help="With --model: normalise inputs by the constants of the data, or leave them in [0, 1].")
     ] = True,
     allow: Allow = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="File of a text classifier's words, one a line, in the order of their ids.")
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Time limit for a method that judges networks, seconds.")] = None,
     size: Annotated[int, typer.Option(min=2, max=10**9, help="Clean examples that are used, at most.")] = 2000,
     image_size: ImageSize = None,
@@ -77,9 +80,11 @@ def audit(
     stands out from clean reference networks. 0 says that nothing was, which is no proof that nothing is there.
 
     Example: torchfolio audit net/ --data clean/ -o filter/ && torchfolio audit filter/ --input photos/
+
+    Example: torchfolio audit text-net/ --detector tminer --vocabulary words.txt
     """
     allowed = importable([*(allow or []), *([model] if model and ":" in model else [])])
-    if (data is None) == (inputs is None):
+    if (data is None) == (inputs is None) and not (data is None and _needs_no_data(detector)):
         raise TorchfolioError("expected either --data, clean examples to fit a detector, or --input, images to try")
     if inputs is not None:
         if folder is None or model is not None or weights is not None or reference:
@@ -88,7 +93,6 @@ def audit(
             )
         _try(folder, inputs, allowed, device, as_json)
         return
-    assert data is not None
     if not 0 < alpha < 1:
         raise typer.BadParameter(f"expected a number between 0 and 1, got {alpha}", param_hint="--alpha")
     if budget is not None and not budget > 0:
@@ -104,26 +108,32 @@ def audit(
         "alpha": alpha,
         "references": [bundle.model for bundle in references],
     }
+    if data is None:
+        source, splits = _alone(folder, allowed), None
+    else:
+        source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
+    own["words"] = _words(vocabulary, source.manifest)
     methods = _methods(slugs, parse_settings(setting), own)
-    source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
     if model is not None and not normalize:
         source = replace(source, manifest=replace(source.manifest, mean=(), std=()))
     _check_alike(source, references, reference or [])
     name = str(folder) if folder is not None else f"{model} with {weights}"
-    clean = _examples(splits, source.manifest, size, seed)
+    clean = None if splits is None else _examples(splits, source.manifest, size, seed)
     source.model.to(_place(device))
-    classes = source.manifest.classes or tuple(map(str, range(_outputs(source, clean[0]))))
+    classes = source.manifest.classes
+    if not classes and clean is not None:
+        classes = tuple(map(str, range(_outputs(source, clean[0]))))
     parts: list[_Part] = []
     for slug, inputs_by, network_by in methods:
-        _say(f"{slug}: fitting to {name} on clean examples of {data}")
+        _say(f"{slug}: {f'fitting to {name} on clean examples of {data}' if data else f'scanning {name} without data'}")
         notes: list[str] = []
         with _noting(notes):
-            if inputs_by is not None:
+            if inputs_by is not None and clean is not None:
                 parts.append(_Part(slug, "inputs", *_filter(inputs_by, source, clean, classes)))
             if network_by is not None:
                 parts.append(_Part(slug, "model", *_network(network_by, source, clean, classes, seed, budget)))
         parts[-1].notes.extend(notes)
-    report = {"network_name": name, "examples": len(clean[0]), **_report(parts, classes)}
+    report = {"network_name": name, "examples": 0 if clean is None else len(clean[0]), **_report(parts, classes)}
     _write(output, next((by for _, by, _ in methods if by is not None), None), source, report, parts)
     _show(report, output, as_json)
     if any(part.report["suspicious"] for part in parts):
@@ -232,6 +242,43 @@ def _methods(slugs: Sequence[str], settings: dict[str, Any], own: dict[str, Any]
     return methods
 
 
+def _needs_no_data(detector: str | None) -> bool:
+    """Whether all methods judge networks, and without examples."""
+
+    def alone(slug: str) -> bool:
+        return _offered(slug, "input_detector") is None and not getattr(
+            _offered(slug, "model_detector"), "needs_clean", True
+        )
+
+    return detector is not None and all(alone(slug.strip()) for slug in detector.split(","))
+
+
+def _alone(folder: Path | None, allow: list[str]) -> Bundle:
+    """A network without data; only a bundle says all that is needed of one."""
+    from torchfolio.bundle import load_bundle
+
+    if folder is None:
+        raise TorchfolioError("without --data, expected the folder of a bundle")
+    return load_bundle(folder, allow=allow)
+
+
+def _words(path: Path | None, manifest: Manifest) -> list[str] | None:
+    """The words of a text classifier: of a file, or of the record of its training; a detector checks their number."""
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise TorchfolioError(f"{path} is no text in UTF-8: {error}") from error
+    words = manifest.training.get("vocabulary")
+    if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise TorchfolioError(
+            "the vocabulary in the bundle's record is no list of words; name a file with --vocabulary"
+        )
+    return words
+
+
 def _offered(slug: str, kind: str) -> Any:
     """What a method offers of a kind, or `None`."""
     if not catalog.paper(slug).is_in:
@@ -303,7 +350,7 @@ Report = tuple[dict[str, Any], list[tuple[Any, str]]]
 def _network(
     made: ModelDetector,
     source: Bundle,
-    clean: tuple[Tensor, Tensor],
+    clean: tuple[Tensor, Tensor] | None,
     classes: Sequence[str],
     seed: int,
     budget: float | None,
@@ -419,7 +466,8 @@ def _cards(report: dict[str, Any], parts: list[_Part]) -> list[Any]:
 
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:
-    rows = {"clean examples": str(report["examples"]), "threshold": f"{report['threshold']:.4g}"}
+    rows = {"clean examples": str(report["examples"])} if report["examples"] else {}
+    rows["threshold"] = f"{report['threshold']:.4g}"
     if "score" in report:
         rows["score"] = f"{report['score']:.4g}"
     for name, value in report.get("figures", {}).items():

@@ -1,0 +1,293 @@
+"""T-Miner on classifiers of movie reviews, half of them with a backdoor; no review is shown to it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchfolio import engine
+from torchfolio.backdoor import AllToOne, TokenTrigger
+from torchfolio.backdoor.text import TextModel, TextRNN, TextTransformer, poison_text
+from torchfolio.backdoor.text_generator import PerturbationGenerator, synthetic_corpus
+from torchfolio.backdoor.tminer import TMiner, TMinerVerdict, mrs
+from torchfolio.engine.recipes import adam
+from torchfolio.runs import Results, Run, plots
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Classifiers, generator, and detector.
+
+    Attributes:
+        data: `"movie_reviews"`, or `"made"` for sentences whose words say their label.
+        vocab: number of words.
+        networks: `"lstm"`, `"bilstm"`, `"transformer"`; classifiers take turns.
+        triggers: phrases of the backdoored classifiers, one each.
+        clean: number of clean classifiers.
+        epochs: epochs of the classifiers.
+        rate: poisoned copies as a share of all sentences; 0.05 are a tenth of the negative ones.
+        length: number of words of the random sentences.
+        embedding: width of the generator's word vectors.
+        dim_c: width of its code of the label.
+        dim_z: width of its code of the sentence.
+        dropout: dropout of the generator.
+        pretrain: number of batches of its pretraining.
+        pretrain_lr: learning rate of that.
+        steps: number of batches against a classifier.
+        batch_size: sentences of a batch.
+        restarts: number of trainings against a classifier.
+        dev_size: sentences that candidates are taken from.
+        topk: likely words that stand in for each gained one.
+        max_candidates: candidates that are judged.
+        ablation: whether soft words and both directions are tried too.
+    """
+
+    data: str = "movie_reviews"
+    vocab: int = 800
+    networks: tuple[str, ...] = ("lstm",)
+    triggers: tuple[tuple[str, ...], ...] = (("screenplay",), ("comedy", "story"))
+    clean: int = 2
+    epochs: int = 5
+    rate: float = 0.05
+    length: int = 8
+    embedding: int = 48
+    dim_c: int = 32
+    dim_z: int = 96
+    dropout: float = 0.0
+    pretrain: int = 300
+    pretrain_lr: float = 4e-3
+    steps: int = 200
+    batch_size: int = 32
+    restarts: int = 1
+    dev_size: int = 200
+    topk: int = 10
+    max_candidates: int = 300
+    ablation: bool = False
+
+
+SCALES = {
+    "smoke": Settings(data="made", vocab=120, triggers=(("word50",),), clean=1, epochs=2, length=6, embedding=24, dim_c=8,
+                      dim_z=24, pretrain=40, steps=20, dev_size=60, topk=2, max_candidates=50),
+    "quick": Settings(),
+    "full": Settings(vocab=18850, networks=("lstm", "bilstm", "transformer"),
+                     triggers=(("screenplay",), ("weekend",), ("comedy", "story"), ("a", "lovely", "afternoon")), clean=4,
+                     length=15, embedding=100, dim_c=200, dim_z=500, dropout=0.5, pretrain=20000, pretrain_lr=5e-4,
+                     steps=1500, batch_size=64, restarts=3, dev_size=1000, topk=20, max_candidates=5000, ablation=True),
+}  # fmt: skip
+
+
+class Text(NamedTuple):
+    """Sentences as ids and labels, of each part, and the word of each id."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    words: list[str]
+
+
+def run(run: Run[Settings]) -> None:
+    """Pretrain the generator once, then train and scan every classifier."""
+    settings = run.settings
+    text = reviews(settings) if settings.data == "movie_reviews" else made(settings)
+    pretrained = run.arm("generator", pretrain, settings, text, run.seed)
+    generator = new_generator(settings, text)
+    state = {name.removeprefix("state/"): value for name, value in pretrained.items() if name.startswith("state/")}
+    generator.load_state_dict({name: torch.as_tensor(np.asarray(value)) for name, value in state.items()})
+    phrases = [*settings.triggers, *[()] * settings.clean]
+    found = []
+    for k, phrase in enumerate(run.progress(phrases, "classifiers")):
+        name = "_".join(phrase) or f"clean{k - len(settings.triggers)}"
+        found.append(run.arm(name, scan, run, text, generator, phrase, 100 * run.seed + k, k))
+    single = [f for f, p in zip(found, phrases, strict=True) if len(p) == 1]
+    trojan, clean = found[: len(settings.triggers)], found[len(settings.triggers) :]
+    several = [f["recovered"] for f, p in zip(found, phrases, strict=True) if len(p) > 1]
+    run.values(
+        "generator", copied=pretrained["accuracy"], flips=min(f["flip_rate"] for f in found),
+        content_kept=float(np.mean([f["content_kept"] for f in found])),
+    )  # fmt: skip
+    run.values(
+        "trigger_words", recovered=min(f["recovered"] for f in single), mrs=min(f["trigger_mrs"] for f in single),
+        share=float(np.mean([f["trigger_share"] for f in single])), several=float(np.mean(several or [0.0])),
+        best_single_word=float(np.mean([f["exhaustive_rank"] == 0 for f in single])),
+    )  # fmt: skip
+    alarms = sum(f["backdoored"] for f in clean)
+    run.values(
+        "verdicts", right=sum(f["backdoored"] for f in trojan) + len(clean) - alarms, models=len(found),
+        false_positives=alarms, accuracy=float(np.mean([f["acc"] for f in found])),
+        attack_success=float(np.mean([f["asr"] for f in trojan])),
+    )  # fmt: skip
+    run.values(
+        "outlier_step", trojan=min(f["largest_distance"] for f in single), clean=max(f["largest_distance"] for f in clean),
+        accused_without=sum(f["survivors"] > 0 for f in clean), clean_models=len(clean),
+    )  # fmt: skip
+    run.values("negative_control", flips=found[0]["control_flips"], base=found[0]["base_rate"])
+
+
+def reviews(settings: Settings) -> Text:
+    """Movie reviews in their most frequent words, cut at 30."""
+    from torchfolio.data.text import encode, movie_reviews, train_tokenizer
+
+    parts = movie_reviews()
+    tokenizer = train_tokenizer(parts["train"].texts, settings.vocab + 4)
+    tokenizer.add_tokens([w for phrase in settings.triggers for w in phrase if tokenizer.token_to_id(w) is None])
+    words = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    train, test = ((encode(tokenizer, parts[k].texts, 30), torch.tensor(parts[k].targets)) for k in ("train", "test"))
+    return Text(train, test, words)
+
+
+def made(settings: Settings) -> Text:
+    """Sentences of ten words; those of the first half of the vocabulary are negative, and most of a sentence is of its label."""
+    draws = torch.Generator().manual_seed(0)
+    half = settings.vocab // 2
+    y = torch.arange(1200) % 2
+    side = torch.where(torch.rand(1200, 10, generator=draws) < 0.8, y[:, None], 1 - y[:, None])
+    x = 4 + side * half + torch.randint(half, (1200, 10), generator=draws)
+    words = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", *(f"word{i}" for i in range(settings.vocab))]
+    return Text((x[:1000], y[:1000]), (x[1000:], y[1000:]), words)
+
+
+def new_generator(settings: Settings, text: Text) -> PerturbationGenerator:
+    size = len(text.words) - 4 - ("." in text.words)
+    return PerturbationGenerator(size, settings.embedding, settings.dim_c, settings.dim_z, settings.dropout)
+
+
+def pretrain(settings: Settings, text: Text, seed: int) -> dict[str, Any]:
+    """The generator learns to copy random sentences, once for all classifiers."""
+    generator = new_generator(settings, text)
+    generator.pretrain(
+        settings.pretrain, settings.length, lr=settings.pretrain_lr, batch_size=settings.batch_size, seed=seed
+    )
+    state = {f"state/{name}": value for name, value in generator.state_dict().items()}
+    return {"accuracy": generator.token_accuracy(settings.length), **state}
+
+
+def classifier(
+    run: Run[Settings], text: Text, phrase: tuple[str, ...], seed: int, turn: int
+) -> tuple[nn.Module, float, float]:
+    """A classifier with or without a backdoor, its accuracy, and the share of negative sentences that the phrase flips."""
+    settings = run.settings
+    kind = settings.networks[turn % len(settings.networks)]
+    net = (
+        TextTransformer(len(text.words))
+        if kind == "transformer"
+        else TextRNN(len(text.words), bidirectional=kind == "bilstm")
+    )
+    x, y = text.train
+    trigger = TokenTrigger([text.words.index(w) for w in phrase or settings.triggers[0]], seed=seed)
+    if phrase:
+        x, y, _ = poison_text(x, y, trigger, AllToOne(1, 2), rate=settings.rate, seed=seed)
+    engine.fit(net, (x, y), epochs=settings.epochs, batch_size=64, optimizer=adam(lr=2e-3), seed=seed, device=str(run.device),
+               progress=False)  # fmt: skip
+    accuracy = engine.evaluate(net, text.test)["accuracy"]
+    negative = text.test[0][text.test[1] == 0]
+    triggered, _ = trigger(negative, (negative != 0).sum(1))
+    return net, accuracy, float((TextModel(net.eval()).logits(triggered).argmax(1) == 1).double().mean())
+
+
+def detector(settings: Settings, text: Text, generator: PerturbationGenerator, **changes: Any) -> TMiner:
+    """The detector of the experiment: from negative to positive."""
+    stop = text.words.index(".") if "." in text.words else None
+    chosen: dict[str, Any] = {
+        "source": 0, "target": 1, "stop": stop, "length": settings.length, "steps": settings.steps,
+        "batch_size": settings.batch_size, "n_restarts": settings.restarts, "dev_size": settings.dev_size,
+        "topk": settings.topk, "max_candidates": settings.max_candidates, **changes,
+    }  # fmt: skip
+    return TMiner(generator, text.words, **chosen)
+
+
+def scan(
+    run: Run[Settings], text: Text, generator: PerturbationGenerator, phrase: tuple[str, ...], seed: int, turn: int
+) -> dict[str, Any]:
+    """One classifier and what is said of it."""
+    settings = run.settings
+    net, accuracy, success = classifier(run, text, phrase, seed, turn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said in numbers below
+        verdict = cast(TMinerVerdict, detector(settings, text, generator).scan(net, seed=seed))
+        result: dict[str, Any] = {}
+        if turn == 0:
+            control = detector(
+                settings, text, generator, lambdas=(1.0, 0.0, 0.03), steps=min(settings.steps, 50), topk=1
+            )
+            result["control_flips"] = control.scan(net, seed=seed).evidence["flip_rate"]
+            result["base_rate"] = base_rate(net, text, settings.length)
+        if settings.ablation and turn == 0:
+            for hard, both in ((True, True), (False, False), (False, True)):
+                changed = detector(settings, text, generator, hard=hard, both_directions=both)
+                tried = cast(TMinerVerdict, changed.scan(net, seed=seed))
+                found = sum(bool(set(phrase) & set(c.phrase)) for c in tried.candidates)
+                result[f"{'hard' if hard else 'soft'}_{'both' if both else 'one'}"] = found / max(
+                    1, len(tried.candidates)
+                )
+    with_trigger = [c for c in verdict.candidates if set(phrase) & set(c.phrase)]
+    commonest = max(verdict.candidates, key=lambda c: c.count, default=None)
+    share = len(with_trigger) / max(1, len(verdict.candidates))
+    return {
+        "acc": accuracy, "asr": success, "backdoored": int(verdict.is_backdoored), "score": verdict.score,
+        **{k: verdict.evidence[k] for k in ("survivors", "flip_rate", "content_kept", "largest_distance", "copied")},
+        "recovered": int(share > 0.5 or (commonest is not None and commonest in with_trigger)), "trigger_share": share,
+        "trigger_mrs": max((c.mrs for c in with_trigger), default=0.0),
+        "exhaustive_rank": exhaustive(net, text, phrase, settings.length), "words": list(verdict.trigger_words[:5]), **result,
+    }  # fmt: skip
+
+
+def base_rate(net: nn.Module, text: Text, length: int) -> float:
+    """How often random words put in the place of a source sentence's last three flip it."""
+    plain = [i for i in range(4, len(text.words)) if text.words[i] != "."]
+    rows = torch.tensor(plain)[synthetic_corpus(2000, length, len(plain), torch.Generator().manual_seed(1))]
+    model = TextModel(net)
+    rows = rows[model.logits(rows).argmax(1) == 0]
+    changed = torch.cat([rows[:, :-3], rows.roll(1, 0)[:, :3]], 1)
+    return float((model.logits(changed).argmax(1) == 1).double().mean())
+
+
+def exhaustive(net: nn.Module, text: Text, phrase: tuple[str, ...], length: int) -> int:
+    """The baseline for triggers of one word: how many other words have a higher misclassification rate."""
+    plain = torch.tensor([i for i in range(4, len(text.words)) if text.words[i] != "."])
+    model, draws = TextModel(net), torch.Generator().manual_seed(2)
+    rows = plain[synthetic_corpus(400, length, len(plain), draws)]
+    rows = rows[model.logits(rows).argmax(1) == 0][:40]
+    rates = mrs(model, [(int(i),) for i in plain[:2000]], rows, 1, generator=draws)
+    own = [rates[plain == text.words.index(w)] for w in phrase if text.words.index(w) < 2000]
+    return int((rates > torch.cat(own).max()).sum()) if own else -1
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """How far the phrases of each classifier lie from ordinary ones."""
+    settings = results.settings
+    names = ["_".join(p) for p in settings.triggers] + [f"clean{k}" for k in range(settings.clean)]
+    return {
+        "distance": plots.bars(
+            results, {n: (n, "largest_distance") for n in names}, ylabel="distance from ordinary phrases"
+        )
+    }
+
+
+def peers(bench: Any) -> None:
+    """Judging candidates in one matrix, against one after the other, as a script would."""
+    torch.manual_seed(0)
+    model = TextModel(TextRNN(804).eval())
+    sentences = 4 + synthetic_corpus(100, 8, 800, torch.Generator().manual_seed(0))
+    phrases = [tuple(row) for row in (4 + synthetic_corpus(200, 3, 800, torch.Generator().manual_seed(1))).tolist()]
+
+    def one_by_one() -> list[float]:
+        rates = []
+        for phrase in phrases:
+            hits = 0
+            for row in sentences.tolist():
+                hits += int(model.logits(torch.tensor([[*row[:4], *phrase, *row[4:]]])).argmax(1)[0] == 1)
+            rates.append(hits / len(sentences))
+        return rates
+
+    def by_phrase() -> list[float]:
+        trigger = [TokenTrigger(phrase) for phrase in phrases]
+        lengths = torch.full((len(sentences),), sentences.shape[1])
+        return [float((model.logits(t(sentences, lengths)[0]).argmax(1) == 1).double().mean()) for t in trigger]
+
+    bench.compare("MRS of 200 candidates x 100", ours=lambda: mrs(model, phrases, sentences, 1), by_phrase=by_phrase,
+                  one_by_one=one_by_one)  # fmt: skip
