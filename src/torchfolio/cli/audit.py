@@ -357,7 +357,7 @@ def _network(
 ) -> Report:
     """What a detector of backdoored networks says, and its pictures."""
     model = source.model
-    if made.pixels:
+    if made.pixels and clean is not None:
         model, clean = _on_pixels(source, clean)
     verdict = made.scan(model, clean, seed=seed, budget_seconds=budget)
     report = {
