@@ -1,0 +1,219 @@
+"""Measures memorisation and generalisation of blind denoisers of small photographs, and the basis in which they shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchfolio.dynamics.bias_free import BiasFreeBatchNorm2d, BiasFreeUNet, homogeneity
+from torchfolio.dynamics.blind_sampler import draw_images
+from torchfolio.dynamics.denoiser_jacobian import harmonic_basis, jacobian, sure
+from torchfolio.dynamics.geometric_images import shuffle_pixels
+from torchfolio.dynamics.harmonic_denoising import (
+    denoise,
+    generalization_test,
+    nearest_training,
+    psnr,
+    remove_repeats,
+    train_denoiser,
+)
+from torchfolio.models import replace_layers
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Grey images, the network, and its training.
+
+    Attributes:
+        data: name of the data set.
+        image_size: side of the images.
+        pool: images of which near-copies are removed, train and test images among them.
+        sizes: numbers of training images of each of two denoisers.
+        test: test images.
+        base: channels of the network at the finest resolution.
+        steps: of each training.
+        lr: learning rate.
+        sigmas: noise levels of the tests.
+        samples: images drawn from both denoisers.
+    """
+
+    data: str = "cifar10"
+    image_size: int | None = 16
+    pool: int = 9000
+    sizes: tuple[int, ...] = (4, 4000)
+    test: int = 256
+    base: int = 8
+    steps: int = 400
+    lr: float = 2e-3
+    sigmas: tuple[float, ...] = (0.1, 0.25, 0.5)
+    samples: int = 8
+
+
+SCALES = {
+    "smoke": Settings(data="digits", image_size=None, pool=300, sizes=(4, 60), test=32, steps=20, samples=2),
+    "quick": Settings(),
+    "full": Settings(image_size=32, pool=45_000, sizes=(4, 64, 1000, 20_000), base=32, steps=8000, samples=32),
+}
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luminance."""
+    if images.shape[1] == 1:
+        return images
+    return (images * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
+
+
+def pictures(run: Run[Settings]) -> tuple[Tensor, Tensor]:
+    """Training pool and test images, without near-copies, in an order of the seed."""
+    settings = run.settings
+    data = run.data(settings.data, image_size=settings.image_size, normalize=False, train_size=settings.pool)
+    images = grey(data.train.tensors[0])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.seed))
+    images = images[order]
+    images = images[remove_repeats(images)]
+    return images[: -settings.test], images[-settings.test :]
+
+
+def ordinary(net: nn.Module) -> nn.Module:
+    """The same network with biases and ordinary batch norms."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.bias = nn.Parameter(0.02 * torch.randn(module.out_channels))
+    return replace_layers(net, BiasFreeBatchNorm2d, lambda m: nn.BatchNorm2d(m.get_parameter("weight").numel()))
+
+
+def errors_of_homogeneity(net: nn.Module, y: Tensor) -> dict[str, float]:
+    """Relative errors of f(ay) = a f(y) and of J(y) y = f(y)."""
+    scaled = [homogeneity(net, y, factor) for factor in (0.1, 3.0)]
+    denoised = denoise(net, y[:1])[0].flatten()
+    product = jacobian(net, y[0]) @ y[0].flatten()
+    return {"scaling": max(scaled), "jacobian": float((product - denoised).norm() / denoised.norm())}
+
+
+def regimes(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, Any]:
+    """Two denoisers on disjoint images for each number of them, and what the best one does inside."""
+    result = generalization_test(
+        lambda: BiasFreeUNet(1, settings.base, 2), images, test, settings.sizes, sigmas=settings.sigmas,
+        steps=settings.steps, seed=seed, lr=settings.lr,
+    )  # fmt: skip
+    values: dict[str, Any] = {}
+    for name, n in (("few", settings.sizes[0]), ("many", settings.sizes[-1])):
+        row = result.row(n, settings.sigmas[0])
+        values |= {f"{name}_{key}": row[key] for key in ("train_psnr", "test_psnr", "correlation", "psnr_between")}
+    values["table"] = [list(row.values()) for row in result.rows]
+
+    net, other = result.denoisers[settings.sizes[-1]]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(test.shape, generator=generator)
+    values |= errors_of_homogeneity(net, test + 0.25 * noise)
+    for sigma in settings.sigmas:
+        y = test + sigma * noise
+        true = (denoise(net, y) - test).square().flatten(1).sum(1).mean()
+        values[f"sure_{sigma}"] = abs(float(sure(net, y, sigma, probes=16, seed=seed).mean() / true) - 1)
+        basis = harmonic_basis(net, y[0])
+        values[f"trace_{sigma}"] = sigma**2 * basis.trace / float((denoise(net, y[:1]) - test[0]).square().sum())
+    sigma = settings.sigmas[1]
+    basis = harmonic_basis(net, test[0] + sigma * noise[0])
+    lam = basis.eigenvalues
+    inside = (lam >= -0.1) & (lam <= 1.1)
+    values |= {
+        "mass": lam[inside].abs().sum() / lam.abs().sum(),
+        "asymmetry": basis.asymmetry,
+        "dimension": basis.trace / lam.numel(),
+        "oracle_over_mse": basis.oracle_shrinkage(test[0], sigma)[1] / float((basis.denoised - test[0]).square().sum()),
+        "eigenvalues": lam,
+        "eigenvectors": basis.eigenvectors[:16],
+        "test_psnr": result.row(settings.sizes[-1], sigma)["test_psnr"],
+    }
+    half = images[: settings.sizes[-1]]
+    drawn = [
+        draw_images(model, test.shape[1:], settings.samples, mean=float(images.mean()), h0=0.05, beta=0.1,
+                    sigma_end=0.03, generator=torch.Generator().manual_seed(seed)).images
+        for model in (net, other)
+    ]  # fmt: skip
+    first, second = (F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1) for x in drawn)
+    alike, nearest = (first * second).sum(1), nearest_training(drawn[0], half)[0]
+    return values | {"samples": torch.cat(drawn), "sample_agreement": alike.mean(), "sample_nearest": nearest.mean()}
+
+
+def shuffled(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, float]:
+    """Test PSNR of a denoiser of images whose pixels are all in one other order."""
+    net, sigma = BiasFreeUNet(1, settings.base, 2), settings.sigmas[1]
+    train_denoiser(net, shuffle_pixels(images[: settings.sizes[-1]]), settings.steps, lr=settings.lr, seed=seed)
+    x = shuffle_pixels(test)
+    return {"test_psnr": psnr(denoise(net, x + sigma * torch.randn(x.shape)), x)}
+
+
+def control(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, float]:
+    """Errors of homogeneity with biases and ordinary batch norms."""
+    net = ordinary(BiasFreeUNet(1, settings.base, 2))
+    train_denoiser(net, images[: settings.sizes[-1]], settings.steps // 4, lr=settings.lr, seed=seed)
+    return errors_of_homogeneity(net.eval(), test + 0.25 * torch.randn(test.shape))
+
+
+def run(run: Run[Settings]) -> None:
+    settings = run.settings
+    images, test = pictures(run)
+    both = run.arm("regimes", regimes, settings, images, test, run.seed)
+    other = run.arm("shuffled", shuffled, settings, images, test, run.seed)
+    plain = run.arm("control", control, settings, images, test, run.seed)
+    run.values("homogeneity", scaling=both["scaling"], jacobian=both["jacobian"])
+    run.values("memorization", gap=both["few_train_psnr"] - both["few_test_psnr"], correlation=both["few_correlation"])
+    run.values("generalization", gap=both["many_train_psnr"] - both["many_test_psnr"], correlation=both["many_correlation"],
+               between=both["many_psnr_between"], test=both["many_test_psnr"],
+               sample_agreement=both["sample_agreement"], sample_nearest=both["sample_nearest"])  # fmt: skip
+    run.values("sure", {f"error_{100 * sigma:.0f}": both[f"sure_{sigma}"] for sigma in settings.sigmas})
+    run.values("shrinkage", {name: both[name] for name in ("mass", "asymmetry", "dimension", "oracle_over_mse")} | {
+        f"trace_{100 * sigma:.0f}": both[f"trace_{sigma}"] for sigma in settings.sigmas
+    })  # fmt: skip
+    run.values("shuffled_pixels", straight=both["test_psnr"], shuffled=other["test_psnr"])
+    run.values("negative_control", plain)
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    samples, vectors = (results.values("regimes", name)[0] for name in ("samples", "eigenvectors"))
+    titles: Sequence[str] = [name for name in ("one denoiser", "the other") for _ in range(len(samples) // 2)]
+    vectors = 0.5 + vectors / (2 * abs(vectors).max())
+    return {
+        "spectrum": plots.curves(
+            results, {"shrinkage": ("regimes", "eigenvalues")}, xlabel="direction", ylabel="factor"
+        ),
+        "basis": plots.grid(vectors),
+        "samples": plots.grid(samples.clip(0, 1), titles, columns=len(samples) // 2),
+    }
+
+
+def peers(bench: Bench) -> None:
+    """Rows of the Jacobian of an 80 x 80 image, and its leading eigenpairs, against a loop over pixels."""
+    net = BiasFreeUNet(1, 8, 2).eval().requires_grad_(False)
+    y = torch.rand(1, 80, 80)
+    rows = torch.eye(6400)[3000:3064].reshape(-1, 1, 80, 80)
+
+    def loop() -> Tensor:
+        leaf = y[None].clone().requires_grad_()
+        output = (leaf - net(leaf)).flatten()
+        return torch.stack(
+            [torch.autograd.grad(output[k], leaf, retain_graph=True)[0].flatten() for k in range(3000, 3064)]
+        )
+
+    def chunks() -> Tensor:
+        from torchfolio.dynamics.denoiser_jacobian import _Products
+
+        return _Products(lambda x: x - net(x), y, 16).left(rows)
+
+    bench.compare("64 of the 6,400 rows of a Jacobian", ours=chunks, loop=loop)
+    small = F.avg_pool2d(y, 2)
+    bench.compare(
+        "16 leading eigenpairs of an image of 40 x 40 (peer: the whole Jacobian)",
+        ours=lambda: harmonic_basis(net, small, 16),
+        whole=lambda: harmonic_basis(net, small),
+        repeats=3,
+    )
