@@ -69,7 +69,7 @@ def test_a_fast_step_by_the_true_gradient_is_a_step_of_sgd(task, monkeypatch):
     weights = (net.hidden_layer.weight, net.readout.weight)
     *slow, before, error = torch.autograd.grad(loss, [*weights, context.before, context.output])
     zeros = [torch.zeros(1, n, dtype=torch.float64) for n in (6, 18)]
-    monkeypatch.setattr(net, "signals", lambda *given: (torch.cat((zeros[0], before, zeros[1]), 1), error))
+    monkeypatch.setattr(net, "signals", lambda *given: (zeros[0], before, zeros[1], error))
     state = net.observe(state, context, y[:, 0])
     twin = copy.deepcopy(net)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_decoupled_controllers_follow_their_synthetic_gradients():
         for t in range(x.shape[1]):
             _, context = net.step(state, x[:, t])
             learned = net.learned(state, context, y[:, t])
-            corrections.append(learned.correction)
+            corrections.append(learned.signals[3])
             state = learned.state
     rule = FastSlowTraining(backprop_through_time=False)
     rule.prepare(net, (x, y))

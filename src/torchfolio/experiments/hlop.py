@@ -52,7 +52,7 @@ class Settings:
     timesteps: int = 4
     rate_timesteps: int = 10
     epochs: int = 2
-    other_epochs: int = 1
+    other_epochs: int = 2
     batch_size: int = 64
     lr: float = 0.1
     sizes: tuple[int, int, int] = (80, 70, 50)
@@ -63,7 +63,7 @@ class Settings:
 SCALES = {
     "smoke": Settings(data="digits", tasks=2, other_tasks=2, width=32, epochs=1, sizes=(16, 8, 8), growth=(8, 6, 6)),
     "quick": Settings(),
-    "full": Settings(tasks=10, other_tasks=10, width=800, rate_timesteps=20, other_epochs=2, sizes=(80, 200, 100),
+    "full": Settings(tasks=10, other_tasks=10, width=800, rate_timesteps=20, sizes=(80, 200, 100),
                      growth=(70, 70, 30)),
 }  # fmt: skip
 LAYERS: tuple[str, ...] = ("1", "3", "5")
@@ -108,7 +108,7 @@ def learn(run: Run[Settings], rule: Any, tasks: int, epochs: int, tau: float = 2
     for k in run.progress(range(tasks), "tasks"):
         fit(net, permuted(train, k), rule=rule, optimizer=sgd(s.lr, momentum=0), epochs=epochs, batch_size=s.batch_size,
             seed=run.seed, device=run.device, progress=False)  # fmt: skip
-        if isinstance(rule, HLOP):
+        if isinstance(rule, HLOP) and k + 1 < tasks:
             rule.end_task()
         for j in range(k + 1):
             matrix[k, j] = 100 * rule.evaluate(net, permuted(test, j))["accuracy"]

@@ -44,7 +44,8 @@ class ExternalMemory(nn.Module):
 
     def attend(self, memory: Tensor, queries: Tensor) -> Tensor:
         """Attention of queries over the rows."""
-        return torch.softmax(queries @ memory.mT * (self.sharpness / math.sqrt(self.width)), -1)
+        nothing, scale = queries.new_zeros(()), self.sharpness / math.sqrt(self.width)
+        return torch.softmax(torch.baddbmm(nothing, queries, memory.mT, beta=0, alpha=scale), -1)
 
     def write(self, memory: Tensor, attention: Tensor, value: Tensor, erase: Tensor) -> Tensor:
         """The memory after writing; a new one, the old stays."""

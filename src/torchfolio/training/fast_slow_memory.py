@@ -132,8 +132,8 @@ class FastSlowTraining(LearningRule):
             fixed = Context(*(value.detach() for value in context))
             with torch.no_grad():
                 learned = net.learned(state, fixed, target[:, t])
-            signal, correction = net.signals(fixed.query, fixed.before, learned.written, fixed.output, target[:, t])
-            ahead, middle, after = signal.split((net.memory.width, net.hidden, 3 * net.memory.width), 1)
+            signals = net.signals(fixed.query, fixed.spikes, learned.written, fixed.output, target[:, t])
+            ahead, middle, after, correction = signals
             pending, known = (ahead, middle, correction, after), true[:3]
             backward(_followed(net, state.detach(), context, target[:, t], pending) / steps)
             losses.append(episode_loss(net, fixed.output.unsqueeze(1), target[:, t : t + 1]))

@@ -79,8 +79,7 @@ class Learned(NamedTuple):
     state: FastState
     seen: Tensor
     written: Tensor
-    signal: Tensor | None = None
-    correction: Tensor | None = None
+    signals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 class Trace(NamedTuple):
@@ -235,8 +234,8 @@ class FastSlowMemoryNetwork(nn.Module):
         written = _apply(self.write, seen, state.write)
         if self.feedback is None:
             return Learned(FastState(self.rewritten(state.memory, written)), seen, written)
-        signal, correction = self.signals(context.query, context.before, written, context.output, target)
-        ahead, middle, after = signal.split(self.feedback.sizes, 1)
+        signals = self.signals(context.query, context.spikes, written, context.output, target)
+        ahead, middle, after, correction = signals
         moved = {
             name: layer.update(getattr(state, name), inputs, delta)  # pyright: ignore
             for name, layer, inputs, delta in (
@@ -246,22 +245,20 @@ class FastSlowMemoryNetwork(nn.Module):
                 ("write", self.write, seen, after),
             )
         }
-        return Learned(FastState(self.rewritten(state.memory, written), **moved), seen, written, signal, correction)
+        return Learned(FastState(self.rewritten(state.memory, written), **moved), seen, written, signals)
 
     def error(self, output: Tensor, target: Tensor) -> Tensor:
         """$\\varepsilon$, the gradient of an example's loss by the output."""
         return (output.softmax(-1) if self.task == "classification" else output) - target
 
     def signals(
-        self, query: Tensor, before: Tensor, written: Tensor, output: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Synthetic gradients `[B, k + h + 3k]` of the controllers, and `[B, out]` of the read-out."""
+        self, query: Tensor, spikes: Tensor, written: Tensor, output: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Synthetic gradients of query, hidden layer (before the ReLU), write controller and read-out."""
         assert self.feedback is not None
-        activity = torch.cat((query, before.relu(), written), 1)
-        signal, correction = self.feedback(activity, output, self.error(output, target), target)
-        k, h = self.memory.width, self.hidden
-        ahead, middle, after = signal.split((k, h, 3 * k), 1)
-        return torch.cat((ahead, middle * (before > 0), after), 1), correction
+        signal, correction = self.feedback((query, spikes, written), output, self.error(output, target), target)
+        ahead, middle, after = signal.split(self.feedback.sizes, 1)
+        return ahead, middle * (spikes > 0), after, correction
 
     def rewritten(self, memory: Tensor, written: Tensor, attention: Tensor | None = None) -> Tensor:
         """The memory after the write controller's output `[B, 3k]`: value, erasure, and query of the place."""
@@ -328,7 +325,7 @@ class _Episode:
         self.widths = (k, h, 3 * k, h, k, net.out_dim)
         self.asked, self.written = _slow(net.read, code).split(1, 1), _slow(net.write, seen).split(1, 1)
         weight, self.weight_m = net.hidden_layer.weight.split((h, k), 1)
-        self.before = F.linear(code, weight, net.hidden_layer.bias).split(1, 1)
+        self.before = F.linear(code, weight, net.hidden_layer.bias).unbind(1)
         self.past: Tensor | None = None  # signals, s, m and corrections of the steps until now `[B, t, ...]`
         if net.fast:
             kernels = [layer.kernel(self.steps) for layer in (net.read, net.write, net.hidden_layer, net.readout)]  # pyright: ignore
@@ -339,45 +336,44 @@ class _Episode:
 
     def run(self) -> Trace:
         net, rows = self.net, []
-        memory, given = net.memory.init_state(len(self.target)), self.target.unbind(1)
-        for t, target in enumerate(given):
-            query, written, before, past = self.asked[t], self.written[t], self.before[t], None
-            if self.past is not None:
-                past = self.past.split(self.widths, 2)
+        memory = net.memory.init_state(len(self.target))
+        for t, target in enumerate(self.target.unbind(1)):
+            past = None if self.past is None else self.past.split(self.widths, 2)
+            query, written = self.asked[t], self.written[t]
+            if past is not None:
                 query = torch.baddbmm(query, self.recall_q[t][:, :, :t], past[0])
                 written = torch.baddbmm(written, self.recall_o[t][:, :, :t], past[2])
             both = torch.cat((query, written[:, :, -net.memory.width :]), 1)
             asking, writing = net.memory.attend(memory, both).split(1, 1)
-            read = asking @ memory
-            before, output = self._answered(t, before + F.linear(read, self.weight_m), read, past)
-            query, written, before, output, read = (v.squeeze(1) for v in (query, written, before, output, read))
-            row = [output, before.relu(), read, memory, asking.squeeze(1)]
+            read = torch.bmm(asking, memory)
+            spikes, output = self._answered(t, read, past)
+            query, written, read = query.squeeze(1), written.squeeze(1), read.squeeze(1)
+            row = [output, spikes, read, memory, asking.squeeze(1)]
             if net.fast:
-                row += net.signals(query, before, written, output, target)
-                self._remember(row)
+                signals = net.signals(query, spikes, written, output, target)
+                new = torch.cat((*signals[:3], spikes, read, signals[3]), 1).unsqueeze(1)
+                self.past = new if self.past is None else torch.cat((self.past, new), 1)
             rows.append(row)
             if t + 1 < self.steps:
                 memory = net.rewritten(memory, written, writing.squeeze(1))
-        output, hidden, read, memories, attention, *fast = (torch.stack(part, 1) for part in zip(*rows, strict=True))
-        signals, correction = fast or (output[..., :0], output[..., :0])
-        error = net.error(output, self.target)
-        return Trace(output, error, signals, correction, hidden, read, memories, attention)
+        output, hidden, read, memories, attention = (torch.stack(part, 1) for part in zip(*rows, strict=True))
+        given = self.past if self.past is not None else output[..., :0]
+        signals, correction = given[..., : sum(self.widths[:3])], given[..., -net.out_dim :]
+        return Trace(output, net.error(output, self.target), signals, correction, hidden, read, memories, attention)
 
-    def _answered(self, t: int, before: Tensor, read: Tensor, past: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
-        """Hidden layer before the ReLU, and output of a step."""
+    def _answered(self, t: int, read: Tensor, past: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+        """Spikes and output of a step."""
+        readout = self.net.readout
+        before = torch.addmm(self.before[t], read.squeeze(1), self.weight_m.mT)
         if past is None:
-            return before, _slow(self.net.readout, before.relu())
-        _, deltas, _, spikes, reads, corrections = past
-        recall = torch.addcmul(self.recall_p[t][:, :, :t], read @ reads.mT, self.kernel_p[t][:, :t])
-        before = torch.baddbmm(before, recall, deltas)
-        now = before.relu()
-        recall = now @ spikes.mT * self.kernel_y[t][:, :t]
-        return before, torch.baddbmm(_slow(self.net.readout, now), recall, corrections)
-
-    def _remember(self, row: list[Tensor]) -> None:
-        _, spikes, read, _, _, signal, correction = row
-        new = torch.cat((signal, spikes, read, correction), 1).unsqueeze(1)
-        self.past = new if self.past is None else torch.cat((self.past, new), 1)
+            return (spikes := before.relu()), _slow(readout, spikes)
+        _, deltas, _, hidden, reads, corrections = past
+        recall = torch.addcmul(self.recall_p[t][:, :, :t], torch.bmm(read, reads.mT), self.kernel_p[t][:, :t])
+        spikes = torch.baddbmm(before.unsqueeze(1), recall, deltas).relu()
+        recall = torch.bmm(spikes, hidden.mT) * self.kernel_y[t][:, :t]
+        spikes = spikes.squeeze(1)
+        output = torch.baddbmm(_slow(readout, spikes).unsqueeze(1), recall, corrections)
+        return spikes, output.squeeze(1)
 
 
 def _slow(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Max Jaderberg, Wojciech Marian Czarnecki, Simon Osindero, Oriol Vinyals, Alex Gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +70,7 @@ class FeedbackPath(nn.Module):
         hidden: units of the hidden layer.
 
     Shapes:
-        activity `[B, sum(sizes)]`, output, error and target `[B, out_dim]`; returns gradients `[B, sum(sizes)]` of the
+        activities `[B, size]`, output, error and target `[B, out_dim]`; returns gradients `[B, sum(sizes)]` of the
         controllers and `[B, out_dim]` of the read-out.
     """
 
@@ -78,6 +80,8 @@ class FeedbackPath(nn.Module):
         self.controllers = SyntheticGradient(sum(self.sizes), 2 * out_dim, hidden=whole("hidden", hidden, 1))
         self.readout = SyntheticGradient(out_dim, out_dim)
 
-    def forward(self, activity: Tensor, output: Tensor, error: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        controllers = self.controllers(activity, torch.cat((error, target), -1))
+    def forward(
+        self, activities: Sequence[Tensor], output: Tensor, error: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        controllers = self.controllers(torch.cat((*activities, error, target), -1))
         return controllers, torch.add(error, self.readout(output, target), alpha=0.1)
