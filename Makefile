@@ -10,8 +10,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 .PHONY: demo test lint unit smoke docs clean
 
 demo: $(VENV)/.package
-	$(BIN)/torchfolio run auglocal --scale smoke --out $(RUNS)
-	$(BIN)/torchfolio report $(RUNS) --output $(RUNS)/report.html
+	$(BIN)/torchfolio demo -o demo
 
 test: lint unit smoke docs
 

@@ -37,9 +37,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what it shows."""
+    """A figure, or the text of an SVG document, and what it shows."""
 
-    figure: Figure
+    figure: Figure | str
     caption: str
 
 
@@ -55,6 +55,8 @@ class Sheet:
         notes: what to be careful about.
         tables: figures in rows.
         pictures: likewise drawn.
+        code: lines that do the same.
+        lead: a few words that stand with the first picture at the top of the page, and lead to the card.
     """
 
     title: str
@@ -64,6 +66,8 @@ class Sheet:
     notes: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = field(default_factory=tuple)
+    code: str = ""
+    lead: str = ""
 
 
 def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
@@ -96,13 +100,16 @@ def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
     )
     for card in cards:
         for p in card.pictures:
-            plt.close(p.figure)
+            if not isinstance(p.figure, str):
+                plt.close(p.figure)
     with atomic(Path(path)) as file:
         file.write(page.encode("utf-8", "replace"))
     return Path(path)
 
 
-def _svg(figure: Figure, label: str) -> str:
+def _svg(figure: Figure | str, label: str) -> str:
+    if isinstance(figure, str):
+        return picture(figure, label)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     return picture(buffer.getvalue(), label)
