@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.properties import Box, Property
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "activation_ranges",
     "crown",
     "ibp",
+    "intervals",
     "linear_bounds",
     "matrix_of",
     "optimised_bounds",
@@ -40,12 +42,14 @@ __all__ = [
 ]
 
 KNOWN = (
-    "Linear", "Conv2d", "ReLU", "Tanh", "Sigmoid", "AvgPool2d", "Flatten", "Identity", "Dropout", "BatchNorm1d",
-    "BatchNorm2d", "ElementwiseAffine",
+    "Linear", "Conv2d", "ReLU", "Tanh", "Sigmoid", "AvgPool2d", "MaxPool2d", "Flatten", "Identity", "Dropout",
+    "BatchNorm1d", "BatchNorm2d", "ElementwiseAffine",
 )  # fmt: skip
 Range = tuple[Tensor, Tensor]
 ELEMENTS = 2**25
 """Coefficients that are held at once while the inputs of activations are bounded; more rows are taken in turns."""
+STEPS = 6
+"""Newton's steps to the point where a line touches tanh or sigmoid."""
 
 
 class ElementwiseAffine(nn.Module):
@@ -144,7 +148,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
-        self.parts: list[Affine | str] = []
+        self.parts: list[Affine | MaxPool | str] = []
         self.shapes: list[tuple[int, ...]] = []
         weight = next((p for p in model.parameters()), torch.empty(0))
         x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
@@ -155,7 +159,7 @@ class Layers:
                     continue
                 self.parts.append(part)
                 self.shapes.append(tuple(x.shape[1:]))
-                x = part.forward(x) if isinstance(part, Affine) else x
+                x = x if isinstance(part, str) else part.forward(x)
         self.outputs = tuple(x.shape[1:])
         self.dtype, self.device = x.dtype, x.device
 
@@ -175,7 +179,7 @@ def _flat(model: nn.Module) -> list[nn.Module]:
     return [model]
 
 
-def _part(layer: nn.Module) -> Affine | str | None:
+def _part(layer: nn.Module) -> Affine | MaxPool | str | None:
     if _is(layer, (nn.Identity, nn.Dropout)):
         return None
     activations = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -185,6 +189,9 @@ def _part(layer: nn.Module) -> Affine | str | None:
         if isinstance(layer, nn.Flatten) and layer.start_dim != 1:
             raise TypeError("interval bounds need nn.Flatten(1), which keeps the batch axis")
         return Affine(layer)
+    if _is(layer, (nn.MaxPool2d,)):
+        assert isinstance(layer, nn.MaxPool2d)
+        return MaxPool(layer)
     raise TypeError(f"interval bounds for {type(layer).__name__} are not known; known: {', '.join(KNOWN)}")
 
 
@@ -197,7 +204,7 @@ class Bounds:
 
     Attributes:
         lower: `[B, R]`.
-        A: coefficients on the input in the linear bound that `lower` comes from, `[B, R, *shape]`; `None` for intervals.
+        A: coefficients on the input in the linear bound of each row, `[B, R, *shape]`; `None` for intervals.
 
     With `rounding` a bound is lowered by that share of the absolute values that it was summed from, so that it also
     holds of sums of floating-point numbers: 1e-12 is far above what float64 loses, 1e-5 what float32 does.
@@ -207,7 +214,7 @@ class Bounds:
     A: Tensor | None = None
 
 
-def ibp(model: nn.Module, box: Box, prop: Property | None = None, *, rounding: float = 0.0) -> Range | Bounds:
+def ibp(model: nn.Module | Layers, box: Box, prop: Property | None = None, *, rounding: float = 0.0) -> Range | Bounds:
     """Interval bounds.
 
     An affine layer maps centre and radius to $c' = W c + b$, $r' = |W| r$, a monotone activation the two ends. With a
@@ -222,8 +229,8 @@ def ibp(model: nn.Module, box: Box, prop: Property | None = None, *, rounding: f
     Returns:
         Lower and upper bounds of the outputs `[B, *out]`, or `Bounds` of the property's rows.
     """
-    layers = Layers(model, box.lower.shape[1:])
-    ranges, last = _intervals(layers, box, rounding)
+    layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
+    ranges, last = intervals(layers, box, rounding)
     if prop is None:
         return last
     C, t = prop.C.to(last[0]), prop.t.to(last[0])
@@ -240,7 +247,7 @@ def ibp(model: nn.Module, box: Box, prop: Property | None = None, *, rounding: f
     return Bounds(lower if terms is None else lower - rounding * (terms @ C.abs().T + t.abs()))
 
 
-def _intervals(layers: Layers, box: Box, rounding: float = 0.0) -> tuple[list[Range], Range]:
+def intervals(layers: Layers, box: Box, rounding: float = 0.0) -> tuple[list[Range], Range]:
     """Bounds of the inputs of every layer, and of the outputs."""
     low, high = box.lower, box.upper
     ranges = []
@@ -250,10 +257,12 @@ def _intervals(layers: Layers, box: Box, rounding: float = 0.0) -> tuple[list[Ra
     return ranges, (low, high)
 
 
-def _step(part: Affine | str, low: Tensor, high: Tensor, rounding: float) -> Range:
+def _step(part: Affine | MaxPool | str, low: Tensor, high: Tensor, rounding: float) -> Range:
     """Intervals through one layer."""
     if isinstance(part, str):
         return ACTIVATIONS[part](low), ACTIVATIONS[part](high)
+    if isinstance(part, MaxPool):
+        return part.forward(low), part.forward(high)
     center, radius = part.forward((low + high) / 2), part.absolute((high - low) / 2)
     if rounding:
         radius = radius + rounding * part.magnitude(low, high)
@@ -270,7 +279,7 @@ def crown(
     verifier: Crown | None = None,
     rounding: float = 0.0,
 ) -> Bounds:
-    """Linear lower bounds, propagated backward from the property's rows.
+    """Linear lower bounds, propagated backward from the property's rows; nowhere below the interval ones.
 
     An activation with inputs in $[l, u]$ is enclosed by two lines; a row takes the lower one where its coefficient is
     not negative and the upper one elsewhere. For an unstable ReLU these are $\\alpha z$, $\\alpha = [u \\ge -l]$, and
@@ -290,7 +299,10 @@ def crown(
         raise ValueError(f"expected intermediate to be 'crown' or 'ibp', got {intermediate!r}")
     layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
     ranges, terms = activation_ranges(layers, box, intermediate, verifier, rounding)
-    return row_bounds(layers, box, prop, ranges, terms, alpha_steps, rounding)
+    found = row_bounds(layers, box, prop, ranges, terms, alpha_steps, rounding)
+    cut = ibp(layers, box, prop, rounding=rounding)
+    assert isinstance(cut, Bounds)
+    return Bounds(torch.maximum(found.lower, cut.lower), found.A)
 
 
 def row_bounds(
@@ -327,8 +339,14 @@ def activation_ranges(
                 terms[k] = part.magnitude(low, high)
             low, high = _step(part, low, high, rounding)
             continue
-        # Behind a single layer that mixes its inputs intervals are exact.
-        if intermediate == "crown" and (found or sum(isinstance(p, Affine) and p.mixes for p in layers.parts[:k]) > 1):
+        # Behind a single layer that mixes its inputs intervals are exact; behind an activation they are as good as those
+        # of its inputs.
+        mixed = k > 0 and isinstance(layers.parts[k - 1], Affine)
+        if (
+            intermediate == "crown"
+            and mixed
+            and (found or sum(isinstance(p, Affine) and p.mixes for p in layers.parts[:k]) > 1)
+        ):
             low, high = _tightened(layers, k, low, high, found, box, terms, rounding)
         if verifier is not None:
             low, high = verifier.adjust(low, high)
@@ -391,7 +409,6 @@ def linear_bounds(
             A, constant = part.backward(A, layers.shapes[i])
             counted = False
         else:
-            lines = _lines(part, *ranges[i], (alphas or {}).get(i))
             sizes = None
             if terms:
                 # No slope is above 1, so coefficients behind the activation are no smaller than before it.
@@ -400,7 +417,10 @@ def linear_bounds(
                 sizes, counted = sizes + (part != "relu"), before is not None
             if behind is not None:
                 behind[i] = A
-            A, constant, absolute = _through(A, *lines, sizes)
+            if isinstance(part, MaxPool):
+                A, constant, absolute = part.backward(A, *ranges[i], sizes)
+            else:
+                A, constant, absolute = _through(A, *_lines(part, *ranges[i], (alphas or {}).get(i)), sizes)
             scale = scale if absolute is None else scale + absolute
             if betas and i in betas:
                 A, counted = A - betas[i], False
@@ -487,22 +507,35 @@ def _sigmoidal_lines(kind: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tens
 def _tangent_from(f, derivative, end: Tensor, other: Tensor) -> Range:
     """The line through $(e, f(e))$ that touches the function on the other side of 0, or the chord where that lies outside.
 
-    By bisection on the point of touch; its end on the safe side is taken, where the line lies beyond the function.
+    The point of touch $p$ solves $f(p) - f(e) = f'(p) (p - e)$: Newton's steps, by halves where they leave the bracket.
+    With any $p$ the line of slope $f'(p)$ that clears both $p$ and $e$ lies beyond the function, so that none needs to be
+    exact.
     """
+    kind = f is torch.tanh
     sign = torch.where(other > end, torch.ones_like(end), -torch.ones_like(end))
+    at_end = f(end)
     near, far = torch.zeros_like(end), sign * other
-    for _ in range(30):
-        p = (near + far) / 2
+    # p = |e| / 2 near 0, and grows like a logarithm far out.
+    reach = end.abs() if kind else end.abs() / 2
+    p = torch.minimum(torch.log1p(reach) * (0.5 if kind else 1.0), far)
+    for _ in range(STEPS):
         z = sign * p
-        # Beyond the point of touch the derivative is smaller than the slope of the chord from the end.
-        beyond = derivative(z) * (z - end).abs() < sign * (f(z) - f(end))
-        far, near = torch.where(beyond, p, far), torch.where(beyond, near, p)
-    z = sign * near
-    slope = derivative(z)  # steeper than the tangent through the end: safe
-    chord = (f(other) - f(end)) / (other - end).where(other != end, torch.ones_like(end))
-    touches = derivative(other) * (other - end).abs() < sign * (f(other) - f(end))
-    slope = torch.where(touches, slope, chord)
-    return slope, f(end) - slope * end
+        y = f(z)
+        first = 1 - y * y if kind else y * (1 - y)
+        second = -2 * y * first if kind else first * (1 - 2 * y)
+        gap = sign * (y - at_end - first * (z - end))  # above 0 beyond the point of touch
+        far, near = torch.where(gap > 0, p, far), torch.where(gap > 0, near, p)
+        rise = -second * (z - end)  # of the gap, by p
+        newton = p - gap / torch.where(rise > 0, rise, torch.ones_like(rise))
+        inside = (rise > 0) & (newton >= near) & (newton <= far)
+        p = torch.where(inside, newton, (near + far) / 2)
+    z = sign * p
+    slope = derivative(z)
+    cuts = f(z) - slope * z, at_end - slope * end
+    cut = torch.where(sign > 0, torch.maximum(*cuts), torch.minimum(*cuts))
+    chord = (f(other) - at_end) / (other - end).where(other != end, torch.ones_like(end))
+    touches = derivative(other) * (other - end).abs() < sign * (f(other) - at_end)
+    return torch.where(touches, slope, chord), torch.where(touches, cut, at_end - chord * end)
 
 
 def optimised_bounds(

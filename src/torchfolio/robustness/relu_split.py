@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import Layers, Range, activation_ranges, linear_bounds, matrix_of, row_bounds
+from torchfolio.robustness.bounds import Affine, Layers, Range, activation_ranges, linear_bounds, matrix_of, row_bounds
 from torchfolio.robustness.properties import Box, Property, Verdict
 from torchfolio.robustness.verifiers import Crown, searched
 
@@ -75,7 +75,9 @@ class ReluSplit(Crown):
     def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
         box = self.shrink(box)
         layers = Layers(model, box.lower.shape[1:])
-        others = {p for p in layers.parts if isinstance(p, str)} - {"relu"}
+        others = {p if isinstance(p, str) else "MaxPool2d" for p in layers.parts if not isinstance(p, Affine)} - {
+            "relu"
+        }
         if others:
             raise TypeError(f"signs can be decided of ReLUs only, got {', '.join(sorted(others))}")
         witness = searched(model, box, prop, self.attack_steps) if self.attack_steps else None
@@ -349,7 +351,7 @@ class _Search:
         rows: list[np.ndarray] = []
         offsets: list[np.ndarray] = []
         for k, part in enumerate(self.layers.parts):
-            if not isinstance(part, str):
+            if isinstance(part, Affine):
                 L, b = matrix_of(part, self.layers.shapes[k], box)
                 M, m = L @ M, L @ m + b
                 continue

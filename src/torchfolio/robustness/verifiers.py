@@ -21,7 +21,7 @@ from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.bounds import Affine, Bounds, Layers, Range, activation_ranges, crown, ibp, matrix_of
 from torchfolio.robustness.properties import Box, Property, Verdict, classification
 
-__all__ = ["Crown", "CrownSplit", "Interval", "milp_verify", "searched"]
+__all__ = ["Crown", "CrownSplit", "Interval", "exact_copy", "milp_verify", "searched"]
 
 
 class Interval:
@@ -57,7 +57,7 @@ class Interval:
         if len(box) != 1:
             raise ValueError(f"expected one box, got {len(box)}")
         started = time.perf_counter()
-        exact = _exact(model, self.dtype)
+        exact = exact_copy(model, self.dtype)
         _fits(exact, box.to(self.dtype), prop)
         verdict = self._decide(exact, box.to(self.dtype), prop, started + timeout)
         if verdict.witness is not None and not self._confirmed(exact, box, prop, verdict.witness):
@@ -183,7 +183,7 @@ class CrownSplit(Crown):
         return Verdict("verified", boxes=seen)
 
 
-def _exact(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def exact_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A frozen copy in evaluation mode; NaN and infinity are refused, of which no bound says anything."""
     exact = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for name, value in [*exact.named_parameters(), *exact.named_buffers()]:
@@ -296,7 +296,7 @@ def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.
     started = time.perf_counter()
     if len(box) != 1:
         raise ValueError(f"expected one box, got {len(box)}")
-    exact = _exact(model, torch.float64)
+    exact = exact_copy(model, torch.float64)
     box = box.to(torch.float64)
     _fits(exact, box, prop)
     layers = Layers(exact, box.lower.shape[1:])
@@ -329,7 +329,7 @@ class _Program:
     """The constraints of a ReLU network: variables are the input, then every activation's output and binary."""
 
     def __init__(self, layers: Layers, box: Box) -> None:
-        if any(isinstance(p, str) and p != "relu" for p in layers.parts):
+        if any(not isinstance(p, Affine) and p != "relu" for p in layers.parts):
             raise TypeError("the exact verifier is for networks whose activations are ReLUs")
         ranges, _ = activation_ranges(layers, box, "crown", None, 1e-12)
         if not all(bool(end.isfinite().all()) for ends in ranges.values() for end in ends):

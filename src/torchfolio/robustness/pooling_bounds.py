@@ -1,0 +1,79 @@
+"""Bounds through max pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["MaxPool"]
+
+
+class MaxPool:
+    """A max pool $y = \\max_{i \\in W} x_i$ over windows, between two linear functions of its inputs in $[l, u]$.
+
+    Below lies the input of the largest lower bound, $x_k$ with $k = \\operatorname{argmax}_i l_i$. Above lies the same input
+    where no other can exceed it, $l_k \\ge u_i$ for all $i \\ne k$, and the constant $\\max_i u_i$ elsewhere.
+
+    Args:
+        layer: the layer, without `ceil_mode` and `return_indices`.
+
+    Raises:
+        TypeError: on those.
+    """
+
+    def __init__(self, layer: nn.MaxPool2d) -> None:
+        if layer.ceil_mode or layer.return_indices:
+            raise TypeError("interval bounds of MaxPool2d are known without ceil_mode and return_indices")
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer; monotone, so that intervals go through by their ends."""
+        return self.layer(x)
+
+    def backward(
+        self, A: Tensor, low: Tensor, high: Tensor, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Coefficients on the outputs `[B, R, C, h, w]` to those on the inputs, and what the constants give `[B, R]`.
+
+        With `sizes`, bounds on absolute values of the inputs, also the sum of the coefficients over them.
+        """
+        place, sure, top = self._chosen(low, high)
+        positive, negative = A.clamp_min(0), A.clamp_max(0)
+        kept = (positive + negative * sure[:, None]).flatten(3)
+        shape = (max(len(A), len(low)), A.shape[1], *low.shape[1:])
+        where = place.flatten(2)[:, None].expand(shape[0], A.shape[1], -1, -1)
+        kept = kept.expand(shape[0], -1, -1, -1)
+        back = torch.zeros(shape, dtype=A.dtype, device=A.device).flatten(3).scatter_add(3, where, kept).view(shape)
+        constant = (negative * torch.where(sure, torch.zeros_like(top), top)[:, None]).flatten(2).sum(2)
+        absolute = None if sizes is None else (A.abs() * self.layer(sizes)[:, None]).flatten(2).sum(2)
+        return back, constant, absolute
+
+    def _chosen(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each window: the flat place of the input of the largest lower bound, whether none exceeds it, and $\\max u$."""
+        lower, upper = self._windows(low.detach()), self._windows(high.detach())
+        first = lower.argmax(2, keepdim=True)
+        others = upper.scatter(2, first, -torch.inf).amax(2)
+        sure = lower.gather(2, first)[:, :, 0] >= others
+        side = torch.arange(low[0, 0].numel(), dtype=torch.float64, device=low.device).view(1, 1, *low.shape[2:])
+        places = self._windows(side).expand(*lower.shape[:2], -1, -1)
+        place = places.gather(2, first)[:, :, 0].long()
+        top = self.layer(high)
+        return place.view(top.shape), sure.view(top.shape), top
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """The inputs of each window `[B, C, window, outputs]`; what pads them is minus infinity."""
+        layer = self.layer
+        kernel, stride, padding, dilation = (
+            value if isinstance(value, tuple) else (value, value)
+            for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        )
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=-torch.inf)
+        rows, columns = (
+            torch.arange(0, size - reach * (k - 1), step, device=x.device)[:, None]
+            + reach * torch.arange(k, device=x.device)
+            for size, reach, k, step in zip(padded.shape[2:], dilation, kernel, stride, strict=True)
+        )
+        # [B, C, h, kh, w, kw], by places: unfold would make NaN of infinity.
+        taken = padded[:, :, rows[:, :, None, None], columns[None, None]]
+        return taken.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
