@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torchfolio.engine.rules import Backprop, Batch, LearningRule
 
@@ -130,6 +131,9 @@ class Added(LearningRule):
         if not terms:
             raise ValueError(f"{type(self.rule).__name__} ran nothing of what {name} reads, so it was not added")
         return {**scalars, name.lower(): terms[0]}
+
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> None:
+        self.rule.configure(optimizer, total_steps)
 
     def predictor(self, model: nn.Module) -> nn.Module:
         return self.rule.predictor(model)

@@ -17,6 +17,14 @@ from torchfolio.robustness.boundary_tilting import deviation_angle as deviation_
 from torchfolio.robustness.boundary_tilting import regularisation_path as regularisation_path
 from torchfolio.robustness.boundary_tilting import tilt as tilt
 from torchfolio.robustness.boundary_tilting import tilt_to_data as tilt_to_data
+from torchfolio.robustness.certifier_availability import AbstainingClassifier as AbstainingClassifier
+from torchfolio.robustness.certifier_availability import AvailabilityBackdoor as AvailabilityBackdoor
+from torchfolio.robustness.certifier_availability import CertifiedIBP as CertifiedIBP
+from torchfolio.robustness.certifier_availability import CrownCertifier as CrownCertifier
+from torchfolio.robustness.certifier_availability import IntervalCertifier as IntervalCertifier
+from torchfolio.robustness.certifier_availability import SmoothingCertifier as SmoothingCertifier
+from torchfolio.robustness.certifier_availability import availability_report as availability_report
+from torchfolio.robustness.certifier_availability import find_abstaining as find_abstaining
 from torchfolio.robustness.onnx_file import read_onnx as read_onnx
 from torchfolio.robustness.onnx_file import write_onnx as write_onnx
 from torchfolio.robustness.properties import Box as Box
