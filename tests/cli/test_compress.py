@@ -89,3 +89,36 @@ def test_errors_are_one_sentence(bundle, monkeypatch, tmp_path, arguments, messa
     assert message in done.stderr
     assert "Traceback" not in done.output
     assert not (tmp_path / "small").exists()
+
+
+def test_methods_are_compared_in_one_table(bundle, tmp_path):
+    place = tmp_path / "small"
+    done = call("compress", bundle, "--method", "biper,double_rounding", "--data", "digits",
+                "--epochs", 3, "-o", place, "--device", "cpu", "--set", "double_rounding.bits=(8,4)", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert list(result["networks"]) == ["before", "biper", "double_rounding"]
+    assert result["networks"]["biper"]["bytes"] < result["networks"]["before"]["bytes"]
+    assert sorted(p.name for p in place.iterdir()) == ["biper", "compared.csv", "compared.html", "double_rounding"]
+    for name in ("biper", "double_rounding"):
+        read = json.loads(call("eval", place / name, "--data", "digits", "--device", "cpu", "--json").stdout)
+        assert read["accuracy"] == pytest.approx(result["networks"][name]["accuracy"])
+
+
+def test_a_method_that_cannot_do_it_costs_its_own_row(tmp_path):
+    call("train", "--model", "mlp", "--data", "digits", "--epochs", 1, "-o", tmp_path / "net")
+    done = call("compress", tmp_path / "net", "--method", "biper,double_rounding", "--data", "digits", "--epochs", 1,
+                "-o", tmp_path / "small")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "biper cannot do it" in done.stderr
+    assert "double_rounding" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("biper,biper",), "every method once"), (("biper,double_rounding", "--set", "frequency=3"), "biper.key=value")],
+)
+def test_several_methods_are_named_once_and_set_by_name(arguments, message, bundle, tmp_path):
+    done = call("compress", bundle, "--method", *arguments, "--data", "digits", "-o", tmp_path / "small")
+    assert done.exit_code == 2
+    assert message in done.stderr

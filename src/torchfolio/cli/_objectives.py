@@ -39,20 +39,28 @@ def find_objective(name: str) -> Callable[..., Objective]:
     return found
 
 
-def settings_by_name(names: Sequence[str], pairs: Sequence[str]) -> dict[str, list[str]]:
-    """The `key=value` pairs of every added objective; of several, `name.key=value`.
+def settings_by_name(
+    names: Sequence[str], pairs: Sequence[str], words: tuple[str, str, str] = ("--add", "--add-set", "objective")
+) -> dict[str, list[str]]:
+    """The `key=value` pairs of every one of several, by its name; where there is more than one, `name.key=value`.
+
+    Args:
+        names: objectives, or whatever `words` says.
+        pairs: settings as they were given.
+        words: the options that name them and set them, and what they are.
 
     Raises:
-        typer.BadParameter: if a pair belongs to none of them, or an objective is named twice.
+        typer.BadParameter: if a pair belongs to none of them, or one is named twice.
     """
+    naming, setting, what = words
     own: dict[str, list[str]] = {name: [] for name in names}
     if len(own) < len(names):
-        raise typer.BadParameter("expected every objective once", param_hint="--add")
+        raise typer.BadParameter(f"expected every {what} once", param_hint=naming)
     for pair in pairs:
         name = next((n for n in names if pair.startswith(f"{n}.")), names[0] if len(names) == 1 else None)
         if name is None:
-            expected = f"{names[0]}.key=value" if names else "--add before it"
-            raise typer.BadParameter(f"expected {expected}, got {pair!r}", param_hint="--add-set")
+            expected = f"{names[0]}.key=value" if names else f"{naming} before it"
+            raise typer.BadParameter(f"expected {expected}, got {pair!r}", param_hint=setting)
         own[name].append(pair.removeprefix(f"{name}."))
     return own
 

@@ -36,6 +36,7 @@ from torchfolio.cli.networks import (
     predictor_of,
     show_result,
 )
+from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,8 +55,12 @@ def compress(
     data: Data,
     output: Output,
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle; or name --model and --weights.")] = None,
-    method: Annotated[str, typer.Option(help="Slug of a method that compresses networks.")] = "biper",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Slug of a method that compresses networks, or several to compare: a,b.")
+    ] = "biper",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of the method, key=value; of several, slug.key=value.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Reference network or package.module:factory.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Its weights, a safetensors file.")] = None,
     model_set: ModelSet = None,
@@ -81,46 +86,103 @@ def compress(
     Shows bytes of all tensors, operations for one example and scores on the test split, before and after; those
     after are of the bundle as it is read back.
 
-    Example: torchfolio compress net/ --method biper --data cifar10 --epochs 9 -o small/
-    """
-    from torchfolio.bundle import load_bundle, save_bundle
-    from torchfolio.efficiency.compression import compress as compress_network
+    Several methods are compared: each writes a bundle into the output folder, with one table and figure beside them.
 
-    check_output(output, force)
-    factory = catalog.offered(method, "compression")
-    settings = parse_settings(setting)
-    compression = call_with(factory, settings, f"the method {method}")
+    Example: torchfolio compress net/ --method biper --data cifar10 --epochs 9 -o small/
+
+    Example: torchfolio compress net/ --method biper,double_rounding,ftwt --data cifar10 -o smaller/
+    """
+    from torchfolio.cli._objectives import settings_by_name
+
+    methods = [name.strip() for name in method.split(",")]
+    own = settings_by_name(methods, setting or [], ("--method", "--set", "method"))
+    places = {name: output / name if len(methods) > 1 else output for name in methods}
+    ready: dict[str, tuple[Compression, dict[str, Any]]] = {}
+    for name, place in places.items():
+        check_output(place, force)
+        settings = parse_settings(own[name])
+        ready[name] = call_with(catalog.offered(name, "compression"), settings, f"the method {name}"), settings
     allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
     sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
     source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
     example = splits.train.tensors[0][:2].clone()
     before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
+    training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}
+    fitting = {"augment": augmentation(splits) if augment else None, "device": device, "precision": precision}
+    after: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for name, (compression, settings) in ready.items():
+        record = {"method": name, "settings": settings, "data": data, **training, "before": before}
+        try:
+            after[name] = _compressed(source, compression, splits, places[name], allow, record, training, fitting)
+        except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot convert another can
+            if len(methods) == 1:
+                raise
+            failed[name] = str(error)
+            typer.echo(f"{name} cannot do it: {error}", err=True)
+    if len(methods) == 1:
+        _show(str(output), methods[0], before, after[methods[0]], as_json)
+        return
+    if not after:
+        raise TorchfolioError(f"none of {', '.join(methods)} can make this network smaller")
+    _compare(output, {"before": before, **after}, failed, as_json)
+
+
+def _compressed(
+    source: Bundle,
+    compression: Compression,
+    splits: DataSplits,
+    output: Path,
+    allow: list[str],
+    record: dict[str, Any],
+    training: dict[str, Any],
+    fitting: dict[str, Any],
+) -> dict[str, Any]:
+    """Compress, write, read back and measure."""
+    from torchfolio.bundle import load_bundle, save_bundle
+    from torchfolio.efficiency.compression import compress as compress_network
+
+    example = splits.train.tensors[0][:2].clone()
     made = compress_network(
-        source.model,
-        compression,
-        splits.train,
-        val=splits.val,
-        example=example,
-        epochs=epochs,
-        lr=lr,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        augment=augmentation(splits) if augment else None,
-        seed=seed,
-        device=device,
-        precision=precision,
-        say=lambda text: typer.echo(text, err=True),
-    )
-    record = {"method": method, "settings": settings, "data": data, "epochs": made.epochs, "lr": lr,
-              "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed, "before": before}  # fmt: skip
+        source.model, compression, splits.train, val=splits.val, example=example,
+        say=lambda text: typer.echo(text, err=True), **training, **fitting,
+    )  # fmt: skip
+    record = {**record, "epochs": made.epochs}
     save_bundle(made.model, output, _manifest(source.manifest, compression, record))
     written = load_bundle(output, allow=allow)
-    after = {
-        **_measure(written, splits, device, allow),
+    return {
+        **_measure(written, splits, str(fitting["device"]), allow),
         **compression.operations(written.model.cpu(), example[:1]),
     }
-    _show(str(output), method, before, after, as_json)
+
+
+def _compare(output: Path, rows: dict[str, dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
+    """One table of all methods, on the screen, as CSV and with a figure on a page."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
+
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    frame.to_csv(output / "compared.csv")
+    score = "accuracy" if "accuracy" in frame else "loss"
+    figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for k, (name, row) in enumerate(frame.iterrows()):
+        ax.plot(row["bytes"] / 1024, row[score], "o", color=f"C{k}")
+        ax.annotate(str(name), (row["bytes"] / 1024, row[score]), (6, 4), textcoords="offset points")
+    ax.set(xscale="log", xlabel="kB", ylabel=f"test {score}")
+    ax.margins(0.2)
+    page = write_sheet(output / "compared.html", "networks made smaller", [Sheet(
+        "What each method gives", sentences=["Each network is a bundle of its own, measured as it is read back."],
+        notes=[f"{name} could not convert the network: {why}" for name, why in failed.items()],
+        tables=[Table.of(frame)], pictures=[Picture(figure, f"Bytes of all tensors, and {score} on the test split.")],
+    )])  # fmt: skip
+    if as_json:
+        show_result({"bundles": str(output), "networks": rows, "failed": failed, "page": str(page)}, True)
+        return
+    typer.echo(frame.to_string(float_format=lambda v: f"{v:.4f}"))
+    typer.echo(f"page: {page}")
 
 
 def _manifest(source: Manifest, compression: Compression, record: dict[str, Any]) -> Manifest:
@@ -135,7 +197,23 @@ def _measure(bundle: Bundle, splits: DataSplits, device: str, allow: list[str]) 
     from torchfolio.efficiency.compression import tensor_bytes
 
     scores = engine.evaluate(predictor_of(bundle, allow), splits.test, device=device)
-    return {"bytes": tensor_bytes(bundle.model), **scores}
+    return {"bytes": tensor_bytes(bundle.model), **scores, "ms_per_example": _milliseconds(bundle.model, splits)}
+
+
+def _milliseconds(model: nn.Module, splits: DataSplits) -> float:
+    """Time for an example in a batch of 64 on the CPU: the shortest of five passes, which others disturb least."""
+    import time
+
+    import torch
+
+    x = splits.test.tensors[0][:64]
+    taken = []
+    with torch.no_grad():
+        for _ in range(6):
+            started = time.perf_counter()
+            model.cpu().eval()(x)
+            taken.append(time.perf_counter() - started)
+    return 1000 * min(taken[1:]) / len(x)
 
 
 def _flops(model: nn.Module, example: Tensor) -> dict[str, int]:
