@@ -17,3 +17,8 @@ from torchfolio.adaptation.naive_bayes_probe import crossover as crossover
 from torchfolio.adaptation.naive_bayes_probe import learning_curve as learning_curve
 from torchfolio.adaptation.naive_bayes_probe import probe as probe
 from torchfolio.adaptation.naive_bayes_probe import samples_to_reach as samples_to_reach
+from torchfolio.adaptation.sara import SaRA as SaRA
+from torchfolio.adaptation.sara import SaRAAdapter as SaRAAdapter
+from torchfolio.adaptation.sara import load_delta as load_delta
+from torchfolio.adaptation.sara import save_delta as save_delta
+from torchfolio.adaptation.sara import threshold_for as threshold_for
