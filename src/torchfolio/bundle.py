@@ -199,7 +199,7 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
     """Read a bundle without running anything it brings.
 
     Args:
-        folder: the bundle.
+        folder: the bundle; or `"hf:owner/name"`, one of the Hugging Face hub, `"hf:owner/name@revision"`.
         allow: import paths that the bundle may name besides the known builders, as `"package.module:name"`.
         device: where the weights go.
 
@@ -207,6 +207,10 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
         BundleError: if a file is missing, a stranger or a pickle, if weights or manifest were changed or are not
             finite, or if the import path is not allowed or does not build a module that fits the weights.
     """
+    if str(folder).startswith("hf:"):
+        from torchfolio.hub import fetch_bundle
+
+        folder = fetch_bundle(str(folder))
     folder = Path(folder)
     if not folder.exists() and (_old(folder) / MANIFEST).is_file():
         warnings.warn(f"{folder} was being replaced when its writer died; reading the one before", stacklevel=2)
@@ -232,6 +236,30 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
         raise BundleError(f"the weights in {folder} do not fit {manifest.build}: {detail}") from error
     _check_finite(model, state)
     return Bundle(model.to(device).eval(), manifest)
+
+
+def push_bundle(folder: str | Path, name: str, *, private: bool = False, message: str | None = None) -> str:
+    """Send a bundle to the Hugging Face hub, which must know you (`hf auth login`).
+
+    Args:
+        folder: of the bundle; of other files only `history.csv` is sent.
+        name: `"owner/name"`; made if there is none.
+        private: whether a new one is hidden from others.
+        message: of the change.
+
+    Returns:
+        Address of the bundle, which `load_bundle("hf:owner/name")` reads.
+
+    Raises:
+        BundleError: if the folder is no whole bundle.
+        HubError: if the name is none, or the hub refuses.
+    """
+    from torchfolio.hub import send_bundle
+
+    _, checksum = _read_manifest(Path(folder))
+    if _sha256(Path(folder) / WEIGHTS) != checksum:
+        raise BundleError(f"{Path(folder) / WEIGHTS} is not the file that {MANIFEST} was written for: it is not sent")
+    return send_bundle(Path(folder), name, private=private, message=message)
 
 
 def build(path: str, arguments: Mapping[str, Any], *, allow: Sequence[str] = (), limit: int | None = None) -> nn.Module:
