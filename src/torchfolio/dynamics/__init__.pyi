@@ -45,3 +45,14 @@ from torchfolio.dynamics.neural_de import argmin_layer as argmin_layer
 from torchfolio.dynamics.neural_de import cdeint as cdeint
 from torchfolio.dynamics.neural_de import odeint as odeint
 from torchfolio.dynamics.neural_de import sdeint as sdeint
+from torchfolio.dynamics.physics_moe import Burgers1D as Burgers1D
+from torchfolio.dynamics.physics_moe import DiffusionSorption1D as DiffusionSorption1D
+from torchfolio.dynamics.physics_moe import ExpertConstraint as ExpertConstraint
+from torchfolio.dynamics.physics_moe import FNO as FNO
+from torchfolio.dynamics.physics_moe import Grid as Grid
+from torchfolio.dynamics.physics_moe import HardConstraint as HardConstraint
+from torchfolio.dynamics.physics_moe import Heat1D as Heat1D
+from torchfolio.dynamics.physics_moe import LevenbergMarquardt as LevenbergMarquardt
+from torchfolio.dynamics.physics_moe import NavierStokes2D as NavierStokes2D
+from torchfolio.dynamics.physics_moe import PDE as PDE
+from torchfolio.dynamics.physics_moe import equation_loss as equation_loss
