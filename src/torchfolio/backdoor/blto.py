@@ -355,7 +355,7 @@ def evaluate_ssl_backdoor(
     trigger: Callable[[Tensor], Tensor],
     target: int,
     *,
-    probe: Callable[..., float] = measure.linear_probe,
+    probe: Callable[..., float] | None = None,
 ) -> SSLReport:
     """Judge an attack on a pretrained encoder by a probe that is trained on clean labelled images.
 
@@ -365,8 +365,8 @@ def evaluate_ssl_backdoor(
         test: clean images and labels.
         trigger: trigger of the attack.
         target: class that triggered images are to be taken for.
-        probe: `(features, y, test_features, test_y) -> accuracy`, of `torchfolio.measure`: `linear_probe` or
-            `knn_accuracy`.
+        probe: `(features, y, test_features, test_y) -> accuracy` on features of length 1, such as `linear_probe` or
+            `knn_accuracy` of `torchfolio.measure`; by default a logistic regression on them as they are.
 
     Raises:
         ValueError: on an encoder that does not give `[N, d]`, or test images of the target class alone.
@@ -378,12 +378,20 @@ def evaluate_ssl_backdoor(
     with torch.no_grad():
         triggered = trigger(x_test[other])
     f, f_test, f_triggered = (_features(encoder, part) for part in (x, x_test, triggered))
-    wanted = torch.full((int(other.sum()),), target)
+    wanted, probe = torch.full((int(other.sum()),), target), probe or _logistic
     centre = F.normalize(f[y == target].mean(0), dim=0)
     return SSLReport(
         probe(f, y, f_test, y_test), probe(f, y, f_triggered, wanted), float((f_triggered @ centre).mean()),
         float((-2 * torch.pdist(f_test).square()).exp().mean().log()),
     )  # fmt: skip
+
+
+def _logistic(features: Tensor, y: Tensor, test_features: Tensor, test_y: Tensor) -> float:
+    """Accuracy of a logistic regression without standardising, which would undo the lengths of directions."""
+    from sklearn.linear_model import LogisticRegression
+
+    probe = LogisticRegression(max_iter=1000).fit(features.numpy(), y.numpy())
+    return float(probe.score(test_features.numpy(), test_y.numpy()))
 
 
 def _features(encoder: nn.Module, x: Tensor) -> Tensor:

@@ -43,10 +43,11 @@ class Settings:
         reinit_every: rounds of a surrogate's life.
         generator_width: channels of the trigger's network.
         generator_lr: its learning rate.
-        victims: contrastive methods.
+        attack_batch: images of a step of the attack.
+        victims: contrastive methods, and the triggers that each is attacked with.
         victim_steps: steps of a victim.
         lr: learning rate of surrogates and victims.
-        batch_size: images of a step.
+        batch_size: images of a step of a victim.
     """
 
     data: str = "digits"
@@ -61,18 +62,22 @@ class Settings:
     reinit_every: int = 50
     generator_width: int = 16
     generator_lr: float = 2e-3
-    victims: tuple[str, ...] = ("simsiam", "simclr", "byol")
+    attack_batch: int = 64
+    victims: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("simsiam", ("blto", "fixed", "ctrl")), ("simclr", ("blto", "fixed")), ("byol", ("blto",)),
+    )  # fmt: skip
     victim_steps: int = 250
     lr: float = 0.05
     batch_size: int = 128
 
 
 SCALES = {
-    "smoke": Settings(train_size=300, rounds=4, steps=1, reinit_every=2, generator_width=4, victims=("simsiam", "simclr"), victim_steps=3),
+    "smoke": Settings(train_size=300, rounds=4, steps=1, reinit_every=2, generator_width=4, victims=(("simsiam", ("blto", "fixed")), ("simclr", ("blto", "fixed"))), victim_steps=3),
     "quick": Settings(),
     "full": Settings(
         data="cifar10", network="resnet18", width=64, eps=8 / 255, rate=0.01, rounds=2000, steps=10, reinit_every=200,
-        generator_width=64, generator_lr=1e-4, victim_steps=40_000, batch_size=256,
+        generator_width=64, generator_lr=1e-4, attack_batch=256, victim_steps=40_000, batch_size=256,
+        victims=tuple((m, ("blto", "fixed", "ctrl")) for m in RULES),
     ),
 }  # fmt: skip
 
@@ -114,7 +119,7 @@ class Scene:
             self.encoder, self.rule, s.target, rate=s.rate, eps=s.eps, rounds=s.rounds, outer_steps=s.steps,
             reinit_every=s.reinit_every, view=self.view(), generator=TriggerNet(self.data.shape[0], s.eps, s.generator_width),
             lr=s.generator_lr, optimizer=partial(torch.optim.SGD, lr=s.lr, momentum=0.9, weight_decay=5e-4),
-            batch_size=s.batch_size, seed=self.run.seed, **{"inner_steps": s.steps, **settings},
+            batch_size=s.attack_batch, seed=self.run.seed, **{"inner_steps": s.steps, **settings},
         )  # fmt: skip
         return attack.fit(self.train)
 
@@ -180,12 +185,12 @@ class Scene:
 
 def run(run: Run[Settings]) -> None:
     """Learn the trigger, then pretrain victims on data with it, with fixed triggers, and with none."""
-    scene, victims = Scene(run), run.settings.victims
+    scene, victims = Scene(run), [m for m, _ in run.settings.victims]
     learned = run.arm("trigger", scene.learned)
     clean = {m: run.arm(f"{m}_never_poisoned", scene.never_poisoned, m) for m in run.progress(victims, "clean victims")}
     found = {
         (m, t): run.arm(f"{m}_{t}", scene.attacked, m, t)
-        for m in run.progress(victims, "victims") for t in ("blto", "fixed", "ctrl")
+        for m, triggers in run.progress(run.settings.victims, "victims") for t in triggers
     }  # fmt: skip
     untrained = run.arm("untrained_surrogate", scene.untrained_surrogate)
     run.values("beats_fixed_trigger", {f"{m}_{t}": v["asr"] for (m, t), v in found.items()})
@@ -207,7 +212,7 @@ def run(run: Run[Settings]) -> None:
 def figures(results: Results) -> dict[str, Figure]:
     """Success of every trigger beside that without poison, the course of training, and what images look like."""
     fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    places = [(m, t) for m in results.settings.victims for t in ("blto", "fixed", "ctrl")]
+    places = [(m, t) for m, triggers in results.settings.victims for t in triggers]
     for k, (m, t) in enumerate(places):
         bars = (
             (-0.2, results.values(f"{m}_{t}", "asr"), "C3"),
