@@ -47,6 +47,19 @@ def test_command_line_example(tmp_path):
     assert (tmp_path / "net" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_the_combinations_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "combine.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3
+    command = [sys.executable, "-W", "error", "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    scores = [float(score) for score in re.findall(r"'accuracy': ([0-9.]+)", done.stdout)]
+    assert len(scores) == 4
+    assert min(scores) > 0.85
+    assert "not suspicious" in done.stdout
+
+
 def test_what_follows_from_the_catalogue_is_up_to_date():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
