@@ -6,7 +6,8 @@ as autograd has a layer's, so that no dense gradient outlives its layer. The los
 
 $$\\lambda \\lVert P \\odot M \\rVert_*$$
 
-for one matrix a step, and at one step weights that have outgrown the threshold are frozen where they are.
+for one matrix a step, and at one step weights that have outgrown the threshold are frozen where they are. The file is long
+because the optimizer owns packing, state, files and what makes sure that nothing else has changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchfolio.adaptation.adapter import Adapted, Adapter, Adapting
+from torchfolio.adaptation.small_weights import Named, ineffective_drift, named_parameters, threshold_for, zero_smallest
 from torchfolio.checks import at_least, between, positive, whole
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine
@@ -41,25 +43,6 @@ __all__ = [
 
 SMALLEST_SIDE, FEWEST = 64, 100
 """The rank term is for matrices with longer sides and more trained entries."""
-
-Named = nn.Module | Iterable[tuple[str, nn.Parameter]]
-
-
-def threshold_for(model: Named, fraction: float) -> float:
-    """The threshold below which a fraction of all parameters' magnitudes lies.
-
-    Equal magnitudes are below it together or not at all; of many exact zeros all are.
-
-    Raises:
-        ValueError: if the fraction is not in (0, 1].
-    """
-    between("fraction", fraction, 0, 1, inclusive=(False, True))
-    size = torch.cat([p.detach().abs().flatten().float().cpu() for _, p in _named(model)])
-    rank = max(1, round(fraction * len(size)))
-    bound = size.kthvalue(min(rank + 1, len(size))).values
-    if rank == len(size) or not bool((size < bound).any()):
-        bound = torch.nextafter(bound, torch.tensor(math.inf))
-    return float(bound)
 
 
 def nuclear_gradient(matrix: Tensor) -> Tensor:
@@ -152,7 +135,7 @@ class SaRA(Optimizer):
             and torch.distributed.get_world_size() > 1
         ):
             raise RuntimeError("SaRA packs gradients before processes have averaged them: use a single process")
-        named = _named(model)
+        named = named_parameters(model)
         _check_parameters(named)
         if (threshold is None) == (fraction is None):
             raise ValueError("expected exactly one of threshold and fraction")
@@ -441,7 +424,7 @@ def load_delta(path: str | Path, model: Named) -> None:
         threshold = float(notes["threshold"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no difference of SaRA: {error}") from error
-    named = dict(_named(model))
+    named = dict(named_parameters(model))
     missing = [name for name in delta if name not in named]
     if missing:
         raise ValueError(f"the network has no parameter {missing[0]!r}")
@@ -449,34 +432,6 @@ def load_delta(path: str | Path, model: Named) -> None:
     if _digest(index) != notes.get("positions"):
         raise ValueError(f"{path} was fine-tuned from other weights than these: their masks differ")
     _apply(named, index, delta)
-
-
-def zero_smallest(model: nn.Module, fraction: float) -> nn.Module:
-    """A copy of a network whose smallest entries, that fraction of all, are 0."""
-    threshold = threshold_for(model, fraction)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.masked_fill_(p.abs() < threshold, 0)
-    return other
-
-
-def ineffective_drift(before: nn.Module, after: nn.Module, threshold: float) -> dict[str, float]:
-    """How entries below a threshold changed places in training.
-
-    Returns:
-        shares of all entries: below it before, below it after, and those that left and entered.
-
-    Raises:
-        ValueError: if the networks differ in their parameters.
-    """
-    positive("threshold", threshold)
-    pairs = [(p.detach(), q.detach()) for p, q in zip(before.parameters(), after.parameters(), strict=True)]
-    if any(p.shape != q.shape for p, q in pairs):
-        raise ValueError("expected two networks with the same parameters")
-    was, now = (torch.cat([(pair[k].abs() < threshold).flatten().cpu() for pair in pairs]) for k in range(2))
-    shares = {"before": was, "after": now, "left": was & ~now, "entered": now & ~was}
-    return {name: float(value.double().mean()) for name, value in shares.items()}
 
 
 class SaRAAdapter(Adapter):
@@ -536,10 +491,6 @@ class SaRAAdapter(Adapter):
         finally:
             optimizer.release()
         return Adapted(model, {**report, "still_trained": optimizer.trainable_count})
-
-
-def _named(model: Named) -> list[tuple[str, nn.Parameter]]:
-    return list(model.named_parameters() if isinstance(model, nn.Module) else model)
 
 
 def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
