@@ -273,7 +273,7 @@ def peers(bench: Any) -> None:
     torch.manual_seed(0)
     model = TextModel(TextRNN(804).eval())
     sentences = 4 + synthetic_corpus(100, 8, 800, torch.Generator().manual_seed(0))
-    phrases = [tuple(row) for row in (4 + synthetic_corpus(200, 3, 800, torch.Generator().manual_seed(1))).tolist()]
+    phrases = [tuple(row) for row in (4 + synthetic_corpus(60, 3, 800, torch.Generator().manual_seed(1))).tolist()]
 
     def one_by_one() -> list[float]:
         rates = []
@@ -289,5 +289,5 @@ def peers(bench: Any) -> None:
         lengths = torch.full((len(sentences),), sentences.shape[1])
         return [float((model.logits(t(sentences, lengths)[0]).argmax(1) == 1).double().mean()) for t in trigger]
 
-    bench.compare("MRS of 200 candidates x 100", ours=lambda: mrs(model, phrases, sentences, 1), by_phrase=by_phrase,
+    bench.compare("MRS of 60 candidates x 100", ours=lambda: mrs(model, phrases, sentences, 1), by_phrase=by_phrase,
                   one_by_one=one_by_one)  # fmt: skip
