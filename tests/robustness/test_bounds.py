@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from torchfolio.models import BasicBlock, ResNetCIFAR
 from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.bounds import (
     Bounds,
     ElementwiseAffine,
+    Residual,
     _sigmoidal_lines,
     crown,
     ibp,
 )
 from torchfolio.robustness.properties import Box, Property, Verifier, classification
+from torchfolio.robustness.relu_split import ReluSplit
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval, milp_verify
 
 
@@ -46,8 +51,26 @@ def pooled(seed=0):
     ).double()  # fmt: skip
 
 
+def residual(seed=0):
+    """Paths within paths: a block that changes the shape, one around another, and a last one without an activation."""
+    torch.manual_seed(seed)
+    block = BasicBlock(2, 4, stride=2)
+    inner = Residual(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()))
+    outer = Residual(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), inner, nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    )
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), Residual(nn.Linear(3, 3)))
+    net = nn.Sequential(block, outer, head).double()
+    with torch.no_grad():
+        for norm in (block.bn1, block.bn2):
+            norm.running_mean.normal_(std=0.2)
+            norm.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
 NETS = {
     "pooled": (pooled, (2, 6, 6)),
+    "residual": (residual, (2, 6, 6)),
     "relu": (lambda seed: small(nn.ReLU, seed), (4,)),
     "tanh": (lambda seed: small(nn.Tanh, seed), (4,)),
     "sigmoid": (lambda seed: small(nn.Sigmoid, seed), (4,)),
@@ -185,6 +208,66 @@ def test_max_pools_that_are_not_known_are_refused():
         ibp(nn.Sequential(nn.MaxPool2d(4, ceil_mode=True)), box)
     with pytest.raises(TypeError, match="ReLUs"):
         milp_verify(pooled(), Box.ball(inputs((2, 6, 6), 1), 0.1), classification(0, 3))
+
+
+def test_sums_of_linear_paths_are_one_layer():
+    net = nn.Sequential(
+        nn.Linear(4, 4), Residual(nn.Linear(4, 4), nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3)
+    ).double()
+    sum_ = copy.deepcopy(net[1].body)
+    with torch.no_grad():
+        sum_.weight += net[1].shortcut.weight
+        sum_.bias += net[1].shortcut.bias
+    box, prop = Box.ball(inputs((4,)), 0.3, clip=None), classification(0, 3)
+    whole = crown(nn.Sequential(net[0], sum_, *net[2:]), box, prop)
+    found = crown(net, box, prop)
+    torch.testing.assert_close(found.lower, whole.lower)
+    torch.testing.assert_close(found.A, whole.A)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_path_around_a_relu_is_one_more_stable_unit(seed):
+    """On inputs of one sign the identity may pass through a ReLU, in a chain of twice the width."""
+    torch.manual_seed(seed)
+    first, second, last = nn.Linear(4, 5).double(), nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+    net = nn.Sequential(Residual(nn.Sequential(first, nn.ReLU(), second)), nn.ReLU(), last)
+    wide, narrow = nn.Linear(4, 9).double(), nn.Linear(9, 4).double()
+    eye = torch.eye(4, dtype=torch.float64)
+    with torch.no_grad():
+        wide.weight.copy_(torch.cat([first.weight, eye]))
+        wide.bias.copy_(torch.cat([first.bias, 0 * first.bias[:4]]))
+        narrow.weight.copy_(torch.cat([second.weight, eye], 1))
+        narrow.bias.copy_(second.bias)
+    chain = nn.Sequential(wide, nn.ReLU(), narrow, nn.ReLU(), last)
+    box, prop = Box.ball(inputs((4,), seed=seed), 0.2), classification(1, 3)
+    torch.testing.assert_close(net(box.center), chain(box.center))
+    for settings in ({}, {"intermediate": "ibp"}, {"rounding": 1e-12}):
+        found, wanted = crown(net, box, prop, **settings), crown(chain, box, prop, **settings)
+        torch.testing.assert_close(found.lower, wanted.lower, atol=1e-8, rtol=0)
+        torch.testing.assert_close(found.A, wanted.A, atol=1e-6, rtol=0)
+    verdict = CrownSplit(max_boxes=2000).decide(net, box[:1], prop, 20)
+    assert verdict.status in (milp_verify(chain, box[:1], prop).status, "unknown")
+
+
+def test_a_residual_network_is_bounded_and_what_cannot_be_is_refused():
+    torch.manual_seed(0)
+    net = ResNetCIFAR(8, (2, 3, 4), num_classes=3, in_channels=1, shortcut="B").double().eval()
+    x = inputs((1, 8, 8), 2)
+    box = Box.ball(x, 0.01)
+    found = crown(net, box, classification(0, 3), intermediate="ibp")
+    points = box.lower + (box.upper - box.lower) * torch.rand(200, *x.shape, dtype=x.dtype).round()
+    slack = classification(0, 3).slack(net(points.flatten(0, 1))).view(200, 2, -1)
+    assert (found.lower <= slack + 1e-9).all()
+    assert (found.lower >= slack.amin(0) - 2).all()
+    with pytest.raises(ValueError, match="paths of one shape"):
+        ibp(nn.Sequential(Residual(nn.Linear(4, 3))).double(), Box.ball(inputs((4,)), 0.1))
+    with pytest.raises(TypeError, match="in a chain"):
+        milp_verify(residual(), Box.ball(inputs((2, 6, 6), 1), 0.1), classification(0, 3))
+    with pytest.raises(TypeError, match="a sum of paths"):
+        ReluSplit().decide(
+            nn.Sequential(Residual(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3)), Box.ball(inputs((4,), 1), 0.1),
+            classification(0, 3),
+        )  # fmt: skip
 
 
 def test_crown_verifies_what_intervals_do():

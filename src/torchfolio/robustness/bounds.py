@@ -5,6 +5,7 @@
   "Fast and Complete", ICLR 2021).
 
 What is decided with them is in `verifiers` and `relu_split`. Networks are (nested) `nn.Sequential`s of the layers in `KNOWN`, taken in evaluation mode.
+Sums of two paths (`Residual`, the blocks of `models.ResNetCIFAR`) are known too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from torchfolio.models.resnet import BasicBlock, Subsample
 from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.properties import Box, Property
 
@@ -31,6 +33,7 @@ __all__ = [
     "Bounds",
     "ElementwiseAffine",
     "Layers",
+    "Residual",
     "activation_ranges",
     "crown",
     "ibp",
@@ -43,7 +46,7 @@ __all__ = [
 
 KNOWN = (
     "Linear", "Conv2d", "ReLU", "Tanh", "Sigmoid", "AvgPool2d", "MaxPool2d", "Flatten", "Identity", "Dropout",
-    "BatchNorm1d", "BatchNorm2d", "ElementwiseAffine",
+    "BatchNorm1d", "BatchNorm2d", "AdaptiveAvgPool2d", "ElementwiseAffine", "Residual", "BasicBlock",
 )  # fmt: skip
 Range = tuple[Tensor, Tensor]
 ELEMENTS = 2**25
@@ -67,12 +70,46 @@ class ElementwiseAffine(nn.Module):
         return x * self.scale + self.shift
 
 
+class Residual(nn.Module):
+    """$F(x) + s(x)$, the sum of two paths of equal output shape.
+
+    Args:
+        body: network $F$ of layers with bounds.
+        shortcut: network $s$ likewise; the identity by default.
+    """
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        body, shortcut = self.body(x), self.shortcut(x)
+        if body.shape != shortcut.shape:
+            raise ValueError(f"expected paths of one shape, got {tuple(body.shape)} and {tuple(shortcut.shape)}")
+        return body + shortcut
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a sum of two paths begins (`"fork"`), passes from the shortcut to the body (`"turn"`), and ends (`"join"`).
+
+    Forward, and backward in the other order, a stack holds what waits for the other path.
+
+    Attributes:
+        kind: see above.
+        fork: place of the fork among the parts.
+    """
+
+    kind: str
+    fork: int
+
+
 class Affine:
     """A layer $x \\mapsto L x + c$, forward, with the absolute values of $L$, and backward."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.mixes = isinstance(layer, nn.Linear | nn.Conv2d | nn.AvgPool2d)
+        self.mixes = isinstance(layer, nn.Linear | nn.Conv2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -148,23 +185,48 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
-        self.parts: list[Affine | MaxPool | str] = []
+        self.parts: list[Part] = []
         self.shapes: list[tuple[int, ...]] = []
         weight = next((p for p in model.parameters()), torch.empty(0))
-        x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
         with torch.no_grad():
-            for layer in _flat(model):
-                part = _part(layer)
-                if part is None:
-                    continue
-                self.parts.append(part)
-                self.shapes.append(tuple(x.shape[1:]))
-                x = x if isinstance(part, str) else part.forward(x)
+            x = self._append(model, torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device))
         self.outputs = tuple(x.shape[1:])
         self.dtype, self.device = x.dtype, x.device
 
+    def _append(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Add a network's parts, and return its output."""
+        for layer in _flat(model):
+            if isinstance(layer, Residual) and type(layer).forward is Residual.forward:
+                fork = len(self.parts)
+                self._mark("fork", fork, x)
+                shortcut = self._append(layer.shortcut, x)
+                self._mark("turn", fork, x)
+                body = self._append(layer.body, x)
+                if body.shape != shortcut.shape:
+                    raise ValueError(
+                        f"expected paths of one shape, got {tuple(body.shape)} and {tuple(shortcut.shape)}"
+                    )
+                self._mark("join", fork, body)
+                x = body + shortcut
+                continue
+            part = _part(layer)
+            if part is None:
+                continue
+            self.parts.append(part)
+            self.shapes.append(tuple(x.shape[1:]))
+            x = part.forward(x) if isinstance(part, Affine | MaxPool) else x
+        return x
 
-AFFINE = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine)
+    def _mark(self, kind: str, fork: int, x: Tensor) -> None:
+        self.parts.append(Mark(kind, fork))
+        self.shapes.append(tuple(x.shape[1:]))
+
+
+Part = Affine | MaxPool | Mark | str
+AFFINE = (
+    nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine,
+    Subsample,
+)  # fmt: skip
 
 
 def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -176,6 +238,10 @@ def _flat(model: nn.Module) -> list[nn.Module]:
     if _is(model, (nn.Sequential,)):
         assert isinstance(model, nn.Sequential)
         return [layer for child in model for layer in _flat(child)]
+    if _is(model, (BasicBlock,)):
+        assert isinstance(model, BasicBlock)
+        body = nn.Sequential(model.conv1, model.bn1, model.relu1, model.conv2, model.bn2)
+        return [Residual(body, model.shortcut), model.relu2]
     return [model]
 
 
@@ -250,11 +316,30 @@ def ibp(model: nn.Module | Layers, box: Box, prop: Property | None = None, *, ro
 def intervals(layers: Layers, box: Box, rounding: float = 0.0) -> tuple[list[Range], Range]:
     """Bounds of the inputs of every layer, and of the outputs."""
     low, high = box.lower, box.upper
-    ranges = []
+    ranges: list[Range] = []
+    waiting: list[Range] = []
     for part in layers.parts:
         ranges.append((low, high))
-        low, high = _step(part, low, high, rounding)
+        if isinstance(part, Mark):
+            low, high, _ = _marked(part, (low, high), waiting, rounding)
+        else:
+            low, high = _step(part, low, high, rounding)
     return ranges, (low, high)
+
+
+def _marked(mark: Mark, ends: Range, waiting: list[Range], rounding: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Intervals past a mark; behind a join also what its outputs are summed from."""
+    if mark.kind == "fork":
+        waiting.append(ends)
+        return *ends, None
+    if mark.kind == "turn":
+        before = waiting.pop()
+        waiting.append(ends)
+        return *before, None
+    (low, high), (l, h) = ends, waiting.pop()
+    sizes = torch.maximum(low.abs(), high.abs()) + torch.maximum(l.abs(), h.abs()) if rounding else None
+    slack = 0.0 if sizes is None else rounding * sizes
+    return low + l - slack, high + h + slack, sizes
 
 
 def _step(part: Affine | MaxPool | str, low: Tensor, high: Tensor, rounding: float) -> Range:
@@ -333,7 +418,13 @@ def activation_ranges(
     low, high = box.lower, box.upper
     found: dict[int, Range] = {}
     terms: dict[int, Tensor] = {}
+    waiting: list[Range] = []
     for k, part in enumerate(layers.parts):
+        if isinstance(part, Mark):
+            low, high, sizes = _marked(part, (low, high), waiting, rounding)
+            if sizes is not None:
+                terms[k] = sizes
+            continue
         if isinstance(part, Affine):
             if rounding:
                 terms[k] = part.magnitude(low, high)
@@ -341,18 +432,22 @@ def activation_ranges(
             continue
         # Behind a single layer that mixes its inputs intervals are exact; behind an activation they are as good as those
         # of its inputs.
-        mixed = k > 0 and isinstance(layers.parts[k - 1], Affine)
-        if (
-            intermediate == "crown"
-            and mixed
-            and (found or sum(isinstance(p, Affine) and p.mixes for p in layers.parts[:k]) > 1)
-        ):
+        sums = k > 0 and (isinstance(layers.parts[k - 1], Affine) or _joins(layers.parts[k - 1]))
+        if intermediate == "crown" and sums and (found or sum(map(_mixes, layers.parts[:k])) > 1):
             low, high = _tightened(layers, k, low, high, found, box, terms, rounding)
         if verifier is not None:
             low, high = verifier.adjust(low, high)
         found[k] = low, high
         low, high = _step(part, low, high, 0.0)
     return found, terms
+
+
+def _joins(part: Part) -> bool:
+    return isinstance(part, Mark) and part.kind == "join"
+
+
+def _mixes(part: Part) -> bool:
+    return _joins(part) or (isinstance(part, Affine) and part.mixes)
 
 
 def _tightened(
@@ -401,8 +496,17 @@ def linear_bounds(
     d = A.new_zeros(A.shape[:2])
     scale = A.new_zeros(A.shape[:2])
     counted = False  # the sums of the next affine layer, by the activation behind it
-    for i in reversed(range(k)):
+    waiting: list[Tensor] = []
+    i = k
+    while i:
+        i -= 1
         part = layers.parts[i]
+        if isinstance(part, Mark):
+            if terms and not counted and part.kind == "join":
+                scale = scale + _weighed(A.abs(), terms[i])
+            A, i = _back(part, A, i, waiting)
+            counted = False
+            continue
         if isinstance(part, Affine):
             if terms and not counted:
                 scale = scale + _weighed(A.abs(), terms[i])
@@ -431,6 +535,21 @@ def linear_bounds(
     if terms:
         scale = scale + _weighed(size, torch.maximum(box.lower.abs(), box.upper.abs()))
     return bound, A.expand(max(len(box), len(A)), *A.shape[1:]), scale
+
+
+def _back(mark: Mark, A: Tensor, i: int, waiting: list[Tensor]) -> tuple[Tensor, int]:
+    """Coefficients before a mark, and the place to go on from: rows that begin within a path have no part in the other."""
+    if mark.kind == "join":
+        waiting.append(A)
+    elif mark.kind == "turn" and waiting:
+        other = waiting.pop()
+        waiting.append(A)
+        return other, i
+    elif mark.kind == "turn":
+        return A, mark.fork
+    elif waiting:
+        return A + waiting.pop(), i
+    return A, i
 
 
 def _weighed(A: Tensor, *values: Tensor) -> Tensor:

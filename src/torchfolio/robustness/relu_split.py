@@ -25,7 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import Affine, Layers, Range, activation_ranges, linear_bounds, matrix_of, row_bounds
+from torchfolio.robustness.bounds import (
+    Affine,
+    Layers,
+    Mark,
+    Part,
+    Range,
+    activation_ranges,
+    linear_bounds,
+    matrix_of,
+    row_bounds,
+)
 from torchfolio.robustness.properties import Box, Property, Verdict
 from torchfolio.robustness.verifiers import Crown, searched
 
@@ -75,11 +85,9 @@ class ReluSplit(Crown):
     def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
         box = self.shrink(box)
         layers = Layers(model, box.lower.shape[1:])
-        others = {p if isinstance(p, str) else "MaxPool2d" for p in layers.parts if not isinstance(p, Affine)} - {
-            "relu"
-        }
+        others = {_named(p) for p in layers.parts if not isinstance(p, Affine)} - {"relu"}
         if others:
-            raise TypeError(f"signs can be decided of ReLUs only, got {', '.join(sorted(others))}")
+            raise TypeError(f"signs can be decided of ReLUs in a chain only, got {', '.join(sorted(others))}")
         witness = searched(model, box, prop, self.attack_steps) if self.attack_steps else None
         if witness is not None:
             return Verdict("falsified", witness)
@@ -123,6 +131,10 @@ class _Cases:
     def cat(parts: list[_Cases]) -> _Cases:
         fields = ("signs", "alphas", "betas", "lower")
         return _Cases(*(torch.cat([getattr(p, f) for p in parts]) for f in fields))
+
+
+def _named(part: Part) -> str:
+    return part if isinstance(part, str) else "a sum of paths" if isinstance(part, Mark) else "MaxPool2d"
 
 
 class _Search:

@@ -330,7 +330,7 @@ class _Program:
 
     def __init__(self, layers: Layers, box: Box) -> None:
         if any(not isinstance(p, Affine) and p != "relu" for p in layers.parts):
-            raise TypeError("the exact verifier is for networks whose activations are ReLUs")
+            raise TypeError("the exact verifier is for networks whose activations are ReLUs, in a chain")
         ranges, _ = activation_ranges(layers, box, "crown", None, 1e-12)
         if not all(bool(end.isfinite().all()) for ends in ranges.values() for end in ends):
             raise ValueError("the bounds of an activation overflow: the network's numbers are too large")
