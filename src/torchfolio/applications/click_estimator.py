@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.applications.click_tables import TableEncoder
+from torchfolio.applications.two_stream import FinalMLP
 from torchfolio.engine import EarlyStopping, LearningRule, fit, seeded
 from torchfolio.engine.recipes import adam
 
@@ -130,9 +131,6 @@ class FinalMLPClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: if there are not exactly two labels, or a setting is out of range.
         """
-        # The estimator is offered beside the network, whose module imports this one.
-        from torchfolio.applications.final_mlp import FinalMLP
-
         if y is None:
             raise ValueError("FinalMLPClassifier requires y to be passed, but the target y is None")
         self._validate_params()  # pyright: ignore[reportAttributeAccessIssue]

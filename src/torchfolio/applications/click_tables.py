@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchfolio.applications.two_stream import Multi
 from torchfolio.checks import at_least, one_of
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ class TableEncoder:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields, as `FieldEmbedding` takes them."""
-        from torchfolio.applications.final_mlp import Multi
-
         sizes = {"category": lambda v: len(v) + 1, "bucket": lambda v: len(v) + 2, "numeric": lambda v: "numeric"}
         return {n: Multi(max(len(v), 1)) if kind == "multi" else sizes[kind](v) for n, (kind, v) in self.kinds.items()}
 

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import Tensor, nn
 
-from torchfolio.insight.circuit_diagrams.algebra import Expression
 from torchfolio.insight.circuit_diagrams.assembly import View, assemble
 from torchfolio.insight.circuit_diagrams.compile import CircuitModule, source_of
 from torchfolio.insight.circuit_diagrams.cost import Cost, axis_symbols, cost_of
@@ -28,6 +27,9 @@ from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
 from torchfolio.insight.circuit_diagrams.sheet import Tensor as Wires
 from torchfolio.insight.circuit_diagrams.svg import render_png, render_svg
 from torchfolio.insight.circuit_diagrams.text import render_text
+
+if TYPE_CHECKING:
+    from torchfolio.insight.circuit_diagrams.algebra import Expression
 from torchfolio.insight.circuit_diagrams.vjp import Pullback, pullback
 
 LEVELS = ("auto", "full", "blocks")
