@@ -125,9 +125,9 @@ class Draw:
         return shape
 
     def step(self) -> None:
-        kind = self.rng.choice(["Add", "Sub", "Mul", "Div", "MatMul", "MatMul", "Gemm", "Relu", "Flatten", "Reshape", "Conv", "AveragePool", "BatchNormalization", "Neg", "Identity", "Tanh"])  # fmt: skip
+        kind = self.rng.choice(["Add", "Sub", "Mul", "Div", "MatMul", "MatMul", "Gemm", "Relu", "Flatten", "Reshape", "Conv", "AveragePool", "MaxPool", "BatchNormalization", "Neg", "Identity", "Tanh"])  # fmt: skip
         x, inputs, attributes = self.x, [self.current], {}
-        if kind in ("AveragePool", "Conv") and self.type == np.float64:
+        if kind in ("AveragePool", "MaxPool", "Conv") and self.type == np.float64:
             kind = "Relu"  # onnxruntime has neither of doubles on every machine
         if kind in ("Add", "Sub", "Mul", "Div"):
             inputs.append(self.constant(self.normal(*self.shaped())))
@@ -162,6 +162,8 @@ class Draw:
             }
         elif kind == "AveragePool":
             attributes = {"kernel_shape": [2, 2], "pads": self.rng.choice([[0] * 4, [1] * 4]), "count_include_pad": self.rng.randint(0, 1)}  # fmt: skip
+        elif kind == "MaxPool":
+            attributes = {"kernel_shape": [2, 3], "strides": [1, 2], "pads": self.rng.choice([[0] * 4, [1] * 4]), "dilations": [self.rng.randint(1, 2), 1]}  # fmt: skip
         elif kind == "BatchNormalization":
             inputs += [self.constant(v) for v in (*self.normal(3, x.shape[1]), self.normal(x.shape[1]) ** 2)]
         self.current, self.nodes = (
@@ -204,6 +206,24 @@ def test_random_graphs_compute_what_onnxruntime_does(tmp_path):
             draw.x = wanted
     assert read > 250, (read, refused)
     assert refused > 50, (read, refused)
+
+
+def test_max_pools_are_written_read_and_verified(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d((2, 3), (1, 2), (1, 1)), nn.MaxPool2d(2, 1, dilation=2),
+        nn.Flatten(), nn.Linear(30, 3),
+    ).eval()  # fmt: skip
+    path = write_onnx(net, tmp_path / "n.onnx", (1, 6, 9))
+    again, shape = read_onnx(path)
+    x = torch.rand(1, *shape)
+    assert torch.equal(again(x), net(x))
+    found = ran(path, x.numpy())
+    np.testing.assert_allclose(found, net(x).detach().numpy(), atol=1e-5)
+    label = int(net(x).argmax())
+    assert CrownSplit(max_boxes=4).verify(again, x[0] - 1e-4, x[0] + 1e-4, label).status == "verified"
+    with pytest.raises(TypeError, match="ceil_mode"):
+        write_onnx(nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), tmp_path / "n.onnx", (1, 4, 4))
 
 
 def test_doubles_stay_doubles(tmp_path):

@@ -200,6 +200,8 @@ def test_matrix_products_with_constants_are_layers(tmp_path):
         ("Conv", {"auto_pad": "SAME_UPPER"}, (2, 1, 3, 3), (1, 1, 4, 4), "auto_pad"),
         ("Conv", {"pads": [0, 0, 1, 1]}, (2, 1, 3, 3), (1, 1, 4, 4), "both sides"),
         ("AveragePool", {"kernel_shape": [2, 2], "ceil_mode": 1}, None, (1, 1, 5, 5), "ceil_mode"),
+        ("MaxPool", {"kernel_shape": [2, 2], "ceil_mode": 1}, None, (1, 1, 5, 5), "ceil_mode"),
+        ("MaxPool", {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}, None, (1, 1, 5, 5), "both sides"),
         ("Gemm", {"transA": 1}, (1, 3), (1, 1), "transA"),
         ("MatMul", {}, (3, 4), (1, 3), "FITS"),
         ("MatMul", {}, (5, 4), (1, 3), "does not fit"),
@@ -245,8 +247,8 @@ def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_other_layers_cannot_be_written(tmp_path):
-    with pytest.raises(TypeError, match="MaxPool2d"):
-        write_onnx(nn.Sequential(nn.MaxPool2d(2)), tmp_path / "n.onnx", (1, 4, 4))
+    with pytest.raises(TypeError, match="LPPool2d"):
+        write_onnx(nn.Sequential(nn.LPPool2d(2, 2)), tmp_path / "n.onnx", (1, 4, 4))
     for layer in (nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(2, divisor_override=3), nn.Flatten(1, 2)):
         with pytest.raises(TypeError, match="to write it to ONNX"):
             write_onnx(nn.Sequential(layer), tmp_path / "n.onnx", (1, 4, 4))

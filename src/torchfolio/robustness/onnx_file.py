@@ -37,11 +37,13 @@ ATTRIBUTES: dict[str, set[str]] = {
     "Gemm": {"alpha", "beta", "transA", "transB"},
     "Conv": {"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"},
     "AveragePool": {"auto_pad", "ceil_mode", "count_include_pad", "dilations", "kernel_shape", "pads", "strides"},
+    "MaxPool": {"auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "storage_order", "strides"},
     "BatchNormalization": {"epsilon", "momentum", "spatial", "training_mode"},
 }  # fmt: skip
 """What is read: operators, and the attributes of each."""
 UNREAD: dict[str, tuple[Any, ...]] = {
-    "auto_pad": (b"NOTSET",), "ceil_mode": (0,), "training_mode": (0,), "spatial": (1,), "transA": (0,),
+    "auto_pad": (b"NOTSET",), "ceil_mode": (0,), "training_mode": (0,), "spatial": (1,), "storage_order": (0,),
+    "transA": (0,),
 }  # fmt: skip
 """Values of attributes that change nothing; with others the operator is refused."""
 
@@ -58,7 +60,8 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
     """Read a network: layers in evaluation mode, and the shape of one input without its batch axis.
 
     Known operators of the network's values: Gemm, MatMul, Add, Sub, Mul, Div (by constants), Neg, Conv, Relu, Sigmoid,
-    Tanh, Flatten, Reshape (to a flat input), AveragePool, BatchNormalization, Identity, Dropout, Cast (to their own type).
+    Tanh, Flatten, Reshape (to a flat input), AveragePool, MaxPool, BatchNormalization, Identity, Dropout, Cast (to their
+    own type).
     Of constants: Identity, Cast, Transpose, Reshape, Squeeze, Unsqueeze, Neg, Add, Sub, Mul, Div. A network of doubles
     stays one.
 
@@ -301,8 +304,8 @@ class _Reader:
                 return ElementwiseAffine(-self._one(), 0 * self._one())
             known = {
                 "Flatten": self._flatten, "Reshape": self._flatten, "MatMul": self._linear, "Gemm": self._linear,
-                "Conv": self._conv, "AveragePool": self._pool, "BatchNormalization": self._norm,
-                "Dropout": self._dropout, "Cast": self._same,
+                "Conv": self._conv, "AveragePool": self._pool, "MaxPool": self._max_pool,
+                "BatchNormalization": self._norm, "Dropout": self._dropout, "Cast": self._same,
             }  # fmt: skip
             if kind not in known:
                 raise self._refuse("is known of constants only, got the network's values")
@@ -334,10 +337,10 @@ class _Reader:
             if layer.in_features != self.sizes[-1]:
                 raise self._refuse(f"a matrix for {layer.in_features} values does not fit inputs of {self.sizes}")
             return (*self.sizes[:-1], layer.out_features)
-        if not isinstance(layer, nn.Conv2d | nn.AvgPool2d):
+        if not isinstance(layer, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
             return self.sizes
         kernel, stride, padding = (_pair(v) for v in (layer.kernel_size, layer.stride, layer.padding))
-        dilation = _pair(layer.dilation) if isinstance(layer, nn.Conv2d) else [1, 1]
+        dilation = [1, 1] if isinstance(layer, nn.AvgPool2d) else _pair(layer.dilation)
         channels = layer.out_channels if isinstance(layer, nn.Conv2d) else self.sizes[1]
         sides = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -466,19 +469,26 @@ class _Reader:
         return layer
 
     def _pool(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> nn.Module:
+        if any(d != 1 for d in attributes.get("dilations", ())):
+            raise self._refuse(f"dilations {attributes['dilations']} is not known")
+        kernel, stride, padding = self._windows(attributes, given)
+        return nn.AvgPool2d(
+            kernel, stride, padding, count_include_pad=bool(attributes.get("count_include_pad", 0))
+        )  # fmt: skip
+
+    def _max_pool(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> nn.Module:
+        return nn.MaxPool2d(*self._windows(attributes, given), dilation=self._pair(attributes, "dilations"))
+
+    def _windows(self, attributes: dict[str, Any], given: list[np.ndarray | None]) -> tuple[tuple[int, int], ...]:
+        """Kernel, strides and padding of a pool."""
         if len(self.sizes) != 4 or len(given) != 1:
             raise self._refuse(f"expected two spatial axes, got inputs of {self.sizes}")
         if "kernel_shape" not in attributes:
             raise self._refuse("expected kernel_shape")
-        if any(d != 1 for d in attributes.get("dilations", ())):
-            raise self._refuse(f"dilations {attributes['dilations']} is not known")
         kernel, padding = self._pair(attributes, "kernel_shape"), self._padding(attributes)
         if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
             raise self._refuse(f"expected padding of at most half the kernel {kernel}, got {padding}")
-        return nn.AvgPool2d(
-            kernel, self._pair(attributes, "strides"), padding,
-            count_include_pad=bool(attributes.get("count_include_pad", 0)),
-        )  # fmt: skip
+        return kernel, self._pair(attributes, "strides"), padding
 
     def _pair(self, attributes: dict[str, Any], name: str) -> tuple[int, int]:
         value = attributes.get(name, [1, 1])
@@ -550,6 +560,8 @@ def _operator(layer: nn.Module, name: str, constant: Any) -> tuple[str, list[str
     simple = {nn.ReLU: "Relu", nn.Sigmoid: "Sigmoid", nn.Tanh: "Tanh"}
     if type(layer) in simple:
         return simple[type(layer)], [], {}
+    if _is(layer, (nn.MaxPool2d,)):
+        return "MaxPool", [], _max_pool(layer)
     if not _is(layer, AFFINE):
         raise TypeError(f"{type(layer).__name__} cannot be written to ONNX here")
     if isinstance(layer, nn.Flatten):
@@ -585,6 +597,13 @@ def _operator(layer: nn.Module, name: str, constant: Any) -> tuple[str, list[str
         }  # fmt: skip
         return "BatchNormalization", [constant(f"{name}.{k}", v) for k, v in values.items()], {"epsilon": layer.eps}
     raise TypeError(f"{type(layer).__name__} cannot be written to ONNX here")
+
+
+def _max_pool(layer: Any) -> dict[str, Any]:
+    if layer.ceil_mode or layer.return_indices:
+        raise TypeError(f"expected a pool without ceil_mode and return_indices to write it to ONNX, got {layer}")
+    kernel, stride, padding = (_pair(v) for v in (layer.kernel_size, layer.stride, layer.padding))
+    return {"kernel_shape": kernel, "strides": stride, "pads": padding * 2, "dilations": _pair(layer.dilation)}
 
 
 def _pair(value: Any) -> list[int]:
