@@ -99,7 +99,7 @@ class Scene:
     def encoder(self) -> nn.Module:
         s, channels = self.settings, self.data.shape[0]
         if s.network == "resnet18":
-            return ResNet18CIFAR(channels, self.data.num_classes, s.width)[:-1]
+            return nn.Sequential(*list(ResNet18CIFAR(channels, self.data.num_classes, s.width).children())[:-1])
         layers: list[nn.Module] = []
         for fan_in, fan_out, stride in (
             (channels, s.width, 1),
@@ -244,7 +244,7 @@ def peers(bench: Any) -> None:
 
     def step(rule: LearningRule) -> Any:
         torch.manual_seed(0)
-        rule.prepare(ResNet18CIFAR(3, 10, 8)[:-1], (x[:2], x[:2]))
+        rule.prepare(nn.Sequential(*list(ResNet18CIFAR(3, 10, 8).children())[:-1]), (x[:2], x[:2]))
         return lambda: rule.step((x, x), lambda loss: loss.backward())
 
     bench.compare("SimSiam, 128 images 32x32, ResNet-18 of width 8", ours=step(SimSiam()), two_passes=step(TwoPasses()))
