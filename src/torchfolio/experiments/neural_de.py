@@ -36,11 +36,11 @@ class Settings:
         seeds: seeds over which the law of Brownian increments is measured.
         paths: paths of the Ornstein-Uhlenbeck process, and of geometric Brownian motion.
         trajectories: trajectories of the oscillator.
-        ode_steps: training steps of the neural ODE, half of them on the first tenth of the horizon.
+        ode_steps: evaluations when the neural ODE is trained, three quarters of them on the first tenth of the horizon.
         points: visited states on which formulas are searched.
         populations: populations of the search.
         rounds: rounds of the search.
-        tune_steps: steps in which the formulas' constants are tuned.
+        tune_steps: evaluations when the formulas' constants are tuned.
         series: series of each of training and test set.
         length: points of a series.
         cde_steps: training steps of a neural CDE.
@@ -55,13 +55,13 @@ class Settings:
     ode_steps: int = 400
     points: int = 400
     populations: int = 16
-    rounds: int = 16
-    tune_steps: int = 60
+    rounds: int = 10
+    tune_steps: int = 30
     series: int = 256
-    length: int = 32
-    cde_steps: int = 150
-    latent_steps: int = 100
-    deq_steps: int = 100
+    length: int = 24
+    cde_steps: int = 120
+    latent_steps: int = 60
+    deq_steps: int = 150
 
 
 SCALES = {
@@ -133,7 +133,8 @@ class _Tanh(nn.Module):
 
 def _gradients(settings: Settings, seed: int) -> dict[str, float]:
     values: dict[str, list[float]] = {"single": [], "double": [], "adjoint": []}
-    horizon = settings.steps / 10
+    dt = 0.125
+    horizon = settings.steps * dt
     for dtype, name in ((torch.float32, "single"), (torch.float64, "double")):
         field = _Tanh(dtype)
         y0 = torch.randn(8, 3, dtype=dtype)
@@ -142,14 +143,14 @@ def _gradients(settings: Settings, seed: int) -> dict[str, float]:
             "diagonal": VectorField(3, 16, 1, activation=nn.Tanh()).to(dtype),
         }
         solves: list[Callable[[Tensor, Any, Any], Tensor]] = [
-            lambda y, solver, mode, f=field: de.odeint(f, y, [0, 0.3 * horizon, horizon], solver, mode, dt=0.1).ys
+            lambda y, solver, mode, f=field: de.odeint(f, y, [0, 0.3 * horizon, horizon], solver, mode, dt=dt).ys
         ]
         for kind, diffusion in noise.items():
-            sde = de.SDE(lambda t, y, f=field: f(t, y) - y, diffusion, kind)
+            sde = de.SDE(field, diffusion, kind)
             params = list(field.parameters())
             solves.append(
                 lambda y, solver, mode, sde=sde, p=params: (
-                    de.sdeint(sde, y, [0, 0.3 * horizon, horizon], solver, mode, dt=0.1, seed=seed, params=p).ys
+                    de.sdeint(sde, y, [0, 0.3 * horizon, horizon], solver, mode, dt=dt, seed=seed, params=p).ys
                 )
             )
         for k, solve in enumerate(solves):
@@ -240,10 +241,9 @@ def _formulas(run: Run[Settings]) -> dict[str, Any]:
     s = run.settings
     y0, ts = torch.rand(s.trajectories, 2) * 1.6 - 0.6, torch.linspace(0, 10, 100)
     data = de.odeint(_oscillator, y0.double(), ts.double(), rtol=1e-8, atol=1e-10).ys.float()
-    field = VectorField(2, 64, 2)
-    losses: list[float] = []
-    for horizon in (10, 100):
-        losses += _train_field(field, y0, ts[:horizon], data[:horizon], s.ode_steps // 2, lr=3e-3, decay=True)
+    field = VectorField(2, 64, 2, activation=nn.Tanh())
+    losses = _train_field(field, y0, ts[:10], data[:10], 3 * s.ode_steps // 4, dt=10 / 99)
+    losses += _train_field(field, y0, ts, data, s.ode_steps // 4, dt=20 / 99)
     states = data.flatten(0, 1)[torch.randperm(data.shape[0] * data.shape[1])[: s.points]]
     with torch.no_grad():
         slopes = field(torch.tensor(0.0), states)
@@ -252,7 +252,7 @@ def _formulas(run: Run[Settings]) -> dict[str, Any]:
     fits = [de.SymbolicRegressor(**search).fit(X, y) for y in targets]
     shuffled = [de.SymbolicRegressor(**search).fit(X, np.random.permutation(y)) for y in targets]  # noqa: NPY002
     formulas = FormulaField([fit.expression_ for fit in fits])
-    _train_field(formulas, y0, ts, data, s.tune_steps, lr=3e-3)
+    _train_field(formulas, y0, ts, data, s.tune_steps, dt=10 / 99)
     formulas.snap(0.01)
     errors = [_constants_off(e, k) for k, e in enumerate(formulas.expressions)]
     scores = [[max(c.score for c in fit.pareto_) for fit in group] for group in (fits, shuffled)]
@@ -265,22 +265,24 @@ def _formulas(run: Run[Settings]) -> dict[str, Any]:
     }
 
 
-def _train_field(
-    field: nn.Module, y0: Tensor, ts: Tensor, data: Tensor, steps: int, lr: float, decay: bool = False
-) -> list[float]:
-    if not list(field.parameters()) or not any(p.numel() for p in field.parameters()):
-        return []
-    optimizer, losses = torch.optim.Adam(field.parameters(), lr), []
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        ys = de.odeint(field, y0, ts, gradient=de.Direct(), rtol=1e-3, atol=1e-5).ys
-        loss = (ys - data).square().mean()
+def _train_field(field: nn.Module, y0: Tensor, ts: Tensor, data: Tensor, steps: int, dt: float) -> list[float]:
+    """Fit a field to trajectories by L-BFGS: fixed steps make the loss a smooth function."""
+    losses: list[float] = []
+    if not any(p.numel() for p in field.parameters()):
+        return losses
+    optimizer = torch.optim.LBFGS(
+        field.parameters(), max_iter=steps, max_eval=steps, history_size=30, line_search_fn="strong_wolfe"
+    )
+    optimizer.param_groups[0].update(tolerance_grad=1e-9, tolerance_change=1e-12)
+
+    def loss() -> Tensor:
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if decay:
-            schedule.step()
-        losses.append(float(loss.detach()))
+        value = (de.odeint(field, y0, ts, de.RK4(), de.Direct(), dt=dt).ys - data).square().mean()
+        value.backward()
+        losses.append(float(value.detach()))
+        return value
+
+    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
     return losses
 
 
@@ -310,10 +312,10 @@ def _spirals(n: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _speeds(n: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same straight paths, walked steadily or faster and faster: only the speed differs."""
+    """The same straight paths, walked steadily or with a late rush: only the speed differs."""
     t, y = torch.linspace(0, 1, length), torch.arange(n) % 2
-    share = torch.where(y == 1, t[:, None] ** 2, t[:, None])
-    return t, torch.randn(n, 2) + share[..., None] * F.normalize(torch.randn(n, 2), dim=-1), y
+    share = torch.where(y == 1, t[:, None] ** 3, t[:, None])
+    return t, 0.5 * torch.randn(n, 2) + share[..., None] * F.normalize(torch.randn(n, 2), dim=-1), y
 
 
 def _starts(n: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -410,7 +412,7 @@ def _implicit(run: Run[Settings]) -> dict[str, float]:
         def layer(v: Tensor, name: str = name, cell: _Cell = cell, deq: de.DEQ = deq) -> Tensor:
             return deq(v) if name == "deq" else _unrolled(cell, v, width, 10)
 
-        optimizer = torch.optim.Adam([*cell.parameters(), *readout.parameters()], 3e-3)
+        optimizer = torch.optim.Adam([*cell.parameters(), *readout.parameters()], 1e-3)
         for _ in range(s.deq_steps):
             rows = torch.randint(len(x), (128,))
             loss = F.cross_entropy(readout(layer(x[rows])), y[rows])
