@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from torchfolio.dynamics import neural_de as de
 from torchfolio.dynamics.expressions import Expression
+from torchfolio.dynamics.implicit import jacobian_penalty
 from torchfolio.dynamics.vector_fields import FormulaField, VectorField
 from torchfolio.measure import saved_bytes
 from torchfolio.runs import Results, Run, plots, threads
@@ -415,7 +416,10 @@ def _implicit(run: Run[Settings]) -> dict[str, float]:
         optimizer = torch.optim.Adam([*cell.parameters(), *readout.parameters()], 1e-3)
         for _ in range(s.deq_steps):
             rows = torch.randint(len(x), (128,))
-            loss = F.cross_entropy(readout(layer(x[rows])), y[rows])
+            z = layer(x[rows])
+            loss = F.cross_entropy(readout(z), y[rows])
+            if name == "deq":  # keeps the equilibrium easy to find
+                loss = loss + jacobian_penalty(cell, z, x[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
