@@ -171,7 +171,11 @@ def run(run: Run[Settings]) -> None:
 def figures(results: Results) -> dict[str, Figure]:
     pictures = results.values("digits", "pictures")[0]
     titles = ["sample", "stylised", "sample", "attacked"]
-    return {"digits": plots.grid((pictures + 1) / 2, [title for title in titles for _ in range(10)], columns=10)}
+    return {
+        "digits": plots.grid(
+            ((pictures + 1) / 2).clip(0, 1), [title for title in titles for _ in range(10)], columns=10
+        )
+    }
 
 
 def peers(bench: Bench) -> None:
@@ -192,7 +196,7 @@ def peers(bench: Bench) -> None:
             self.net = net
 
         def forward(self, rho: Tensor, y: Tensor) -> Tensor:
-            ratio = (float(rho) + sigma) / alpha  # sigma_t / alpha_t; in plain numbers, which is fastest here
+            ratio = (float(rho.detach()) + sigma) / alpha  # sigma_t / alpha_t; in plain numbers, which is fastest here
             s = 2 * (schedule.beta_1 - schedule.beta_0) * math.log1p(ratio**2)
             t = s / ((math.sqrt(schedule.beta_0**2 + s) + schedule.beta_0) * (schedule.beta_1 - schedule.beta_0))
             x = y / (alpha * math.sqrt(1 + ratio**2))
