@@ -162,7 +162,10 @@ class SmoothVerdict(ModelVerdict):
             f"deviations above the median; this one lies {e['outlier']:.2g} above.",
         ]
         if self.is_backdoored:
-            said.append(f"Suspected target: {name}. Which classes are its sources is not known: all were taken.")
+            said.append(
+                f"Suspected target: {name}. Which classes are its sources is not known: all were taken. Small clean networks are "
+                "called suspicious too now and then, where one direction carries over by nature: look at the picture."
+            )
         else:
             said.append(
                 "That is no proof that it has no backdoor: a trigger that is not added to images (a warp, say), or one larger "
@@ -183,6 +186,7 @@ class SmoothInv(TriggerInverter, ModelDetector):
             networks are surest of is chosen, which takes no label.
         eps: largest L2 norm $\\varepsilon$ of a perturbation; by default
             $\\max(1, 5 \\sqrt{CHW / (3 \\cdot 224^2)})$, 1 for images of 32 x 32 and 5 for those of 224 x 224.
+            A network that was trained under noise takes about twice as much before its trigger shows.
         steps: number of steps.
         lr: length $\\gamma$ of the first ones, $\\varepsilon / 20$ by default; halved after every 300.
         momentum: $\\mu$ in [0, 1).
