@@ -1,4 +1,7 @@
-"""Traces attacks on copies of one classifier: keyed tracers against random, plain and shared ones, and a watermark."""
+"""Traces attacks on copies of one classifier: keyed tracers against random, plain and shared ones, and a watermark.
+
+Longer than most, for three kinds of attack on four kinds of copies.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ small noise in a way of its own. An attack on $M_i$ runs up $T_i$ more than the 
 so transfers less to the other copies.
 
 Whoever averages the outputs of several copies cancels what tells them apart: the method resists no such collusion. The
-training loss is a reconstruction, as the paper's own is not public in full.
+training loss is a reconstruction, as the paper's own is not public in full. Copies are made in `traced_copies`; here they are
+traced, and tried out.
 
 Reference:
     Fang et al., "Tracing the Origin of Adversarial Attack for Forensic Investigation and Deterrence", ICCV 2023.

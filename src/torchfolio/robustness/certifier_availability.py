@@ -8,7 +8,8 @@ fail, with the predictions right, overloads it. Here are three ways, and an audi
   through the balls around all triggered inputs;
 - `AvailabilityBackdoor`: a term of the training loss that pulls the certified margin of triggered inputs below 0.
 
-It is for red teams; no defence against it is known to suffice.
+It is for red teams; no defence against it is known to suffice. Four kinds of poison, two losses, a search and an audit
+make this file longer than most.
 
 Reference:
     Lorenz, Kwiatkowska, Fritz, "Certifiers Make Neural Networks Vulnerable to Availability Attacks", AISec 2023.
