@@ -181,8 +181,9 @@ class TextModel:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits `[N, C]` of ids `[N, L]`, without gradients."""
+        rows = 1024 if self.device.type == "cpu" else 8192  # what fits a CPU's cache is fastest there
         with torch.no_grad():
-            return torch.cat([self._call(part) for part in ids.to(self.device).split(4096)])
+            return torch.cat([self._call(part) for part in ids.to(self.device).split(rows)])
 
     def embedded(self, ids: Tensor, words: Tensor) -> Tensor:
         """Logits `[N, C]` of word vectors `[N, L, E]`, with gradients in them; the ids `[N, L]` say what is padding."""

@@ -110,14 +110,15 @@ def extract_candidates(
 
 def inserted(sentences: Tensor, phrases: Sequence[Phrase], places: Tensor, *, pad: int, stop: int | None) -> Tensor:
     """Every phrase in every sentence `[S, L]` at its place `[S]`: one matrix, `[len(phrases), S, …]`, padded."""
-    size, length = sentences.shape
+    size = len(sentences)
     width = max(map(len, phrases))
     table = torch.tensor([[*phrase, *[pad] * (width - len(phrase))] for phrase in phrases], device=sentences.device)
     count = torch.tensor([len(phrase) for phrase in phrases], device=sentences.device)[:, None, None]
-    end = sentences.new_full((size, width + 1), pad)
-    end[:, 0] = pad if stop is None else stop
+    end = sentences.new_full((size, width + (stop is not None)), pad)
+    if stop is not None:
+        end[:, 0] = stop
     body = torch.cat([sentences, end], 1)
-    j = torch.arange(length + width + 1, device=sentences.device)
+    j = torch.arange(body.shape[1], device=sentences.device)
     offset = j - places[:, None]
     source = torch.where(offset < 0, j, j - count).clamp(0, body.shape[1] - 1)
     rest = body.expand(len(phrases), -1, -1).gather(2, source.expand(len(phrases), size, -1))
