@@ -5,7 +5,7 @@ from torch import nn
 
 from torchfolio import data, engine
 from torchfolio.backdoor import BLTO, evaluate_ssl_backdoor
-from torchfolio.backdoor.blto import TriggerNet
+from torchfolio.backdoor.trigger_nets import TriggerNet
 from torchfolio.data.views import ResizedCrop
 from torchfolio.engine.recipes import adam
 from torchfolio.training.contrastive_learning import SimCLR, SimSiam

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchfolio.backdoor import BLTO, GeneratorTrigger, evaluate_ssl_backdoor
-from torchfolio.backdoor.blto import TriggerNet, UniversalPattern
 from torchfolio.backdoor.frequency import ctrl_trigger
+from torchfolio.backdoor.trigger_nets import TriggerNet, UniversalPattern
 from torchfolio.data.views import ColorJitter, Compose, ResizedCrop
 from torchfolio.measure import knn_accuracy
 from torchfolio.training.amcl import AMCL

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, cast
 
@@ -20,87 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
-from torchfolio import measure
+from torchfolio.backdoor.attacker_data import labelled_images
+from torchfolio.backdoor.contrastive_evaluation import evaluate_ssl_backdoor
 from torchfolio.backdoor.defenses import Attack
 from torchfolio.backdoor.labels import CleanLabel
 from torchfolio.backdoor.poison import poison
+from torchfolio.backdoor.trigger_nets import TriggerNet
 from torchfolio.backdoor.triggers import GeneratorTrigger
-from torchfolio.checks import at_least, between, images, labels, one_of, positive, whole
-from torchfolio.data import Examples
+from torchfolio.checks import between, images, one_of, positive, whole
 from torchfolio.data.views import View, simclr_views
 from torchfolio.engine import LearningRule, seeded
 from torchfolio.measure import untouched
 
-__all__ = ["BLTO", "BLTOHistory", "SSLReport", "TriggerNet", "UniversalPattern", "evaluate_ssl_backdoor"]
-
-
-class TriggerNet(nn.Module):
-    """A residual network from images to triggered images, $g(x) = x + \\varepsilon \\tanh h(x)$.
-
-    It starts near $x$: the form $(\\tanh h + 1)/2$ of the published generator starts near grey, where the clip to the ball
-    around $x$ leaves hardly a gradient.
-
-    Args:
-        channels: channels of the images.
-        eps: $\\varepsilon$, largest change of a pixel.
-        width: channels of the first layer.
-        blocks: residual blocks; 2 for small images, 6 for photographs.
-
-    Shapes:
-        `[N, C, H, W]` to the same; H and W multiples of 4, at least 4.
-
-    Reference:
-        Naseer et al., "Cross-Domain Transferability of Adversarial Perturbations", NeurIPS 2019 (its generator).
-    """
-
-    def __init__(self, channels: int = 3, eps: float = 8 / 255, width: int = 64, blocks: int = 2) -> None:
-        super().__init__()
-        self.eps = at_least("eps", eps, 0)
-        inner = 4 * whole("width", width, 1)
-        self.body = nn.Sequential(
-            nn.ReflectionPad2d(3), *_conv(channels, width, 7, padding=0),
-            *_conv(width, 2 * width, 3, stride=2, padding=1), *_conv(2 * width, inner, 3, stride=2, padding=1),
-            *(_Residual(inner) for _ in range(whole("blocks", blocks, 0))),
-            *_conv(inner, 2 * width, 4, stride=2, padding=1, kind=nn.ConvTranspose2d),
-            *_conv(2 * width, width, 4, stride=2, padding=1, kind=nn.ConvTranspose2d),
-            nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] % 4 or x.shape[-2] % 4:
-            raise ValueError(f"expected images with sides that are multiples of 4, got {tuple(x.shape[-2:])}")
-        return x + self.eps * self.body(x).tanh()
-
-
-def _conv(fan_in: int, fan_out: int, size: int, kind: Any = nn.Conv2d, **settings: int) -> list[nn.Module]:
-    return [kind(fan_in, fan_out, size, bias=False, **settings), nn.BatchNorm2d(fan_out), nn.ReLU()]
-
-
-class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        second = _conv(width, width, 3, padding=1)[:-1]
-        self.body = nn.Sequential(*_conv(width, width, 3, padding=1), nn.Dropout(0.5), *second)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class UniversalPattern(nn.Module):
-    """One pattern for all images in the place of a network, $g(x) = x + \\varepsilon \\tanh \\delta$.
-
-    Args:
-        shape: `[C, H, W]` of the images.
-        eps: $\\varepsilon$, largest change of a pixel.
-    """
-
-    def __init__(self, shape: tuple[int, ...], eps: float = 8 / 255) -> None:
-        super().__init__()
-        self.eps = at_least("eps", eps, 0)
-        self.delta = nn.Parameter(0.01 * torch.randn(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.eps * self.delta.tanh()
+__all__ = ["BLTO", "BLTOHistory", "evaluate_ssl_backdoor"]
 
 
 @dataclass
@@ -208,7 +140,7 @@ class BLTO(Attack):
             ValueError: on images outside [0, 1], no image of the target class, more poison than it has images, an encoder
                 that does not give `[N, d]`, or a view that cuts the gradient.
         """
-        x, y = _pair(data)
+        x, y = labelled_images(data)
         references = (
             x[y == self.target] if target_images is None else images(target_images, name="target_images", unit=True)
         )
@@ -326,86 +258,6 @@ class _Surrogate:
         with untouched(self.parts, training=False):
             self.parts.requires_grad_(False)
             yield
-
-
-@dataclass(frozen=True)
-class SSLReport:
-    """A probe on an encoder's features, and how they lie.
-
-    Attributes:
-        accuracy: of the probe on clean test images.
-        asr: share of triggered test images of other classes that the probe takes for the target.
-        alignment: mean cosine of triggered images' features with the mean direction of the target's.
-        uniformity: $\\log \\mathbb{E} \\exp(-2 \\lVert f(x) - f(x') \\rVert^2)$ of clean test images; lower is more uniform.
-    """
-
-    accuracy: float
-    asr: float
-    alignment: float
-    uniformity: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def evaluate_ssl_backdoor(
-    encoder: nn.Module,
-    train: Any,
-    test: Any,
-    trigger: Callable[[Tensor], Tensor],
-    target: int,
-    *,
-    probe: Callable[..., float] | None = None,
-) -> SSLReport:
-    """Judge an attack on a pretrained encoder by a probe that is trained on clean labelled images.
-
-    Args:
-        encoder: network from images to features, left as it was.
-        train: clean images and labels of the probe.
-        test: clean images and labels.
-        trigger: trigger of the attack.
-        target: class that triggered images are to be taken for.
-        probe: `(features, y, test_features, test_y) -> accuracy` on features of length 1, such as `linear_probe` or
-            `knn_accuracy` of `torchfolio.measure`; by default a logistic regression on them as they are.
-
-    Raises:
-        ValueError: on an encoder that does not give `[N, d]`, or test images of the target class alone.
-    """
-    (x, y), (x_test, y_test) = _pair(train), _pair(test)
-    other = y_test != target
-    if not bool(other.any()):
-        raise ValueError(f"expected test images of other classes than {target}, got none")
-    with torch.no_grad():
-        triggered = trigger(x_test[other])
-    f, f_test, f_triggered = (_features(encoder, part) for part in (x, x_test, triggered))
-    wanted, probe = torch.full((int(other.sum()),), target), probe or _logistic
-    centre = F.normalize(f[y == target].mean(0), dim=0)
-    return SSLReport(
-        probe(f, y, f_test, y_test), probe(f, y, f_triggered, wanted), float((f_triggered @ centre).mean()),
-        float((-2 * torch.pdist(f_test).square()).exp().mean().log()),
-    )  # fmt: skip
-
-
-def _logistic(features: Tensor, y: Tensor, test_features: Tensor, test_y: Tensor) -> float:
-    """Accuracy of a logistic regression without standardising, which would undo the lengths of directions."""
-    from sklearn.linear_model import LogisticRegression
-
-    probe = LogisticRegression(max_iter=1000).fit(features.numpy(), y.numpy())
-    return float(probe.score(test_features.numpy(), test_y.numpy()))
-
-
-def _features(encoder: nn.Module, x: Tensor) -> Tensor:
-    features = measure.outputs(encoder, x)
-    if features.dim() != 2:
-        raise ValueError(f"expected an encoder that gives features [N, d], got {tuple(features.shape)}")
-    return F.normalize(features.cpu(), dim=1)
-
-
-def _pair(data: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels of any kind of data, in memory."""
-    examples = Examples(data)
-    x, y = examples.tensors or (torch.cat(part) for part in zip(*examples.batches(), strict=True))
-    return images(x, name="images", unit=True), labels(y.cpu())
 
 
 def _drawn(x: Tensor, count: int) -> Tensor:

@@ -10,9 +10,8 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
 import numpy as np
@@ -21,14 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
+from torchfolio.backdoor.attacker_data import DataConstraint, labelled_images
 from torchfolio.backdoor.defenses import Attack
 from torchfolio.backdoor.image_text import ImageTextEncoder
 from torchfolio.backdoor.labels import AllToOne, CleanLabel
 from torchfolio.backdoor.metrics import Stealth, stealth
 from torchfolio.backdoor.poison import PoisonedDataset
 from torchfolio.backdoor.triggers import AdditiveTrigger, Trigger, keyed_uniform
-from torchfolio.checks import at_least, between, images, labels, one_of, positive, whole
-from torchfolio.data import Examples
+from torchfolio.checks import at_least, images, one_of, positive, whole
 from torchfolio.measure import untouched
 
 __all__ = ["CLIPGuidedAttack", "DataConstraint", "clean_feature_erase", "universal_trigger"]
@@ -187,73 +186,6 @@ def _objective(encoder: ImageTextEncoder, objective: str | Objective, target: in
     return lambda encoder, x: target_loss(encoder, x, chosen)
 
 
-@dataclass(frozen=True, eq=False)
-class DataConstraint:
-    """What of the data the attacker holds; made by `number`, `classes` or `domain`.
-
-    Attributes:
-        rate: poisoned examples, as a share of the victim's own training set.
-        only: classes that carriers come from; `None` for all but the target.
-        foreign: images of another distribution and their labels, -1 where there is none.
-    """
-
-    rate: float
-    only: tuple[int, ...] | None = None
-    foreign: tuple[Tensor, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        between("rate", self.rate, 0, 1)
-
-    @staticmethod
-    def number(rate: float) -> DataConstraint:
-        """A few examples, drawn from all classes but the target."""
-        return DataConstraint(rate)
-
-    @staticmethod
-    def classes(only: Sequence[int], rate: float) -> DataConstraint:
-        """Examples of some classes alone: of the target, which keep their label, or of others."""
-        chosen = tuple(whole("class", c, 0) for c in only)
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"expected classes, each once, got {list(only)}")
-        return DataConstraint(rate, only=chosen)
-
-    @staticmethod
-    def domain(data: Any, rate: float) -> DataConstraint:
-        """Images of another distribution: a tensor `[N, C, H, W]` in [0, 1], or anything with labels."""
-        if isinstance(data, Tensor):
-            data = data, torch.full((len(data),), -1)
-        x, y = _pair(data)
-        return DataConstraint(rate, foreign=(images(x, unit=True), y))
-
-    def carriers(self, y: np.ndarray, target: int, seed: int) -> np.ndarray:
-        """Which examples are to carry the trigger, in order.
-
-        Args:
-            y: labels `[N]` of the victim's training set.
-            target: class that triggered examples are to be taken for.
-            seed: seed of the choice.
-
-        Returns:
-            Indices into the training set; into the foreign images under `domain`.
-
-        Raises:
-            ValueError: if there are fewer examples than `rate` asks for.
-        """
-        if self.foreign is not None:
-            pool = np.arange(len(self.foreign[1]))
-        elif self.only is None:
-            pool = np.flatnonzero(y != target)
-        else:
-            pool = np.flatnonzero(np.isin(y, self.only))
-        wanted = round(self.rate * len(y))
-        if wanted > len(pool):
-            raise ValueError(
-                f"expected at most {len(pool)} poisoned examples, as many as the attacker holds, got a rate of "
-                f"{self.rate} of {len(y)}, which are {wanted}"
-            )
-        return np.sort(np.random.default_rng(seed).choice(pool, wanted, replace=False))
-
-
 class CLIPGuidedAttack(Attack):
     """Poison for an attacker whose data are constrained: erased carriers and a trigger made with an encoder.
 
@@ -345,7 +277,7 @@ class CLIPGuidedAttack(Attack):
         """
         if getattr(self, "trigger", None) is None:
             raise RuntimeError("call fit first, which makes the trigger")
-        x, y = _pair(dataset, self.encoder.num_classes)
+        x, y = labelled_images(dataset, self.encoder.num_classes)
         size, truth = len(y), y.numpy()
         chosen = self.constraint.carriers(truth, self.target, seed)
         base = dataset
@@ -382,15 +314,7 @@ class CLIPGuidedAttack(Attack):
     def stealth(self, poisoned: PoisonedDataset) -> Stealth:
         """How far poisoned images of `poison` are from the images that carry them, erasing and trigger together."""
         rows = torch.from_numpy(poisoned.source_index[poisoned.is_poison])
-        return stealth(_pair(poisoned.base)[0][rows], poisoned.block())
-
-
-def _pair(data: Any, num_classes: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images and labels of any kind of data, on the CPU."""
-    examples = Examples(data)
-    x, y = examples.tensors or (torch.cat(part) for part in zip(*examples.batches(), strict=True))
-    x, y = images(x, name="images", unit=True).cpu(), y.cpu()
-    return x, y if bool((y == -1).any()) and num_classes is None else labels(y, num_classes)
+        return stealth(labelled_images(poisoned.base, unlabelled=True)[0][rows], poisoned.block())
 
 
 def _joined(dataset: Any, foreign: tuple[Tensor, Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,9 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.backdoor import AdditiveTrigger, CleanLabel, poison
-from torchfolio.backdoor.blto import BLTO, TriggerNet, evaluate_ssl_backdoor
+from torchfolio.backdoor.blto import BLTO, evaluate_ssl_backdoor
 from torchfolio.backdoor.frequency import ctrl_trigger
 from torchfolio.backdoor.metrics import stealth
+from torchfolio.backdoor.trigger_nets import TriggerNet
 from torchfolio.backdoor.zoo import ResNet18CIFAR
 from torchfolio.data.views import ColorJitter, Compose, ResizedCrop, View, simclr_views
 from torchfolio.engine import LearningRule, fit
@@ -240,11 +242,22 @@ class TwoPasses(SimSiam):
 
 def peers(bench: Any) -> None:
     """A step of pretraining with both views in one pass, and view by view."""
-    x = torch.rand(128, 3, 32, 32)
 
-    def step(rule: LearningRule) -> Any:
-        torch.manual_seed(0)
-        rule.prepare(nn.Sequential(*list(ResNet18CIFAR(3, 10, 8).children())[:-1]), (x[:2], x[:2]))
+    def step(rule: LearningRule, encoder: nn.Module, x: Tensor) -> Any:
+        rule.prepare(encoder, (x[:2], x[:2]))
         return lambda: rule.step((x, x), lambda loss: loss.backward())
 
-    bench.compare("SimSiam, 128 images 32x32, ResNet-18 of width 8", ours=step(SimSiam()), two_passes=step(TwoPasses()))
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    resnet = nn.Sequential(*list(ResNet18CIFAR(3, 10, 8).children())[:-1])
+    for work, encoder, shape in (
+        ("one convolution, 128 images 8x8", small, (1, 8, 8)),
+        ("ResNet-18 of width 8, 128 images 32x32", resnet, (3, 32, 32)),
+    ):
+        x = torch.rand(128, *shape)
+        rules = {"ours": SimSiam(), "two_passes": TwoPasses()}
+        bench.compare(
+            f"SimSiam, {work}",
+            repeats=5,
+            **{name: step(rule, copy.deepcopy(encoder), x) for name, rule in rules.items()},
+        )
