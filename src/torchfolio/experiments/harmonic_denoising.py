@@ -52,7 +52,7 @@ class Settings:
     test: int = 256
     base: int = 8
     steps: int = 400
-    lr: float = 2e-3
+    lr: float = 4e-3
     sigmas: tuple[float, ...] = (0.1, 0.25, 0.5)
     samples: int = 8
 
