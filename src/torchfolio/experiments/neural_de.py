@@ -420,7 +420,7 @@ def _implicit(run: Run[Settings]) -> dict[str, float]:
             z = layer(x[rows])
             loss = F.cross_entropy(readout(z), y[rows])
             if name == "deq":  # keeps the equilibrium easy to find
-                loss = loss + jacobian_penalty(cell, z, x[rows])
+                loss = loss + 4 * jacobian_penalty(cell, z, x[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
