@@ -47,8 +47,8 @@ class Settings(Task):
         net2net: whether to widen a member by Net2Net besides.
     """
 
-    train_size: int | None = 4000
-    epochs: int = 8
+    train_size: int | None = 6000
+    epochs: int = 10
     growth_epochs: int = 4
     growth_lr: float = 0.02
     weight_decay: float = 5e-4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -227,7 +227,7 @@ class _LeftHalf(nn.Module):
 
 def mechanism(run: Run[Settings], parts: dict[str, Part], objective: Reinforce) -> dict[str, Any]:
     """Train a policy alone, beside a frozen classifier of the left half; expected masks and loss before and after."""
-    s, (x, y) = run.settings, parts["val"]
+    s, (x, y) = replace(run.settings, grid=POLICY_GRID), parts["val"]
     net = _LeftHalf(x.shape[-1])
     fit(net, parts["train"], optimizer=adam(3e-3), epochs=5, batch_size=64, seed=run.seed, device=run.device)
     net.requires_grad_(False)
@@ -246,7 +246,8 @@ def mechanism(run: Run[Settings], parts: dict[str, Part], objective: Reinforce) 
     }
 
 
-POLICY_LR = 16.0  # the credit is small: a mean over cells, of which the policy decides a tenth
+POLICY_LR, POLICY_GRID = 3.0, 4
+"""Of the policy alone: the credit is a mean over cells, so that few cells learn faster and with less noise."""
 
 
 def _expected_loss(net: nn.Module, rule: NoiseMaskPretraining, x: Tensor, y: Tensor, draws: int = 8) -> float:
