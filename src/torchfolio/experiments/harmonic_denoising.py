@@ -47,9 +47,9 @@ class Settings:
 
     data: str = "cifar10"
     image_size: int | None = 16
-    pool: int = 9000
+    pool: int = 10_000
     sizes: tuple[int, ...] = (4, 4000)
-    test: int = 256
+    test: int = 1024
     base: int = 8
     steps: int = 400
     lr: float = 4e-3
@@ -117,7 +117,7 @@ def regimes(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict
     for sigma in settings.sigmas:
         y = test + sigma * noise
         true = (denoise(net, y) - test).square().flatten(1).sum(1).mean()
-        values[f"sure_{sigma}"] = abs(float(sure(net, y, sigma, probes=16, seed=seed).mean() / true) - 1)
+        values[f"sure_{sigma}"] = abs(float(sure(net, y, sigma, probes=4, seed=seed).mean() / true) - 1)
         basis = harmonic_basis(net, y[0])
         values[f"trace_{sigma}"] = sigma**2 * basis.trace / float((denoise(net, y[:1]) - test[0]).square().sum())
     sigma = settings.sigmas[1]
