@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -302,3 +303,15 @@ def test_refusals(options, error, message):
         arguments["params"] = [torch.ones(1, requires_grad=True)]
     with pytest.raises(error, match=message):
         odeint(**arguments)
+
+
+@pytest.mark.parametrize(("damping", "warned"), [(0.1, False), (6.0, True)])
+def test_a_way_back_that_rounding_leads_astray_is_said(damping, warned):
+    a = torch.tensor(1.0, requires_grad=True)
+    y0 = torch.tensor([1.0, 0.0])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        field = lambda t, y: torch.sin(a * t) - damping * y  # noqa: E731
+        ys, _ = odeint(field, y0, [0.0, 4.0], ReversibleHeun(), Reversible(), dt=0.05, params=[a])
+        ys[-1].sum().backward()
+    assert any("run backwards" in str(w.message) for w in seen) == warned

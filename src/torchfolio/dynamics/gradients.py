@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from torchfolio.dynamics.solver import Carry, Solver, Step
 from torchfolio.dynamics.stepping import Adaptive, Outputs, Problem, march, read_off, rms
 
 __all__ = ["Adjoint", "Checkpoint", "Direct", "Gradient", "Reversible", "check_gradient", "refuse_random_layers"]
+
+RETURN = 1e-3  # how far off the way back may end, relative to the largest state
 
 
 class Gradient(ABC):
@@ -187,7 +190,8 @@ class Reversible(_Recomputed):
     """The exact gradient at constant memory: the solver is run backwards, step by step.
 
     Only for solvers whose steps can be undone, such as `ReversibleHeun`. One evaluation of the field and one product
-    with its Jacobian a step. Where the field jumps one more state is kept.
+    with its Jacobian a step. Where the field jumps one more state is kept. Warns if rounding kept the way back from ending
+    where the way out began.
 
     Reference:
         Kidger, "On Neural Differential Equations", section 5.3.2.
@@ -234,6 +238,7 @@ class Reversible(_Recomputed):
                 y, z, at, cotangents, grads = solver.reverse(terms, *problem.sides(t0, t1), noise, y, z, at, cotangents)
                 cotangents = (_plus(cotangents[0], to_y0), *cotangents[1:])
                 a_params = [_plus(p, g) for p, g in zip(a_params, grads, strict=True)]
+            _check_return(y, [ys, *kept[::2]], j)
             # The piece began with z = y and the rates there.
             back, grads = at.pull(cotangents[2:])
             a_params = [_plus(p, g) for p, g in zip(a_params, grads, strict=True)]
@@ -242,6 +247,24 @@ class Reversible(_Recomputed):
 
     def __repr__(self) -> str:
         return "Reversible()"
+
+
+def _check_return(found: Tensor, known: Sequence[Tensor], j: int) -> None:
+    """Warn if the way back did not lead to the state that the way out began from: the gradient is wrong then.
+
+    Args:
+        found: state at the beginning of piece j, from the way back.
+        known: states at the beginnings of all pieces, and at the end.
+        j: number of the piece.
+    """
+    scale = torch.stack([y.norm() for y in known]).max().clamp_min(torch.finfo(found.dtype).tiny)
+    gap = float((found - known[j]).norm() / scale)
+    if not gap <= RETURN:
+        warnings.warn(
+            f"run backwards, the solver came to a state {gap:.1g} (relative to the largest) off the one it began from, and the gradient is "
+            "wrong: rounding grows along fields with strong damping; take shorter steps, float64, or another gradient",
+            stacklevel=2,
+        )
 
 
 def _outputs_between(
