@@ -200,7 +200,7 @@ def test_several_methods_give_one_verdict(folders, tmp_path, monkeypatch):
     assert report["detector"] == "filter"
     assert call("audit", tmp_path / "f", "--input", folders / "plain").exit_code in (0, 1)
     page = (tmp_path / "f" / "index.html").read_text()
-    assert page.count('<article class="card">') == 4
+    assert page.count('<article class="card"') == 4
     done = call(*arguments, "two,filter")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("No method finds a backdoor in the network (two); that is no proof")

@@ -106,7 +106,7 @@ def test_train_eval_and_your_own_network(tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert set(json.loads(done.stdout)) == {"bundle", "loss", "accuracy"}
-    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["bundle.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["bundle.json", "history.csv", "model.safetensors"]
     assert not (tmp_path / "net.training").exists()
     refused = call("eval", "net", "--data", "photos/")
     assert refused.exit_code == 2

@@ -25,6 +25,7 @@ from torchfolio.backdoor.detectors import ModelDetector, ModelVerdict, Pair, Sca
 from torchfolio.backdoor.text import TextModel
 from torchfolio.backdoor.text_generator import PerturbationGenerator, distinct_words, diversity, synthetic_corpus
 from torchfolio.checks import between, finite, positive, whole
+from torchfolio.engine import seeded
 
 __all__ = [
     "Candidate",
@@ -443,8 +444,9 @@ class TMiner(ModelDetector):
         back = next((p.pool for p in pairs if (p.source, p.target) == (pair.target, pair.source)), None)
         turned = self.steps // 2 if restart % 2 else 0
         net = copy.deepcopy(generator)
-        self._train(net, pair, back if self.both_directions else None, text, tokens, turned, seed)
-        self._mine(net, pair, text, tokens)
+        with seeded(seed):
+            self._train(net, pair, back if self.both_directions else None, text, tokens, turned)
+            self._mine(net, pair, text, tokens)
 
     def _train(
         self,
@@ -454,10 +456,8 @@ class TMiner(ModelDetector):
         text: TextModel,
         tokens: Tensor,
         turned: int,
-        seed: int,
     ) -> None:
         """The generator against the classifier. In place."""
-        torch.manual_seed(seed)  # the scan restores the global generators
         optimizer = torch.optim.Adam(net.parameters(), self.lr)
         net.requires_grad_(True).train()
         sentences = pair.pool if back is None else torch.cat([pair.pool, back])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from torchfolio.cli._options import AsJson
+from torchfolio.errors import TorchfolioError
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +29,10 @@ def demo(
     from torchfolio.json_text import to_json
     from torchfolio.report.demo import write_demo
 
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise TorchfolioError(f"{output} cannot be made a folder: {error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         page = write_demo(output, say=lambda text: typer.echo(f"{text} …", err=True))
