@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -12,14 +13,38 @@ from torchfolio import catalog
 
 RECORDED = Path(__file__).parent / "outcomes"
 EXAMPLES = Path(__file__).parent / "examples"
+SOURCE = Path(catalog.__file__).parent
+MODULES = (*catalog.FAMILIES, "engine", "measure", "models", "data", "runs", "report")
 
 
 def on_files(files: Files, config) -> Files:
     """Add a page for every paper and one that lists them."""
     pages = {"methods/index.md": _index()} | {f"methods/{p.slug}.md": _page(p) for p in catalog.papers().values()}
+    named = _named()
+    pages |= {f"reference/modules/{package}.md": _reference(package, named) for package in MODULES}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def _reference(package: str, named: set[str]) -> str:
+    """Every module of a package that says what is public in it, but those that other pages show."""
+    lines = [f"# {package}", "", "What stands beside the methods' own pages and the overview of each floor.", ""]
+    if package in ("runs", "report"):  # which have no overview of their own
+        lines += [f"::: torchfolio.{package}", "    options: { show_root_heading: false }", ""]
+    for path in sorted((SOURCE / package).glob("*.py")):
+        module = f"torchfolio.{package}.{path.stem}"
+        if path.stem.startswith("_") or module in named or "__all__" not in path.read_text(encoding="utf-8"):
+            continue
+        lines += [f"## {path.stem}", "", f"::: {module}", "    options: { show_root_heading: false }", ""]
+    return "\n".join(lines)
+
+
+def _named() -> set[str]:
+    """Modules that a page shows: those of methods, and those that pages written by hand name."""
+    pages = (Path(__file__).parent / "reference").glob("*.md")
+    by_hand = {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M)}
+    return by_hand | {paper.module for paper in catalog.papers().values()}
 
 
 def _index() -> str:
