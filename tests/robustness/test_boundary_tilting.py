@@ -16,7 +16,9 @@ from sklearn.svm import SVC, LinearSVC
 from torch import nn
 
 from torchfolio.adaptation.naive_bayes_probe import NaiveBayesProbe
+from torchfolio.data.examples import Examples
 from torchfolio.robustness.boundary_tilting import (
+    BoundaryAngles,
     RidgePath,
     adversarial_strength,
     analyse,
@@ -285,3 +287,19 @@ def test_breast_cancer_unscaled():
     path = RidgePath(X, y, np.logspace(8, -8, 30))
     assert path.angles[0] < 1
     assert path.angles[-1] > 85
+
+
+def test_the_panel_measures_a_linear_network_exactly():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(30, 5) + 3 * torch.eye(5)[k] for k in range(3)])
+    y = torch.arange(3).repeat_interleave(30)
+    net = nn.Sequential(nn.Linear(5, 3))
+    panel = BoundaryAngles(examples=30).look(net, data=Examples((x, y)))
+    assert 2 <= len(panel.record["pairs"]) <= 3
+    for row in panel.record["pairs"]:
+        pair = (row["class"], row["next"])
+        rows = (y == pair[0]) | (y == pair[1])
+        assert row["angle, degrees"] == pytest.approx(analyse(net[0], x[rows], y[rows], pair).angle, abs=1e-3)
+    assert "degrees from the line" in panel.sentences[0]
+    with pytest.raises(ValueError, match="two classes"):
+        BoundaryAngles().look(net, data=Examples((x, torch.zeros_like(y))))

@@ -10,6 +10,7 @@ from torchfolio.robustness.attacks import hop_skip_jump as hop_skip_jump
 from torchfolio.robustness.attacks import margin as margin
 from torchfolio.robustness.attacks import nes as nes
 from torchfolio.robustness.attacks import pgd as pgd
+from torchfolio.robustness.boundary_tilting import BoundaryAngles as BoundaryAngles
 from torchfolio.robustness.boundary_tilting import RidgePath as RidgePath
 from torchfolio.robustness.boundary_tilting import adversarial_strength as adversarial_strength
 from torchfolio.robustness.boundary_tilting import analyse as analyse
