@@ -41,8 +41,8 @@ class LIF(Stateful):
 
     Example:
         >>> neuron = LIF(tau=2.0)
-        >>> [int(neuron(torch.ones(1))) for _ in range(3)]
-        [1, 1, 1]
+        >>> sum(int(neuron(torch.ones(1))) for _ in range(3))
+        3
 
     Reference:
         Meng et al., ICCV 2023, equation 2 (soft reset).
