@@ -210,7 +210,7 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
     if str(folder).startswith("hf:"):
         from torchfolio.hub import fetch_bundle
 
-        folder = fetch_bundle(str(folder))
+        folder = fetch_bundle(str(folder), (MANIFEST, WEIGHTS))
     folder = Path(folder)
     if not folder.exists() and (_old(folder) / MANIFEST).is_file():
         warnings.warn(f"{folder} was being replaced when its writer died; reading the one before", stacklevel=2)
@@ -259,7 +259,7 @@ def push_bundle(folder: str | Path, name: str, *, private: bool = False, message
     _, checksum = _read_manifest(Path(folder))
     if _sha256(Path(folder) / WEIGHTS) != checksum:
         raise BundleError(f"{Path(folder) / WEIGHTS} is not the file that {MANIFEST} was written for: it is not sent")
-    return send_bundle(Path(folder), name, private=private, message=message)
+    return send_bundle(Path(folder), name, (MANIFEST, WEIGHTS, "history.csv"), private=private, message=message)
 
 
 def build(path: str, arguments: Mapping[str, Any], *, allow: Sequence[str] = (), limit: int | None = None) -> nn.Module:

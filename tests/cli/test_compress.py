@@ -44,6 +44,9 @@ def test_compress_and_eval(bundle, tmp_path):
     kinds = result["after"]["flops"] + result["after"]["sign_operations"]
     assert kinds == result["before"]["flops"]
     assert sorted(p.name for p in small.iterdir()) == ["bundle.json", "model.safetensors"]
+    record = json.loads((small / "bundle.json").read_text())["training"]["compressed"]
+    assert "ms_per_example" in result["before"]
+    assert "ms_per_example" not in record["before"], "a time would make equal bundles differ"
     read = call("eval", small, "--data", "digits", "--device", "cpu", "--json")
     assert json.loads(read.stdout)["accuracy"] == pytest.approx(result["after"]["accuracy"])
     again = call("compress", small, "--data", "digits", "-o", tmp_path / "smaller")

@@ -55,14 +55,14 @@ class TextRNN(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         words = self.dropout(self.embedding(ids))
-        inside = (ids != 0).to(words)[..., None]
+        inside = ids != 0
         if self.lstm.bidirectional:  # packed, so that the backward direction does not begin with padding
-            lengths = (ids != 0).sum(1).clamp_min(1).cpu()
+            lengths = inside.sum(1).clamp_min(1).cpu()
             packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
             states = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=ids.shape[1])[0]
         else:
             states = self.lstm(words)[0]
-        return self.head(self.dropout((states * inside).sum(1) / inside.sum(1).clamp_min(1)))
+        return self.head(self.dropout(_averaged(states, inside)))
 
 
 class TextTransformer(nn.Module):
@@ -105,8 +105,13 @@ class TextTransformer(nn.Module):
         # A sentence of padding alone attends to its first place, since attending to nothing is NaN.
         padding = torch.cat([padding[:, :1] & ~padding.all(1, keepdim=True), padding[:, 1:]], 1)
         states = self.encoder(self.embedding(ids) + self.position[: ids.shape[1]], src_key_padding_mask=padding)
-        inside = (~padding).to(states)[..., None]
-        return self.head((states * inside).sum(1) / inside.sum(1))
+        return self.head(_averaged(states, ~padding))
+
+
+def _averaged(states: Tensor, inside: Tensor) -> Tensor:
+    """The mean `[N, H]` of states `[N, L, H]` over the places that are inside the sentence, bool `[N, L]`."""
+    weight = inside.to(states)[..., None]
+    return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 def poison_text(

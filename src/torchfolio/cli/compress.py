@@ -115,12 +115,15 @@ def compress(
     for name, (compression, settings) in ready.items():
         record = {"method": name, "settings": settings, "data": data, **training, "before": before}
         try:
-            after[name] = _compressed(source, compression, splits, places[name], allow, record, training, fitting)
+            after[name] = _compressed(
+                source, compression, splits, example, places[name], allow, record, training, fitting
+            )
         except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot convert another can
             if len(methods) == 1:
                 raise
             failed[name] = str(error)
             typer.echo(f"{name} cannot do it: {error}", err=True)
+    before["ms_per_example"] = _milliseconds(source.model, splits)  # no part of the record: it differs from run to run
     if len(methods) == 1:
         _show(str(output), methods[0], before, after[methods[0]], as_json)
         return
@@ -133,6 +136,7 @@ def _compressed(
     source: Bundle,
     compression: Compression,
     splits: DataSplits,
+    example: Tensor,
     output: Path,
     allow: list[str],
     record: dict[str, Any],
@@ -143,7 +147,6 @@ def _compressed(
     from torchfolio.bundle import load_bundle, save_bundle
     from torchfolio.efficiency.compression import compress as compress_network
 
-    example = splits.train.tensors[0][:2].clone()
     made = compress_network(
         source.model, compression, splits.train, val=splits.val, example=example,
         say=lambda text: typer.echo(text, err=True), **training, **fitting,
@@ -154,6 +157,7 @@ def _compressed(
     return {
         **_measure(written, splits, str(fitting["device"]), allow),
         **compression.operations(written.model.cpu(), example[:1]),
+        "ms_per_example": _milliseconds(written.model, splits),
     }
 
 
@@ -197,7 +201,7 @@ def _measure(bundle: Bundle, splits: DataSplits, device: str, allow: list[str]) 
     from torchfolio.efficiency.compression import tensor_bytes
 
     scores = engine.evaluate(predictor_of(bundle, allow), splits.test, device=device)
-    return {"bytes": tensor_bytes(bundle.model), **scores, "ms_per_example": _milliseconds(bundle.model, splits)}
+    return {"bytes": tensor_bytes(bundle.model), **scores}
 
 
 def _milliseconds(model: nn.Module, splits: DataSplits) -> float:
@@ -206,12 +210,11 @@ def _milliseconds(model: nn.Module, splits: DataSplits) -> float:
 
     import torch
 
-    x = splits.test.tensors[0][:64]
-    taken = []
+    net, x, taken = model.cpu().eval(), splits.test.tensors[0][:64], []
     with torch.no_grad():
         for _ in range(6):
             started = time.perf_counter()
-            model.cpu().eval()(x)
+            net(x)
             taken.append(time.perf_counter() - started)
     return 1000 * min(taken[1:]) / len(x)
 

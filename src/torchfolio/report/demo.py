@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torchfolio import catalog, data, engine, models
 from torchfolio.measure import outputs, saved_bytes
 from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
+from torchfolio.runs.record import read
 
 __all__ = ["write_demo"]
 
@@ -106,12 +106,12 @@ def held_megabytes(net: nn.Module, rule: engine.LearningRule, digits: data.DataS
 def one_bit(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
     """The hidden layers in one bit per weight."""
     from torchfolio.efficiency.biper import BiPer
-    from torchfolio.efficiency.compression import compress
+    from torchfolio.efficiency.compression import compress, tensor_bytes
 
     layers = [n for n, m in trained.named_modules() if isinstance(m, nn.Linear) and n.startswith("layer")][1:]
     made = compress(trained, BiPer(layers=layers), digits.train, example=digits.test.tensors[0][:2], epochs=9, seed=0)
     rows = [
-        (name, kilobytes(net), round(accuracy(net, digits), 1))
+        (name, round(tensor_bytes(net) / 1024, 1), round(accuracy(net, digits), 1))
         for name, net in (("32 bits", trained), ("one bit per weight", made.model))
     ]
     return Sheet(
@@ -249,12 +249,7 @@ def _records() -> Iterator[tuple[str, dict[str, Any]]]:
     place = inside if inside.is_dir() else Path(__file__).parents[3] / "docs" / "outcomes"
     for slug, paper in catalog.papers().items():
         if paper.is_in and (place / f"{slug}.json").is_file():
-            yield slug, json.loads((place / f"{slug}.json").read_text(encoding="utf-8"))
-
-
-def kilobytes(net: nn.Module) -> float:
-    """All that a network keeps, in kB."""
-    return round(sum(t.numel() * t.element_size() for t in net.state_dict().values()) / 1024, 1)
+            yield slug, read(place / f"{slug}.json")
 
 
 def bars(names: list[str], values: list[float], label: str) -> Any:
