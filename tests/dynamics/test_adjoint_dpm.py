@@ -80,6 +80,15 @@ def test_symplectic_and_checkpoint_equal_backprop(method, grid):
             assert solution.stats.nfe_backward == solution.stats.nfe_forward == 5 * len(METHODS[method].offsets)
 
 
+@pytest.mark.parametrize("grad", ["adjoint", "symplectic"])
+def test_second_derivatives_are_refused_not_left_out(grad):
+    noise = draw(4, 2).requires_grad_()
+    x = DiffusionODE(mixture(), EXACT).sample(noise, 3, grad=grad)
+    (first,) = torch.autograd.grad(x.square().sum() + noise.pow(4).sum(), noise, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(first.sum(), noise)
+
+
 @pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule(), DiscreteSchedule.linear(50, 1e-3, 0.2)])
 def test_the_adjoint_tends_to_the_exact_gradient(schedule):
     model, errors = net(), []

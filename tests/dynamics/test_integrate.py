@@ -16,6 +16,7 @@ from torchfolio.dynamics.integrate import odeint
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
 from torchfolio.dynamics.stepping import Adaptive, SolveError
+from torchfolio.dynamics.vector_fields import VectorField
 from torchfolio.measure import saved_bytes
 
 METHODS = [Euler, Midpoint, Heun, Ralston, Bosh3, RK4, Dopri5, Tsit5]
@@ -315,3 +316,12 @@ def test_a_way_back_that_rounding_leads_astray_is_said(damping, warned):
         ys, _ = odeint(field, y0, [0.0, 4.0], ReversibleHeun(), Reversible(), dt=0.05, params=[a])
         ys[-1].sum().backward()
     assert any("run backwards" in str(w.message) for w in seen) == warned
+
+
+@pytest.mark.parametrize("gradient", [Checkpoint(), Adjoint(), Reversible()])
+def test_second_derivatives_are_refused_not_left_out(gradient):
+    y0 = torch.randn(3, 2, requires_grad=True)
+    ys = odeint(VectorField(2, 8), y0, [0.0, 1.0], ReversibleHeun(), gradient, dt=0.25).ys
+    (grad,) = torch.autograd.grad(ys[-1].square().sum() + y0.pow(4).sum(), y0, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(grad.sum(), y0)

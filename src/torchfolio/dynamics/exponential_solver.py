@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchfolio.dynamics.noise_schedules import Schedule
 from torchfolio.dynamics.runge_kutta import RK4, Euler, ExplicitRungeKutta, Heun, Midpoint
+from torchfolio.engine.first_order import first_order
 
 __all__ = ["METHODS", "Adjoint", "Method", "Node", "Plan", "Problem", "Stats", "Symplectic", "integrate", "make_plan"]
 
@@ -255,10 +255,10 @@ class Adjoint(torch.autograd.Function):
         return end
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    @first_order("the adjoint gradient of a sample")
+    def backward(ctx: Any, saved: Sequence[Any], gradient: Tensor) -> tuple[Any, ...]:
         problem: Problem = ctx.problem
-        start, end, cond, *params = ctx.saved_tensors
+        start, end, cond, *params = saved
         wanted, inputs, cond = _wanted(ctx, cond, params)
         sums = _Sums(wanted)
 
@@ -306,11 +306,11 @@ class Symplectic(torch.autograd.Function):
         return end
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    @first_order("the symplectic gradient of a sample")
+    def backward(ctx: Any, saved: Sequence[Any], gradient: Tensor) -> tuple[Any, ...]:
         problem: Problem = ctx.problem
         plan, count = problem.forward, len(problem.params)
-        cond, *saved = ctx.saved_tensors
+        cond, *saved = saved
         wanted, inputs, cond = _wanted(ctx, cond, saved[:count])
         states, sums = saved[count:], _Sums(wanted)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -19,6 +18,7 @@ from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import ExplicitRungeKutta
 from torchfolio.dynamics.solver import Carry, Solver, Step
 from torchfolio.dynamics.stepping import Adaptive, Outputs, Problem, march, read_off, rms
+from torchfolio.engine.first_order import first_order
 
 __all__ = ["Adjoint", "Checkpoint", "Direct", "Gradient", "Reversible", "check_gradient", "refuse_random_layers"]
 
@@ -84,9 +84,8 @@ class _Solve(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, a: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
+    @first_order("the gradient of a solve, except through Direct(),")
+    def backward(ctx: Any, saved: Sequence[Tensor], a: Tensor) -> tuple[Any, ...]:
         problem, n = ctx.problem, ctx.n_params
         problem.terms.backward = True
         try:

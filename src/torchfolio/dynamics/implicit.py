@@ -24,7 +24,8 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.dynamics.quadratic_program import FirstOrder, QPLayer, attach_gradient
+from torchfolio.dynamics.quadratic_program import QPLayer, attach_gradient
+from torchfolio.engine.first_order import once
 
 __all__ = ["DEQ", "Anderson", "FixedPoint", "QPLayer", "argmin_layer", "attach_gradient", "jacobian_penalty"]
 
@@ -149,7 +150,7 @@ class _Equilibrium(torch.autograd.Function):
             return v if product is None else product + v
 
         u = ctx.layer._solve(ctx.layer.backward_solver, pull, v, "backward")
-        return FirstOrder.apply(u, ctx.value), None, None
+        return once(u, ctx.value, what="the gradient of an implicit layer"), None, None
 
 
 class DEQ(nn.Module):

@@ -15,23 +15,9 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from torchfolio import checks
+from torchfolio.engine.first_order import once
 
 __all__ = ["QPLayer", "QPSolution", "attach_gradient"]
-
-
-class FirstOrder(torch.autograd.Function):
-    """Identity on a gradient whose own derivative is refused.
-
-    `once_differentiable` is not enough: `torch.autograd.grad` walks past it, and leaves out a part of the answer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, link: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise RuntimeError("the gradient of an implicit layer cannot be differentiated again")
 
 
 class _Once(torch.autograd.Function):
@@ -44,7 +30,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        return FirstOrder.apply(cotangents[0], *ctx.saved_tensors)
+        return once(cotangents[0], *ctx.saved_tensors, what="the gradient of an implicit layer")
 
 
 def attach_gradient(w: Tensor, condition: Tensor, jacobian: Tensor) -> Tensor:
