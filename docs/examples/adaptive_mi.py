@@ -14,7 +14,7 @@ net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.L
 recorder = InformationPlaneRecorder(
     net, ["1", "3"], x, y, estimator=AdaptiveBinning(n_bins=8), when=log_spaced(30, 300)
 )
-engine.fit(net, iris.train, epochs=300, recorder=recorder, optimizer=partial(torch.optim.Adam, lr=3e-3))
+engine.fit(net, iris.train, epochs=300, callbacks=[recorder], optimizer=partial(torch.optim.Adam, lr=3e-3))
 print(recorder.frame().tail())
 print("bits that were given up again:", recorder.compression())
 recorder.plot().savefig("plane.png")

@@ -225,7 +225,7 @@ def weight_norm(state):
 def test_recorder():
     recorder = StepRecorder({"norm": weight_norm}, per_decade=4)
     fit(net(), data(), epochs=10, batch_size=10, callbacks=[recorder], device="cpu")
-    assert list(recorder.to_frame().index) == [1, 2, 3, 6, 10, 18]
+    assert list(recorder.to_frame().index) == [0, 1, 2, 3, 6, 10, 18]
     with pytest.raises(ValueError, match="either"):
         StepRecorder({})
 
@@ -240,21 +240,23 @@ def test_recording_leaves_no_trace(tmp_path):
     recorded = copy.deepcopy(plain)
     recorder = StepRecorder({"m": meddle}, every=2)
     fit(plain, data(), epochs=2, batch_size=10, device="cpu")
-    fit(recorded, data(), epochs=2, batch_size=10, recorder=recorder, device="cpu", checkpoint=tmp_path)
+    fit(recorded, data(), epochs=2, batch_size=10, callbacks=[recorder], device="cpu", checkpoint=tmp_path)
     assert same(plain, recorded)
     frame = recorder.to_frame()
     assert list(frame.index) == [0, 2, 4, 6]
     assert list(frame.columns) == ["m_norm", "m_outputs"]
     again = StepRecorder(recorder.measurements, every=2)
-    fit(recorded, data(), epochs=3, batch_size=10, recorder=again, device="cpu", checkpoint=tmp_path)
+    fit(recorded, data(), epochs=3, batch_size=10, callbacks=[again], device="cpu", checkpoint=tmp_path)
     assert list(again.to_frame().index) == [0, 2, 4, 6, 8]
 
 
 def test_loggers(tmp_path):
+    from lightning_fabric import Fabric
     from lightning_fabric.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-    fit(net(), data(), val=data(), loggers=[logger], log_every=1, epochs=2, batch_size=10, device="cpu")
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=[logger])
+    fit(net(), data(), val=data(), fabric=fabric, log_every=1, epochs=2, batch_size=10)
     assert any("val_loss" in p.read_text() for p in tmp_path.rglob("metrics.csv"))
 
 
@@ -465,11 +467,6 @@ def test_custom_datasets_and_loaders():
 
     fit(net(), Pairs(), val=Pairs(), epochs=1, batch_size=7, device="cpu")
     fit(net(), DataLoader(Pairs(), batch_size=5), rule=Backprop(), epochs=1, device="cpu")
-
-
-def test_device_index_contradicts_several_devices() -> None:
-    with pytest.raises(ValueError, match="expected device 'cuda' with devices=2, got 'cuda:1'"):
-        fit(nn.Linear(3, 2), data(), device="cuda:1", devices=2)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_the_recorder_in_a_loop_and_in_fit():
     with pytest.raises(ValueError, match="nothing"):
         by_hand.compression()
     recorder = InformationPlaneRecorder(net, ["layer1"], x, y, AdaptiveKDE(), when=(0, 1, 3), output=True)
-    fit(net, (x, y), epochs=3, recorder=recorder, progress=False)
+    fit(net, (x, y), epochs=3, callbacks=[recorder], progress=False)
     frame = recorder.frame()
     assert frame.index.get_level_values("epoch").unique().tolist() == [0, 1, 3]
     summary = recorder.compression()

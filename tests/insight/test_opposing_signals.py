@@ -125,7 +125,7 @@ def test_the_recorder_keeps_the_training_loss_and_leaves_the_network():
     assert path.steps == (0, 3, 6)
     again = conv_net()
     recorder = LossRecorder(again, (x, y), batch_size=7)
-    fit(again, (x, y), recorder=recorder, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), epochs=6, batch_size=60)
+    fit(again, (x, y), callbacks=[recorder], optimizer=lambda p: torch.optim.SGD(p, lr=0.05), epochs=6, batch_size=60)
     assert np.allclose(recorder.losses, path.losses, atol=1e-5)
     assert np.allclose(recorder.losses.mean(1)[-1], F.cross_entropy(again(x), y).item(), atol=1e-5)
     dropping = conv_net(0.5).train()

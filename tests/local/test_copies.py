@@ -54,8 +54,7 @@ def test_channels_first_without_height_is_told():
 def test_trainings_of_equal_arguments_share_a_fabric():
     from torchfolio.engine.setup import launch
 
-    arguments = {"strategy": "auto", "precision": "32-true"}
-    one, two = (launch(None, (), "cpu", 1, 1, **arguments) for _ in range(2))
+    one, two = (launch(None, "cpu", "32-true") for _ in range(2))
     assert one is two
-    assert launch(None, (), "cpu", 1, 1, strategy="auto", precision="bf16-mixed") is not one
-    assert launch(None, (), "cpu", 1, 1, strategy="auto", precision="64-true") is not one
+    assert launch(None, "cpu", "bf16-mixed") is not one
+    assert launch(None, "cpu", "64-true") is not one

@@ -146,13 +146,11 @@ def train(
             batch_size=batch_size,
             augment=augmentation(splits) if augment else None,
             seed=seed,
-            device=device,
-            precision=precision,
+            fabric=engine.make_fabric(device, precision, loggers),
             checkpoint=checkpoints,
             resume=resume,
             early_stopping=early_stopping,
             callbacks=[say_epoch],
-            loggers=loggers,
         )
         scores = engine.evaluate(net, splits.test, rule=learning_rule)
         record = {

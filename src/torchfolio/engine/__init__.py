@@ -10,6 +10,7 @@ from torchfolio.engine.objectives import Added, Objective
 from torchfolio.engine.recorder import StepRecorder
 from torchfolio.engine.rules import Backprop, Batch, LearningRule, default_loss
 from torchfolio.engine.scalars import NonFiniteLoss
+from torchfolio.engine.setup import make_fabric
 from torchfolio.engine.state import EarlyStopping, FitState
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "fit",
     "fit_many",
     "layers",
+    "make_fabric",
     "seeded",
 ]

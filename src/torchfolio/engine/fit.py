@@ -54,16 +54,11 @@ def fit(
     accumulate: int = 1,
     precision: Any = "32-true",
     device: str | torch.device = "auto",
-    devices: int | str | list[int] = 1,
-    num_nodes: int = 1,
-    strategy: Any = "auto",
     fabric: Fabric | None = None,
     seed: int | None = 0,
     early_stopping: EarlyStopping | int | None = None,
     evaluate: Evaluate | None = None,
     callbacks: Sequence[Callback] = (),
-    recorder: Callback | Sequence[Callback] = (),
-    loggers: Any = (),
     log_every: int = 50,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -103,22 +98,17 @@ def fit(
         precision: of Fabric: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"64-true"`. The
             `true` ones other than 32 bits convert the model for good.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or a `torch.device`.
-        devices: number of devices of this machine, or their indices. Under `torchrun` its processes are
-            taken.
-        num_nodes: number of machines.
-        strategy: Fabric's strategy for several devices.
-        fabric: a Fabric of your own, in place of the arguments from `precision` to `strategy` and `loggers`.
+        fabric: a Fabric of your own, in place of `precision` and `device`: it holds what concerns several devices
+            (`devices`, `num_nodes`, `strategy`) and `loggers`. Under `torchrun` none is needed: its processes are taken.
         seed: of auxiliary networks, order, augmentation and dropout. Global generators are put back
             afterwards. `None` draws one from torch's global generator.
         early_stopping: see `EarlyStopping`; a number is the patience on `val_loss`.
         evaluate: `(model, val) -> {name: value}` in place of `torchfolio.engine.evaluate`, called with the
             model in evaluation mode.
-        callbacks: called with a `FitState` after every step and epoch, on all processes. Those with
+        callbacks: functions that are called with a `FitState` after every step and epoch, on all processes. Those
+            with `from_start = True`, such as `StepRecorder`, are called before the first step too; those with
             `state_dict` and `load_state_dict` are part of checkpoints.
-        recorder: one or more callbacks that are called before the first step too, such as `StepRecorder`.
-        loggers: Fabric loggers (`CSVLogger`, `TensorBoardLogger`), fed every `log_every` steps and every
-            epoch.
-        log_every: steps between logged scalars.
+        log_every: steps between the scalars that go to the Fabric's loggers, which get every epoch's row too.
         checkpoint: folder of checkpoints. Training killed at any time goes on from the last one and ends
             with the weights of an uninterrupted run, to the bit on a CPU. With a folder, SIGINT and SIGTERM
             finish the step and write a checkpoint before the process leaves.
@@ -139,7 +129,7 @@ def fit(
 
     Note:
         *Several processes*: `torchrun --nproc-per-node 4 train.py` (with `--nnodes` for several machines), or
-        `devices=4`. Each process takes its share of every batch, gradients are averaged after the rule's
+        `fabric=Fabric(devices=4)`. Each process takes its share of every batch, gradients are averaged after the rule's
         step, and the weights are those of one process on the same batches. The first process alone writes
         and prints; checkpoints must be in a folder that all can read. Batch norm sees each share by itself;
         convert the model by `nn.SyncBatchNorm.convert_sync_batchnorm` where that matters.
@@ -157,11 +147,10 @@ def fit(
     check_data(train, "train")
     if val is not None:
         check_data(val, "val")
-    recorders = (recorder,) if callable(recorder) else tuple(recorder)
-    check_callables((*callbacks, *recorders))
+    check_callables(callbacks)
     stopper = EarlyStopping(patience=early_stopping) if isinstance(early_stopping, int) else early_stopping
     check_monitor(stopper, val is not None or evaluate is not None)
-    fabric = launch(fabric, loggers, device, devices, num_nodes, strategy=strategy, precision=precision)
+    fabric = launch(fabric, device, precision)
     if seed is None:
         seed = int(fabric.broadcast(int(torch.randint(2**31, ()))))
     rank, world = data_rank(fabric)
@@ -182,11 +171,11 @@ def fit(
         )  # fmt: skip
         keeper = Keeper(
             Path(checkpoint) if checkpoint is not None else None, fabric, state, batches,
-            Scalars(fabric.device, fabric.world_size), stopper, (*callbacks, *recorders), settings,
+            Scalars(fabric.device, fabric.world_size), stopper, tuple(callbacks), settings,
         )  # fmt: skip
         options = Options(
             val, augment, clip_norm, accumulate, max_steps, batch_size, schedule == "epoch", evaluate,
-            recorders, log_every, checkpoint_every, may_be_uneven(state.rule, train),
+            log_every, checkpoint_every, may_be_uneven(state.rule, train),
         )  # fmt: skip
         # Dropout and augmentation differ between processes, the weights do not.
         seed_all((seed + 1_000_003 * rank) % 2**63)

@@ -19,7 +19,6 @@ from torchfolio.engine.modes import evaluating, random_state, set_random_state, 
 from torchfolio.engine.progress import Progress
 from torchfolio.engine.resume import Keeper
 from torchfolio.engine.rules import Backprop
-from torchfolio.engine.state import Callback
 from torchfolio.engine.sync import (
     add_over_processes,
     average_buffers,
@@ -47,7 +46,6 @@ class Options:
     batch_size: int
     by_epoch: bool
     evaluate: Evaluate | None
-    recorders: tuple[Callback, ...]
     log_every: int
     checkpoint_every: int | None
     uneven: bool = False  # whether equally large batches may count differently
@@ -87,8 +85,9 @@ class Training:
             state.stop(stopper.reason)
             self.stopping = True
         if state.step == 0:
-            for recorder in self.options.recorders:
-                recorder(state)
+            for callback in self.keeper.callbacks:
+                if getattr(callback, "from_start", False):
+                    callback(state)
         show = progress if self.fabric.is_global_zero else False
         with interruptible(self.keeper.folder is not None) as self.signals:
             with Progress(self._total(), state.step, show) as self.bar:

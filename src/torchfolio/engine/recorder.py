@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 class StepRecorder:
     """Measures at every n-th step, or at steps spaced evenly in their logarithm.
 
-    Given to `fit` as `recorder`, it also measures before the first step; given among the `callbacks`, from
-    step 1 on. Measurements leave no trace: they run in evaluation mode, and random states and modes are put
-    back. The gradients of the last step are still there.
+    Given to `fit` among the `callbacks`, it also measures before the first step. Measurements leave no trace: they
+    run in evaluation mode, and random states and modes are put back. The gradients of the last step are still there.
 
     Args:
         measurements: functions of the `FitState` by name. A number, a tensor or array, or a mapping of
@@ -34,9 +33,11 @@ class StepRecorder:
 
     Example:
         >>> recorder = StepRecorder({"norm": lambda state: weight_norm(state.model)}, per_decade=10)
-        >>> fit(net, train, recorder=recorder)
+        >>> fit(net, train, callbacks=[recorder])
         >>> recorder.to_frame()
     """
+
+    from_start = True
 
     def __init__(
         self,

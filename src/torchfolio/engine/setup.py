@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,42 +30,17 @@ SchedulerFactory = Callable[..., LRScheduler]
 EXAMPLES = 8  # of tensors in memory, for the batch that rules see before training
 
 
-def launch(
-    given: Fabric | None, loggers: Any, device: str | torch.device, devices: Any, num_nodes: int, **arguments: Any
-) -> Fabric:
-    """The user's Fabric or one of these arguments, with its processes started.
+def launch(given: Fabric | None, device: str | torch.device, precision: Any) -> Fabric:
+    """The user's Fabric or one for this device and precision, with its processes started.
 
     Raises:
-        ValueError: on a strategy that wraps the module, or on one device with an index and several `devices`.
+        ValueError: on a strategy that wraps the module, or on a device that is absent.
     """
     # Imported when it is needed: it takes longer to import than torch.
-    from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     if given is None:
-        # Fabric wants the kind of device and the indices apart.
-        accelerator, _, index = str(device).partition(":")
-        if index and accelerator != "cpu":
-            if devices != 1:
-                raise ValueError(f"expected device {accelerator!r} with devices={devices!r}, got {str(device)!r}")
-            devices = [int(index)]
-        if "TORCHELASTIC_RUN_ID" in os.environ and devices == 1:
-            devices = int(os.environ["LOCAL_WORLD_SIZE"])
-            num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", num_nodes))
-        loggers = list(loggers) if isinstance(loggers, list | tuple) else [loggers]
-        key = (devices, num_nodes, accelerator, *sorted(arguments.items())) if not loggers and devices == 1 else None
-        try:
-            given = _made(
-                key,
-                lambda: Fabric(
-                    devices=devices, num_nodes=num_nodes, loggers=loggers or None, accelerator=accelerator, **arguments
-                ),
-            )
-        except (RuntimeError, MisconfigurationException) as error:
-            if accelerator in ("cuda", "gpu", "mps", "tpu"):
-                raise ValueError(f"expected a device that this machine has, got {str(device)!r}: {error}") from error
-            raise
+        given = make_fabric(device, precision)
     if not isinstance(given.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise ValueError(
             f"{type(given.strategy).__name__} wraps the module, which learning rules cannot see through; "
@@ -76,26 +51,48 @@ def launch(
     return given
 
 
-_FABRICS: dict[Any, Any] = {}
+_FABRICS: dict[tuple[str, str], Any] = {}
 
 
-def _made(key: Any, make: Callable[[], Fabric]) -> Fabric:
-    """One Fabric for equal arguments, since making one looks through all installed packages.
+def make_fabric(device: str | torch.device = "auto", precision: Any = "32-true", loggers: Sequence[Any] = ()) -> Fabric:
+    """A Fabric for one device, or for the processes that `torchrun` started.
 
-    Those with state of their own (loggers, several devices, the loss scale of 16 bits) are made anew.
+    The same one for equal arguments, since making one looks through all installed packages; one with state of its own
+    (loggers, several processes, the loss scale of 16 bits) is made anew.
+
+    Args:
+        device: name such as `"auto"`, `"cpu"`, `"cuda:1"`.
+        precision: Fabric's precision, such as `"bf16-mixed"`.
+        loggers: loggers of Fabric.
+
+    Raises:
+        ValueError: on a device that this machine does not have.
     """
+    from lightning_fabric import Fabric
     from lightning_fabric.strategies import SingleDeviceStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-    if key is None or "TORCHELASTIC_RUN_ID" in os.environ or not all(isinstance(k, int | str | tuple) for k in key):
-        return make()
-    if any(not isinstance(value, str) or value == "16-mixed" for _, value in key[3:]):
-        return make()
-    if key not in _FABRICS:
-        fabric = make()
-        if not isinstance(fabric.strategy, SingleDeviceStrategy):
-            return fabric
-        _FABRICS[key] = fabric
-    return _FABRICS[key]
+    device = str(device)
+    # Fabric wants the kind of device and the indices apart.
+    accelerator, _, index = device.partition(":")
+    options: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "loggers": [*loggers]}
+    options["devices"] = [int(index)] if index and accelerator != "cpu" else 1
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    if elastic and options["devices"] == 1:
+        options["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
+        options["num_nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    shared = isinstance(precision, str) and precision != "16-mixed" and not elastic and not loggers
+    if shared and (device, precision) in _FABRICS:
+        return _FABRICS[device, precision]
+    try:
+        fabric = Fabric(**options)
+    except (RuntimeError, MisconfigurationException) as error:
+        if accelerator in ("cuda", "gpu", "mps", "tpu"):
+            raise ValueError(f"expected a device that this machine has, got {device!r}: {error}") from error
+        raise
+    if shared and isinstance(fabric.strategy, SingleDeviceStrategy):
+        _FABRICS[device, precision] = fabric
+    return fabric
 
 
 def prepare(

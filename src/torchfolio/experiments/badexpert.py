@@ -22,8 +22,7 @@ from torchfolio.backdoor.evaluation import evaluate_input_detector
 from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, auroc, labels_of, outputs_of
 from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.engine import fit
-from torchfolio.engine.state import FitState
+from torchfolio.engine import StepRecorder, fit
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
 from torchfolio.runs import Results, Run
 
@@ -197,21 +196,19 @@ def trace(
     settings = run.settings
     x, y = (t[: settings.traced] for t in test)
     bad, target = (t[: settings.traced] for t in attacked.tensors())
-    rows: list[tuple[float, float]] = []
-
-    def look(state: FitState) -> None:
-        if not state.epoch_end:
-            rows.append(
-                (accuracy_of(state.model, x, y),
-                 accuracy_of(state.model, bad, target))
-            )  # fmt: skip
-
+    trace = StepRecorder(
+        {
+            "acc": lambda state: accuracy_of(state.model, x, y),
+            "asr": lambda state: accuracy_of(state.model, bad, target),
+        },
+        every=1,
+    )
     wrong = (trusted[1] + 1) % int(outputs_of(net, x[:1]).shape[1])
     fit(
         copy.deepcopy(net), (trusted[0], wrong), optimizer=partial(torch.optim.Adam, lr=lr), epochs=2,
-        batch_size=settings.unlearn_batch, recorder=[look], seed=run.seed, device=str(run.device), progress=False,
+        batch_size=settings.unlearn_batch, callbacks=[trace], seed=run.seed, device=str(run.device), progress=False,
     )  # fmt: skip
-    return {"trace_acc": [a for a, _ in rows], "trace_asr": [s for _, s in rows]}
+    return {f"trace_{name}": [row[name] for row in trace.rows] for name in ("acc", "asr")}
 
 
 def strip(net: nn.Module, x: Tensor, clean: Tensor, blends: int = 16) -> Tensor:

@@ -12,7 +12,7 @@ for information; the estimators here follow the layer's own range at each moment
 - `FixedBinning`: the baseline.
 
     recorder = InformationPlaneRecorder(net, ["layer1", "layer2"], x, y, when=log_spaced(40, 1000))
-    fit(net, (x, y), epochs=1000, recorder=recorder)
+    fit(net, (x, y), epochs=1000, callbacks=[recorder])
     recorder.compression()
     recorder.plot()
 
@@ -26,7 +26,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -473,7 +473,7 @@ def log_spaced(count: int, last: int) -> tuple[int, ...]:
 class InformationPlaneRecorder:
     """The information plane over training.
 
-    Call `step(epoch)` in a loop of your own, or give it to `fit` as `recorder` (or among the callbacks), which calls it
+    Call `step(epoch)` in a loop of your own, or give it to `fit` among the callbacks, which calls it
     before the first step and after every epoch.
 
     Attributes:
@@ -497,6 +497,7 @@ class InformationPlaneRecorder:
     reduce: Reduce | None = None
     output: bool = False
     planes: dict[int, InformationPlane] = field(default_factory=dict)
+    from_start: ClassVar[bool] = True
 
     def step(self, epoch: int) -> InformationPlane | None:
         """Measure, if this epoch is to be measured."""

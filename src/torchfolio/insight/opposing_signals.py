@@ -53,7 +53,7 @@ def _each(output: Tensor, target: Tensor) -> Tensor:
 
 
 class LossRecorder:
-    """Keeps the loss of every example at every step; a recorder of `fit`, or called by one's own loop.
+    """Keeps the loss of every example at every step; a callback of `fit`, or called by one's own loop.
 
     The network is asked in evaluation mode, so that dropout and batch statistics do not couple examples.
 
@@ -68,9 +68,11 @@ class LossRecorder:
 
     Example:
         >>> recorder = LossRecorder(net, (x, y))  # doctest: +SKIP
-        >>> fit(net, (x, y), recorder=recorder, batch_size=len(x))  # doctest: +SKIP
+        >>> fit(net, (x, y), callbacks=[recorder], batch_size=len(x))  # doctest: +SKIP
         >>> groups = find_groups(recorder.losses)  # doctest: +SKIP
     """
+
+    from_start = True
 
     def __init__(self, model: nn.Module, data: Any, loss: Loss = _each, *, batch_size: int = 512) -> None:
         self.model, self.loss = model, loss
@@ -103,7 +105,7 @@ class LossRecorder:
         self.rows.append(row)
 
     def __call__(self, state: Any) -> None:
-        """Record after a step; as a recorder of `fit`."""
+        """Record after a step; as a callback of `fit`."""
         if not getattr(state, "epoch_end", False):
             self.record()
 
