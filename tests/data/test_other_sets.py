@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from torchfolio.data import DataNotFound
+from torchfolio.data import DataNotFound, load
 from torchfolio.data.graphs import planetoid
 from torchfolio.data.places import folder_of
 from torchfolio.data.ratings import movielens
@@ -29,6 +29,23 @@ def test_movie_reviews():
     everything = [text for part in parts.values() for text in part.texts]
     assert len(everything) == 10662
     assert 0.45 < sum(parts["test"].targets) / 1066 < 0.55
+
+
+def test_movie_reviews_as_numbers():
+    needs("movie_reviews", "rt-polarity.pos")
+    pytest.importorskip("tokenizers")
+    splits = load("movie_reviews", train_size=50)
+    x = splits.test.tensors[0]
+    assert (x.dtype, x.shape, len(splits.train), splits.shape) == (torch.int64, (1066, 64), 50, (64,))
+    assert (splits.classes, splits.normalized, len(splits.mean)) == (("negative", "positive"), False, 0)
+    assert splits.text(torch.tensor([splits.vocabulary.index("film"), 0])) == "film"
+    assert int(x.max()) < len(splits.vocabulary) <= 8000
+    said = {text.lower().replace(" ", "") for text in movie_reviews()["test"].texts}
+    whole = [t for t in map(splits.text, x) if "[UNK]" not in t]
+    assert len(whole) > 50
+    assert sum(t.replace(" ", "") in said for t in whole) >= len(whole) - 5, "few are cut at 64 words"
+    with pytest.raises(ValueError, match="set of text"):
+        load("movie_reviews", image_size=8)
 
 
 def test_multi30k():

@@ -307,3 +307,24 @@ def test_traces_by_parameter(net: nn.Sequential, data: tuple[Tensor, Tensor]) ->
     assert list(traces) == list(exact)
     for name, trace in traces.items():
         assert abs(trace.value - exact[name]) < 4 * trace.standard_error
+
+
+def test_attention_has_a_second_derivative():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3)).double().eval()
+    x, y = torch.randn(6, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    hessian = Hessian(net, nn.functional.cross_entropy, (x, y))
+    v = torch.randn(hessian.n, dtype=torch.float64)
+    product, h = hessian(v), 1e-5
+    parameters = list(net.parameters())
+
+    def gradient(shift):
+        with torch.no_grad():
+            parts = v.split([p.numel() for p in parameters])
+            for p, part in zip(parameters, parts, strict=True):
+                p.add_(part.view_as(p), alpha=shift)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(nn.functional.cross_entropy(net(x), y), parameters)])
+
+    ahead, behind = gradient(h), gradient(-2 * h)
+    assert torch.allclose(product, (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-6)

@@ -401,16 +401,17 @@ def network_recipe(model: str, settings: Mapping[str, Any], splits: DataSplits) 
     See `fitting_recipe`.
     """
     outputs = len(splits.classes) or (splits.train.tensors[1].shape[1] if splits.train.tensors[1].dim() > 1 else 1)
-    return fitting_recipe(model, settings, splits.shape, outputs)
+    known = {"vocab_size": len(splits.vocabulary)} if splits.vocabulary else {}
+    return fitting_recipe(model, settings, splits.shape, outputs, known)
 
 
 def fitting_recipe(
-    model: str, settings: Mapping[str, Any], shape: Sequence[int], outputs: int
+    model: str, settings: Mapping[str, Any], shape: Sequence[int], outputs: int, more: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Import path and arguments of a network for inputs of a shape, without the batch, and a number of outputs.
 
-    What the factory takes of `num_classes`, `out_features`, `in_channels`, `in_features` and `image_size` is filled
-    in, unless it is set.
+    What the factory takes of `num_classes`, `out_features`, `in_channels`, `in_features`, `image_size` and, for sets of
+    text, `vocab_size` is filled in, unless it is set.
     """
     import inspect
     import math
@@ -424,7 +425,7 @@ def fitting_recipe(
     if shape:
         known |= {"in_channels": shape[0], "image_size": shape[-1], "shape": tuple(shape)}
     parameters = _parameters(factory, inspect.signature(factory))
-    return path, {**{k: v for k, v in known.items() if k in parameters}, **settings}
+    return path, {**{k: v for k, v in {**known, **(more or {})}.items() if k in parameters}, **settings}
 
 
 def open_network(

@@ -8,6 +8,7 @@ from torchfolio.data.augment import CropFlip
 from torchfolio.data.examples import Examples
 from torchfolio.data.sources import DataNotFound, data_folders, embedded_names, find
 from torchfolio.data.splits import DataSplits, split
+from torchfolio.data.text import LABELLED, labelled
 
 __all__ = ["CropFlip", "DataNotFound", "DataSplits", "Examples", "data_folders", "embedded_names", "load"]
 
@@ -28,7 +29,7 @@ def load(
     A name is looked for among the embedded sets (`digits`, `breast_cancer`, `wine`, `iris`, `diabetes`), then in the
     folders of the environment variable `TORCHFOLIO_DATA`, then on the Hugging Face hub. `folder:PATH` (or any path)
     is a folder of images with a subfolder for each class, with or without a level `train`, `val`, `test` above;
-    `hf:owner/name` is a set of the hub.
+    `hf:owner/name` is a set of the hub. `movie_reviews`, labelled sentences, comes as token numbers.
 
     Images are decoded once and kept memory-mapped in `TORCHFOLIO_CACHE` (by default in the user's cache folder).
 
@@ -56,7 +57,7 @@ def load(
         >>> digits.shape, digits.num_classes
         ((1, 8, 8), 10)
     """
-    raw = find(name, root, image_size)
+    raw = labelled(name, root=root) if name in LABELLED else find(name, root, image_size)
     return split(
         raw,
         val=val,

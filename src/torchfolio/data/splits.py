@@ -22,6 +22,7 @@ class Raw:
         val: (x, y), or `None`.
         classes: names of the labels; empty for regression.
         key: digest of the names of its files, where their order decides what a row is.
+        vocabulary: what the numbers of a set of text stand for; the inputs are int64 `[N, length]` then, padded with 0.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Raw:
     val: tuple[Tensor, Tensor] | None
     classes: tuple[str, ...]
     key: str = ""
+    vocabulary: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class DataSplits:
         std: likewise; 1 where a feature is constant.
         normalized: whether x has been normalised with them.
         split_digest: tells which examples are held out of a set without a test part of its own; empty for others.
+        vocabulary: tokens by number of a set of text, whose x is int64 `[N, length]` and has no mean; empty for others.
     """
 
     name: str
@@ -60,6 +63,7 @@ class DataSplits:
     std: Tensor
     normalized: bool
     split_digest: str = ""
+    vocabulary: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -77,6 +81,10 @@ class DataSplits:
             return x
         shape = (-1, *[1] * (len(self.shape) - 1))
         return x * self.std.to(x).view(shape) + self.mean.to(x).view(shape)
+
+    def text(self, row: Tensor) -> str:
+        """The words of one row of a set of text, without its padding."""
+        return " ".join(self.vocabulary[int(k)] for k in row if int(k))
 
     def __str__(self) -> str:
         sizes = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
@@ -106,8 +114,13 @@ def split(
     train = _first(train, train_size, "train_size")
     test = _first(cut if raw.test is None else _constant_order(len(raw.test[1])), test_size, "test_size")
     sources = ((raw.train, train), (raw.val or raw.train, held), (raw.test or raw.train, test))
-    parts = [(_scaled(x[rows], image_size), y[rows]) for (x, y), rows in sources]
-    mean, std = _statistics(parts[0][0])
+    if raw.vocabulary:
+        if image_size is not None:
+            raise ValueError(f"image_size is for images, {raw.name} is a set of text")
+        parts, mean, std, normalize = [(x[rows], y[rows]) for (x, y), rows in sources], Tensor(), Tensor(), False
+    else:
+        parts = [(_scaled(x[rows], image_size), y[rows]) for (x, y), rows in sources]
+        mean, std = _statistics(parts[0][0])
     if normalize:
         shape = (1, -1, *[1] * (parts[0][0].dim() - 2))
         for x, _ in parts:  # copies of our own
@@ -125,6 +138,7 @@ def split(
         std=std,
         normalized=normalize,
         split_digest=_digest(raw, cut) if raw.test is None else "",
+        vocabulary=raw.vocabulary,
     )
 
 

@@ -1,7 +1,7 @@
 """Sets of text, and a tokenizer for them.
 
 `movie_reviews()` gives labelled sentences, `multi30k()` translated ones, `tiny_shakespeare()` one long text; all as
-strings. `train_tokenizer` and `encode` make tensors of them.
+strings. `train_tokenizer` and `encode` make tensors of them, and `labelled` whole splits of token numbers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from torch import Tensor
 
 from torchfolio.checks import at_least, one_of
 from torchfolio.data.places import folder_of
+from torchfolio.data.splits import Raw
 from torchfolio.errors import require
 
-__all__ = ["SPECIAL", "Sentences", "encode", "movie_reviews", "multi30k", "tiny_shakespeare", "train_tokenizer"]
+__all__ = ["LABELLED", "SPECIAL", "Sentences", "encode", "labelled", "movie_reviews", "multi30k", "tiny_shakespeare",
+           "train_tokenizer"]  # fmt: skip
+
+LABELLED = {"movie_reviews": ("negative", "positive")}
+"""Sets of labelled sentences, which `torchfolio.data.load` gives as token numbers, with the names of their classes."""
+VOCABULARY, LENGTH = 8000, 64  # of the tokens of `labelled`
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]")
 """Tokens 0 to 3 of every tokenizer of `train_tokenizer`: padding, unknown, begin and end of a sentence."""
@@ -67,6 +73,23 @@ def movie_reviews(*, root: str | Path | None = None) -> dict[str, Sentences]:
         part: Sentences(tuple(texts[i] for i in parts[part]), tuple(labels[i] for i in parts[part]))
         for part in ("train", "val", "test")
     }
+
+
+def labelled(name: str, *, root: str | Path | None = None) -> Raw:
+    """A set of `LABELLED` as numbers of the words and marks that its training sentences have twice or more.
+
+    Args:
+        name: of the set.
+        root: folder to look in first.
+
+    Raises:
+        DataNotFound: if it is nowhere.
+    """
+    parts = {"movie_reviews": movie_reviews}[name](root=root)
+    tokenizer = train_tokenizer(parts["train"].texts, VOCABULARY, min_count=2)
+    tensors = {k: (encode(tokenizer, v.texts, LENGTH), torch.tensor(v.targets)) for k, v in parts.items()}
+    words = tuple(tokenizer.id_to_token(k) for k in range(tokenizer.get_vocab_size()))
+    return Raw(name, tensors["train"], tensors["test"], tensors["val"], LABELLED[name], vocabulary=words)
 
 
 def multi30k(source: str = "en", target: str = "de", *, root: str | Path | None = None) -> dict[str, Sentences]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchfolio.measure.batches import Data, batches
 
@@ -94,7 +95,8 @@ def _leaves(tree: Parameters) -> list[Tensor]:
 
 def _products(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Product:
     """Products with the Hessian of one loss; the gradient's graph is built once and kept."""
-    with torch.enable_grad():
+    # The fused kernels of attention have no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss()
         if value.numel() != 1:
             raise ValueError(f"expected the loss to be a scalar, got shape {tuple(value.shape)}")
