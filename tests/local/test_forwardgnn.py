@@ -242,4 +242,31 @@ def test_refusals():
         fitted.predict(g.x[:-1])
     with pytest.warns(UserWarning, match="one direction"):
         fit(edge_index=g.edge_index[:, g.edge_index[0] < g.edge_index[1]])
+    with pytest.raises(ValueError, match="virtual nodes"):
+        augment_with_virtual_nodes(g.x, g.edge_index, g.y, g.train_mask, 3, virtual=torch.ones(3, 2))
     assert SparseMatrix(torch.eye(3).numpy(), g.x).shape == (3, 3)
+
+
+class Truncated(OwnConv):
+    def forward(self, x, edge_index):
+        return super().forward(x, edge_index)[:3]
+
+
+class Fixed(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.o = o
+
+    def forward(self, x, edge_index):
+        return x[:, :1].expand(-1, self.o)
+
+
+def test_factories_that_are_refused():
+    one = OwnConv(16, 16)
+    for factory, match in (
+        (Truncated, "expected the layer to give"),
+        (Fixed, "without any"),
+        (lambda i, o: one if i == o else OwnConv(i, o), "shares parameters"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(conv=factory, layers=3, epochs=2).fit(graph())

@@ -5,19 +5,17 @@ Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, section 4; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from sklearn.base import BaseEstimator
-from sklearn.exceptions import NotFittedError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from torchfolio.checks import at_least, between, finite, one_of, positive, whole
+from torchfolio.checks import between, finite, whole
 from torchfolio.engine import seeded
-from torchfolio.local.graph_layers import ConvFactory, FrozenLayer, check_edges, make_conv, normalize_rows
-from torchfolio.local.graph_training import LayerStep, Sweeps, adam, train_locally
+from torchfolio.local.graph_layers import ConvFactory, check_edges
+from torchfolio.local.graph_training import Sweeps
+from torchfolio.local.layerwise import LayerwiseEstimator, Messages, Reading, outputs_by_layer
 from torchfolio.measure import auroc
 
 __all__ = ["ForwardGNNLinkPredictor", "LinkSplit", "link_split"]
@@ -86,7 +84,7 @@ def link_split(
     return LinkSplit(torch.cat([train, train.flip(0)], 1), train, none[0], val_edges, none[1], test_edges, none[2])
 
 
-class ForwardGNNLinkPredictor(BaseEstimator):
+class ForwardGNNLinkPredictor(LayerwiseEstimator):
     """Predict edges by layers that each learn alone.
 
     A layer's logit of a pair is $\\langle z_u, z_v\\rangle$ (`"fl"`) or the goodness
@@ -122,6 +120,8 @@ class ForwardGNNLinkPredictor(BaseEstimator):
     Reference:
         Park et al., ICLR 2024, section 4.
     """
+
+    ALGORITHMS = ("fl", "ff", "top2input")
 
     def __init__(
         self,
@@ -160,15 +160,12 @@ class ForwardGNNLinkPredictor(BaseEstimator):
         if not isinstance(split, LinkSplit):
             raise TypeError(f"expected a LinkSplit (see link_split), got {type(split).__name__}")
         self._x, self._edges = x.detach(), check_edges(split.edge_index, len(x)).to(x.device)
-        self.layers_ = nn.ModuleList()
-        self.layer_scores_: list[float] = []
-        self.losses_: list[list[float]] = []
-        self.peak_saved_bytes_ = 0
+        self._start(self._x)
         train, val = ([self._pairs(p) for p in pair] for pair in (split[1:3], split[3:5]))
         if min(p.shape[1] for p in (*train, *val)) < 1:
             raise ValueError("expected edges and pairs that are none to train and to validate on")
         with seeded(self.seed):
-            (self._fit_together if self.algorithm == "top2input" else self._fit_by_layer)(train, val)
+            (self._fit_side_by_side if self.algorithm == "top2input" else self._fit_one_by_one)(train, val)
         self.layers_.eval().requires_grad_(False)
         self.embeddings_ = self._embed()
         return self
@@ -181,10 +178,8 @@ class ForwardGNNLinkPredictor(BaseEstimator):
             NotFittedError: before `fit`.
             ValueError: if a node is out of range.
         """
-        if not hasattr(self, "embeddings_"):
-            raise NotFittedError("this ForwardGNNLinkPredictor is not fitted; call fit first")
-        pairs = self._pairs(pairs)
-        return torch.stack([self.logits(z, pairs).sigmoid() for z in self.embeddings_]).mean(0)
+        self._check_fitted()
+        return self._scores(self.embeddings_, self._pairs(pairs))
 
     def score(self, pairs: Tensor, negatives: Tensor) -> float:
         """ROC-AUC of edges `[2, P]` against pairs that are none."""
@@ -200,47 +195,21 @@ class ForwardGNNLinkPredictor(BaseEstimator):
         target = (torch.arange(len(logits), device=z.device) < train[0].shape[1]).to(z)
         return F.binary_cross_entropy_with_logits(logits, target)
 
-    def _fit_by_layer(self, train: list[Tensor], val: list[Tensor]) -> None:
-        h, total = self._x, [self._x.new_zeros(p.shape[1]) for p in val]
-        for l in range(self.layers):
-            self.layers_.append(layer := make_conv(self.conv, h.shape[1], self.hidden).to(h))
-            frozen = FrozenLayer(layer, [normalize_rows(h)], self._edges)
-            step = LayerStep(
-                layer,
-                lambda frozen=frozen: self._loss(frozen(), train),
-                adam(layer, self.lr, self.weight_decay),
-                () if l else frozen.tensors(),
-            )
-            with_layer = lambda z, total=total: [  # noqa: E731
-                t + self.logits(z, p).sigmoid() for t, p in zip(total, val, strict=True)
-            ]
-            self._train(layer, step, lambda frozen=frozen, add=with_layer: _auc(*add(frozen())))
-            self.peak_saved_bytes_ = max(self.peak_saved_bytes_, step.peak or 0)
-            with torch.no_grad():
-                h = frozen()
-                total = with_layer(h)
+    def _fit_one_by_one(self, train: list[Tensor], val: list[Tensor]) -> None:
+        pairs, sizes = torch.cat(val, 1), [part.shape[1] for part in val]
+        learn = Reading(slice(1), None, lambda z: self._loss(z[0], train))
+        ask = Reading(slice(1), None, lambda z: self.logits(z[0], pairs).sigmoid())
+        self._fit_by_layer([Messages(self._x, self._edges)], learn, ask, lambda total: _auc(*total.split(sizes)))
 
-    def _fit_together(self, train: list[Tensor], val: list[Tensor]) -> None:
+    def _fit_side_by_side(self, train: list[Tensor], val: list[Tensor]) -> None:
         for l in range(self.layers):
             width = (self.hidden if l else self._x.shape[1]) + (self.hidden if l < self.layers - 1 else 0)
-            self.layers_.append(make_conv(self.conv, width, self.hidden).to(self._x))
-        sweeps = self._sweeps()
-        sweeps.rise()
-        sweeps.prepare(lambda l, z: self._loss(z, train), self.lr, 0.0)
+            self._new_layer(width)
+        score = lambda: _auc(*(self._scores(self._embed(), p) for p in val))  # noqa: E731
+        self._fit_together(self._sweeps(), lambda l, z: self._loss(z, train), 0.0, score, None)
 
-        def score() -> float:
-            states = self._embed()
-            return _auc(*(torch.stack([self.logits(z, p).sigmoid() for z in states]).mean(0) for p in val))
-
-        self._train(self.layers_, sweeps.step, score)
-        self.peak_saved_bytes_ = sweeps.peak
-
-    def _train(self, module: nn.Module, step: Callable[[], Tensor], score: Callable[[], float]) -> None:
-        losses, best = train_locally(
-            module, step, score, epochs=self.epochs, val_every=self.val_every, patience=self.patience
-        )
-        self.losses_.append(losses)
-        self.layer_scores_.append(best)
+    def _scores(self, states: list[Tensor], pairs: Tensor) -> Tensor:
+        return torch.stack([self.logits(z, pairs).sigmoid() for z in states]).mean(0)
 
     def _sweeps(self) -> Sweeps:
         order = "alternating" if self.alternating else "together"
@@ -249,17 +218,9 @@ class ForwardGNNLinkPredictor(BaseEstimator):
     @torch.no_grad()
     def _embed(self) -> list[Tensor]:
         """Outputs whose sigmoids are averaged: of all layers; top-down, of the time steps from 2 on, too."""
-        if self.algorithm != "top2input":
-            states, h = [], self._x
-            for layer in self.layers_:
-                states.append(h := FrozenLayer(layer, [normalize_rows(h)], self._edges)())
-            return states
-        sweeps, states = self._sweeps(), []
-        sweeps.rise()
-        for time in range(1, self.time_steps):
-            sweeps.move()
-            states += sweeps.states if time > 1 else []
-        return states
+        if self.algorithm == "top2input":
+            return self._sweeps().settled(self.time_steps)
+        return [h for (h,) in outputs_by_layer(self.layers_, [Messages(self._x, self._edges)])]
 
     def _pairs(self, pairs: Any) -> Tensor:
         if not isinstance(pairs, Tensor) or pairs.dim() != 2 or len(pairs) != 2 or pairs.is_floating_point():
@@ -269,16 +230,6 @@ class ForwardGNNLinkPredictor(BaseEstimator):
                 f"expected nodes from 0 to {len(self._x) - 1}, got {int(pairs.min())} to {int(pairs.max())}"
             )
         return pairs.long().to(self._x.device)
-
-    def _check(self) -> None:
-        one_of("algorithm", self.algorithm, ("fl", "ff", "top2input"))
-        for name in ("hidden", "layers", "epochs", "val_every", "patience"):
-            whole(name, getattr(self, name), 1)
-        whole("time_steps", self.time_steps, 3)
-        whole("seed", self.seed, 0)
-        positive("lr", self.lr)
-        at_least("weight_decay", self.weight_decay, 0)
-        finite("theta", self.theta)
 
 
 def _auc(positive: Tensor, negative: Tensor) -> float:

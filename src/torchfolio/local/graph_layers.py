@@ -33,6 +33,7 @@ __all__ = [
     "adjacency_of",
     "aggregate_once",
     "check_edges",
+    "kind_of",
     "make_conv",
     "normalize_rows",
     "tensors_of",
@@ -274,6 +275,8 @@ def make_conv(conv: str | ConvFactory, in_features: int, out_features: int) -> n
     module = conv(in_features, out_features)
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected the factory to make a module, got {type(module).__name__}")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"expected a layer with parameters to train, got {type(module).__name__} without any")
     return module
 
 
@@ -356,6 +359,8 @@ class FrozenLayer:
         if isinstance(self.conv, _LinearConv):
             return F.relu(self.conv.transform(self.inputs))
         z = F.relu(self.conv(self.inputs, self.edge_index))
+        if z.dim() != 2 or len(z) != len(self.inputs):
+            raise ValueError(f"expected the layer to give [{len(self.inputs)}, features], got shape {tuple(z.shape)}")
         return z if self.index is None else z.index_select(0, self.index)
 
     def tensors(self) -> list[Tensor]:
@@ -397,7 +402,7 @@ def check_edges(edge_index: Any, num_nodes: int) -> Tensor:
         ValueError: if its shape is another, or a node is out of range.
     """
     if not isinstance(edge_index, Tensor) or edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise TypeError(f"expected edge_index to be a tensor of whole numbers, got {type(edge_index).__name__}")
+        raise TypeError(f"expected edge_index to be a tensor of whole numbers, got {kind_of(edge_index)}")
     if edge_index.dim() != 2 or len(edge_index) != 2:
         raise ValueError(f"expected edge_index [2, E], got shape {tuple(edge_index.shape)}")
     edge_index = edge_index.long()
@@ -410,3 +415,8 @@ def check_edges(edge_index: Any, num_nodes: int) -> Tensor:
     if not torch.equal(there, back):
         warnings.warn("edge_index has edges in one direction alone; messages go that way only", stacklevel=3)
     return edge_index
+
+
+def kind_of(value: Any) -> str:
+    """Its dtype if it is a tensor, else its type: what an error says it got."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -182,6 +182,15 @@ class Sweeps:
             for l, z in new.items():
                 self.states[l] = z
 
+    def settled(self, time_steps: int) -> list[Tensor]:
+        """Rise and move; the states of all layers at the time steps from 2 to the last but one."""
+        self.rise()
+        states = []
+        for time in range(1, time_steps):
+            self.move()
+            states += self.states if time > 1 else []
+        return states
+
     def prepare(
         self, loss: Callable[[int, Tensor], Tensor], lr: float, weight_decay: float, clip: float | None = None
     ) -> None:
