@@ -13,11 +13,11 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 from torch.nn import functional as F
 
-from torchfolio.engine import fit
+from torchfolio.engine import evaluate, fit
 from torchfolio.engine.modes import random_state
 from torchfolio.engine.recipes import adam
 from torchfolio.training import FastSlowEstimator, FastSlowMemoryNetwork, FastSlowTraining
-from torchfolio.training.fast_slow_memory import true_gradients
+from torchfolio.training.fast_slow_memory import episode_loss, true_gradients
 from torchfolio.training.memory_network import FastState
 from torchfolio.training.meta_episodes import class_episodes, prototype_episodes, sine_episodes
 from torchfolio.training.plastic import PlasticLinear
@@ -324,3 +324,40 @@ def test_refusals():
         FastSlowTraining().prepare(nn.Linear(1, 1), episodes())
     with pytest.raises(ValueError, match="hidden"):
         FeedbackPath((3,), 1, hidden=0)
+
+
+def test_foreign_networks_and_inputs_are_refused_in_a_sentence():
+    net, (x, y) = network(), episodes()
+    with pytest.raises(ValueError, match="each of 2 sequences"):
+        net.step(net.init_state(2), x[:, 0])
+    with pytest.raises(ValueError, match="NaN"):
+        net.step(net.init_state(4), x[:, 0] * float("nan"))
+    with pytest.raises(TypeError, match=r"codes .* got tuple"):
+        FastSlowMemoryNetwork(nn.LSTM(1, 40), 1)(x.float(), y.float())
+    with pytest.raises(TypeError, match="module as encoder"):
+        FastSlowMemoryNetwork(None, 1)
+    with pytest.raises(TypeError, match="FastSlowMemoryNetwork, got Linear"):
+        FastSlowEstimator(nn.Linear(1, 1)).fit(x[0], y[0])
+    classes = FastSlowEstimator(network(dtype=torch.float32, **TASKS["classification"]))
+    with pytest.raises(ValueError, match="NaN among"):
+        classes.fit(np.ones((2, 4)), [1.0, float("nan")])
+    with pytest.raises(ValueError, match=r"\(x, y, y\)"):
+        evaluate(net, (x, y), rule=FastSlowTraining())
+
+
+def test_a_stream_may_be_a_table_or_tokens():
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame(np.arange(12).reshape(3, 4), columns=list("abcd"))
+    stream = FastSlowEstimator(network(dtype=torch.float32, **TASKS["classification"])).fit(table, ["u", "v", "u"])
+    assert (stream.predict(table) == stream.predict(table.to_numpy().astype(float))).all()
+    words = FastSlowMemoryNetwork(nn.EmbeddingBag(9, 40), 2, task="classification")
+    assert FastSlowEstimator(words).fit(torch.tensor([[1, 8], [2, 3]]), [0, 1]).predict(
+        torch.tensor([[4, 5]])
+    ).shape == (1,)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_validation_is_the_loss_of_episodes(task):
+    net, (x, y) = network(**TASKS[task]), episodes(task)
+    scores = evaluate(net, (x, y, y), rule=FastSlowTraining())
+    torch.testing.assert_close(scores["loss"], episode_loss(net, net(x, y), net.targets(y, len(x))).item())

@@ -1,6 +1,6 @@
 """Measures memory networks with and without a fast path on functions and classes that are new in every episode.
 
-Longer than most: four tasks, shared feedback paths, and the arms beside them.
+Longer than most because there are four tasks, shared feedback paths, and the arms beside them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Settings:
         test: fixed episodes to test on.
     """
 
-    steps: int = 400
+    steps: int = 600
     share_steps: int = 150
     reuse_steps: int = 200
     further: int = 0

@@ -59,6 +59,7 @@ class FastSlowTraining(LearningRule):
     Note:
         Networks that share a feedback path and are trained by turns need nothing special: fit one, then the other.
         Freeze a path by `feedback.requires_grad_(False)`. Clip the gradients: fast weights can explode early on.
+        To validate or evaluate, give episodes as (x, y, y): what the network sees, and what it is compared with.
 
     Example:
         >>> net = FastSlowMemoryNetwork(nn.Sequential(nn.Linear(1, 40), nn.ReLU()), 1)
@@ -88,6 +89,10 @@ class FastSlowTraining(LearningRule):
             )
         self.networks = networks  # pyright: ignore
         return model
+
+    def predictor(self, model: nn.Module) -> nn.Module:
+        """The network on whole episodes (x, y); for classes its outputs `[B, out, T]`, as cross-entropy wants them."""
+        return _Validated(model) if isinstance(model, FastSlowMemoryNetwork) else model
 
     def step(self, batch: Sequence[Tensor], backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         if not self.networks:
@@ -144,6 +149,20 @@ class FastSlowTraining(LearningRule):
         assert known is not None
         gaps.append(_regress(pending[:3], known, steps, backward))
         return {"loss": torch.stack(losses).mean(), "synthetic": torch.stack(gaps).mean()}
+
+
+class _Validated(nn.Module):
+    """Whole episodes, scored against their targets."""
+
+    def __init__(self, network: FastSlowMemoryNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is None:
+            raise ValueError("a memory network answers within episodes; expected (x, y, y) to evaluate on, got (x, y)")
+        output = self.network(x, y)
+        return output.mT if self.network.task == "classification" else output
 
 
 def episode_loss(net: FastSlowMemoryNetwork, output: Tensor, target: Tensor) -> Tensor:

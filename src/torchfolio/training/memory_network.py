@@ -10,89 +10,19 @@ path that turns errors and labels into gradients, and can be shared by several n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.checks import finite, one_of, whole
+from torchfolio.checks import at_least, finite, one_of, whole
 from torchfolio.training.external_memory import ExternalMemory
+from torchfolio.training.fast_state import Context, FastState, Learned, Trace, targets
 from torchfolio.training.plastic import PlasticLinear
 from torchfolio.training.synthetic_gradients import FeedbackPath
 
 __all__ = ["FastSlowMemoryNetwork", "FastState", "Trace"]
-
-
-@dataclass(frozen=True)
-class FastState:
-    """What a network has learned within sequences, one row for each of them. New ones come out, none is changed.
-
-    Attributes:
-        memory: rows `[B, S, k]`.
-        read: fast weights of the controller that asks `[B, h, k]`; `None` without a fast path, like those below.
-        hidden: of the answering controller's hidden layer `[B, h + k, h]`.
-        readout: of its read-out `[B, h, out]`.
-        write: of the controller that writes `[B, h + out, 3k]`.
-    """
-
-    memory: Tensor
-    read: Tensor | None = None
-    hidden: Tensor | None = None
-    readout: Tensor | None = None
-    write: Tensor | None = None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> FastState:
-        """A state of changed tensors."""
-        return FastState(**{name: change(value) for name, value in self.state_dict().items()})
-
-    def detach(self) -> FastState:
-        """The same values without their graph."""
-        return self.map(Tensor.detach)
-
-    def to(self, *args: Any, **kwargs: Any) -> FastState:
-        """The state on another device or of another type, as `torch.Tensor.to`."""
-        return self.map(lambda value: value.to(*args, **kwargs))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name; `FastState(**tensors)` makes it again."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
-
-
-class Context(NamedTuple):
-    """What a step leaves for `FastSlowMemoryNetwork.observe`."""
-
-    code: Tensor  # c
-    query: Tensor  # q
-    joint: Tensor  # [c; m]
-    before: Tensor  # p
-    spikes: Tensor  # s
-    output: Tensor
-
-
-class Learned(NamedTuple):
-    """What an observation gives: the next state, inputs and output of the write controller, the signals."""
-
-    state: FastState
-    seen: Tensor
-    written: Tensor
-    signals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-
-
-class Trace(NamedTuple):
-    """A whole episode `[B, T, ...]`: outputs, signals of the feedback path and what the true ones follow from."""
-
-    output: Tensor
-    error: Tensor
-    signals: Tensor  # of q, p and the write controller
-    correction: Tensor  # of the output
-    hidden: Tensor
-    read: Tensor  # m
-    memory: Tensor  # before each step
-    attention: Tensor
 
 
 class FastSlowMemoryNetwork(nn.Module):
@@ -165,9 +95,9 @@ class FastSlowMemoryNetwork(nn.Module):
         super().__init__()
         self.out_dim, self.hidden = whole("out_dim", out_dim, 1), whole("hidden", hidden, 1)
         self.task, self.fast = one_of("task", task, ("regression", "classification")), bool(fast)
-        if not lambda_sg >= 0:
-            raise ValueError(f"expected lambda_sg of at least 0, got {lambda_sg!r}")
-        self.lambda_sg = float(lambda_sg)
+        self.lambda_sg = float(at_least("lambda_sg", lambda_sg, 0))
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"expected a module as encoder, got {type(encoder).__name__}")
         self.encoder, self.memory = encoder, ExternalMemory(slots, width)
 
         def layer(inputs: int, outputs: int, scale: float) -> nn.Linear:
@@ -206,7 +136,9 @@ class FastSlowMemoryNetwork(nn.Module):
         Returns:
             Outputs `[B, out]`, and what `observe` needs.
         """
-        code = self._encode(x)
+        if len(x) != len(state.memory):
+            raise ValueError(f"expected an input for each of {len(state.memory)} sequences of the state, got {len(x)}")
+        code = self._encode(finite("x", x))
         query = _apply(self.read, code, state.read)
         attention = self.memory.attend(state.memory, query.unsqueeze(1))
         joint = torch.cat((code, (attention @ state.memory).squeeze(1)), 1)
@@ -230,8 +162,7 @@ class FastSlowMemoryNetwork(nn.Module):
 
     def learned(self, state: FastState, context: Context, target: Tensor) -> Learned:
         """`observe` of checked targets, with what it went through."""
-        seen = torch.cat((context.code, target), 1)
-        written = _apply(self.write, seen, state.write)
+        written = _apply(self.write, seen := torch.cat((context.code, target), 1), state.write)
         if self.feedback is None:
             return Learned(FastState(self.rewritten(state.memory, written)), seen, written)
         signals = self.signals(context.query, context.spikes, written, context.output, target)
@@ -269,30 +200,15 @@ class FastSlowMemoryNetwork(nn.Module):
 
     def _encode(self, x: Tensor) -> Tensor:
         code = self.encoder(x)
+        if not isinstance(code, Tensor):
+            raise TypeError(f"expected codes [N, {self.hidden}] of the encoder, got {type(code).__name__}")
         if code.dim() != 2 or code.shape[1] != self.hidden:
             raise ValueError(f"expected codes [N, {self.hidden}] of the encoder, got shape {tuple(code.shape)}")
         return code
 
     def targets(self, y: Tensor, batch_size: int) -> Tensor:
         """Targets `[B, T, out]` in floating point, one-hot for classes; checked."""
-        finite("y", y)
-        weight = self.readout.weight
-        if self.task == "regression":
-            if not y.is_floating_point():
-                raise TypeError(f"expected targets of a regression in floating point, got {y.dtype}")
-            y = y.unsqueeze(2) if y.dim() == 2 and self.out_dim == 1 else y
-            if y.dim() != 3 or y.shape[2] != self.out_dim or len(y) != batch_size:
-                raise ValueError(
-                    f"expected targets for {batch_size} sequences with {self.out_dim} values, got {tuple(y.shape)}"
-                )
-            return y.to(weight.dtype)
-        if y.is_floating_point() or y.dtype == torch.bool:
-            raise TypeError(f"expected class labels as whole numbers, not one-hot rows, got {y.dtype}")
-        if y.dim() != 2 or len(y) != batch_size:
-            raise ValueError(f"expected labels for {batch_size} sequences, one a step, got shape {tuple(y.shape)}")
-        if int(y.min()) < 0 or int(y.max()) >= self.out_dim:
-            raise ValueError(f"expected labels from 0 to {self.out_dim - 1}, got {int(y.min())} to {int(y.max())}")
-        return F.one_hot(y.long(), self.out_dim).to(weight.dtype)
+        return targets(y, self.task, self.out_dim, batch_size).to(self.readout.weight.dtype)
 
     # Whole episodes
 

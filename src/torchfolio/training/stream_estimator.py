@@ -12,7 +12,8 @@ from sklearn.metrics import accuracy_score, r2_score
 from torch import Tensor
 
 from torchfolio.engine import evaluating
-from torchfolio.training.memory_network import FastSlowMemoryNetwork, FastState
+from torchfolio.training.fast_state import FastState
+from torchfolio.training.memory_network import FastSlowMemoryNetwork
 
 __all__ = ["FastSlowEstimator"]
 
@@ -51,12 +52,13 @@ class FastSlowEstimator(BaseEstimator):
         """Learn from further examples, one after another.
 
         Args:
-            X: examples `[N, ...]`.
+            X: examples `[N, ...]`; tables and arrays become floating point, whole numbers in a tensor (tokens) stay.
             y: any labels for classification, numbers for regression.
             classes: labels to number in advance, in this order; those not named are numbered as they come.
 
         Raises:
             ValueError: on more classes than the network has outputs, NaN, or lengths that differ.
+            TypeError: if the network is no `FastSlowMemoryNetwork`.
         """
         x, y = self._inputs(X), np.asarray(y)
         if len(x) != len(y):
@@ -106,8 +108,12 @@ class FastSlowEstimator(BaseEstimator):
         return output.float().cpu()
 
     def _inputs(self, X: Any) -> Tensor:
+        if not isinstance(self.network, FastSlowMemoryNetwork):
+            raise TypeError(f"expected a FastSlowMemoryNetwork, got {type(self.network).__name__}")
         weight = self.network.readout.weight
-        x = torch.as_tensor(X).to(weight.device, weight.dtype)
+        tokens = isinstance(X, Tensor) and not X.is_floating_point()
+        x = X if isinstance(X, Tensor) else torch.tensor(np.asarray(X))
+        x = x.to(weight.device, None if tokens else weight.dtype)
         if x.dim() < 2 or not len(x):
             raise ValueError(f"expected examples [N, ...], one or more, got shape {tuple(x.shape)}")
         if not x.isfinite().all():
@@ -120,6 +126,8 @@ class FastSlowEstimator(BaseEstimator):
 
     def _numbered(self, y: np.ndarray, names: list[Any], classes: Any) -> Tensor:
         """Numbers of labels, new ones in the order they come; `names` grows."""
+        if any(label != label for label in y.tolist()):
+            raise ValueError("expected labels, got NaN among them")
         for label in [*(() if classes is None else classes), *cast("list[Any]", y.tolist())]:
             if label not in names:
                 names.append(label)
