@@ -193,6 +193,18 @@ def test_refusals():
     for settings in ({"negatives": "hard"}, {"beta": -1}, {"top_k": 0}, {"beta": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             AMCLLoss(tau, **settings)
+    for queue in (torch.ones(3, 0, 7), torch.ones(2, 4, 7), torch.ones(3, 4, 6)):
+        with pytest.raises(ValueError, match=r"queue \[3, Q, 7\]"):
+            AMCLLoss(tau)(a, b, queue)
+    with pytest.raises(ValueError, match="queue to be finite"):
+        AMCLLoss(tau)(a, b, torch.full((3, 4, 7), torch.nan))
+    with pytest.raises(TypeError, match="module such as"):
+        AMCLLoss(0.3)
+    for kind in (PairTemperature, ConcatTemperature):
+        with pytest.raises(ValueError, match="of width 6"):
+            AMCLLoss(kind(6))(a, b)
+    with pytest.raises(ValueError, match="got tuple"):
+        AMCL().prepare(nn.LSTM(3, 2), (torch.randn(2, 3), None))
     with pytest.raises(ValueError, match=r"features \[N, D\]"):
         AMCL().prepare(nn.Conv2d(3, 2, 1), (torch.randn(2, 3, 8, 8), None))
 
@@ -207,6 +219,15 @@ def test_rules(rule):
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3))
     own = {AMCLMoCo: {"queue": 16}, AMCLBarlow: {"batch_size": 12}}.get(rule, {})
     check_rule(lambda: rule(view=VIEW, out_dim=8, **own), net, (X, Y), batch_size=12 if rule is AMCLBarlow else 5)
+
+
+@pytest.mark.parametrize("rule", [AMCL, AMCLMoCo, AMCLSimSiam, lambda **own: AMCLBarlow(6, **own)])
+def test_double_precision(rule):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+    made = rule(view=VIEW, out_dim=8)
+    made.prepare(net, (X.double(), Y))
+    made.step((X[:6].double(), Y[:6]), torch.Tensor.backward)
+    assert net[1].weight.grad.abs().sum() > 0
 
 
 def test_default_views_take_normalised_images():
@@ -226,3 +247,21 @@ def test_moco_moves_its_copy_slowly():
     assert parts["slow_encoder"][1].weight.grad is None
     torch.testing.assert_close(parts["loss"].queue[:, 12:], old[:, :8])
     torch.testing.assert_close(parts["loss"].queue.norm(dim=-1), torch.ones(3, 20))
+
+
+@pytest.mark.parametrize("low", [0.02, 0.05])
+@pytest.mark.parametrize("detach", [False, True])
+def test_all_at_once_is_the_general_form(low, detach):
+    class Own(PairTemperature):
+        pass
+
+    (a, b), tau = views(), temperature(low=low)
+    own = temperature(kind=Own, low=low)
+    results = []
+    for module in (tau, own):
+        loss = AMCLLoss(module, 0.1, detach_temperature=detach)
+        value = loss(a, b)
+        results.append([value, *loss.stats.values(), *torch.autograd.grad(3 * value, (a, b, *module.parameters()))])
+        results[-1].append(loss(a.detach().requires_grad_(False), b.detach()))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)

@@ -61,8 +61,8 @@ class AMCL(LearningRule):
         ValueError: on settings out of range; in `prepare`, if the encoder gives something else.
 
     Example:
-        >>> fit(encoder, (x, y), rule=AMCL(), epochs=1).step > 0
-        True
+        >>> fit(encoder, images, rule=AMCL(), optimizer=adam(1e-3), epochs=100, batch_size=256, drop_last=True)
+        >>> features = encoder(x)
 
     Reference:
         Wang et al., ECCV 2024.
@@ -88,14 +88,18 @@ class AMCL(LearningRule):
     def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
         with torch.no_grad(), undisturbed(), untouched(model, training=False):
             features = model(example[0])
-        if features.dim() != 2:
-            raise ValueError(f"expected an encoder that gives features [N, D], got {tuple(features.shape)}")
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"expected an encoder that gives features [N, D], got {got}")
         width = features.shape[1]
         projector = MultiHeadProjector(width, width, self.out_dim, self.heads)
         parts = nn.ModuleDict({"encoder": model, "projector": projector})
         parts.update(dict(self.build()))
-        self.parts = parts.to(features.device)
-        return self.parts
+        for name in parts.keys() - {"encoder"}:  # losses are computed in full precision
+            parts[name].to(features.device, torch.promote_types(features.dtype, torch.float32) if name == "loss" else
+                           features.dtype)  # fmt: skip
+        self.parts = parts
+        return parts
 
     def build(self) -> dict[str, nn.Module]:
         """Modules beside encoder and projector, the loss among them."""

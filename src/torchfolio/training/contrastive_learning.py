@@ -48,8 +48,9 @@ class ContrastiveRule(LearningRule):
     def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
         with torch.no_grad(), undisturbed(), untouched(model, training=False):
             features = model(example[0])
-        if features.dim() != 2:
-            raise ValueError(f"expected an encoder that gives features [N, D], got {tuple(features.shape)}")
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"expected an encoder that gives features [N, D], got {got}")
         parts = nn.ModuleDict({"encoder": model, "projector": self.projector(features.shape[1])})
         parts.update(self.beside(parts))
         self.parts = parts.to(features)

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from torchfolio.checks import at_least, finite, one_of, whole
-from torchfolio.training.pair_temperature import temperature_penalty
+from torchfolio.training.pair_softmax import PairSoftmax
+from torchfolio.training.pair_temperature import PairTemperature, temperature_penalty
 
 __all__ = ["AMCLBarlowLoss", "AMCLLoss", "AMCLSimSiamLoss"]
 
@@ -29,6 +30,19 @@ def _projections(*given: Tensor) -> list[Tensor]:
         raise ValueError(f"expected projections [C, N, d] of equal shape with at least two examples, got {shapes}")
     exact = torch.promote_types(first.dtype, torch.float32)
     return [finite("projections", z).to(exact) for z in given]
+
+
+def _module(temperature: Any) -> Any:
+    if not isinstance(temperature, nn.Module):
+        raise TypeError(
+            f"expected temperature to be a module such as PairTemperature, got {type(temperature).__name__}"
+        )
+    return temperature
+
+
+def _fits(temperature: nn.Module) -> bool:
+    """Whether the loss and its gradient can be had in one go."""
+    return type(temperature) is PairTemperature and temperature.low >= PairSoftmax.LEAST
 
 
 class AMCLLoss(nn.Module):
@@ -57,6 +71,7 @@ class AMCLLoss(nn.Module):
         Two views `[C, N, d]`, and a queue `[C, Q, d]` of unit vectors; the result is a scalar.
 
     Raises:
+        TypeError: if `temperature` is no module.
         ValueError: on settings out of range; in the call, on other shapes, values that are not finite, fewer than two
             examples, or fewer negatives than `top_k`.
 
@@ -74,7 +89,7 @@ class AMCLLoss(nn.Module):
         detach_temperature: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature: Any = temperature
+        self.temperature: Any = _module(temperature)
         self.beta = at_least("beta", beta, 0)
         self.negatives = one_of("negatives", negatives, ("logsumexp", "max", "topk"))
         self.top_k, self.detach_temperature = whole("top_k", top_k, 1), detach_temperature
@@ -89,14 +104,28 @@ class AMCLLoss(nn.Module):
                 partner = torch.arange(2 * n, device=z.device).roll(n)
                 index = partner.expand(len(z), -1).unsqueeze(-1)
                 q = self._seen(z)
+                if self.negatives == "logsumexp" and _fits(self.temperature):
+                    return self._at_once(z, q)
                 similarity, tau = z @ z.mT, self.temperature(q, q)
                 out = torch.eye(2 * n, dtype=torch.bool, device=z.device)
                 return self._loss(similarity, tau, index, out, z.shape[-1])
-            keys, q = queue.to(a), self._seen(a)
+            if queue.shape[::2] != a.shape[::2] or not queue.shape[1]:
+                raise ValueError(f"expected a queue [{len(a)}, Q, {a.shape[2]}] of keys, got {tuple(queue.shape)}")
+            keys, q = finite("queue", queue).to(a), self._seen(a)
             similarity = torch.cat([(a * b).sum(-1, keepdim=True), a @ keys.mT], -1)
             tau = torch.cat([self.temperature.paired(q, self._seen(b)).unsqueeze(-1), self.temperature(q, keys)], -1)
             index = torch.zeros(*a.shape[:2], 1, dtype=torch.int64, device=a.device)
             return self._loss(similarity, tau, index, None, a.shape[-1])
+
+    def _at_once(self, z: Tensor, q: Tensor) -> Tensor:
+        """The soft form with temperatures of dot products."""
+        t = self.temperature
+        loss, sums = PairSoftmax.apply(z, t.code(q), t.low, t.high, self.beta)  # pyright: ignore
+        anchors = z.shape[0] * z.shape[1]
+        means = sums / sums.new_tensor([anchors, anchors * (z.shape[1] - 2)] * 2)
+        names = ("positive_temperature", "negative_temperature", "positive_similarity", "negative_similarity")
+        self.stats = dict(zip(names, means, strict=True))
+        return loss
 
     def _seen(self, z: Tensor) -> Tensor:
         return z.detach() if self.detach_temperature else z
@@ -189,7 +218,7 @@ class AMCLSimSiamLoss(nn.Module):
 
     def __init__(self, temperature: nn.Module, beta: float = 1e-3) -> None:
         super().__init__()
-        self.temperature: Any = temperature
+        self.temperature: Any = _module(temperature)
         self.beta = at_least("beta", beta, 0)
         self.stats: dict[str, Tensor] = {}
 
@@ -226,7 +255,7 @@ class AMCLBarlowLoss(nn.Module):
 
     def __init__(self, temperature: nn.Module, beta: float = 1e-3, offdiagonal: float = 5e-3) -> None:
         super().__init__()
-        self.temperature: Any = temperature
+        self.temperature: Any = _module(temperature)
         self.beta = at_least("beta", beta, 0)
         self.offdiagonal = at_least("offdiagonal", offdiagonal, 0)
         self.stats: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2310.05615.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,16 +102,27 @@ class PairTemperature(nn.Module):
         if not low < high:
             raise ValueError(f"expected low below high, got {low} and {high}")
         self.scale = 1 / math.sqrt(hidden)
-        self.net = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+        self.net: Any = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        q = self.net(a)
-        k = q if b is a else self.net(b)
-        return self._bounded((q * self.scale) @ k.mT)
+        q = self.code(a)
+        k = q if b is a else self.code(b)
+        return self._bounded(q @ k.mT)
 
     def paired(self, a: Tensor, b: Tensor) -> Tensor:
         """Temperatures of row i with row i."""
-        return self._bounded((self.net(a) * self.net(b)).sum(-1) * self.scale)
+        return self._bounded((self.code(a) * self.code(b)).sum(-1))
+
+    def code(self, z: Tensor) -> Tensor:
+        """$\\varphi(z)/m^{1/4}$, whose dot products are the logits of temperatures."""
+        return self.net(self._sized(z)) * self.scale**0.5
+
+    def _sized(self, z: Tensor) -> Tensor:
+        if z.shape[-1] != self.net[0].in_features:
+            raise ValueError(
+                f"expected projections of width {self.net[0].in_features} for the temperatures, got {z.shape[-1]}"
+            )
+        return z
 
     def _bounded(self, logits: Tensor) -> Tensor:
         return torch.add(logits.new_tensor(self.low), logits.sigmoid(), alpha=self.high - self.low)
@@ -131,12 +143,12 @@ class ConcatTemperature(PairTemperature):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         first, second, last = self.net
-        hidden = first(a).unsqueeze(-2) + second(b).unsqueeze(-3)
+        hidden = first(self._sized(a)).unsqueeze(-2) + second(b).unsqueeze(-3)
         return self._bounded(last(hidden.relu()).squeeze(-1))
 
     def paired(self, a: Tensor, b: Tensor) -> Tensor:
         first, second, last = self.net
-        return self._bounded(last((first(a) + second(b)).relu()).squeeze(-1))
+        return self._bounded(last((first(self._sized(a)) + second(b)).relu()).squeeze(-1))
 
 
 class FixedTemperature(nn.Module):
