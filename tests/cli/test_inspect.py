@@ -44,9 +44,9 @@ def test_one_network(networks, tmp_path):
     assert all(0 <= row["bins_i_ty"] <= row["bins_i_xt"] <= 7.65 for row in result["information"])
     text = page.read_text()
     assert "inside net0" in text
-    assert text.count("data:image/svg+xml") == 2 + len(
+    assert text.count("data:image/svg+xml") == 3 + len(
         [p for p in result["panels"].values() if {"layers", "pairs"} & set(p)]
-    ), "a plane each, geometry, and boundaries"
+    ), "a plane each, the learning curve, geometry, and boundaries"
     assert result["panels"]["boundary_tilting"]["pairs"]
     assert "saturated in" in text
     assert "<script" not in text

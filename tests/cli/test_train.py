@@ -179,3 +179,44 @@ def test_a_logger_that_is_not_there(log, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert ("expected csv, tensorboard, wandb" if log == "paper" else "wandb is not installed") in done.stderr
+
+
+def test_a_validation_set_of_ones_own(noise, tmp_path):
+    import torch
+
+    from torchfolio import data, engine
+    from torchfolio.bundle import load_bundle
+    from torchfolio.cli.networks import normalized
+
+    rng = np.random.default_rng(1)
+    (tmp_path / "noise" / "0").mkdir()  # a class that is not in the other set: labels go by name, not by place
+    for k in range(20):
+        for place in ("noise/0", "mine/a", "mine/b"):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / place / f"{k}.png")
+    done = call(*TRAIN, "--data", noise, "-o", "net", "--val", "mine/")
+    assert done.exit_code == 0, done.output
+    loaded = load_bundle("net")
+    record = loaded.manifest.training
+    assert record["val_data"] == "mine/"
+    mine = data.load_whole("mine/", like=data.load(noise))
+    assert mine.tensors[1].bincount().tolist() == [0, 20, 20]
+    scores = engine.evaluate(loaded.model, normalized(mine, loaded.manifest.mean, loaded.manifest.std))
+    assert scores == pytest.approx(record["val"], abs=1e-6)
+    held_out = data.load(noise).val  # as without a set of one's own, it was not trained on
+    assert engine.evaluate(loaded.model, held_out)["accuracy"] < 0.9
+    torch.testing.assert_close(data.load(noise).std, torch.tensor(loaded.manifest.std))
+
+
+@pytest.mark.parametrize(
+    ("val", "sentence"),
+    [("noise", "names the training data"), ("digits", "has 0, 1"), ("odd/", "has inputs of shape (1, 4, 4)"),
+     (" ", "got an empty one"), ("nowhere", "no data set 'nowhere'")],
+)  # fmt: skip
+def test_validation_sets_that_do_not_fit(noise, tmp_path, val, sentence):
+    for name in "ab":
+        (tmp_path / "odd" / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "odd" / name / "0.png")
+    done = call(*TRAIN, "--data", noise, "-o", "net", "--val", val)
+    assert done.exit_code == 2, done.output
+    assert sentence in " ".join(done.stderr.replace("│", " ").split())

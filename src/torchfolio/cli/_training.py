@@ -14,6 +14,10 @@ import typer
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
+    from torch.utils.data import TensorDataset
+
+    from torchfolio.bundle import Manifest
+    from torchfolio.data import DataSplits
     from torchfolio.engine import FitState
 
 HISTORY = "history.csv"
@@ -45,6 +49,24 @@ def validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The last validation figures, by name."""
     last = rows[-1] if rows else {}
     return {name.removeprefix("val_"): float(value) for name, value in last.items() if name.startswith("val_")}
+
+
+def validation_set(
+    name: str, data: str, splits: DataSplits, manifest: Manifest, image_size: int | None
+) -> TensorDataset:
+    """All examples of a set of the user's own, normalised and labelled as those that are trained on.
+
+    Raises:
+        TorchfolioError: if they do not fit the training data, or are the training data.
+    """
+    from torchfolio.cli.networks import normalized
+    from torchfolio.data import load_whole
+
+    if name == data or (Path(name).is_dir() and Path(name).resolve() == Path(data).resolve()):
+        raise TorchfolioError(f"--val names the training data, {data}; its validation part is taken without --val")
+    size = image_size or manifest.training.get("image_size")
+    examples = load_whole(name, like=splits, image_size=size)
+    return normalized(examples, manifest.mean, manifest.std)
 
 
 def make_logger(kind: str | None, output: Path) -> list[Any]:

@@ -59,6 +59,7 @@ def inspect(
     """
     from torchfolio.bundle import load_bundle
     from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.report.learning import learning_card
     from torchfolio.report.sheet import write_sheet
 
     if split not in ("train", "val", "test"):
@@ -97,6 +98,8 @@ def inspect(
         _say(f"{name}: {slug}")
         card, result["panels"][slug] = _panel(slug, analysis, models, (x, y), list(layer or ()), seed)
         cards.append(card)
+    trained = [(bundle, name), (other, str(other))]
+    cards += [card for place, called in trained if place and (card := learning_card(place, called)) is not None]
     write_sheet(output, f"inside {name}", cards)
     _show(result, as_json)
 

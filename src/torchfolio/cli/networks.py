@@ -27,8 +27,9 @@ from torchfolio.cli._options import (
     TrainSize,
     at_least_zero,
     check_output,
+    named,
 )
-from torchfolio.cli._training import HISTORY, history_text, make_logger, say_epoch, validation
+from torchfolio.cli._training import HISTORY, history_text, make_logger, say_epoch, validation, validation_set
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -85,6 +86,13 @@ def train(
     early_stopping: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Stop after so many epochs without a better validation loss.")
     ] = None,
+    val: Annotated[
+        str | None,
+        typer.Option(
+            help="Validate on all of this set, in place of examples held out of --data (which stay held out).",
+            callback=named,
+        ),
+    ] = None,
     log: Annotated[str | None, typer.Option(help="Log to csv, tensorboard or wandb, in NAME.logs beside it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
     force: Force = False,
@@ -128,6 +136,7 @@ def train(
         net, manifest, splits = _started(start, allowed, data, sizes)
     else:
         raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
+    held_out = splits.val if val is None else validation_set(val, data, splits, manifest, image_size)
     given = {**settings, **_ready(networks[0], manifest, allowed)}
     host = learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **given}, f"the rule {rule}")
     for (name, (make, own)), bundles in zip(added.items(), networks[1:], strict=True):
@@ -138,7 +147,7 @@ def train(
         result = engine.fit(
             net,
             splits.train,
-            val=splits.val,
+            val=held_out,
             rule=learning_rule,
             optimizer=make_optimizer,
             scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
@@ -171,6 +180,7 @@ def train(
             "start": str(start) if start else None,
             "steps": result.steps,
             "stopped": result.stopped,
+            "val_data": val,
             "val": validation(result.history.rows),
             "test": scores,
         }

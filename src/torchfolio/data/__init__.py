@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch.utils.data import TensorDataset
+
 from torchfolio.data.augment import CropFlip
 from torchfolio.data.examples import Examples
 from torchfolio.data.sources import DataNotFound, data_folders, embedded_names, find
-from torchfolio.data.splits import DataSplits, split
+from torchfolio.data.splits import DataSplits, split, whole
 from torchfolio.data.text import LABELLED, labelled
 
-__all__ = ["CropFlip", "DataNotFound", "DataSplits", "Examples", "data_folders", "embedded_names", "load"]
+__all__ = ["CropFlip", "DataNotFound", "DataSplits", "Examples", "data_folders", "embedded_names", "load", "load_whole"]
 
 
 def load(
@@ -67,3 +69,24 @@ def load(
         image_size=image_size,
         normalize=normalize,
     )
+
+
+def load_whole(
+    name: str, *, like: DataSplits, image_size: int | None = None, root: str | Path | None = None
+) -> TensorDataset:
+    """All examples of a set, whatever splits it has, with the labels of another set.
+
+    Args:
+        name: of the set, as `load` takes it.
+        like: set whose shape the examples must have, and whose classes, matched by name.
+        image_size: side of the images, as in `load`.
+        root: a folder to look in first.
+
+    Returns:
+        Inputs, which are not normalised, and targets.
+
+    Raises:
+        DataNotFound: if the set is nowhere.
+        ValueError: if inputs or classes are others than those of `like`.
+    """
+    return whole(find(name, root, image_size), like, image_size)

@@ -142,6 +142,25 @@ def split(
     )
 
 
+def whole(raw: Raw, like: DataSplits, image_size: int | None) -> TensorDataset:
+    """All examples of what was read, for a network of another set. See `torchfolio.data.load_whole`."""
+    _check_labels(raw)
+    parts = [part for part in (raw.train, raw.val, raw.test) if part is not None]
+    x = torch.cat([_scaled(x[:], image_size) for x, _ in parts])
+    y = torch.cat([y for _, y in parts])
+    if tuple(x.shape[1:]) != like.shape:
+        raise ValueError(f"{raw.name} has inputs of shape {tuple(x.shape[1:])}, {like.name} of {like.shape}")
+    odd = sorted(set(raw.classes) - set(like.classes))
+    if odd or bool(raw.classes) != bool(like.classes):
+        here, there = (", ".join(names) or "no classes" for names in (odd, like.classes))
+        raise ValueError(f"{raw.name} has {here}, expected of the classes of {like.name}: {there}")
+    if raw.classes:
+        y = torch.tensor([like.classes.index(name) for name in raw.classes])[y]
+    elif y.shape[1:] != like.train.tensors[1].shape[1:]:
+        raise ValueError(f"{raw.name} has targets of shape {tuple(y.shape[1:])}, {like.name} others")
+    return TensorDataset(x.contiguous(), y)
+
+
 SPLIT_SEED = 0  # of what is held out: the split belongs to the data, not to a training
 TEST_SHARE = 0.2
 
