@@ -171,6 +171,24 @@ def test_any_callable_is_measured():
         assert not as_physical(graph, 3, 3)(torch.ones(1, 3)).requires_grad
 
 
+def test_black_boxes_that_write_into_their_input_or_give_no_real_numbers():
+    x = torch.ones(2, 3)
+    assert torch.equal(as_physical(lambda v: v.mul_(2), 3, 3)(x), 2 * torch.ones(2, 3))
+    assert torch.equal(x, torch.ones(2, 3))
+    for fn, got in ((lambda v: v * 1j, "complex"), (lambda v: None, "None"), (lambda v: np.asarray(v) * 1j, "complex")):
+        with pytest.raises(TypeError, match=f"real outputs of a physical layer, got {got}"):
+            as_physical(fn, 3, 3)(x)
+
+
+def test_a_frozen_block_is_measured_and_left():
+    net = network()
+    net.blocks[0].linear.requires_grad_(False)
+    before = net.blocks[0].linear.weight.clone()
+    net.fit(*table(), epochs=2)
+    assert torch.equal(net.blocks[0].linear.weight, before)
+    assert net.physical_calls == 2 * 2 * 2
+
+
 def test_surrogate_fits_pairs():
     x = torch.rand(300, 4)
     system = MeasuredSurrogate(x, x.square(), epochs=30, lr=3e-3)
@@ -184,6 +202,8 @@ def test_features_without_labels():
         [PhysicalBlock(MultimodeOptics(5, 6), 7), PhysicalBlock(MultimodeOptics(7, 6), 7)], 3, (5,)
     )
     assert net.fit(x, epochs=2).fit_readout(x, y).score(x, y) > 0.8
+    with pytest.raises(ValueError, match="length"):
+        net.fit_readout(x, y[:-1])
     masks = hybrid_masks(5, (2, 8, 8), torch.Generator().manual_seed(0))
     assert masks.shape == (5, 2, 8, 8)
     assert set(masks.unique().tolist()) == {0.0, 1.0}

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -303,10 +304,14 @@ class BlackBox(PhysicalSystem):
         try:
             for m in modules:
                 m.training = False
+            x = x.clone()  # the callable may write into its input
             y = self.fn(x.cpu().numpy() if self.numpy else x)
         finally:
             for m, mode in zip(modules, modes, strict=True):
                 m.training = mode
+        if y is None or (y.is_complex() if isinstance(y, Tensor) else np.iscomplexobj(y)):
+            kind = "complex ones" if y is not None else "None"
+            raise TypeError(f"expected real outputs of a physical layer, got {kind}")
         y = torch.as_tensor(y)
         if y.requires_grad and not torch.is_grad_enabled() and not self._warned:
             warnings.warn("a physical layer returned a tensor with a graph, which is cut", stacklevel=3)
