@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 INPUTS = ("pixel_values", "input_ids", "x", "image", "img", "inputs")
 TARGETS = ("labels", "y", "label", "target", "targets")
@@ -140,7 +140,7 @@ class Examples:
             return zip(*(t.split(size) for t in self.tensors), strict=True)
         if isinstance(self.source, DataLoader) or not isinstance(self.source, Dataset):
             return self.source
-        return DataLoader(self.source, len(self) if batch_size is None else batch_size)
+        return DataLoader(self.source, len(self) if batch_size is None else batch_size, collate_fn=collate)
 
     def _check(self, row: Row) -> None:
         lengths = [len(t) if t.dim() else 0 for t in row]
@@ -166,6 +166,25 @@ def whole_tensors(data: Any, name: str = "data") -> Row | None:
         chosen = torch.as_tensor(list(data.indices), dtype=torch.long)
         return tuple(t[chosen.to(t.device)] for t in inside)
     return None
+
+
+def collate(rows: list[Any]) -> Any:
+    """Rows as one batch.
+
+    Raises:
+        ValueError: if they differ in shape.
+    """
+    try:
+        return default_collate(rows)
+    except RuntimeError as error:
+        tensors = [[t for t in row if isinstance(t, Tensor)] for row in rows if isinstance(row, tuple | list)]
+        for same in zip(*tensors, strict=False):
+            shapes = list(dict.fromkeys(tuple(t.shape) for t in same))
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"expected examples of one shape, got {shapes[0]} and {shapes[1]}; resize, convert or pad them"
+                ) from error
+        raise
 
 
 def as_row(row: Any, name: str = "data") -> Row:
@@ -212,7 +231,8 @@ def _of_mapping(row: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     given = [key for key in INPUTS if key in row]
     if not given:
         raise TypeError(
-            f"expected an input under {', '.join(INPUTS)} in {name}, got the keys {', '.join(map(str, row))}"
+            f"expected an input under {', '.join(INPUTS)} in {name}, got the keys {', '.join(map(str, row))}; "
+            "rename one"
         )
     masked = [key for key in MASKS if key in row and not np.all(np.asarray(row[key]) == (key == "attention_mask"))]
     if masked:
@@ -237,6 +257,11 @@ def _source(data: Any, name: str) -> Any:
         raise TypeError(
             f"expected {name} to be tensors or arrays (x, y), a list of pairs or of batches, got {kinds or 'nothing'}"
         )
+    if isinstance(data, Mapping) and data and all(hasattr(part, "features") for part in data.values()):
+        raise TypeError(f"expected {name} to be one split of the set, as in data['train'], got all: {', '.join(data)}")
+    data = _unformatted(data)
+    if isinstance(data, IterableDataset) and _of_hub(data):
+        return StreamedRows(data, name)
     if isinstance(data, str | bytes | Mapping):
         what = f"a dict of {', '.join(map(str, data))}" if isinstance(data, Mapping) else f"text {data!r:.40}"
         raise TypeError(f"expected {name} to be tensors (x, y), a Dataset or a DataLoader, got {what}")
@@ -265,6 +290,34 @@ class Rows(Dataset):
 
     def __getitem__(self, k: int) -> Row:
         return as_row(self.data[int(k)], self.name)
+
+
+class StreamedRows(IterableDataset):
+    """A stream of examples as tuples of tensors, (x, y) or (x,)."""
+
+    def __init__(self, data: Iterable[Any], name: str = "data") -> None:
+        self.data, self.name = data, name
+
+    def __iter__(self) -> Iterator[Row]:
+        return (as_row(row, self.name) for row in self.data)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the stream, where it shuffles, shuffle anew."""
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _of_hub(data: Any) -> bool:
+    return type(data).__module__.startswith("datasets.")
+
+
+def _unformatted(data: Any) -> Any:
+    """A Hugging Face set of pictures without a format of tensors or arrays, which would give bytes in another order."""
+    features = getattr(data, "features", None) if _of_hub(data) else None
+    pictures = features is not None and any(type(feature).__name__ == "Image" for feature in features.values())
+    if not pictures or (hasattr(data, "format") and data.format["type"] in (None, "custom")):
+        return data
+    return data.with_format(None)
 
 
 def _is_plain(data: Any) -> bool:

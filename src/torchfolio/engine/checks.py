@@ -69,12 +69,30 @@ def check_model(model: nn.Module, example: Batch, data: Data, rule: LearningRule
             return
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         weights = next((f" (its weights are {p.dtype})" for p in model.parameters()), "")
+        hint = "; pictures of bytes are converted by x.float() / 255" if inputs[0].dtype == torch.uint8 else ""
         raise ValueError(
-            f"the model cannot take a batch of {shapes}{weights}: {type(error).__name__}: {error}"
+            f"the model cannot take a batch of {shapes}{weights}: {type(error).__name__}: {error}{hint}"
         ) from error
     finally:
         reset_state(model)
+    check_output(model, output, rule)
     check_targets(output, target, data, getattr(rule, "loss", None))
+
+
+def check_output(model: nn.Module, output: Any, rule: LearningRule) -> None:
+    """Refuse a record in the place of a tensor, where the rule's loss has no use for it.
+
+    Raises:
+        TypeError: saying how to get at what it holds.
+    """
+    if isinstance(output, Tensor) or getattr(rule, "loss", None) not in (default_loss, F.cross_entropy):
+        return
+    wrapped = (
+        "torchfolio.models.Logits(model)" if hasattr(output, "logits") else "a module that returns one of its parts"
+    )
+    raise TypeError(
+        f"expected {type(model).__name__} to return a tensor, got {type(output).__name__}; wrap it: {wrapped}"
+    )
 
 
 def check_targets(output: Any, target: Tensor, data: Data, criterion: Any, name: str = "") -> None:

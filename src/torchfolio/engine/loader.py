@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from torchfolio.data.examples import INPUTS, TARGETS, as_row, whole_tensors
+from torchfolio.data.examples import INPUTS, TARGETS, as_row, collate, whole_tensors
 from torchfolio.engine.modes import seeded
 
 Data = Dataset | DataLoader | Sequence[Tensor]
@@ -72,7 +72,7 @@ def as_batches(
 
     Args:
         data: tensors or a `TensorDataset` (indexed whole batches at a time), another `Dataset`, or a
-            `DataLoader`, which brings its own batches and order.
+            `DataLoader`, which brings its own batches and order, as a list of batches does.
         batch_size: examples of a joint batch.
         seed: of the order.
         rank: of this process.
@@ -85,8 +85,15 @@ def as_batches(
     tensors = tensors_of(data)
     if tensors is not None:
         return TensorBatches(_near(tensors, device), batch_size, seed, rank, world, drop_last)
+    if isinstance(data, list):
+        return LoaderBatches(DataLoader(data, batch_size=None), seed, rank, world)  # pyright: ignore[reportArgumentType]
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"expected a Dataset, a DataLoader, a list of batches or tensors (x, y), got {type(data).__name__}, which "
+            "may be gone through only once"
+        )
     shuffle = not isinstance(data, IterableDataset)
-    loader = DataLoader(data, batch_size, shuffle=shuffle, drop_last=drop_last)  # pyright: ignore[reportArgumentType]
+    loader = DataLoader(data, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate)
     return LoaderBatches(loader, seed, rank, world)
 
 
@@ -157,9 +164,9 @@ class LoaderBatches:
         self.began: list[Tensor] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Share]:
-        for sampler in (self.original.sampler, self.original.batch_sampler):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        for part in (self.original.sampler, self.original.batch_sampler, self.original.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self.began = [g.get_state() for g in self._generators()]
         passed = start
         if self.shares is not None:

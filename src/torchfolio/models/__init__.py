@@ -2,6 +2,7 @@
 
 from torchfolio.models.chain import Chain
 from torchfolio.models.init import initialize
+from torchfolio.models.logits import Logits
 from torchfolio.models.nets import MLP, VGG, ConvNet, EncoderBlock, Transformer, UNet, ViT, vgg11, vgg13, vgg16, vgg19
 from torchfolio.models.registry import BUILDERS, build, names, spec
 from torchfolio.models.resnet import (
@@ -32,6 +33,7 @@ __all__ = [
     "ConvNet",
     "EncoderBlock",
     "Features",
+    "Logits",
     "ResNetCIFAR",
     "Transformer",
     "UNet",
