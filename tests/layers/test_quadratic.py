@@ -184,6 +184,40 @@ def test_dimension_needs_enough_points():
         functional_dimension(lambda p, x: functional_call(net, p, x), params, torch.randn(2, 2))
 
 
+def test_a_single_layer_is_converted_and_bad_settings_are_refused_in_one_sentence():
+    assert isinstance(to_quadratic(nn.Linear(3, 2)), QuadraticLinear)
+    net = nn.Sequential(QuadraticLinear(3, 2))
+    rates = [g["lr"] for g in relinear_param_groups(net, 1.0, gamma=[0.5, 0.25])]
+    assert rates == [1, 0.5, 0.5, 0.25]
+    for bad in ({"gamma": (1, 2, 3)}, {"gamma": -1}, {"weight_decay": -1}):
+        with pytest.raises(ValueError, match="expected"):
+            relinear_param_groups(net, 0.1, **bad)
+    for x in (torch.full((2, 3), float("nan")), torch.zeros(0, 3)):
+        with pytest.raises(ValueError, match="x"):
+            quadratic_strength(net, x)
+    with pytest.raises(ValueError, match="inputs"):
+        functional_dimension(
+            lambda p, x: functional_call(net, p, x), dict(net.named_parameters()), torch.full((9, 3), float("nan"))
+        )
+
+
+def test_a_transformer_keeps_its_outputs_and_is_measured_by_its_own_arguments():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    bert, ids = transformers.BertForSequenceClassification(config).eval(), torch.arange(21).view(3, 7)
+    before = bert(ids).logits
+    assert torch.allclose(to_quadratic(bert)(ids).logits, before, atol=1e-6)
+    optimizer = torch.optim.SGD(relinear_param_groups(bert, 0.1), lr=0.1)
+    bert(ids, labels=torch.tensor([0, 1, 1])).loss.backward()
+    optimizer.step()
+    strength = quadratic_strength(bert, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert len(strength) == 8
+    assert all(0 < share < 0.5 for share in strength.values())
+
+
 def test_squares_are_not_kept_for_backward():
     x = torch.randn(4, 8, 16, 16)
     layer = QuadraticConv2d(8, 8, 3, padding=1)
