@@ -56,7 +56,7 @@ def read(folder):
 def test_a_module_that_compiles_its_source_is_not_built(folder, tmp_path):
     mark = tmp_path / "ran"
     body = read(folder)
-    body["build"] = "torchfolio.insight.circuit_diagrams.compile:CircuitModule"
+    body["build"] = "torchfolio.diagrams.compile:CircuitModule"
     source = f"open({str(mark)!r}, 'w').close()\ndef f(*a): return a"
     body["arguments"] = {"source": source, "name": "f", "weights": {}, "saved": []}
     rewrite(folder, body)

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from torchfolio.cli import app
-from torchfolio.insight.circuit_diagrams import check_svg
+from torchfolio.diagrams import check_svg
 
 MYNET = """
 import torch

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchfolio.diagrams import Drawing, Expression, check_svg, draw, ncd, op
+from torchfolio.diagrams.algebra import SignatureError
+from torchfolio.diagrams.graph import Graph
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams import Drawing, Expression, check_svg, draw, ncd, op
-from torchfolio.insight.circuit_diagrams.algebra import SignatureError
-from torchfolio.insight.circuit_diagrams.graph import Graph
 from torchfolio.measure import count_flops
 from torchfolio.models import MLP, BasicBlock, ConvNet, UNet, ViT
 from torchfolio.runs import Results, Run

@@ -206,7 +206,7 @@ def comparison(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet
 
 def drawing(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
     """A transformer block as a diagram of its axes."""
-    from torchfolio.insight.circuit_diagrams import draw
+    from torchfolio.diagrams import draw
 
     block = models.EncoderBlock(dim=16, heads=2)
     drawn = draw(block, torch.randn(2, 5, 16), names=["b x m"])

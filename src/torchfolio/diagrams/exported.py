@@ -13,9 +13,9 @@ import torch
 from torch import Tensor as TorchTensor
 from torch import nn
 
+from torchfolio.diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.rules import call, nodes_of, rule_of
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
-from torchfolio.insight.circuit_diagrams.rules import call, nodes_of, rule_of
 
 AUTOMATIC = {1: "b", 2: "b m", 3: "b x m", 4: "b c h w", 5: "b c t h w"}
 """Names of the axes of an input by their number."""

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import nn
 
-from torchfolio.insight.circuit_diagrams import draw, ncd, op
+from torchfolio.diagrams import draw, ncd, op
 from torchfolio.measure import count_flops
 from torchfolio.models import MLP, ConvNet, ResNetCIFAR, UNet, ViT
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor as TorchTensor
 
-from torchfolio.insight.circuit_diagrams.compile import OPERATORS
-from torchfolio.insight.circuit_diagrams.graph import Value, hint
+from torchfolio.diagrams.compile import OPERATORS
+from torchfolio.diagrams.graph import Value, hint
 from torchfolio.measure.cost import FlopCounter
 
 if TYPE_CHECKING:
-    from torchfolio.insight.circuit_diagrams.exported import Reader
+    from torchfolio.diagrams.exported import Reader
 
 __all__ = ["call", "flat", "nodes_of", "rule_of"]
 

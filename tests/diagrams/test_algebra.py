@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchfolio.insight.circuit_diagrams import check_svg, ncd, op
-from torchfolio.insight.circuit_diagrams.algebra import SignatureError
+from torchfolio.diagrams import check_svg, ncd, op
+from torchfolio.diagrams.algebra import SignatureError
 
 SIZES = {"y": 5, "x": 7, "m": 32, "k": 8, "h": 4, "n": 32}
 

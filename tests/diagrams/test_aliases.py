@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.insight.circuit_diagrams import draw
+from torchfolio.diagrams import draw
 
 
 class Of(nn.Module):

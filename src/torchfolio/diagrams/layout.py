@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torchfolio.insight.circuit_diagrams.fonts import Span, spans_width
-from torchfolio.insight.circuit_diagrams.ordering import ordered
-from torchfolio.insight.circuit_diagrams.pictograms import Drawn, Place, Plan, finish, plan
-from torchfolio.insight.circuit_diagrams.rows import Rows
-from torchfolio.insight.circuit_diagrams.shapes import (
+from torchfolio.diagrams.fonts import Span, spans_width
+from torchfolio.diagrams.ordering import ordered
+from torchfolio.diagrams.pictograms import Drawn, Place, Plan, finish, plan
+from torchfolio.diagrams.rows import Rows
+from torchfolio.diagrams.shapes import (
     Area,
     Box,
     Command,
@@ -25,7 +25,7 @@ from torchfolio.insight.circuit_diagrams.shapes import (
     ease,
     polyline,
 )
-from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Wire
+from torchfolio.diagrams.sheet import Fence, Sheet, Step, Wire
 
 INK, GREY = "#1c1c22", "#8a8a92"
 FILLS = ("#fff3dc", "#eceaf7", "#e6f3ea", "#fdeced", "#e4f1f8", "#fdfbe0")

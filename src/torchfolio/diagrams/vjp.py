@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
 
 __all__ = ["Pullback", "pullback"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from torchfolio.insight.circuit_diagrams.fonts import text_width
-from torchfolio.insight.circuit_diagrams.shapes import Area, Geometry, Path, Text
-from torchfolio.insight.circuit_diagrams.svg import DASH_WIDTH, INK, WIRE_WIDTH
+from torchfolio.diagrams.fonts import text_width
+from torchfolio.diagrams.shapes import Area, Geometry, Path, Text
+from torchfolio.diagrams.svg import DASH_WIDTH, INK, WIRE_WIDTH
 
 POINTS = 0.75
 """Points in a px: 72 of the one and 96 of the other are an inch."""

@@ -19,11 +19,11 @@ Example:
     >>> torch.testing.assert_close(drawing.to_module()(x), net(x))
 """
 
-from torchfolio.insight.circuit_diagrams.algebra import Expression, ncd, op
-from torchfolio.insight.circuit_diagrams.checks import Check, ColumnCount, check_svg
-from torchfolio.insight.circuit_diagrams.cost import Cost
-from torchfolio.insight.circuit_diagrams.drawing import BackwardDrawing, Drawing, draw
-from torchfolio.insight.circuit_diagrams.layout import Style
+from torchfolio.diagrams.algebra import Expression, ncd, op
+from torchfolio.diagrams.checks import Check, ColumnCount, check_svg
+from torchfolio.diagrams.cost import Cost
+from torchfolio.diagrams.drawing import BackwardDrawing, Drawing, draw
+from torchfolio.diagrams.layout import Style
 
 __all__ = [
     "BackwardDrawing",

@@ -13,9 +13,9 @@ from pathlib import Path as FilePath
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from torchfolio.diagrams.fonts import FAMILIES, text_width
+from torchfolio.diagrams.shapes import Area, Geometry, Glyph, Path, Text
 from torchfolio.errors import require
-from torchfolio.insight.circuit_diagrams.fonts import FAMILIES, text_width
-from torchfolio.insight.circuit_diagrams.shapes import Area, Geometry, Glyph, Path, Text
 
 INK, PAPER = "#1c1c22", "#ffffff"
 WIRE_WIDTH, DASH_WIDTH = 1.2, 2.0

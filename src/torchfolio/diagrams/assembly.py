@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torchfolio.diagrams.fonts import Span, name_spans
+from torchfolio.diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.repeats import fold_repeats
+from torchfolio.diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
-from torchfolio.insight.circuit_diagrams.repeats import fold_repeats
-from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
 
 TOGETHER = 5
 """Uses of a tensor that are at most so many operations apart are served by one copy."""

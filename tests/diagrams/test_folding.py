@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from torchfolio.diagrams import check_svg, draw
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams import check_svg, draw
 
 
 def encoder(layers=4, **more):

@@ -7,16 +7,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from torchfolio.insight.circuit_diagrams.checks import check_svg, parse_path, svg_metadata
-from torchfolio.insight.circuit_diagrams.fonts import Span, name_spans, spans_width, text_width
-from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
-from torchfolio.insight.circuit_diagrams.ordering import ordered
-from torchfolio.insight.circuit_diagrams.pdf import render_pdf
-from torchfolio.insight.circuit_diagrams.rows import Rows
-from torchfolio.insight.circuit_diagrams.shapes import Box, Text, flattened
-from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
-from torchfolio.insight.circuit_diagrams.svg import render_png, render_svg
-from torchfolio.insight.circuit_diagrams.text import render_text
+from torchfolio.diagrams.checks import check_svg, parse_path, svg_metadata
+from torchfolio.diagrams.fonts import Span, name_spans, spans_width, text_width
+from torchfolio.diagrams.layout import Style, lay_out
+from torchfolio.diagrams.ordering import ordered
+from torchfolio.diagrams.pdf import render_pdf
+from torchfolio.diagrams.rows import Rows
+from torchfolio.diagrams.shapes import Box, Text, flattened
+from torchfolio.diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
+from torchfolio.diagrams.svg import render_png, render_svg
+from torchfolio.diagrams.text import render_text
 
 
 @dataclass

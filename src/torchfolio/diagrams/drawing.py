@@ -13,24 +13,24 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from torchfolio.insight.circuit_diagrams.assembly import View, assemble
-from torchfolio.insight.circuit_diagrams.compile import CircuitModule, source_of
-from torchfolio.insight.circuit_diagrams.cost import Cost, axis_symbols, cost_of
-from torchfolio.insight.circuit_diagrams.equality import same_graph
-from torchfolio.insight.circuit_diagrams.exported import read, trace
-from torchfolio.insight.circuit_diagrams.graph import Graph
-from torchfolio.insight.circuit_diagrams.layout import Style, lay_out
-from torchfolio.insight.circuit_diagrams.orders import ContractionOrder, contraction_orders
-from torchfolio.insight.circuit_diagrams.pdf import render_pdf
-from torchfolio.insight.circuit_diagrams.shapes import Geometry
-from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step
-from torchfolio.insight.circuit_diagrams.sheet import Tensor as Wires
-from torchfolio.insight.circuit_diagrams.svg import render_png, render_svg
-from torchfolio.insight.circuit_diagrams.text import render_text
+from torchfolio.diagrams.assembly import View, assemble
+from torchfolio.diagrams.compile import CircuitModule, source_of
+from torchfolio.diagrams.cost import Cost, axis_symbols, cost_of
+from torchfolio.diagrams.equality import same_graph
+from torchfolio.diagrams.exported import read, trace
+from torchfolio.diagrams.graph import Graph
+from torchfolio.diagrams.layout import Style, lay_out
+from torchfolio.diagrams.orders import ContractionOrder, contraction_orders
+from torchfolio.diagrams.pdf import render_pdf
+from torchfolio.diagrams.shapes import Geometry
+from torchfolio.diagrams.sheet import Sheet, Step
+from torchfolio.diagrams.sheet import Tensor as Wires
+from torchfolio.diagrams.svg import render_png, render_svg
+from torchfolio.diagrams.text import render_text
 
 if TYPE_CHECKING:
-    from torchfolio.insight.circuit_diagrams.algebra import Expression
-from torchfolio.insight.circuit_diagrams.vjp import Pullback, pullback
+    from torchfolio.diagrams.algebra import Expression
+from torchfolio.diagrams.vjp import Pullback, pullback
 
 LEVELS = ("auto", "full", "blocks")
 LONGEST = 60
@@ -70,7 +70,7 @@ class Drawing:
         return document
 
     def png(self, *, width: int | None = None, zoom: float = 2.0) -> bytes:
-        """A raster. See `torchfolio.insight.circuit_diagrams.svg.render_png`."""
+        """A raster. See `torchfolio.diagrams.svg.render_png`."""
         return render_png(self.svg(), width=width, zoom=zoom)
 
     def pdf(self, path: str | Path | None = None) -> bytes:

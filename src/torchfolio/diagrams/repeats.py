@@ -6,8 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from torchfolio.insight.circuit_diagrams.equality import TOLD
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.equality import TOLD
+from torchfolio.diagrams.graph import Draft, Graph, Value
 
 __all__ = ["fold_repeats"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchfolio.insight.circuit_diagrams.sheet import Fence, Sheet, Step, Tensor
+from torchfolio.diagrams.sheet import Fence, Sheet, Step, Tensor
 
 COMMUTES = {"binary", "einsum"}
 """Kinds of operations whose inputs may stand in any order."""

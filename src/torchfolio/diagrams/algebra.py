@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.insight.circuit_diagrams.compile import attribute, function_of, source_of
-from torchfolio.insight.circuit_diagrams.equality import same_graph
-from torchfolio.insight.circuit_diagrams.graph import Graph, Value
+from torchfolio.diagrams.compile import attribute, function_of, source_of
+from torchfolio.diagrams.equality import same_graph
+from torchfolio.diagrams.graph import Graph, Value
 
 if TYPE_CHECKING:
-    from torchfolio.insight.circuit_diagrams.drawing import BackwardDrawing, Drawing
+    from torchfolio.diagrams.drawing import BackwardDrawing, Drawing
 
 __all__ = ["Expression", "SignatureError", "ncd", "op", "parse_signature"]
 
@@ -220,8 +220,8 @@ class Expression(nn.Module, ABC):
         Raises:
             SignatureError: if an axis has no size, or two.
         """
-        from torchfolio.insight.circuit_diagrams.assembly import assemble
-        from torchfolio.insight.circuit_diagrams.drawing import Drawing
+        from torchfolio.diagrams.assembly import assemble
+        from torchfolio.diagrams.drawing import Drawing
 
         b = self._built(sizes)
         missing = [a for a in b.axes if a not in b.sizes]

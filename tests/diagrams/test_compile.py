@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.insight.test_circuit_diagrams import Of
+from torchfolio.diagrams import draw
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams import draw
 from torchfolio.models import MLP, BasicBlock, UNet, ViT
 
 

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torchfolio.insight.circuit_diagrams.fonts import Span, spans_width
-from torchfolio.insight.circuit_diagrams.shapes import (
+from torchfolio.diagrams.fonts import Span, spans_width
+from torchfolio.diagrams.shapes import (
     Area,
     Box,
     Command,
@@ -22,7 +22,7 @@ from torchfolio.insight.circuit_diagrams.shapes import (
     ease,
     polyline,
 )
-from torchfolio.insight.circuit_diagrams.sheet import Step, Wire
+from torchfolio.diagrams.sheet import Step, Wire
 
 FACE, STAR_FACE, SOFT_FACE, NORM_FACE = "#e9eeeb", "#e3f2f9", "#d5ecd9", "#fde3e6"
 STRIDE_FACE, BLOCK_FACE, BLOCK_TOP, BLOCK_SIDE = "#aee0fb", "#c8e9a4", "#dff3c8", "#a5cf7c"

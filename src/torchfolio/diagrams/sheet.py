@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchfolio.insight.circuit_diagrams.fonts import Span
+from torchfolio.diagrams.fonts import Span
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tests.insight.test_circuit_compile import CASES, Of, rand
+from torchfolio.diagrams import check_svg, draw
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams import check_svg, draw
 
 MORE = {
     **CASES,

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.graph import Draft, Graph, Value
 
 __all__ = ["same_graph"]
 

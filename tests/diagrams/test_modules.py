@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchfolio.insight.circuit_diagrams import check_svg, draw
+from torchfolio.diagrams import check_svg, draw
 
 
 class Of(nn.Module):

@@ -14,7 +14,7 @@ from itertools import combinations
 
 import sympy
 
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.graph import Draft, Graph, Value
 
 __all__ = ["ContractionOrder", "contraction_orders"]
 

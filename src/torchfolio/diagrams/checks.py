@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from torchfolio.insight.circuit_diagrams.fonts import Span
-from torchfolio.insight.circuit_diagrams.shapes import Box, Command, Text, flattened
+from torchfolio.diagrams.fonts import Span
+from torchfolio.diagrams.shapes import Box, Command, Text, flattened
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _ARGUMENTS = {"M": 2, "L": 2, "C": 6, "Z": 0}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torchfolio.insight.circuit_diagrams.fonts import ASCENT, DESCENT, Span, spans_width
+from torchfolio.diagrams.fonts import ASCENT, DESCENT, Span, spans_width
 
 Command = tuple[str, tuple[float, ...]]
 """One command of a path: `("M", (x, y))`, `("L", (x, y))`, `("C", (x1, y1, x2, y2, x, y))` or `("Z", ())`."""

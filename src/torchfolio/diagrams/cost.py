@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
-from torchfolio.insight.circuit_diagrams.sheet import Sheet, Step, Wire
+from torchfolio.diagrams.sheet import Sheet, Step, Wire
 
 if TYPE_CHECKING:
     import pandas as pd

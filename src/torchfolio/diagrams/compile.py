@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.errors import TorchfolioError
-from torchfolio.insight.circuit_diagrams.graph import Draft, Graph, Value
 
 __all__ = ["CircuitModule", "attribute", "function_of", "source_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from torchfolio.insight.circuit_diagrams.shapes import Area, Box, Geometry, Path, Text, flattened
+from torchfolio.diagrams.shapes import Area, Box, Geometry, Path, Text, flattened
 
 CELL_WIDTH, CELL_HEIGHT = 7.0, 10.0
 """Size of a character in the px of a drawing: two rows for a wire, one of them for its label."""
