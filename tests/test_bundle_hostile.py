@@ -21,7 +21,6 @@ from torchfolio import bundle
 from torchfolio.bundle import (
     BundleError,
     Manifest,
-    _check_arguments,
     build,
     builders,
     check_folder,
@@ -29,6 +28,7 @@ from torchfolio.bundle import (
     resolve,
     save_bundle,
 )
+from torchfolio.bundle.building import _check_arguments
 from torchfolio.models import MLP
 
 NET = Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 3, "hidden": [5]}, (4,), ("a", "b", "c"))
@@ -244,7 +244,9 @@ def killed_while_saving(folder, at):
             for module, name in (
                 (os, "replace"),
                 (shutil, "rmtree"),
-                *((bundle, n) for n in ("save_file", "_write", "sync")),
+                (bundle, "save_file"),
+                (bundle, "write"),
+                (bundle.folder, "sync"),
             ):
                 setattr(module, name, dying(getattr(module, name)))
             for _ in range(2):

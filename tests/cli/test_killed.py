@@ -20,7 +20,7 @@ from torchfolio.cli import app
 TRAIN = ("train", "--model", "mlp", "--data", "digits", "--batch-size", "700", "-o", "net")
 RUN = ("run", "representation_geometry", "--scale", "smoke", "--out", "runs")
 WRITES = ((os, "replace"), (os, "unlink"), (os, "fsync"), (shutil, "rmtree"), (torch, "save"),
-          (bundle, "save_file"), (bundle, "_write"))  # fmt: skip
+          (bundle, "save_file"), (bundle, "write"))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

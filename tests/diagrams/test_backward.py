@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import nn
 
-from tests.insight.test_circuit_compile import CASES, Of, rand
+from tests.diagrams.test_compile import CASES, Of, rand
 from torchfolio.diagrams import check_svg, draw
 from torchfolio.errors import TorchfolioError
 
