@@ -198,6 +198,71 @@ def test_both_forms_give_the_same_gradient(make):
     torch.testing.assert_close(rows_of(layer, x) @ layer.weight.flatten(1).mT, layer(x).movedim(1, 3).flatten(0, 2))
 
 
+@pytest.mark.parametrize("padding", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_any_padding(padding):
+    batch, gradients = images(), []
+    for rule in (Backprop(), FeedbackAlignment()):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3, **padding), nn.ReLU(), nn.Conv2d(4, 4, 3, **padding), nn.Flatten(),
+                            nn.Linear(256, 3))  # fmt: skip
+        rule.prepare(net, batch)
+        if isinstance(rule, FeedbackAlignment):
+            rule.sent = {name: layer.weight.detach() for name, layer in rule.layers.items()}
+        rule.step(batch, STEP)
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    layer, x = net[2], torch.randn(2, 4, 5, 5)
+    got = rows_of(layer, x) @ layer.weight.flatten(1).mT + layer.bias
+    torch.testing.assert_close(got, layer(x).movedim(1, 3).flatten(0, 2))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("form", ["weight", "input"])
+def test_layers_with_one_weight_share_rows(form):
+    net, (x, y) = Tied(), table()
+    hlop = HLOP(sizes=3, growth=2, form=form)
+    settings = {"rule": hlop, "optimizer": sgd(0.1, momentum=0), "batch_size": 6, "device": "cpu", "progress": False}
+    fit(net, (x, y), **settings)
+    hlop.end_task(orthonormalize=True)
+    assert set(hlop.subspaces) == {"a", "head"}
+    before = net.a.weight.detach().clone()
+    fit(net, (x.flip(-1), y), **settings)
+    change = (net.a.weight - before).detach()
+    assert change.norm() > 1e-3
+    assert (change @ hlop.subspaces["a"].fixed.mT).abs().max() <= 1e-5 * change.norm()
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_what_is_not_guarded_is_said():
+    sequences = (torch.randn(8, 5, 8), torch.arange(8) % 3)
+    attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 3))
+    hlop = HLOP(sizes=2, growth=1)
+    with pytest.warns(UserWarning, match="0.self_attn.in_proj_weight are no weights of linear"):
+        hlop.prepare(attention, sequences)
+    with pytest.warns(UserWarning, match="0.self_attn.out_proj was not called"):
+        hlop.step(sequences, STEP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hlop.step(sequences, STEP)
+        hlop.prepare(attention, sequences)
+    with pytest.raises(ValueError, match="lr of its own"):
+        HLOP(sizes=2, growth=1, lr={"7": 0.1}).prepare(mlp(), table())
+    with pytest.raises(ValueError, match="activity to learn from"):
+        HebbianSubspace(5).update(torch.ones(0, 5))
+
+
 # Hosts
 
 

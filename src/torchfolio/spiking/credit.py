@@ -40,9 +40,16 @@ def rows_of(layer: WeightLayer, x: Tensor) -> Tensor:
 
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise ValueError(f"expected zero padding given in numbers, got {layer.padding!r}, {layer.padding_mode!r}")
-    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # pyright: ignore
+    x, padding = _padded(layer, x)
+    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # pyright: ignore
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
+    """The input, and the zero padding that is still to come; other padding (`"same"`, reflected) is done here."""
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return x, layer.padding
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode), 0
 
 
 class Credit:
@@ -115,8 +122,7 @@ class _Layer(torch.autograd.Function):
         down, own, bias = None, None, None
         if ctx.needs_input_grad[0]:
             sent = (weight if ctx.transport is None else ctx.transport).to(g.dtype)
-            options = () if linear else (layer.stride, layer.padding, layer.dilation)
-            down = g @ sent if linear else conv2d_input(ctx.shape, sent, g, *options)
+            down = g @ sent if linear else _sent_down(layer, ctx.shape, sent, g)
         if ctx.needs_input_grad[1]:
             own = _weight_gradient(layer, activity.to(g.dtype), g, ctx.project).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -124,11 +130,20 @@ class _Layer(torch.autograd.Function):
         return down, own, bias, None, None, None, None
 
 
+def _sent_down(layer: Any, shape: torch.Size, sent: Tensor, g: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = g.new_zeros(shape, requires_grad=True)
+        padded, padding = _padded(layer, x)
+    down = conv2d_input(padded.shape, sent, g, layer.stride, padding, layer.dilation)
+    return down if padded is x else torch.autograd.grad(padded, x, down)[0]  # padding is linear
+
+
 def _weight_gradient(layer: Any, activity: Tensor, g: Tensor, project: Callable[[Tensor], Tensor] | None) -> Tensor:
     if isinstance(layer, nn.Linear):
         rows = rows_of(layer, activity)
         return g.reshape(-1, g.shape[-1]).mT @ (rows if project is None else project(rows))
     if project is None:
-        return conv2d_weight(activity, layer.weight.shape, g, layer.stride, layer.padding, layer.dilation)
+        padded, padding = _padded(layer, activity)
+        return conv2d_weight(padded, layer.weight.shape, g, layer.stride, padding, layer.dilation)
     rows = project(_patches(layer, activity).mT)
     return (g.flatten(2) @ rows).sum(0).view_as(layer.weight)

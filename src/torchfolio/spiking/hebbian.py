@@ -114,6 +114,8 @@ class HebbianSubspace(nn.Module):
         """Learn from a batch of activity."""
         if x.shape[-1] != self.n:
             raise ValueError(f"expected activity of width {self.n}, got shape {tuple(x.shape)}")
+        if not x.numel():
+            raise ValueError(f"expected activity to learn from, got shape {tuple(x.shape)}")
         if not len(self.new):
             return
         x = x.reshape(-1, self.n).to(self.new)

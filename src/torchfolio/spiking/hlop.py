@@ -3,7 +3,7 @@
 Mingqing Xiao, Qingyan Meng, Zongpeng Zhang, Di He, Zhouchen Lin, "Hebbian Learning based Orthogonal Projection for
 Continual Learning of Spiking Neural Networks", ICLR 2024, https://arxiv.org/abs/2402.11984.
 
-Longer than most: a rule that guards what another one trains stands between it, the network and the optimizer.
+Longer than most because a rule that guards what another one trains stands between it, the network and the optimizer.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from torchfolio.checks import between, finite, one_of, whole
+from torchfolio.checks import between, one_of, whole
 from torchfolio.engine import Backprop, LearningRule, evaluate
 from torchfolio.engine.sync import average_buffers
-from torchfolio.spiking.credit import WeightLayer, credit_of, fan_in, rows_of, weight_layers
+from torchfolio.spiking.continual import continual_metrics
+from torchfolio.spiking.credit import Credit, WeightLayer, credit_of, fan_in, rows_of, weight_layers
 from torchfolio.spiking.dsr import DSR
 from torchfolio.spiking.feedback import FeedbackAlignment, SignSymmetric
 from torchfolio.spiking.hebbian import HebbianSubspace
@@ -58,7 +58,8 @@ class HLOP(LearningRule):
         sizes: lateral rows for the first task: a number, a fraction of each layer's inputs, or numbers by layer name.
         growth: likewise for each further task.
         layers: names of the layers, or a predicate (name, layer); all linear and ungrouped convolution layers by
-            default. A layer left out, such as a head of the task's own, is trained as usual.
+            default. A layer left out, such as a head of the task's own, is trained as usual. Layers that share a
+            weight share lateral rows, by the name of the first.
         form: `"weight"` projects the gradients of the weights, once before each step of the optimizer; `"input"` the
             activity in the backward pass, as the lateral neurons would. Both give the same gradient.
         lr: rate of the Hebbian rule, or rates by layer name (0.01 for others); smaller where inputs are large.
@@ -122,6 +123,8 @@ class HLOP(LearningRule):
         self.subspaces = nn.ModuleDict()
         self.model: nn.Module | None = None
         self._layers: dict[str, WeightLayer] = {}
+        self._sharing: dict[str, list[WeightLayer]] = {}
+        self._told: set[str] = set()
         self._seen: dict[str, list[tuple[Tensor, ...]]] = {}
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._handles: list[Any] = []
@@ -149,10 +152,12 @@ class HLOP(LearningRule):
             raise ValueError("expected the network of the tasks before, got one with other layers")
         module = self.rule.prepare(model, example)
         self.model, self._layers = model, layers
+        known = weight_layers(model).values()
+        self._sharing = {n: [m for m in known if m.weight is layer.weight] for n, layer in layers.items()}
         device = next(iter(layers.values())).weight.device
         self.subspaces.to(device)
-        for name, layer in layers.items():
-            credit_of(layer).record = self._recorder(name)
+        for name, credit in self._credits():
+            credit.record = self._recorder(name)
         self._protect()
         return module
 
@@ -161,6 +166,7 @@ class HLOP(LearningRule):
         known = weight_layers(model)
         if self.layers is None:
             chosen = known
+            self._tell_of_rest(model)
         elif callable(self.layers):
             chosen = {n: m for n, m in known.items() if self.layers(n, m)}
         else:
@@ -169,6 +175,10 @@ class HLOP(LearningRule):
             raise ValueError(
                 f"expected linear layers or convolutions without groups, of {', '.join(known) or 'none'}; got {self.layers!r}"
             )
+        weights: dict[int, str] = {}
+        for name, layer in chosen.items():
+            weights.setdefault(id(layer.weight), name)
+        chosen = {name: chosen[name] for name in weights.values()}
         if not self.freeze_1d:
             for name, layer in chosen.items():
                 if layer.bias is not None and layer.bias.requires_grad:
@@ -176,12 +186,28 @@ class HLOP(LearningRule):
                         f"the bias of {name} moves old outputs whatever its weights do; build the layer with bias=False, "
                         "freeze the bias, or take freeze_1d=True"
                     )
+        if isinstance(self.lr, Mapping):
+            for name in self.lr:
+                one_of("a layer with an lr of its own", name, chosen)
         for rows in (self.sizes, self.growth):
             if isinstance(rows, Mapping) and (odd := sorted(set(rows) ^ set(chosen))):
                 raise ValueError(
                     f"expected numbers of rows for {', '.join(chosen)}; {odd[0]} is missing or no such layer"
                 )
         return chosen
+
+    def _tell_of_rest(self, model: nn.Module) -> None:
+        """Warn of weights that nothing guards: of recurrent layers, embeddings, grouped convolutions and others."""
+        guarded = {id(layer.weight) for layer in weight_layers(model).values()}
+        rest = [n for n, p in model.named_parameters() if p.dim() > 1 and p.requires_grad and id(p) not in guarded]
+        if rest and not self._told.issuperset(rest):
+            names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
+            warnings.warn(
+                f"{names} are no weights of linear layers or ungrouped convolutions: they are trained without "
+                "projection and forget; freeze them, or name the layers to guard",
+                stacklevel=4,
+            )
+        self._told.update(rest)
 
     def _grow(self, rows: Rows) -> None:
         for name, layer in self._layers.items():
@@ -221,13 +247,16 @@ class HLOP(LearningRule):
             for p, _ in self._flags:
                 p.requires_grad_(False)
         if self.task and self.form == "input":
-            for name, layer in self._layers.items():
-                credit_of(layer).project = self._subspace(name).project
+            for name, credit in self._credits():
+                credit.project = self._subspace(name).project
+
+    def _credits(self) -> list[tuple[str, Credit]]:
+        """The backward passes of all layers, by the name of the lateral rows beside them."""
+        return [(name, credit_of(layer)) for name, sharing in self._sharing.items() for layer in sharing]
 
     def release(self) -> None:
         """Give the network back as it was; lateral rows stay."""
-        for layer in self._layers.values() if self.model is not None else ():
-            credit = credit_of(layer)
+        for _, credit in self._credits() if self.model is not None else ():
             credit.record = credit.project = None
             credit.release()
         for p, flag in self._flags:
@@ -288,6 +317,9 @@ class HLOP(LearningRule):
             host = host.rule
         for name, layer in self._layers.items():
             seen, self._seen[name] = self._seen[name], []
+            if not seen and name not in self._told:
+                self._told.add(name)
+                warnings.warn(f"{name} was not called: its lateral rows learn nothing, and guard nothing", stacklevel=3)
             if not seen or not len(self._subspace(name).new):
                 continue
             kinds = [list(kind) for kind in zip(*seen, strict=False)]  # inputs, and traces where there are any
@@ -395,34 +427,3 @@ def _checked(name: str, rows: Rows) -> Rows:
         else:
             whole(name, count, 0)
     return rows
-
-
-def continual_metrics(accuracies: Any) -> dict[str, float]:
-    """Scores of learning K tasks one after another.
-
-    With $a_{kj}$ the accuracy on task j after task k, the mean of the last row, the backward transfer $\\mathrm{mean}_{j
-    < K-1}(a_{K-1,j} - a_{jj})$, and the forgetting $\\mathrm{mean}_{j<K-1}(\\max_{k<K-1} a_{kj} - a_{K-1,j})$.
-
-    Args:
-        accuracies: matrix `[K, K]`; entries above the diagonal are not read, and may be NaN.
-
-    Returns:
-        `acc`, `bwt`, `forgetting`, in the unit of the matrix; the last two are 0 for one task.
-
-    Raises:
-        ValueError: if it is not square, or an entry that is read is NaN.
-    """
-    matrix = np.asarray(accuracies, dtype=float)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(f"expected accuracies [K, K], got shape {matrix.shape}")
-    tasks = len(matrix)
-    finite("accuracies on and below the diagonal", matrix[np.tril_indices(tasks)])
-    if tasks == 1:
-        return {"acc": float(matrix[0, 0]), "bwt": 0.0, "forgetting": 0.0}
-    last, learned = matrix[-1, :-1], matrix.diagonal()[:-1]
-    best = np.array([matrix[j:-1, j].max() for j in range(tasks - 1)])
-    return {
-        "acc": float(matrix[-1].mean()),
-        "bwt": float((last - learned).mean()),
-        "forgetting": float((best - last).mean()),
-    }
