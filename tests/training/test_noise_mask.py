@@ -193,6 +193,23 @@ def test_rule_keeps_the_contract(objective):
     check_rule(lambda: NoiseMaskPretraining(policy(), objective=objective, baseline="ema"), classifier(), batch())
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 1])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 5.0, 0.5])])
+@pytest.mark.parametrize("places", [(), (8, 8)])
+def test_classes_weigh_and_are_passed_over_as_in_the_criterion(ignore_index, weight, places):
+    torch.manual_seed(0)
+    net = nn.Conv2d(2, 3, 1) if places else classifier()
+    loss = nn.CrossEntropyLoss(weight, ignore_index=ignore_index)
+    rule, (x, _) = NoiseMaskPretraining(policy(), loss=loss, baseline=None), batch()
+    y = torch.randint(3, (12, *places))
+    y[:2] = ignore_index
+    rule.prepare(net, (x, y))
+    seen = {}
+    net.register_forward_hook(lambda _m, _i, output: seen.update(output=output))
+    scalars = rule.step((x, y), lambda value: seen.update(value=value))
+    torch.testing.assert_close(scalars["loss"], loss(seen["output"], y).detach())
+
+
 def test_rows_signals_and_non_square_images_with_the_default_policy():
     for x in (torch.randn(9, 6), torch.randn(9, 2, 16), torch.randn(9, 1, 10, 14)):
         net = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 1))
@@ -264,6 +281,12 @@ def test_policy_copies_and_pickles():
         (lambda: NoiseMaskPretraining(policy(20)).prepare(classifier(), batch()), "no larger"),
         (lambda: NoiseMaskPretraining(policy((5,))).prepare(classifier(), batch()), "grid of one side"),
         (lambda: BetaMaskPolicy(nn.Flatten(), 5, 2)(batch()[0]), "feature_dim"),
+        (lambda: BetaMaskPolicy(nn.LSTM(3, 5), 5, (3,))(torch.rand(2, 3)), "got tuple"),
+        (
+            lambda: NoiseMaskPretraining(policy()).prepare(classifier(), (torch.rand(4, 1, 8, 8), None)),
+            "policy cannot take",
+        ),
+        (lambda: prepared()[1].masks(batch()[0] * float("nan")), "finite"),
     ],
 )
 def test_wrong_settings_are_refused_in_a_sentence(make, message):
@@ -275,5 +298,7 @@ def test_a_policy_inside_the_classifier_is_refused():
     net = ConvNet(4, 2, (2, 2))
     with pytest.raises(ValueError, match="shares parameters"):
         NoiseMaskPretraining(BetaMaskPolicy(net, 4, 2)).prepare(net, batch())
+    with pytest.raises(TypeError, match="BetaMaskPolicy, got Linear"):
+        NoiseMaskPretraining(nn.Linear(2, 2)).prepare(net, batch())
     with pytest.raises(RuntimeError, match="prepare"):
         NoiseMaskPretraining().masks(batch()[0])

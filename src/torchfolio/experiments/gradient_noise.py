@@ -1,7 +1,7 @@
 """Measures what noise does for a deep perceptron from poor initialisations; memory and program tasks at full scale.
 
-Rows of one batched network train side by side, each with its own initialisation, noise and learning rate. The
-file is longer than most since three tasks stand in it, two of them of its own making.
+Rows of one batched network train side by side, each with its own initialisation, noise and learning rate. Longer than
+most because rows of many conditions are one network, with norms and noise of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.engine import seeded
+from torchfolio.experiments._gradient_noise_tasks import Memory, Program, trainings
 from torchfolio.models import resnet20
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
@@ -177,85 +178,6 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.movedim(2, 1), y.expand(len(logits), -1), reduction="none").mean(1)
 
 
-class Memory(nn.Module):
-    """An end-to-end memory network of two hops that is asked where somebody is."""
-
-    def __init__(self, people: int = 10, places: int = 10, length: int = 30, dim: int = 16) -> None:
-        super().__init__()
-        self.people, self.places, self.length = people, places, length
-        self.person, self.place = nn.Embedding(people, dim), nn.Embedding(places, dim)
-        self.time = nn.Parameter(torch.zeros(length, dim))
-        self.keys = nn.Linear(dim, dim, bias=False)
-        self.answer = nn.Linear(dim, places)
-
-    def draw(self, n: int, g: torch.Generator) -> tuple[Tensor, ...]:
-        """Stories of facts (person, place), a question, and the place where the person was last."""
-        who, where = (torch.randint(k, (n, self.length), generator=g) for k in (self.people, self.places))
-        asked = who[torch.arange(n), torch.randint(self.length, (n,), generator=g)]
-        last = (who == asked[:, None]).int().mul(torch.arange(1, self.length + 1)).argmax(1)
-        return who, where, asked, where[torch.arange(n), last]
-
-    def forward(self, who: Tensor, where: Tensor, asked: Tensor) -> Tensor:
-        question = self.person(asked)
-        for _ in range(2):
-            attention = ((self.keys(self.person(who)) + self.time) * question[:, None]).sum(2).softmax(1)
-            question = question + (attention[..., None] * self.place(where)).sum(1)
-        return self.answer(question)
-
-
-class Program(nn.Module):
-    """Picks a column and an operation for a question by soft choices, and learns from answers alone."""
-
-    def __init__(self, columns: int = 4, length: int = 8, dim: int = 16) -> None:
-        super().__init__()
-        self.columns, self.length = columns, length
-        self.word = nn.Embedding(4 * columns, dim)  # one for each pair of operation and column, without structure
-        self.operation, self.column = nn.Linear(dim, 4), nn.Linear(dim, columns)
-
-    def execute(self, table: Tensor) -> Tensor:
-        """Sum, largest, least and spread of every column, `[N, 4, columns]`."""
-        return torch.stack([table.sum(1), table.amax(1), table.amin(1), table.amax(1) - table.amin(1)], 1)
-
-    def draw(self, n: int, g: torch.Generator) -> tuple[Tensor, ...]:
-        """Tables, questions and answers."""
-        table, word = (
-            torch.randn(n, self.length, self.columns, generator=g),
-            torch.randint(4 * self.columns, (n,), generator=g),
-        )
-        return table, word, self.execute(table).flatten(1)[torch.arange(n), word]
-
-    def forward(self, table: Tensor, word: Tensor) -> Tensor:
-        asked = self.word(word)
-        operation, column = self.operation(asked).softmax(1), self.column(asked).softmax(1)
-        return torch.einsum("no,nc,noc->n", operation, column, self.execute(table))
-
-
-def task(run: Run[Settings], make: Callable[[], Any], eta: float) -> dict[str, Any]:
-    """Train a small task again and again by Adam; how often at least 95 percent of answers are right."""
-    scores = []
-    for k in run.progress(range(run.settings.repeats), "trainings"):
-        with seeded(1000 * run.seed + k):
-            net = make()
-            optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-            GradientNoise(optimizer, eta)
-            g = torch.Generator().manual_seed(k)
-            for _ in range(run.settings.task_steps):
-                *inputs, target = net.draw(64, g)
-                output = net(*inputs)
-                loss = F.mse_loss(output, target) if output.dim() == 1 else F.cross_entropy(output, target)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), run.settings.clip)
-                optimizer.step()
-            with torch.no_grad():
-                *inputs, target = net.draw(1000, g)
-                output = net(*inputs)
-            right = (output - target).abs() < 0.05 if output.dim() == 1 else output.argmax(1) == target
-            scores.append(100 * float(right.float().mean()))
-    return {"scores": scores, "best": max(scores), "mean": sum(scores) / len(scores),
-            "solved": sum(s >= 95 for s in scores) / len(scores)}  # fmt: skip
-
-
 def run(run: Run[Settings]) -> None:
     """Train all rows at once; then restarts and the other tasks where the scale asks for them."""
     settings = run.settings
@@ -279,7 +201,8 @@ def run(run: Run[Settings]) -> None:
     if settings.repeats:
         for name, make in (("memory", Memory), ("program", Program)):
             for eta in settings.task_etas:
-                run.arm(f"{name}_{eta}", task, run, make, eta)
+                s = settings
+                run.arm(f"{name}_{eta}", trainings, make, eta, s.repeats, s.task_steps, s.clip, run.seed)
 
 
 def figures(results: Results) -> dict[str, Figure]:

@@ -1,6 +1,7 @@
 """Measures masks from a policy: whether the policy learns, and whether the classifier gains, on digits beside photographs.
 
-Longer than most: a policy beside a frozen classifier, five ways to train of equal length, and classes not trained on.
+Longer than most because there are a policy beside a frozen classifier, five ways to train of equal length, and classes
+that are not trained on.
 """
 
 from __future__ import annotations

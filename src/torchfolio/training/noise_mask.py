@@ -8,7 +8,7 @@ policy by its score function alone. Then the policy is thrown away and the *heat
 checkpoints, is trained a little more without masks. Nothing changes at inference.
 
 What the paper's text leaves open follows the authors' code; where both leave the reward open there are two objectives,
-`Reinforce` and `LogSumExp`, each a few lines. Policy, objectives and rule make this file longer than most.
+`Reinforce` and `LogSumExp`, each a few lines.
 """
 
 from __future__ import annotations
@@ -24,112 +24,20 @@ from torch.distributions import Beta
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from torchfolio.checks import between, one_of, positive, whole
+from torchfolio.checks import finite, one_of, positive, whole
 from torchfolio.engine import Batch, LearningRule, default_loss
-from torchfolio.engine.counting import IGNORED
+from torchfolio.engine.counting import Counting
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.rules import Loss
 from torchfolio.measure import untouched
+from torchfolio.training.mask_policy import BetaMaskPolicy, default_policy
 from torchfolio.training.mask_rendering import render_mask
 from torchfolio.training.snapshots import average_checkpoints
 
 __all__ = ["BetaMaskPolicy", "LogSumExp", "NoiseMaskPretraining", "Reinforce", "average_checkpoints", "render_mask"]
 
-LOGITS = (-4.0, 6.0)  # concentrations beyond them give samples of 0 and 1, and infinite densities
 EPS = 1e-6  # samples stay this far from 0 and 1
 Objective = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
-
-
-class BetaMaskPolicy(nn.Module):
-    """A network from an example to a Beta distribution for each cell of its mask.
-
-    $$A = \\mu\\,\\bar a + (1 - \\mu)\\,a(e(x)), \\qquad B = \\mu\\,\\bar b + (1 - \\mu)\\,b(e(x)), \\qquad
-      m \\sim \\mathrm{Beta}(e^A, e^B),$$
-
-    with features $e$, two heads $a, b$ and running base logits $\\bar a, \\bar b$. In training mode the base then moves,
-    without a gradient: $\\bar a \\leftarrow \\rho\\,\\bar a + (1 - \\rho)\\,\\mathrm{mean}_{\\text{batch}}\\, a(e(x))$. The
-    features are computed once a call.
-
-    Args:
-        features: network from the inputs to features `[B, feature_dim]`.
-        feature_dim: width of the features.
-        grid: cells of the mask: side of a square grid, or (rows, columns); for inputs without a picture (rows of a
-            table, signals `[B, C, L]`) the length of their last axis as a tuple of one.
-        hidden_layers: linear layers with batch norm and ReLU in each head, before the last.
-        mix: share $\\mu$ of the base in the logits, in [0, 1].
-        ema: decay $\\rho$ of the base, in [0, 1].
-
-    Shapes:
-        Inputs as `features` takes them; the distribution's are `[B, cells]`.
-
-    Raises:
-        ValueError: on settings out of range; in the call, if the features have another shape, or on one example in
-            training mode, of which batch norm knows no variance.
-
-    Reference:
-        Section 3 of the paper; sizes and decays are the released code's.
-    """
-
-    base: Tensor
-
-    def __init__(
-        self,
-        features: nn.Module,
-        feature_dim: int,
-        grid: int | tuple[int, ...],
-        *,
-        hidden_layers: int = 2,
-        mix: float = 0.9,
-        ema: float = 0.99,
-    ) -> None:
-        super().__init__()
-        sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
-        if len(sides) not in (1, 2):
-            raise ValueError(f"expected a grid of one or two sides, got {grid!r}")
-        self.grid = tuple(whole("a side of the grid", side, 1) for side in sides)
-        self.features, self.feature_dim = features, whole("feature_dim", feature_dim, 1)
-        self.mix, self.ema = between("mix", mix, 0, 1), between("ema", ema, 0, 1)
-        whole("hidden_layers", hidden_layers, 0)
-        cells = math.prod(self.grid)
-        self.a = _head(feature_dim, cells, hidden_layers)
-        self.b = _head(feature_dim, cells, hidden_layers)
-        self.register_buffer("base", torch.rand(2, cells))
-
-    def forward(self, x: Tensor) -> Beta:
-        """The distribution of the cells of every example's mask."""
-        features = self.features(x)
-        if features.shape != (len(x), self.feature_dim):
-            raise ValueError(
-                f"expected features of shape {(len(x), self.feature_dim)}, got {tuple(features.shape)}; pool or "
-                "flatten them, or give their feature_dim"
-            )
-        if self.training and len(x) < 2 and any(isinstance(m, nn.BatchNorm1d) for m in self.a):
-            raise ValueError("expected a batch of at least two examples, as the heads have batch norm, got 1")
-        logits = torch.stack([self.a(features), self.b(features)], dim=1)
-        # Densities and their gradients need single precision whatever the network has.
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        mixed = self.mix * self.base.to(logits) + (1 - self.mix) * logits
-        if self.training:
-            with torch.no_grad():
-                self.base.lerp_(logits.mean(0).to(self.base), 1 - self.ema)
-        return _beta(mixed)
-
-    def base_distribution(self) -> Beta:
-        """What the policy would draw of the base alone, `[1, cells]`."""
-        return _beta(self.base[None] if self.base.dtype == torch.float64 else self.base[None].float())
-
-    def extra_repr(self) -> str:
-        return f"grid={self.grid}, mix={self.mix}, ema={self.ema}"
-
-
-def _head(width: int, cells: int, hidden: int) -> nn.Sequential:
-    layers = [part for _ in range(hidden) for part in (nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, cells))
-
-
-def _beta(logits: Tensor) -> Beta:
-    a, b = logits.clamp(*LOGITS).exp().unbind(1)
-    return Beta(a, b, validate_args=False)
 
 
 class Reinforce:
@@ -197,7 +105,7 @@ class NoiseMaskPretraining(LearningRule):
     Raises:
         ValueError: on settings out of range; in `prepare`, on inputs that do not fit the policy, or a policy that shares
             parameters with the classifier.
-        TypeError: in `prepare`, on inputs that are no floating-point numbers.
+        TypeError: in `prepare`, on inputs that are no floating-point numbers, or a policy of another class.
 
     Example:
         >>> rule, last = NoiseMaskPretraining(), Snapshots(3)
@@ -244,12 +152,18 @@ class NoiseMaskPretraining(LearningRule):
         if not x.is_floating_point() or x.dim() not in (2, 3, 4):
             raise TypeError(f"expected inputs in floating point with 2 to 4 axes, got {x.dtype}, {tuple(x.shape)}")
         policy = self.policy if self.policy is not None else default_policy(x)
+        if not isinstance(policy, BetaMaskPolicy):
+            raise TypeError(f"expected a BetaMaskPolicy, got {type(policy).__name__}")
         own = {id(p) for p in model.parameters()}
         if any(id(p) in own for p in policy.parameters()):
             raise ValueError("the policy shares parameters with the classifier; expected networks apart")
         policy = policy.to(x.device, x.dtype)
         with torch.no_grad(), undisturbed(), untouched(policy, training=False):
-            self._mask(policy(x).mean, x, policy)
+            try:
+                beta = policy(x)
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(f"the policy cannot take inputs of shape {tuple(x.shape)}: {error}") from error
+            self._mask(beta.mean, x, policy)
         self.policy, self.module = policy, _Pair(model, policy.train(model.training))
         return self.module
 
@@ -272,10 +186,13 @@ class NoiseMaskPretraining(LearningRule):
         beta = pair.policy(x)
         cells = beta.sample().clamp(EPS, 1 - EPS)
         output, log_p = pair.classifier(x * self._mask(cells, x, pair.policy)), beta.log_prob(cells)
-        if y.dim() == 1 and not y.is_floating_point():
-            labelled = y != IGNORED
-            output, y, log_p = output[labelled], y[labelled], log_p[labelled]
+        if not isinstance(output, Tensor):
+            raise TypeError(f"expected a classifier that gives a tensor, got {type(output).__name__}")
+        if (mass := self._mass(y)) is not None and not mass.all():
+            kept = mass > 0
+            output, y, log_p, mass = output[kept], y[kept], log_p[kept], mass[kept]
         losses = self._losses(output, y)
+        losses = losses if mass is None else losses * (mass / mass.mean())
         backward(self._objective(losses, log_p, self._constant(losses.detach())))
         return {"loss": losses.detach().mean(), **_told(beta, log_p.detach(), losses.detach())}
 
@@ -284,7 +201,7 @@ class NoiseMaskPretraining(LearningRule):
         """Masks for inputs, drawn or expected: `[B, 1, H, W]` of images, `[B, F]` of rows, `[B, 1, L]` of signals."""
         policy = self._prepared().policy
         with untouched(policy, training=False):
-            beta = policy(x)
+            beta = policy(finite("x", x))
         return self._mask(beta.mean if expected else beta.sample(), x, policy)
 
     @torch.no_grad()
@@ -315,6 +232,17 @@ class NoiseMaskPretraining(LearningRule):
             return F.cross_entropy(output, y, reduction="none")
         return torch.vmap(lambda o, t: self.loss(o[None], t[None]))(output, y)
 
+    def _mass(self, y: Tensor) -> Tensor | None:
+        """What every example counts in the criterion's mean: 0 where its labels are passed over; `None` where all are equal."""
+        counting = Counting.of(self.loss)
+        if y.is_floating_point() or counting == (None, None):
+            return None
+        counted = torch.ones_like(y, dtype=torch.bool) if counting.ignored is None else y != counting.ignored
+        if counting.weight is None:
+            return counted.flatten(1).float().mean(1) if y.dim() > 1 else counted.float()
+        mass = counting.weight.to(y.device)[y * counted] * counted
+        return mass.flatten(1).mean(1) if y.dim() > 1 else mass
+
     def _constant(self, losses: Tensor) -> Tensor | float:
         """The baseline $c$, before the batch changes it."""
         if self.baseline is None:
@@ -337,20 +265,6 @@ class _Pair(nn.Module):
         super().__init__()
         self.classifier, self.policy = classifier, policy
         self.register_buffer("running", policy.base.new_full((), math.nan))
-
-
-def default_policy(x: Tensor) -> BetaMaskPolicy:
-    """A small policy for inputs like these: three convolutions for images and signals, one linear layer for rows."""
-    if x.dim() == 2:
-        return BetaMaskPolicy(nn.Sequential(nn.Linear(x.shape[1], 32), nn.ReLU()), 32, (x.shape[1],))
-    conv, pool = (nn.Conv2d, nn.AdaptiveAvgPool2d(2)) if x.dim() == 4 else (nn.Conv1d, nn.AdaptiveAvgPool1d(2))
-    widths = (x.shape[1], 8, 16, 16)
-    layers = [
-        part for k in range(3) for part in (conv(widths[k], widths[k + 1], 3, 1 if k == 0 else 2, padding=1), nn.ReLU())
-    ]
-    features = nn.Sequential(*layers, pool, nn.Flatten())
-    grid = tuple(max(1, round(0.29 * side)) for side in x.shape[2:]) if x.dim() == 4 else (x.shape[2],)
-    return BetaMaskPolicy(features, 16 * 2 ** (x.dim() - 2), grid)
 
 
 @torch.no_grad()
