@@ -286,9 +286,9 @@ def test_state_is_gone_after_a_step():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SLTT(timesteps=0), "time step"),
-        (lambda: SLTT(timesteps=4, k=5), "between 1 and timesteps 4, got 5"),
-        (lambda: SLTT(timesteps=4, k=0), "between 1"),
+        (lambda: SLTT(timesteps=0), "timesteps"),
+        (lambda: SLTT(timesteps=4, k=5), "expected k .* got 5"),
+        (lambda: SLTT(timesteps=4, k=0), "expected k"),
         (lambda: BPTT(timesteps=4, encode="rate"), "encode"),  # pyright: ignore[reportArgumentType]
         (lambda: SLTT(timesteps=4).prepare(nn.Linear(2, 2), batch()), "spiking neuron"),
         (lambda: gradients(SLTT(timesteps=4, encode=None), network()), "4 steps"),
@@ -327,3 +327,16 @@ def test_a_neuron_at_two_places_is_refused(rule):
     net = nn.Sequential(nn.Linear(6, 6), LIF(tau=1.5), nn.Linear(6, 3))
     fit(net, data, rule=rule(timesteps=3), epochs=2, batch_size=4, device="cpu")
     assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_numbers_and_labels_at_the_door():
+    for settings in (
+        {"timesteps": 2.5},
+        {"timesteps": float("nan")},
+        {"timesteps": 3, "k": 1.5},
+        {"timesteps": 3, "k": 4},
+    ):
+        with pytest.raises((TypeError, ValueError), match="expected"):
+            SLTT(**settings)
+    with pytest.raises(ValueError, match="labels from 0 to 2, got 3"):
+        SLTTLoss()(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 3]))

@@ -16,7 +16,9 @@ from torchfolio.spiking.neurons import LIF as LIF
 from torchfolio.spiking.sequence import Unrolled as Unrolled
 from torchfolio.spiking.sequence import multi_step as multi_step
 from torchfolio.spiking.sequence import run_sequence as run_sequence
+from torchfolio.spiking.sltt import BPTT as BPTT
 from torchfolio.spiking.sltt import SLTT as SLTT
+from torchfolio.spiking.sltt import SLTTLoss as SLTTLoss
 from torchfolio.spiking.sltt import gradient_agreement as gradient_agreement
 from torchfolio.spiking.state import SequenceDropout as SequenceDropout
 from torchfolio.spiking.state import detach_state as detach_state

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from torchfolio.checks import whole
 from torchfolio.engine import LearningRule, evaluate
 from torchfolio.spiking.encoders import Encode, encode_input
 from torchfolio.spiking.losses import SLTTLoss
@@ -50,8 +51,7 @@ class SequenceRule(LearningRule):
         encode: Encode = "repeat",
         generator: torch.Generator | None = None,
     ) -> None:
-        if timesteps < 1:
-            raise ValueError(f"expected at least one time step, got {timesteps}")
+        whole("timesteps", timesteps, 1)
         if isinstance(encode, str) and encode not in ("repeat", "poisson", "latency"):
             raise ValueError(f"expected encode to be 'repeat', 'poisson', 'latency', callable or None, got {encode!r}")
         self.loss: Loss = loss if loss is not None else SLTTLoss()

@@ -50,6 +50,8 @@ class SLTTLoss(nn.Module):
                 f"expected outputs [B, C] and integer labels [B], got {tuple(output.shape)} and {y.dtype} "
                 f"{tuple(y.shape)}; pass another loss for other targets"
             )
+        if bool((y >= output.shape[1]).any()):
+            raise ValueError(f"expected labels from 0 to {output.shape[1] - 1}, got {int(y.max())}")
         entropy = F.cross_entropy(output, y, ignore_index=self.ignore_index)
         if self.alpha == 0:
             return entropy

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import measure
+from torchfolio.checks import whole
 from torchfolio.engine import seeded
 from torchfolio.spiking.bptt import BPTT, Loss, SequenceRule
 from torchfolio.spiking.encoders import Encode
@@ -89,9 +90,8 @@ class SLTT(SequenceRule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(loss, timesteps=timesteps, encode=encode, generator=generator)
-        if k is not None and not 1 <= k <= timesteps:
-            raise ValueError(f"expected k between 1 and timesteps {timesteps}, got {k}")
-        self.k, self.rescale = k, rescale
+        self.k = None if k is None else whole("k", k, 1, timesteps)
+        self.rescale = rescale
 
     def draw_steps(self) -> set[int]:
         """The steps of one sequence to go backward at."""
