@@ -204,6 +204,16 @@ def test_stored_logits_are_the_teacher():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_teacher_has_a_precision_of_its_own(dtype):
+    net, teacher = conv_net(), copy.deepcopy(TEACHER).to(dtype)
+    rule = DHKD(teacher)
+    rule.prepare(net, (X, Y))
+    rule.step((X, Y), torch.Tensor.backward)
+    assert net[5].weight.grad.dtype == torch.float32
+    assert next(teacher.parameters()).dtype == dtype
+
+
 def test_refusals():
     net = conv_net()
     for rule, error, data in (
@@ -218,6 +228,12 @@ def test_refusals():
     for settings in ({"tau": 0}, {"alpha": -1}, {"gamma": float("nan")}, {"scope": "some"}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             DHKD(TEACHER, **settings)
+    with pytest.raises(ValueError, match="a head of its own"):
+        DHKD(TEACHER, aux=net[5]).prepare(net, (X, Y))
+    with pytest.raises(TypeError, match="a network, got str"):
+        DualHead("net")
+    with pytest.raises(ValueError, match="finite"):
+        head_conflict(net, (X * float("nan"), Y), TEACHER)
     with pytest.raises(TypeError, match="stored"):
         DHKD(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="two examples of the last batch"):

@@ -45,8 +45,12 @@ class DualHead(nn.Module):
 
     def __init__(self, model: nn.Module, layer: str | None = None, aux: Aux = "mlp") -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a network, got {type(model).__name__}")
         self.model, self.layer = model, linear_name(model, layer)
         self.aux = aux if isinstance(aux, nn.Module) else self._head(one_of("aux", aux, ("linear", "mlp")))
+        if {id(p) for p in self.aux.parameters()} & {id(p) for p in model.parameters()}:
+            raise ValueError("the second head shares weights with the network; expected a head of its own")
 
     @property
     def classifier(self) -> nn.Linear:
@@ -105,7 +109,7 @@ def linear_name(model: nn.Module, layer: str | None) -> str:
 
 
 def teacher_logits(teacher: nn.Module | None, batch: Batch) -> Tensor:
-    """The teacher's logits for a batch (x, y), in evaluation mode, in full precision and without gradients.
+    """The teacher's logits for a batch (x, y), in evaluation mode, in its own precision and without gradients.
 
     Args:
         teacher: network; `None` takes the logits that are stored in the batch (x, logits, y).
@@ -118,8 +122,10 @@ def teacher_logits(teacher: nn.Module | None, batch: Batch) -> Tensor:
         if len(batch) != 3:
             raise ValueError(f"expected a teacher, or batches (x, teacher logits, y), got {len(batch)} tensors")
         return batch[1]
+    weight = next((p for p in teacher.parameters() if p.is_floating_point()), batch[0])
+    inputs = [x.to(weight.dtype) if x.is_floating_point() else x for x in batch[:-1]]
     with torch.no_grad(), evaluating(teacher), torch.autocast(batch[0].device.type, enabled=False):
-        return teacher(*batch[:-1])
+        return teacher(*inputs)
 
 
 def align_gradients(primary: Sequence[Tensor], secondary: Sequence[Tensor]) -> list[Tensor]:

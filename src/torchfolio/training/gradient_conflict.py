@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.checks import finite
 from torchfolio.data import Examples
 from torchfolio.measure import untouched
 from torchfolio.training.distillation import binary_kl_norm
@@ -60,7 +61,7 @@ def head_conflict(
         Mean cosines in [-1, 1]; NaN where one of the gradients is zero.
 
     Raises:
-        ValueError: if the logits do not fit, or no parameter of head or backbone is trained.
+        ValueError: if the logits do not fit, inputs hold NaN, or no parameter of head or backbone is trained.
 
     Reference:
         Yang et al., KDD 2025, section 3.
@@ -74,7 +75,7 @@ def head_conflict(
     cosines: list[Tensor] = []
     with untouched(model, training=False), torch.enable_grad():
         for batch in Examples(data).batches(batch_size, head[0].device):
-            logits = model(batch[0])
+            logits = model(finite("data", batch[0]))
             losses = F.cross_entropy(logits, batch[-1]), binary_kl_norm(logits, teacher_logits(teacher, batch), tau)
             a, b = (
                 torch.autograd.grad(loss, [*head, *backbone], retain_graph=True, materialize_grads=True)

@@ -187,7 +187,10 @@ class NoiseMaskPretraining(LearningRule):
         cells = beta.sample().clamp(EPS, 1 - EPS)
         output, log_p = pair.classifier(x * self._mask(cells, x, pair.policy)), beta.log_prob(cells)
         if not isinstance(output, Tensor):
-            raise TypeError(f"expected a classifier that gives a tensor, got {type(output).__name__}")
+            raise TypeError(
+                f"expected a classifier that gives a tensor, got {type(output).__name__}; wrap it: "
+                "torchfolio.models.Logits(model)"
+            )
         if (mass := self._mass(y)) is not None and not mass.all():
             kept = mass > 0
             output, y, log_p, mass = output[kept], y[kept], log_p[kept], mass[kept]
