@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from torchfolio.bundle import Manifest
     from torchfolio.data import DataSplits
     from torchfolio.engine import FitState
+    from torchfolio.insight.training_record import TrainingRecord, TrainingRecorder
 
-HISTORY = "history.csv"
+HISTORY, RECORD = "history.csv", "training_record.json"
+FOLLOWED = 500  # training examples whose losses are recorded
 LOGS = ("csv", "tensorboard", "wandb")
 SHOWN = ("loss", "accuracy", "val_loss", "val_accuracy")
 
@@ -43,6 +45,32 @@ def history_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def make_recorder(train: Any, steps: int) -> TrainingRecorder:
+    """A recorder that follows the first training examples."""
+    from torchfolio.insight.training_record import TrainingRecorder
+
+    return TrainingRecorder(tuple(t[:FOLLOWED] for t in train.tensors), steps)
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """The record that stands in a bundle, or `None` where there is none.
+
+    Raises:
+        TorchfolioError: if it is none of ours.
+    """
+    from torchfolio.insight.training_record import LARGEST, TrainingRecord
+
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("the record of the training is too large to be one")
+        return TrainingRecord.from_text(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TorchfolioError(f"{path}: {error}") from error
 
 
 def validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

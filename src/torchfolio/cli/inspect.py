@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,13 +13,6 @@ from torchfolio.cli._options import MOST, MOST_SEED, Allow, AsJson, Data, Device
 from torchfolio.cli.networks import importable, normalized_splits, open_network, show_result
 from torchfolio.errors import TorchfolioError
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor, nn
-
-    from torchfolio.report.sheet import Sheet
-
-MOST_LAYERS = 12
 Split = Annotated[str, typer.Option(help="train, val or test.")]
 
 
@@ -58,6 +51,8 @@ def inspect(
     Example: torchfolio inspect net/ other/ --data cifar10 -o report.html
     """
     from torchfolio.bundle import load_bundle
+    from torchfolio.cli import _inside as inside
+    from torchfolio.data import Examples
     from torchfolio.engine.evaluate import resolve_device
     from torchfolio.report.learning import learning_card
     from torchfolio.report.sheet import write_sheet
@@ -77,30 +72,53 @@ def inspect(
     x, y = (t[:examples] for t in getattr(splits, split).tensors)
     place = resolve_device(device)
     net = source.model.to(place)
-    layers = list(layer) if layer else _layers(net, x[:2].to(place))
+    layers = list(layer) if layer else inside.top_layers(net, x[:2].to(place))
+    shown = inside.Shown(splits, Examples((x, y)), tuple(source.manifest.classes))
     _say(f"{name}: operations, parameters and memory")
-    cost = _cost(net, x, place)
-    _say(f"{name}: information in {len(layers)} layers")
-    information = _information(net, layers, x, y, bins)
-    cards = [_cost_card(name, cost), _information_card(name, information, len(x), y)]
+    cost = inside.cost(net, x, place)
+    cards: list[Any] = [inside.cost_card(name, cost)]
     result: dict[str, Any] = {
         "report": str(output), "layers": cost["table"].to_dict("records"), "saved_for_backward": cost["saved"],
-        "information": information["table"].reset_index().to_dict("records"),
     }  # fmt: skip
-    if second is not None:
+    if bundle is not None:
+        _say(f"{name}: its training")
+        training = inside.Training(bundle, name, source.manifest, data, image_size)
+        made, result["training"] = inside.training_cards(training, net, shown)
+        cards += made
+    _say(f"{name}: losses of {len(x):,} examples")
+    card, result["losses"] = inside.losses_card(net, shown)
+    cards.append(card)
+    if second is not None and other is not None:
+        other_net = second.model.to(place)
+        cards.append(learning_card(other, str(other)))
         _say(f"{name} and {other}: matching units")
-        table, card = _matched(net, second.model.to(place), layers, x, name, str(other), seed)
+        table, card = inside.matched(net, other_net, layers, x, name, str(other), seed)
         cards.append(card)
         result["matching"] = table.reset_index(drop=True).to_dict("records")
+        _say(f"{name} and {other}: similarity of layers")
+        card, result["similarity"] = inside.similarity_card(net, other_net, layers, x, name, str(other))
+        cards.append(card)
     models = [net] if second is None else [net, second.model.to(place)]
     result["panels"] = {}
     for slug, analysis in _analyses(panel, len(models)).items():
         _say(f"{name}: {slug}")
-        card, result["panels"][slug] = _panel(slug, analysis, models, (x, y), list(layer or ()), seed)
+        analysis.classes = shown.classes
+        chosen = models[: analysis.networks]
+        look = partial(analysis.look, *chosen, data=shown.examples, layers=layers, seed=seed)
+        card, result["panels"][slug] = inside.panel_card(slug, look)
         cards.append(card)
-    trained = [(bundle, name), (other, str(other))]
-    cards += [card for place, called in trained if place and (card := learning_card(place, called)) is not None]
-    write_sheet(output, f"inside {name}", cards)
+    result["information"] = []
+    if y.is_floating_point():
+        result["panels"]["information"] = {
+            "not_shown": "What layers tell about the label is not shown: it needs classes."
+        }
+    else:
+        _say(f"{name}: information in {len(layers)} layers")
+        information = inside.information(net, layers, x, y, bins)
+        cards.append(inside.information_card(name, information, len(x), y))
+        result["information"] = information["table"].reset_index().to_dict("records")
+    told = {**result.get("training", {}), "losses": result["losses"], **result["panels"]}
+    write_sheet(output, f"inside {name}", [*filter(None, cards), *inside.missing_card(told)])
     _show(result, as_json)
 
 
@@ -125,161 +143,8 @@ def _analyses(chosen: Sequence[str] | None, networks: int) -> dict[str, Any]:
     return found
 
 
-def _panel(
-    slug: str, analysis: Any, models: Sequence[nn.Module], data: Any, layers: Sequence[str], seed: int
-) -> tuple[Sheet, dict[str, Any]]:
-    """The card of one analysis; where it has nothing to say of this network, the card says why."""
-    from torchfolio.data.examples import Examples
-    from torchfolio.report.sheet import Picture, Sheet, Table
-
-    try:
-        found = analysis.look(*models[: analysis.networks], data=Examples(data), layers=layers, seed=seed)
-    except ValueError as error:
-        return Sheet(slug, "not shown", sentences=[str(error)]), {"not_shown": str(error)}
-    card = Sheet(
-        found.title,
-        found.eyebrow or slug,
-        sentences=found.sentences,
-        notes=found.notes,
-        tables=[Table.of(table) for table in found.tables],
-        pictures=[Picture(figure, caption) for figure, caption in found.pictures],
-    )
-    return card, dict(found.record)
-
-
 def _say(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _layers(net: nn.Module, x: Tensor) -> list[str]:
-    """Layers at the top of a network, a dozen of them at most, whose outputs hold units."""
-    from torchfolio.models import collect_features
-
-    names = [name for name, _ in net.named_children()]
-    while len(names) == 1:  # a network inside another
-        inner = net.get_submodule(names[0])
-        below = [f"{names[0]}.{n}" for n, _ in inner.named_children()]
-        if not below:
-            break
-        names = below
-    known = []
-    for name in names:
-        try:
-            found = collect_features(net, x, [name], flatten=False)[name]
-        except (ValueError, KeyError, TypeError):
-            continue  # not run, or without a tensor to show
-        if found.dim() >= 2 and found.is_floating_point():
-            known.append(name)
-    if not known:
-        raise TorchfolioError("no layer at the top of the network gives a tensor of units; name some with --layer")
-    step = math.ceil(len(known) / MOST_LAYERS)
-    return [*known[:-1][::step], known[-1]]
-
-
-def _cost(net: nn.Module, x: Tensor, place: Any) -> dict[str, Any]:
-    """Operations, parameters and bytes by layer, for one example; and what a training step of 32 keeps."""
-    from torchfolio.measure import flops_by_module, saved_bytes
-
-    table = flops_by_module(net, x[:1].to(place))
-    sizes = [math.prod(shape) * 4 if shape else 0 for shape in table["shape"]]
-    table["output_bytes"] = sizes
-    batch = x[:32].to(place)
-    saved = saved_bytes(lambda: net(batch).sum().backward(), exclude=net).peak
-    net.zero_grad(set_to_none=True)
-    return {"table": table, "saved": int(saved), "batch": len(batch)}
-
-
-def _information(net: nn.Module, layers: Sequence[str], x: Tensor, y: Tensor, bins: int) -> dict[str, Any]:
-    """Both adaptive estimates of every layer; positions of maps and tokens are averaged."""
-    from torchfolio.insight.adaptive_mi import AdaptiveBinning, AdaptiveKDE, information_plane
-
-    binned = information_plane(net, layers, x, y, AdaptiveBinning(bins), reduce="mean", output=True)
-    kernel = information_plane(net, layers, x, y, AdaptiveKDE(), reduce="mean", output=True)
-    table = binned.to_frame().rename(columns={"i_xt": "bins_i_xt", "i_ty": "bins_i_ty", "saturated": "bins_saturated"})
-    other = kernel.to_frame()
-    table["kernel_i_xt"], table["kernel_i_ty"], table["kernel_saturated"] = (
-        other["i_xt"],
-        other["i_ty"],
-        other["saturated"],
-    )
-    return {"table": table, "binned": binned, "kernel": kernel, "bins": bins}
-
-
-def _matched(
-    net: nn.Module, other: nn.Module, layers: Sequence[str], x: Tensor, name: str, second: str, seed: int
-) -> tuple[pd.DataFrame, Sheet]:
-    """Units of two networks, matched layer by layer."""
-    from torchfolio.insight.convergent_learning import ConvergenceReport
-    from torchfolio.report.sheet import Picture, Sheet, Table
-
-    missing = [layer for layer in layers if layer not in dict(other.named_modules())]
-    if missing:
-        raise TorchfolioError(f"{second} has no layer {missing[0]}; name layers that both networks have with --layer")
-    report = ConvergenceReport.from_modules(net, other, x, layers=list(layers), random_state=seed)
-    frame = report.to_frame()
-    shown = ["layer_a", "units_a", "dead_a", "dead_b", "bipartite", "semi", "above_half", "dense_loss", "one_to_one_loss",
-             "mixed_clusters"]  # fmt: skip
-    table: Any = frame.reset_index(drop=True)[[c for c in shown if c in frame.columns]]
-    sentences = [
-        f"Units of {name} are matched one to one with those of {second} by the correlation of their activations over the "
-        "same examples (bipartite: its mean; semi: with the best partner whoever else has it; above half: share of pairs "
-        "with a correlation above 0.5).",
-        "Losses are of predicting units of the second network linearly from all units of the first (dense) or from their "
-        "match alone (one to one); 0.5 is no better than the mean. Mixed clusters: share of groups of units that both "
-        "networks have.",
-    ]
-    card = Sheet("Do they have the same features?", f"convergent learning, {len(x):,} examples", sentences=sentences,
-                 tables=[Table.of(table)], pictures=[Picture(report.plot(), "Matched units, predictions and clusters by layer.")])  # fmt: skip
-    return frame, card
-
-
-def _cost_card(name: str, cost: dict[str, Any]) -> Sheet:
-    from torchfolio.report.sheet import Sheet, Table
-
-    table = cost["table"]
-    total = [int(sum(table[key].tolist())) for key in ("parameters", "flops", "output_bytes")]
-    sentences = [
-        f"{total[0]:,} parameters, {total[1]:,} floating-point operations for one example, whose activations take "
-        f"{total[2]:,} bytes in float32. Training on a batch of {cost['batch']} keeps {cost['saved']:,} bytes for the "
-        "backward pass at its peak.",
-    ]
-    return Sheet(
-        f"What the layers of {name} cost",
-        "operations, parameters, memory",
-        sentences=sentences,
-        tables=[Table.of(table)],
-    )
-
-
-def _information_card(name: str, information: dict[str, Any], count: int, y: Tensor) -> Sheet:
-    from torchfolio.report.sheet import Picture, Sheet, Table
-
-    table = information["table"]
-    counts = y.bincount().double()
-    p = counts[counts > 0] / counts.sum()
-    sentences = [
-        f"What activity T of each layer tells about the input X and the label Y, in bits, from {count:,} examples: no layer "
-        f"can tell more than {math.log2(count):.2f} bits about the input, nor more than {float(-(p * p.log2()).sum()):.2f} about "
-        f"the label. Estimates by {information['bins']} adaptive bins and by adaptive kernels; positions of maps and tokens are "
-        "averaged.",
-    ]
-    notes = []
-    for kind, column in (("bins", "bins_saturated"), ("kernels", "kernel_saturated")):
-        full = [str(layer) for layer, flag in zip(table.index, table[column].tolist(), strict=True) if flag]
-        if full:
-            notes.append(
-                f"The estimate by {kind} is saturated in {', '.join(full)}: almost every example has an activity of its own, so "
-                "that it says nothing about these layers. Take more examples, or fewer bins."
-            )
-    dead = [str(layer) for layer, share in zip(table.index, table["dead"].tolist(), strict=True) if share > 0]
-    if dead:
-        notes.append(f"Units that are the same for all examples stand in {', '.join(dead)}.")
-    pictures = [
-        Picture(information["binned"].plot(), "Information plane by adaptive bins; hollow: saturated."),
-        Picture(information["kernel"].plot(), "Information plane by adaptive kernels; hollow: saturated."),
-    ]
-    return Sheet(f"What the layers of {name} tell", "adaptive estimators of mutual information", sentences=sentences, notes=notes,
-                 tables=[Table.of(table)], pictures=pictures)  # fmt: skip
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

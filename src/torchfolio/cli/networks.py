@@ -29,7 +29,16 @@ from torchfolio.cli._options import (
     check_output,
     named,
 )
-from torchfolio.cli._training import HISTORY, history_text, make_logger, say_epoch, validation, validation_set
+from torchfolio.cli._training import (
+    HISTORY,
+    RECORD,
+    history_text,
+    make_logger,
+    make_recorder,
+    say_epoch,
+    validation,
+    validation_set,
+)
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -93,6 +102,10 @@ def train(
             callback=named,
         ),
     ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Follow the losses of 500 training examples and the sharpness, for inspect."),
+    ] = False,
     log: Annotated[str | None, typer.Option(help="Log to csv, tensorboard or wandb, in NAME.logs beside it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
     force: Force = False,
@@ -142,6 +155,8 @@ def train(
     for (name, (make, own)), bundles in zip(added.items(), networks[1:], strict=True):
         given = {**_target(make, net), **own, **_ready(bundles, manifest, allowed)}
         learning_rule = call_with(make, given, f"the objective {name}").on(learning_rule)
+    steps = epochs * -(-len(splits.train) // batch_size)
+    recorder = make_recorder(splits.train, steps) if record else None
     with exclusive(checkpoints):
         check_output(output, force)  # once more: another process may have written there in the meantime
         result = engine.fit(
@@ -150,7 +165,7 @@ def train(
             val=held_out,
             rule=learning_rule,
             optimizer=make_optimizer,
-            scheduler=_scheduler(schedule, lr, epochs * -(-len(splits.train) // batch_size)),
+            scheduler=_scheduler(schedule, lr, steps),
             epochs=epochs,
             batch_size=batch_size,
             augment=augmentation(splits) if augment else None,
@@ -159,10 +174,10 @@ def train(
             checkpoint=checkpoints,
             resume=resume,
             early_stopping=early_stopping,
-            callbacks=[say_epoch],
+            callbacks=[*(recorder.parts if recorder else ()), say_epoch],
         )
         scores = engine.evaluate(net, splits.test, rule=learning_rule)
-        record = {
+        facts = {
             "data": data,
             "rule": rule,
             "rule_settings": settings,
@@ -185,7 +200,9 @@ def train(
             "test": scores,
         }
         notes = {HISTORY: history_text(result.history.rows)}
-        save_bundle(net, output, replace(manifest, training=record), notes=notes)
+        if recorder:
+            notes[RECORD] = recorder.record().to_text()
+        save_bundle(net, output, replace(manifest, training=facts), notes=notes)
         shutil.rmtree(checkpoints, ignore_errors=True)
     show_result({"bundle": str(output), **scores}, as_json)
 

@@ -446,13 +446,15 @@ def _activations(
             with take_features(module, names, detach=True) as features:
                 z = module(x.to(device))
                 for name, t in features.items():
-                    parts.setdefault(name, []).append(_rows(name, t, reduce).cpu())
+                    parts.setdefault(name, []).append(_rows(name, t, reduce, len(x)).cpu())
             if output:
                 parts.setdefault("output", []).append(z.flatten(1).softmax(1).cpu())
     return {name: torch.cat(chunks) for name, chunks in parts.items()}
 
 
-def _rows(name: str, t: Tensor, reduce: Reduce | None) -> Tensor:
+def _rows(name: str, t: Tensor, reduce: Reduce | None, count: int) -> Tensor:
+    if t.dim() < 2 or len(t) != count:
+        raise ValueError(f"{name} gives {tuple(t.shape)} for {count} inputs, expected a row for each")
     if t.dim() == 2:
         return t
     if reduce is None:

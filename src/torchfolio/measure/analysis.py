@@ -51,8 +51,15 @@ class Analysis(ABC):
     networks: int = 1
     """How many networks it takes: 1, or 2 for a comparison."""
 
+    classes: Sequence[str] = ()
+    """Names of the labels, for words and pictures; numbers stand for them where there are none."""
+
     by_default: bool = True
     """Whether `inspect` shows it unasked: it takes seconds, and says something about any network."""
+
+    def named(self, label: int) -> str:
+        """The name of a label."""
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
     @abstractmethod
     def look(self, *models: nn.Module, data: Examples, layers: Sequence[str] = (), seed: int = 0) -> Panel:

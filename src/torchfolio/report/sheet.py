@@ -27,6 +27,12 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of each column: `text`, which is read from its left edge, or `number`."""
+        return tuple("text" if any(isinstance(row[k], str) for row in self.rows) else "number"
+                     for k in range(len(self.columns)))  # fmt: skip
+
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Table:
         """A table from a frame, its index first."""

@@ -281,12 +281,12 @@ class BoundaryAngles(Analysis):
                 rows = torch.cat([(y == c).nonzero()[: self.examples, 0] for c in pair])
                 found[pair] = analyse(models[0], x[rows], y[rows], pair, steps=self.steps)
         table = pd.DataFrame(
-            [{"class": i, "next": j, "angle, degrees": r.angle, "strength": r.strength, "wrong, %": 50 * sum(r.errors),
+            [{"class": self.named(i), "next": self.named(j), "angle, degrees": r.angle, "strength": r.strength, "wrong, %": 50 * sum(r.errors),
               "reached, %": 100 * r.reached} for (i, j), r in found.items()]
         )  # fmt: skip
         fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
         ax.boxplot([r.angles[np.isfinite(r.angles)] for r in found.values()], showfliers=False)
-        ax.set_xticks(range(1, len(found) + 1), [f"{i} and {j}" for i, j in found])
+        ax.set_xticks(range(1, len(found) + 1), [f"{self.named(i)}\n{self.named(j)}" for i, j in found])
         ax.set(ylabel="deviation angle, degrees", ylim=(0, 95))
         ax.axhline(90, c="grey", ls=":", lw=1)
         angle, strength = table["angle, degrees"].median(), table["strength"].median()
