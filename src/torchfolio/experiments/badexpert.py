@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torchfolio.backdoor import poison, poisoned_test
 from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
 from torchfolio.backdoor.evaluation import evaluate_input_detector
-from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, auroc, labels_of, outputs_of
+from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, auroc, labels_of
 from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import StepRecorder, fit
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
+from torchfolio.measure import outputs
 from torchfolio.runs import Results, Run
 
 
@@ -85,10 +86,8 @@ def run(run: Run[Settings]) -> None:
     settings = run.settings
     data = run.data(settings.data, normalize=False, val=0)
     trusted, test = divide(data.test.tensors, settings.clean_size, run.seed)
-    found = {
-        name: run.arm(name, lambda name=name: measure(run, data, trusted, test, name)) for name in settings.attacks
-    }
-    found["clean"] = run.arm("clean", lambda: measure(run, data, trusted, test, "badnets", rate=0.0))
+    found = {name: run.arm(name, lambda name=name: judged(run, data, trusted, test, name)) for name in settings.attacks}
+    found["clean"] = run.arm("clean", lambda: judged(run, data, trusted, test, "badnets", rate=0.0))
     badnets, blend = found["badnets"], found["blend"]
     run.values(
         "expert", {"accuracy": badnets["expert_acc"], "attack_success": badnets["expert_asr"],
@@ -108,10 +107,12 @@ def run(run: Run[Settings]) -> None:
         {"filtered": badnets["filtered_asr"], "unfiltered": badnets["asr"], "accuracy": badnets["filtered_acc"],
          "unfiltered_accuracy": badnets["acc"]},
     )  # fmt: skip
-    run.values("negative_control", {"right_labels": badnets["auroc_control"]})
+    run.values(
+        "negative_control", {"right_labels": badnets["auroc_control"], "own_confidence": badnets["auroc_network"]}
+    )
 
 
-def measure(
+def judged(
     run: Run[Settings], data: DataSplits, trusted: Pair, test: Pair, name: str, rate: float | None = None
 ) -> dict[str, Any]:
     """One victim and its detector; with a rate of 0, a network that was never poisoned."""
@@ -182,11 +183,26 @@ def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) ->
 def control(
     run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, expert: BaDExpert
 ) -> dict[str, float]:
-    """An epoch at the same rate on right labels: confidence of that network in the predicted label as a score."""
-    detector = fitted(run, net, trusted, mislabel="none", score="expert", stop_acc=0.0, unlearn_lr=expert.unlearn_lr_)
+    """As many steps at the same rate on right labels, and none: confidence of those networks in the label as a score."""
+    finetuned = copy.deepcopy(net)
+    fit(
+        finetuned, trusted, optimizer=partial(torch.optim.Adam, lr=expert.unlearn_lr_), max_steps=expert.history_[-1][0],
+        batch_size=run.settings.unlearn_batch, seed=run.seed, device=str(run.device), progress=False,
+    )  # fmt: skip
     triggered, target = attacked.tensors()
-    right, reached = labels_of(net, test[0]) == test[1], labels_of(net, triggered) == target
-    return {"auroc_control": auroc(detector.score(test[0][right]), detector.score(triggered[reached]))}
+    said, said_bad = labels_of(net, test[0]), labels_of(net, triggered)
+    clean, bad = (
+        (test[0][said == test[1]], said[said == test[1]]),
+        (triggered[said_bad == target], target[said_bad == target]),
+    )
+
+    def confidence(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        if not len(x):  # no attack that succeeds, and an AUROC of NaN
+            return torch.zeros(0)
+        return outputs(model, x).double().softmax(1).gather(1, labels[:, None])[:, 0]
+
+    return {f"auroc_{name}": auroc(confidence(model, *clean), confidence(model, *bad))
+            for name, model in (("control", finetuned), ("network", net))}  # fmt: skip
 
 
 def trace(
@@ -203,7 +219,7 @@ def trace(
         },
         every=1,
     )
-    wrong = (trusted[1] + 1) % int(outputs_of(net, x[:1]).shape[1])
+    wrong = (trusted[1] + 1) % int(outputs(net, x[:1]).shape[1])
     fit(
         copy.deepcopy(net), (trusted[0], wrong), optimizer=partial(torch.optim.Adam, lr=lr), epochs=2,
         batch_size=settings.unlearn_batch, callbacks=[trace], seed=run.seed, device=str(run.device), progress=False,
@@ -218,7 +234,7 @@ def strip(net: nn.Module, x: Tensor, clean: Tensor, blends: int = 16) -> Tensor:
     """
     total = torch.zeros(len(x), dtype=torch.float64)
     for other in clean[:blends]:
-        p = outputs_of(net, 0.5 * (x + other)).double().softmax(1)
+        p = outputs(net, 0.5 * (x + other)).double().softmax(1)
         total += -(p * p.clamp_min(1e-12).log()).sum(1)
     return -total / blends
 
