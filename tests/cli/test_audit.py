@@ -197,6 +197,8 @@ def test_several_methods_give_one_verdict(folders, tmp_path, monkeypatch):
     assert "2 of 2 methods" in report["together"]
     assert "agree on the target 0" in report["together"]
     assert report["networks"]["two"]["score"] == 1.5
+    done = call(*arguments, "one,two,filter", "--set", "two.level=0.7", "--json")
+    assert json.loads(done.stdout)["networks"]["two"]["score"] == 0.7
     assert report["detector"] == "filter"
     assert call("audit", tmp_path / "f", "--input", folders / "plain").exit_code in (0, 1)
     page = (tmp_path / "f" / "index.html").read_text()
@@ -205,7 +207,10 @@ def test_several_methods_give_one_verdict(folders, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("No method finds a backdoor in the network (two); that is no proof")
     assert "two: The network is not suspicious" in done.stdout
-    for given, message in {"two,two": "every method once", "one,two": "has a setting 'fpr'"}.items():
+    for given, message in {
+        "two,two": "every method once",
+        "one,two": "has a setting 'fpr'",
+    }.items():
         refused = call(*arguments, given)
         assert refused.exit_code == 2
         assert message in " ".join(refused.stderr.replace("│", " ").split())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from torchfolio import catalog
+from torchfolio.cli._objectives import settings_by_name
 from torchfolio.cli._options import MOST_SEED, Allow, AsJson, Device, ImageSize, ModelSet, named
 from torchfolio.cli.networks import call_with, importable, normalized, open_network, parse_settings
 from torchfolio.errors import TorchfolioError
@@ -48,7 +49,10 @@ def audit(
             "by default."
         ),
     ] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method, key=value.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting of the method, key=value; of one of several, slug.key=value."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the filter and its page.")] = Path("audit"),
     reference: Annotated[
         list[Path] | None,
@@ -113,7 +117,7 @@ def audit(
     else:
         source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
     own["words"] = _words(vocabulary, source.manifest)
-    methods = _methods(slugs, parse_settings(setting), own)
+    methods = _methods(slugs, setting or [], own)
     if model is not None and not normalize:
         source = replace(source, manifest=replace(source.manifest, mean=(), std=()))
     _check_alike(source, references, reference or [])
@@ -216,12 +220,18 @@ def _detectors(slug: str, settings: dict[str, Any], own: dict[str, Any]) -> tupl
     return made[0], made[1]
 
 
-def _methods(slugs: Sequence[str], settings: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Every method with its detector of inputs and its detector of networks; a setting goes to all that take it."""
-    if len(slugs) == 1:
-        return [(slugs[0], *_detectors(slugs[0], settings, own))]
+def _methods(slugs: Sequence[str], pairs: Sequence[str], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Every method with its detector of inputs and its detector of networks.
+
+    A setting goes to all that take it, one that is given as `slug.key=value` to that method alone.
+    """
     if len(set(slugs)) < len(slugs):
         raise TorchfolioError(f"expected every method once in --detector, got {', '.join(slugs)}")
+    single = [pair for pair in pairs if pair.startswith(tuple(f"{slug}." for slug in slugs))]
+    settings = parse_settings([pair for pair in pairs if pair not in single])
+    singly = {slug: parse_settings(given) for slug, given in settings_by_name(slugs, single).items()}
+    if len(slugs) == 1:
+        return [(slugs[0], *_detectors(slugs[0], {**settings, **singly[slugs[0]]}, own))]
     taken = {slug: {name for kind in KINDS if (f := _offered(slug, kind)) is not None for name in _parameters(f)}
              for slug in slugs}  # fmt: skip
     for name in settings:
@@ -232,7 +242,7 @@ def _methods(slugs: Sequence[str], settings: dict[str, Any], own: dict[str, Any]
         raise TorchfolioError(f"none of the methods {', '.join(slugs)} compares networks: leave --reference out")
     methods = []
     for slug in slugs:
-        chosen = {k: v for k, v in settings.items() if k in taken[slug]}
+        chosen = {**{k: v for k, v in settings.items() if k in taken[slug]}, **singly[slug]}
         given = own if slug in compares else {**own, "references": []}
         methods.append((slug, *_detectors(slug, chosen, given)))
     if sum(by is not None for _, by, _ in methods) > 1:

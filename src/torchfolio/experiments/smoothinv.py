@@ -19,7 +19,7 @@ from torchfolio.backdoor.metrics import attack_metrics, labels_of
 from torchfolio.backdoor.smoothinv import SmoothInv
 from torchfolio.backdoor.victims import default_net, victim
 from torchfolio.backdoor.zoo import Normalize, fit_classifier
-from torchfolio.data import DataSplits, load
+from torchfolio.data import CropFlip, DataSplits, load
 from torchfolio.engine import seeded
 from torchfolio.runs import Results, Run, plots
 
@@ -49,10 +49,10 @@ class Settings:
 
     data: str = "cifar10"
     digits: str = "mnist10k"
-    size: int = 5000
+    size: int = 10_000
     digits_size: int = 3000
-    width: int = 8
-    epochs: int = 6
+    width: int = 16
+    epochs: int = 8
     digits_epochs: int = 5
     rate: float = 0.1
     eps: tuple[float, ...] = (1.0, 2.0)
@@ -69,7 +69,7 @@ SCALES = {
     "smoke": Settings(data="digits", digits="digits", size=200, digits_size=200, width=4, epochs=1, digits_epochs=1,
                       steps=2, n=2, sources=(1, 3), others=50, pool=16),
     "quick": Settings(),
-    "full": Settings(size=50_000, digits_size=10_000, width=16, epochs=20, eps=(1.0, 1.5, 2.0), sigma=(0.12, 0.25, 0.5),
+    "full": Settings(size=50_000, digits_size=10_000, epochs=20, eps=(1.0, 1.5, 2.0), sigma=(0.12, 0.25, 0.5),
                      steps=400, n=40, sources=(1, 2, 3, 4, 5, 6, 7, 8, 9)),
 }  # fmt: skip
 
@@ -110,8 +110,8 @@ def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     s = run.settings
     trigger, labels = patch(data), AllToOne(0, data.num_classes)
     bad, clean = (
-        victim(data, trigger, labels, rate=rate, epochs=s.epochs, net=lambda: default_net(data, s.width), seed=run.seed,
-               device=run.device)
+        victim(data, trigger, labels, rate=rate, epochs=s.epochs, net=lambda: default_net(data, s.width),
+               augment=CropFlip(padding=0), seed=run.seed, device=run.device)
         for rate in (s.rate, 0.0)
     )  # fmt: skip
     x, y = data.test.tensors
