@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop, LearningRule
 from torchfolio.engine import layers as network_layers
-from torchfolio.local.auglocal import initialize
+from torchfolio.local.copied_layers import initialize
 from torchfolio.measure import linear_probe, saved_bytes
 from torchfolio.models import ResNetCIFAR, collect_features
 from torchfolio.runs import tasks
@@ -93,6 +93,14 @@ def step_cost(task: Task, data: DataSplits, rule: LearningRule, depth: int | Non
     with FlopCounterMode(display=False) as counter:
         rule.step((x, y), Tensor.backward)
     return {"saved_mb": peak / 1e6, "gigaflops": counter.get_total_flops() / 1e9}
+
+
+def stepper(rule: LearningRule, batch_size: int = 32) -> Callable[[], object]:
+    """A training step of the common network (ResNet-20 shape, 16x16 images) by a rule, for timing."""
+    x, y = torch.rand(batch_size, 3, 16, 16), torch.arange(batch_size) % 10
+    net = initialize(ResNetCIFAR(20, widths=(8, 16, 32), shortcut="B"))
+    rule.prepare(net, (x, y)).train()
+    return lambda: rule.step((x, y), Tensor.backward)
 
 
 class CheckpointedBackprop(Backprop):

@@ -18,12 +18,14 @@ from torchfolio.experiments._local_learning import (
     Task,
     network,
     step_cost,
+    stepper,
     train,
 )
 from torchfolio.local.auglocal import AugLocal
 from torchfolio.local.heads import LocalHeads
 from torchfolio.local.local_model import LocalHead, Network
 from torchfolio.runs import Results, Run
+from torchfolio.runs.bench import Bench
 from torchfolio.runs.tasks import load
 
 
@@ -207,3 +209,13 @@ def _probes(results: Results) -> Figure:
     ax.legend()
     ax.grid(alpha=0.3)
     return fig
+
+
+def peers(bench: Bench) -> None:
+    """A training step beside those of backprop that recomputes activations, and of backprop."""
+    bench.compare(
+        "a step of ResNet-20 on 32 images",
+        ours=stepper(AugLocal(3)),
+        checkpointed_backprop=stepper(CheckpointedBackprop()),
+        backprop=stepper(Backprop()),
+    )

@@ -9,11 +9,22 @@ from matplotlib.figure import Figure
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop
-from torchfolio.experiments._local_learning import FULL, SMOKE, RuleFactory, Task, network, step_cost, train
+from torchfolio.experiments._local_learning import (
+    FULL,
+    SMOKE,
+    CheckpointedBackprop,
+    RuleFactory,
+    Task,
+    network,
+    step_cost,
+    stepper,
+    train,
+)
 from torchfolio.local.heads import Host, LocalHeads
 from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
 from torchfolio.runs import Results, Run
+from torchfolio.runs.bench import Bench
 from torchfolio.runs.tasks import load
 
 
@@ -134,3 +145,14 @@ def _probes(results: Results) -> Figure:
     ax.legend()
     ax.grid(alpha=0.3)
     return fig
+
+
+def peers(bench: Bench) -> None:
+    """A training step beside those of backprop that recomputes activations, and of backprop."""
+    bench.compare(
+        "a step of ResNet-20 on 32 images",
+        ours=stepper(MAN(host="dgl")),
+        host=stepper(LocalHeads("dgl")),
+        checkpointed_backprop=stepper(CheckpointedBackprop()),
+        backprop=stepper(Backprop()),
+    )

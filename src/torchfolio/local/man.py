@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchfolio import checks
 from torchfolio.engine import default_loss
-from torchfolio.local.auglocal import initialize
+from torchfolio.local.copied_layers import initialize
 from torchfolio.local.heads import HeadFactory, Host, HostHeads
 from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, trace_shapes, width
 from torchfolio.models.init import redraw
@@ -70,12 +71,9 @@ class MomentumAuxiliary(nn.Module):
         channels: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"expected momentum between 0 and 1, got {momentum!r}")
-        if bias not in ("branch", "vector", None):
-            raise ValueError(f"expected bias to be 'branch', 'vector' or None, got {bias!r}")
-        if init not in ("copy", "random"):
-            raise ValueError(f"expected init to be 'copy' or 'random', got {init!r}")
+        checks.between("momentum", momentum, 0, 1)
+        checks.one_of("bias", bias, ("branch", "vector", None))
+        checks.one_of("init", init, ("copy", "random"))
         if bias == "vector" and channels is None:
             raise ValueError("bias='vector' needs channels, the width of the next layer's output")
         self.momentum = momentum
@@ -224,10 +222,9 @@ class MAN(LocalRule):
         super().__init__(blocks=blocks, loss=loss)
         if isinstance(blocks, int) and blocks < 2:
             raise ValueError(f"expected at least 2 blocks, got {blocks}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"expected momentum between 0 and 1, got {momentum!r}")
-        if bias not in ("branch", "vector", None):
-            raise ValueError(f"expected bias to be 'branch', 'vector' or None, got {bias!r}")
+        checks.between("momentum", momentum, 0, 1)
+        checks.one_of("bias", bias, ("branch", "vector", None))
+        checks.one_of("init", init, ("copy", "random"))
         self.host = HostHeads(host, loss=loss, mean=mean, std=std, **options)  # pyright: ignore[reportArgumentType]
         self.momentum = momentum
         self.bias: Bias = bias
