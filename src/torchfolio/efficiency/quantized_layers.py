@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from torchfolio import checks
 from torchfolio.data.examples import Examples
 from torchfolio.efficiency.binary import conv_arguments, linear_arguments
+from torchfolio.engine.first_order import first_order
 from torchfolio.engine.modes import evaluating
 from torchfolio.models import replace_layers
 
@@ -81,9 +81,9 @@ class _DoubleRound(torch.autograd.Function):
         return rounded
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,), (x, scale, rounded) = gradients, ctx.saved_tensors
+    @first_order("the gradient through a rounding")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *gradients: Tensor) -> Any:
+        (gradient,), (x, scale, rounded) = gradients, saved
         high, step, low, weight = ctx.settings
         to_x = _inside(gradient, x / scale, high, step, low)
         to_scale = None
