@@ -9,6 +9,8 @@ from torch import nn
 from torchfolio.dynamics.controls import Control, HermiteControl, LinearControl, NaturalCubicControl, RectilinearControl
 from torchfolio.dynamics.gradients import Adjoint, Checkpoint, Direct, Reversible
 from torchfolio.dynamics.integrate import cdeint
+from torchfolio.dynamics.log_signatures import log_signatures
+from torchfolio.dynamics.neural_de import NeuralCDE
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import RK4, Tsit5
 
@@ -154,3 +156,44 @@ def test_refusals(call, message):
         cdeint(series(), Field(), torch.ones(3, 4))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="floating point"):
         LinearControl(torch.ones(3, 1, dtype=torch.int64))
+
+
+def test_log_signatures_are_increments_and_areas_and_make_long_steps_accurate():
+    generator = torch.Generator().manual_seed(0)
+    path = (torch.randn(257, 4, 2, generator=generator).double().cumsum(0) / 16).requires_grad_()
+    whole, times = log_signatures(path, window=256, append_time=False)
+    assert times.tolist() == [0.0, 256.0]
+    steps, before = path.diff(dim=0), path[:-1] - path[0]
+    area = (before[..., 0] * steps[..., 1] - before[..., 1] * steps[..., 0]).sum(0) / 2
+    torch.testing.assert_close(whole, torch.stack([torch.cat([path[0], 0 * area[:, None]], 1),
+                                                   torch.cat([path[-1], area[:, None]], 1)]))  # fmt: skip
+    assert torch.autograd.grad(whole.sum(), path)[0].abs().sum() > 0
+    first, second = (0.4 * torch.randn(3, 3, generator=generator).double() for _ in range(2))
+    matrices = torch.stack([first, second, second @ first - first @ second], -1)
+    z0 = torch.ones(4, 3, dtype=torch.float64)
+
+    def end(series, t, columns):
+        control = LinearControl(series.detach()[..., :columns], t, append_time=False)
+        field = lambda t, z: torch.einsum("ijc,bj->bic", matrices[..., :columns], z)  # noqa: E731
+        return cdeint(control, field, z0, rtol=1e-7, atol=1e-9).ys[-1]
+
+    exact = end(path, None, 2)
+    series, t = log_signatures(path, window=16, append_time=False)
+    errors = [float((end(series, t, columns) - exact).norm()) for columns in (2, 3)]
+    assert errors[1] < errors[0] / 2  # with areas, against chords alone
+
+
+def test_log_signatures_of_incomplete_series_and_errors():
+    x = torch.randn(11, 3, 2)
+    x[4, 1] = float("nan")
+    series, times = log_signatures(x, torch.linspace(0, 1, 11), window=4)
+    assert series.shape == (4, 3, 6)
+    assert bool(series.isfinite().all())
+    assert times.tolist() == pytest.approx([0.0, 0.4, 0.8, 1.0])
+    model = NeuralCDE(6, 4, 2, LinearControl, width=8, append_time=False)
+    assert model(series, times).shape == (3, 2)
+    for options in ({"window": 0}, {"t": [0.0] * 11}, {"x": x[:1]}, {"x": x / 0}):
+        with pytest.raises(ValueError, match="expected"):
+            log_signatures(**{"x": x, **options})
+    with pytest.raises(TypeError, match="series"):
+        log_signatures(x.long())

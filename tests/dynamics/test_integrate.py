@@ -325,3 +325,36 @@ def test_second_derivatives_are_refused_not_left_out(gradient):
     (grad,) = torch.autograd.grad(ys[-1].square().sum() + y0.pow(4).sum(), y0, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(grad.sum(), y0)
+
+
+@pytest.mark.parametrize("solver", [Tsit5(), Bosh3(), Heun()])
+@pytest.mark.parametrize("ts", [[0.0, 0.3, 0.31, 1.0], [1.0, 0.5, -0.2]])
+def test_steps_for_each_example_are_those_of_solving_it_alone(solver, ts):
+    speed = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    y0 = torch.stack([torch.ones(3).double(), torch.zeros(3).double(), speed], -1).requires_grad_()
+    field = Field()
+
+    def turning(t, y):
+        turn = torch.stack([y[..., 1] * y[..., 2], -y[..., 0] * y[..., 2], torch.zeros_like(y[..., 2])], -1)
+        return turn + 0.1 * field.net(y) * torch.cos(t)
+
+    options = {"rtol": 10.0**-solver.order, "atol": 1e-4, "params": list(field.parameters())}
+    together, stats = odeint(turning, y0, ts, solver, per_sample=True, **options)
+    alone = [odeint(turning, y, ts, solver, Direct(), **options) for y in y0]
+    expected = torch.stack([ys for ys, _ in alone], 1)
+    torch.testing.assert_close(together, expected, atol=1e-10, rtol=1e-10)
+    assert stats.n_steps == max(s.n_steps for _, s in alone)
+    wanted = [y0, *field.parameters()]
+    for a, b in zip(*(torch.autograd.grad(ys.square().sum(), wanted) for ys in (together, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_what_steps_for_each_example_cannot_do_is_refused():
+    y0 = torch.ones(2, 1)
+    for options in ({"dt": 0.1}, {"solver": RK4()}, {"jump_ts": [0.5]}, {"y0": {"a": y0}}, {"gradient": Checkpoint()}):
+        with pytest.raises(ValueError, match=r"per.sample"):
+            odeint(**{"field": damped, "y0": y0, "ts": [0, 1], "per_sample": True, **options})
+    with pytest.raises(SolveError, match=r"singular at t = 0\.5.* for example 1"):
+        odeint(lambda t, y: y * y, torch.tensor([[0.1], [2.0]]), [0, 1], per_sample=True)
+    with pytest.raises(SolveError, match="max_steps"):
+        odeint(damped, y0, [0, 1], per_sample=True, max_steps=2)

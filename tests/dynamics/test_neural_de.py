@@ -116,6 +116,33 @@ def test_neural_ode():
         de.NeuralODE(VectorField(3), rtol=float("nan"))
 
 
+def test_a_block_of_a_language_model_is_a_field():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+            self.block = BertLayer(transformers.BertConfig(**sizes, attn_implementation="eager"))
+
+        def forward(self, t, y):
+            out = self.block(y)
+            return (out if isinstance(out, torch.Tensor) else out[0]) - y
+
+    torch.manual_seed(0)
+    model, x = de.NeuralODE(Flow().eval(), de.RK4(), dt=0.25), torch.randn(2, 5, 8)
+    grads = []
+    for model.gradient in (de.Direct(), de.Checkpoint(2), de.Adjoint()):
+        loss = model(x, [0.0, 1.0])[-1].square().sum()
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0], atol=1e-2, rtol=1e-2)
+    model.train()
+    with pytest.raises(ValueError, match="Dropout in training mode"):
+        model(x, [0.0, 1.0])
+
+
 @pytest.mark.parametrize(
     "control", [de.HermiteControl, de.LinearControl, de.RectilinearControl, de.NaturalCubicControl]
 )
@@ -163,7 +190,7 @@ def test_latent_sde_learns_and_its_gradient_is_that_through_the_solver():
     torch.manual_seed(0)
     ts = torch.linspace(0, 1, 6)
     x = 1 + 0.1 * torch.randn(6, 16, 1)
-    model = de.LatentSDE(1, latent=2, context=4, width=8, dt=0.1)
+    model = de.LatentSDE(1, latent=2, context=4, width=8, dt=0.2)
     grads = []
     for gradient in (de.Direct(), None):
         model.gradient = gradient

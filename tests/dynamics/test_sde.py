@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.dynamics.brownian import BrownianGrid, BrownianInterval
+from torchfolio.dynamics.brownian import BrownianGrid, BrownianInterval, joined_area
 from torchfolio.dynamics.gradients import Adjoint, Checkpoint, Direct, Reversible
 from torchfolio.dynamics.integrate import sdeint
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston
 from torchfolio.dynamics.sde import SDE
-from torchfolio.dynamics.sde_solvers import EulerHeun, Milstein
+from torchfolio.dynamics.sde_solvers import EulerHeun, Milstein, ShARK
 from torchfolio.dynamics.stepping import SolveError
 from torchfolio.measure import saved_bytes
 
@@ -216,3 +216,53 @@ def test_refusals(options, error, message):
     for kind in ({"noise": "coloured"}, {"calculus": "Ito"}):
         with pytest.raises(ValueError, match="expected"):
             SDE(GOOD.drift, GOOD.diffusion, **kind)
+
+
+# Space-time Lévy area
+
+
+@pytest.mark.parametrize("kind", ["interval", "grid"])
+def test_areas_have_their_law_and_are_those_of_one_path(kind):
+    n, paths = 200, 4000
+    grid = [0.25 + 0.5 * k / n for k in range(n + 1)]
+    w = (
+        BrownianInterval(0.0, 1.0, (paths,), 3, levy=True, dtype=torch.float64)
+        if kind == "interval"
+        else BrownianGrid(grid, (paths,), 3, dtype=torch.float64)
+    )
+    total, area = w.area(0.25, 0.75)
+    assert float(total.var()) == pytest.approx(0.5, rel=0.08)
+    assert float(area.var()) == pytest.approx(0.5 / 12, rel=0.08)
+    assert abs(float((total * area).mean())) < 4 * math.sqrt(0.5 * 0.5 / 12 / paths)
+    steps = [(0.5 / n, *w.area(a, b)) for a, b in itertools.pairwise(grid)]
+    torch.testing.assert_close(joined_area(steps), area, atol=1e-12, rtol=0)
+    path = torch.stack([step for _, step, _ in steps]).cumsum(0)
+    shares = torch.arange(1, n + 1).double()[:, None] / n
+    torch.testing.assert_close((path - shares * total).mean(0), area, atol=6e-3, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(w.area(0.25, 0.75), (total, area), strict=True))
+
+
+def test_shark_has_order_one_and_a_half_for_additive_noise():
+    sde = SDE(lambda t, y: torch.sin(3 * y) - y**3, lambda t, y: torch.full_like(y, 0.8), "additive")
+    w = BrownianInterval(0.0, 1.0, (200, 1), 1, levy=True, dtype=torch.float64)
+    y0 = torch.ones(200, 1, dtype=torch.float64)
+    ends = {n: sdeint(sde, y0, [0, 1], ShARK(), dt=1 / n, brownian=w).ys[-1] for n in (8, 64, 1024)}
+    errors = [float((ends[n] - ends[1024]).abs().mean()) for n in (8, 64)]
+    assert math.log(errors[0] / errors[1]) / math.log(8) > 1.3
+    leaf = y0.clone().requires_grad_()
+    grads = [
+        torch.autograd.grad(sdeint(sde, leaf, [0, 1], ShARK(), mode, dt=1 / 16, seed=1).ys[-1].sum(), leaf)[0]
+        for mode in (Direct(), Checkpoint(3))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_areas_are_refused_where_there_are_none():
+    w = BrownianInterval(0.0, 1.0, (2, 1), 1)
+    with pytest.raises(ValueError, match="levy=True"):
+        w.area(0.0, 0.5)
+    with pytest.raises(ValueError, match="end is after its start"):
+        w.area(0.5, 0.5)
+    sde = SDE(lambda t, y: -y, lambda t, y: y)
+    with pytest.raises(ValueError, match="expected additive noise for ShARK"):
+        sdeint(sde, torch.ones(2, 1), [0, 1], ShARK(), dt=0.1)

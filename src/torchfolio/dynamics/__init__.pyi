@@ -28,6 +28,7 @@ from torchfolio.dynamics.harmonic_denoising import train_denoiser as train_denoi
 from torchfolio.dynamics.neural_de import Adjoint as Adjoint
 from torchfolio.dynamics.neural_de import BrownianInterval as BrownianInterval
 from torchfolio.dynamics.neural_de import Checkpoint as Checkpoint
+from torchfolio.dynamics.neural_de import ContinuousFlow as ContinuousFlow
 from torchfolio.dynamics.neural_de import Control as Control
 from torchfolio.dynamics.neural_de import DEQ as DEQ
 from torchfolio.dynamics.neural_de import Direct as Direct

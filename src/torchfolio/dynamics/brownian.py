@@ -76,8 +76,27 @@ class Brownian(ABC):
 
     __call__ = increment
 
+    def area(self, s: float, t: float) -> tuple[Tensor, Tensor]:
+        """W(t) - W(s), and the space-time Lévy area H of the path between s and t.
+
+            H = 1 / (t - s) ∫ (W(s, r) - (r - s) / (t - s) W(s, t)) dr ~ N(0, (t - s) / 12)
+
+        is independent of the increment, and tells solvers on which side of the straight line the path went.
+
+        Raises:
+            ValueError: if a time is outside the interval, t is not after s, or the path was made without areas.
+        """
+        s, t = float(s), float(t)
+        if not s < t:
+            raise ValueError(f"expected an interval whose end is after its start, got {s:g} and {t:g}")
+        w = self.increment(s, t)
+        return w, self._area(s, t)
+
     @abstractmethod
     def _increment(self, s: float, t: float) -> Tensor: ...
+
+    @abstractmethod
+    def _area(self, s: float, t: float) -> Tensor: ...
 
     def _normal(self, index: int, *lead: int) -> Tensor:
         """Standard normal numbers that depend on the seed and the index alone."""
@@ -91,6 +110,16 @@ class Brownian(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.t0:g}, {self.t1:g}, {self.shape}, seed={self.seed})"
+
+
+def joined_area(parts: Sequence[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """H over an interval from the length, W and H of its parts: (l + r) H = l H_l + r H_r + ½ (r W_l - l W_r)."""
+    length, w, h = parts[0]
+    for other, w1, h1 in parts[1:]:
+        total = length + other
+        h = (length * h + other * h1 + (other * w - length * w1) / 2) / total
+        length, w = total, w + w1
+    return h
 
 
 class BrownianGrid(Brownian):
@@ -131,6 +160,14 @@ class BrownianGrid(Brownian):
         for k in range(i + 1, j):
             total = total + self._step(k)
         return total
+
+    def _area(self, s: float, t: float) -> Tensor:
+        parts = []
+        for k in range(self._index(s), self._index(t)):
+            length = self.times[k + 1] - self.times[k]
+            # Numbers of their own, so that increments are the same whether or not areas are asked for.
+            parts.append((length, self._step(k), self._normal(-1 - k) * math.sqrt(length / 12)))
+        return joined_area(parts)
 
     def _index(self, t: float) -> int:
         sliver = SNAP * (self.t1 - self.t0)
@@ -176,6 +213,13 @@ class BrownianInterval(Brownian):
     it is only some 30 times as long as the query, so that sweeps in both directions find most parents in the cache. The path
     depends on the seed and, between solves on other grids, on the order in which new times are asked for.
 
+    With `levy=True` each interval also has its space-time Lévy area H, and halves are drawn from the bridge of both. With
+    l and r the lengths of the halves, h = l + r, a = v l² / h, b = v r² / h, c = v / √3, v = ½ √(l r / (l³ + r³)) and
+    normal X, Y:
+
+        W(s, m) = l / h W + 6 l r / h² H + 2 (a l + b r) / h X,    H(s, m) = l² / h² H - a X + c r Y,
+                                                                   H(m, t) = r² / h² H - b X - c l Y
+
     Args:
         t0: start of the interval.
         t1: end of the interval, above `t0`.
@@ -184,9 +228,11 @@ class BrownianInterval(Brownian):
         dtype: dtype of the increments, in floating point.
         device: device of the increments.
         cache: number of values kept, at least 2.
+        levy: whether the path has areas, which solvers such as `ShARK` want; another one than without.
 
     Reference:
-        Kidger, "On Neural Differential Equations", section 5.5.
+        Kidger, "On Neural Differential Equations", section 5.5; Foster, Oberhauser, Lyons, SIAM J. Numer. Anal. 58,
+        2020 (areas).
 
     >>> w = BrownianInterval(0.0, 1.0, (3,), seed=1)
     >>> torch.allclose(w(0.0, 0.3) + w(0.3, 0.7), w(0.0, 0.7), atol=1e-6)
@@ -203,8 +249,10 @@ class BrownianInterval(Brownian):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         cache: int = 64,
+        levy: bool = False,
     ) -> None:
         super().__init__(t0, t1, shape, seed, dtype=dtype, device=device)
+        self.levy = levy
         self.cache = whole("cache", cache, 2)
         self._root = self._last = _Node(self.t0, self.t1, 1, None)
         self._values: OrderedDict[int, Tensor] = OrderedDict()
@@ -212,10 +260,17 @@ class BrownianInterval(Brownian):
     def _increment(self, s: float, t: float) -> Tensor:
         total = None
         for node in self._cover(max(s, self.t0), min(t, self.t1)):
-            value = self._value(node)
+            value = self._value(node)[0] if self.levy else self._value(node)
             total = value if total is None else total + value
         assert total is not None
         return total
+
+    def _area(self, s: float, t: float) -> Tensor:
+        if not self.levy:
+            raise ValueError("expected a BrownianInterval with levy=True where areas are asked for")
+        nodes = self._cover(max(s, self.t0), min(t, self.t1))
+        values = [self._value(node) for node in nodes]
+        return joined_area([(node.t - node.s, v[0], v[1]) for node, v in zip(nodes, values, strict=True)])
 
     def _cover(self, s: float, t: float) -> list[_Node]:
         """Nodes that make up an interval, from left to right; the tree grows where it must."""
@@ -257,7 +312,13 @@ class BrownianInterval(Brownian):
             node = node.parent
         value = values.get(node.index)
         if value is None:
-            value = self._normal(1) * math.sqrt(self.t1 - self.t0)
+            length = self.t1 - self.t0
+            if self.levy:
+                value = self._normal(1, 2)
+                value[0] *= math.sqrt(length)
+                value[1] *= math.sqrt(length / 12)
+            else:
+                value = self._normal(1) * math.sqrt(length)
             self._keep(node.index, value)
         else:
             values.move_to_end(node.index)
@@ -267,12 +328,26 @@ class BrownianInterval(Brownian):
             assert parent.left is not None
             m, length = parent.left.t, parent.t - parent.s
             to, rest = m - parent.s, parent.t - m
-            left = self._normal(2 * parent.index).mul_(math.sqrt(to * rest / length)).add_(value, alpha=to / length)
-            right = value - left
+            if self.levy:
+                left, right = self._halves(value, to, rest, self._normal(2 * parent.index, 2))
+            else:
+                left = self._normal(2 * parent.index).mul_(math.sqrt(to * rest / length)).add_(value, alpha=to / length)
+                right = value - left
             self._keep(2 * parent.index, left)
             self._keep(2 * parent.index + 1, right)
             value = left if child is parent.left else right
         return value
+
+    @staticmethod
+    def _halves(value: Tensor, left: float, right: float, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """W and H of the two parts of an interval `[2, ...]` each, from those of the whole."""
+        length, (w, h), (x, y) = left + right, value, normal
+        v = 0.5 * math.sqrt(left * right / (left**3 + right**3))
+        a, b, c = v * left**2 / length, v * right**2 / length, v / math.sqrt(3)
+        w_left = left / length * w + 6 * left * right / length**2 * h + 2 * (a * left + b * right) / length * x
+        h_left = (left / length) ** 2 * h - a * x + c * right * y
+        h_right = (right / length) ** 2 * h - b * x - c * left * y
+        return torch.stack([w_left, h_left]), torch.stack([w - w_left, h_right])
 
     def _keep(self, index: int, value: Tensor) -> None:
         self._values[index] = value

@@ -314,6 +314,8 @@ class Adjoint(_Recomputed):
             raise ValueError(
                 f"expected Heun() or Midpoint() to solve the adjoint of a stochastic equation, got {solver}"
             )
+        if solver.implicit:
+            raise ValueError(f"expected an explicit solver of the adjoint equation, got {solver}; or use Checkpoint()")
         super().check(problem, y0)
 
     def forward(self, problem: Problem, y0: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
@@ -401,11 +403,14 @@ def _used_parameters(problem: Problem, y0: Tensor) -> tuple[Tensor, ...]:
     terms = problem.terms
     before = terms.stats.nfe_forward
     with torch.enable_grad():
-        outputs = terms.rates(problem.sides(problem.ts[0], problem.ts[-1])[0], y0.detach())
+        # As in a solve, the state wants a gradient: fields such as those of flows differentiate in it themselves.
+        state = y0.detach().requires_grad_()
+        outputs = terms.rates(problem.sides(problem.ts[0], problem.ts[-1])[0], state)
     terms.stats.nfe_forward = before
     # Parameters by the node of the graph that stands for them: leaves by their own, computed ones by what computed them.
     declared = {id(p) if p.grad_fn is None else p.grad_fn: p for p in terms.params}
-    used, missing = _reached([out.grad_fn for out in outputs], declared)
+    used, missing = _reached([out.grad_fn for out in outputs], {**declared, id(state): state})
+    used = [key for key in used if key != id(state)]
     if missing:
         raise ValueError(
             f"expected params to name every tensor that the field depends on and that wants a gradient, "

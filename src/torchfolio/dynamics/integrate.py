@@ -16,8 +16,9 @@ from torchfolio.checks import at_least, positive, whole
 from torchfolio.dynamics.brownian import Brownian, BrownianGrid
 from torchfolio.dynamics.controls import Control
 from torchfolio.dynamics.gradients import Checkpoint, Direct, Gradient, Reversible, check_gradient, refuse_random_layers
+from torchfolio.dynamics.per_sample import solve_each
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
-from torchfolio.dynamics.runge_kutta import Euler, Tsit5
+from torchfolio.dynamics.runge_kutta import Euler, ExplicitRungeKutta, Tsit5
 from torchfolio.dynamics.sde import SDE, SDETerms
 from torchfolio.dynamics.solver import Solver
 from torchfolio.dynamics.stepping import NEAR, Adaptive, Problem
@@ -54,12 +55,13 @@ def odeint(
     params: Iterable[Tensor] = (),
     jump_ts: Tensor | Sequence[float] = (),
     adaptive: Adaptive | None = None,
+    per_sample: bool = False,
     max_steps: int = 100_000,
 ) -> Solution:
     """Solve the ordinary differential equation dy/dt = f(t, y).
 
     Steps are chosen by the error estimate where the solver has one and neither `dt` nor `grid` is given, one step for
-    the whole batch. Outputs are read off between steps by interpolation, never by shortening them.
+    the whole batch unless `per_sample`. Outputs are read off between steps by interpolation, never by shortening them.
 
     Args:
         field: function or module `(t, y) -> dy/dt`; `t` is a tensor without axes, the result has the form of `y`.
@@ -75,6 +77,8 @@ def odeint(
         params: tensors other than the parameters of `field` that it depends on and that want gradients.
         jump_ts: times at which the field jumps; steps meet them exactly.
         adaptive: rule for adaptive steps in place of `rtol` and `atol`.
+        per_sample: whether each example of `y0` `[B, ...]` has steps of its own. The field is then called by
+            `torch.func.vmap` with the state of one example; explicit adaptive solvers and the gradient `Direct()` only.
         max_steps: maximum number of steps tried, at least 1.
 
     Shapes:
@@ -98,14 +102,25 @@ def odeint(
     packing = Packing(y0)
     times = _times(ts)
     terms = Terms(field, packing, parameters_of(field, params))
+    steps, rule = _grid(times, dt, grid, jump_ts, solver), _checked_adaptive(adaptive or Adaptive(rtol, atol))
+    whole("max_steps", max_steps, 1)
+    if per_sample:
+        jumps = _floats("jump_ts", jump_ts)
+        if (
+            not isinstance(solver, ExplicitRungeKutta)
+            or steps is not None
+            or jumps
+            or not packing.single
+            or not y0.dim()
+        ):
+            raise ValueError(
+                "expected per_sample with adaptive steps of an explicit solver on one tensor, without jumps"
+            )
+        if not (gradient is None or isinstance(gradient, Direct)):
+            raise ValueError(f"expected the gradient Direct() where steps are chosen per sample, got {gradient}")
+        return Solution(*solve_each(field, y0, times, solver, rule, max_steps))
     problem = Problem(
-        terms,
-        solver,
-        times,
-        _grid(times, dt, grid, jump_ts, solver),
-        _checked_adaptive(adaptive or Adaptive(rtol, atol)),
-        jumps=_jumps(jump_ts, times, packing.dtype),
-        max_steps=whole("max_steps", max_steps, 1),
+        terms, solver, times, steps, rule, jumps=_jumps(jump_ts, times, packing.dtype), max_steps=max_steps
     )
     return solve(problem, packing.pack(y0), gradient)
 
@@ -157,8 +172,9 @@ def sdeint(
     solver = _checked_solver(solver or (ReversibleHeun() if sde.calculus == "stratonovich" else Euler()), True)
     if solver.calculus != sde.calculus:
         raise ValueError(f"expected a solver for the calculus {sde.calculus!r}, got {solver} for {solver.calculus!r}")
-    if sde.noise not in getattr(solver, "noises", (sde.noise,)):
-        raise ValueError(f"expected diagonal or additive noise for {solver}, got {sde.noise}")
+    noises = getattr(solver, "noises", (sde.noise,))
+    if sde.noise not in noises:
+        raise ValueError(f"expected {' or '.join(noises)} noise for {solver}, got {sde.noise}")
     if dt is None and grid is None:
         raise ValueError("expected dt or grid: stochastic equations are solved by fixed steps")
     packing, times = Packing(y0), _times(ts)

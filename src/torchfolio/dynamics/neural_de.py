@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchfolio.checks import at_least, positive, whole
 from torchfolio.dynamics.brownian import BrownianGrid, BrownianInterval
+from torchfolio.dynamics.continuous_flow import ContinuousFlow
 from torchfolio.dynamics.controls import (
     Control,
     HermiteControl,
@@ -23,13 +24,15 @@ from torchfolio.dynamics.controls import (
 )
 from torchfolio.dynamics.gradients import Adjoint, Checkpoint, Direct, Gradient, Reversible
 from torchfolio.dynamics.implicit import DEQ, QPLayer, argmin_layer
+from torchfolio.dynamics.implicit_runge_kutta import ImplicitEuler, Kvaerno3
 from torchfolio.dynamics.integrate import cdeint, odeint, sdeint
+from torchfolio.dynamics.log_signatures import log_signatures
 from torchfolio.dynamics.neural_sde import LatentSDE, NeuralSDE
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
 from torchfolio.dynamics.sde import SDE
 from torchfolio.dynamics.sde_gan import SDEGAN
-from torchfolio.dynamics.sde_solvers import EulerHeun, Milstein
+from torchfolio.dynamics.sde_solvers import EulerHeun, Milstein, ShARK
 from torchfolio.dynamics.solver import Solver
 from torchfolio.dynamics.symbolic_regression import SymbolicRegressor
 from torchfolio.dynamics.vector_fields import VectorField
@@ -44,6 +47,7 @@ __all__ = [
     "BrownianGrid",
     "BrownianInterval",
     "Checkpoint",
+    "ContinuousFlow",
     "Control",
     "Direct",
     "Dopri5",
@@ -51,6 +55,8 @@ __all__ = [
     "EulerHeun",
     "HermiteControl",
     "Heun",
+    "ImplicitEuler",
+    "Kvaerno3",
     "LatentSDE",
     "LinearControl",
     "Midpoint",
@@ -64,11 +70,13 @@ __all__ = [
     "RectilinearControl",
     "Reversible",
     "ReversibleHeun",
+    "ShARK",
     "SymbolicRegressor",
     "Tsit5",
     "VectorField",
     "argmin_layer",
     "cdeint",
+    "log_signatures",
     "odeint",
     "sdeint",
 ]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchfolio.dynamics.solver import Carry, Solver, Step, shares
+from torchfolio.dynamics.solver import Carry, Solver, Step, hermite, shares
 from torchfolio.dynamics.terms import Terms
 
 __all__ = ["RK4", "Bosh3", "Dopri5", "Euler", "ExplicitRungeKutta", "Heun", "Midpoint", "Ralston", "Tableau", "Tsit5"]
@@ -84,15 +84,14 @@ class ExplicitRungeKutta(Solver):
     def interpolate(self, terms: Terms, step: Step, ts: Sequence[float]) -> Tensor:
         if not step.dense:
             return super().interpolate(terms, step, ts)
-        h, x = step.t1 - step.t0, shares(step, ts)
         if not step.carry:
             step.carry = (terms(step.end, step.y1),)  # the next step begins with it
         f0, f1 = step.dense[0], step.carry[0]
-        y = torch.lerp(step.y0, step.y1, x * x * (3 - 2 * x))
-        y = y + (h * x * (1 - x) ** 2) * f0 - (h * x * x * (1 - x)) * f1
+        y = hermite(step, ts, f0, f1)
         if self.tableau.b_mid is None:
             return y
         # The quartic that meets the middle differs from the cubic by a multiple of x²(1 - x)², which is 1/16 there.
+        h, x = step.t1 - step.t0, shares(step, ts)
         middle = combine(step.y0, step.dense, self.tableau.b_mid, h)
         cubic = torch.lerp(step.y0, step.y1, 0.5) + (h / 8) * (f0 - f1)
         return y + (16 * (x * (1 - x)) ** 2) * (middle - cubic)

@@ -12,7 +12,7 @@ from torchfolio.dynamics.sde import SDETerms
 from torchfolio.dynamics.solver import Carry, Solver, Step
 from torchfolio.dynamics.terms import Terms
 
-__all__ = ["EulerHeun", "Milstein"]
+__all__ = ["EulerHeun", "Milstein", "ShARK"]
 
 
 class Milstein(Solver):
@@ -61,3 +61,34 @@ class EulerHeun(Solver):
         guess = y + terms.increment((f, g), 0.0, noise)
         _, g1 = terms.rates(t1, guess)
         return Step(t0, t1, y, y + terms.increment((f, (g + g1) / 2), t1 - t0, noise), ())
+
+
+class ShARK(Solver):
+    """Shifted additive-noise Runge–Kutta method, strong order 1.5 for additive noise with two evaluations a step.
+
+        z = y + g H,    z' = z + ⁵⁄₆ (f(t, z) h + g ΔW),    y' = y + (⅖ f(t, z) + ⅗ f(t + ⁵⁄₆ h, z')) h + g ΔW
+
+    H is the space-time Lévy area of the Brownian path: hand a `BrownianInterval` with `levy=True`, or a `BrownianGrid`,
+    as by default. For additive noise both calculi agree; declare the equation as a Stratonovich one.
+
+    Reference:
+        Foster, dos Reis, Strange, High Order Splitting Methods for SDEs Satisfying a Commutativity Condition, SIAM J.
+        Numer. Anal. 62, 2024 (arXiv 2210.17543).
+    """
+
+    order = 1.5
+    calculus = "stratonovich"
+    ordinary = False
+    needs_area = True
+    noises = ("additive",)
+
+    def step(self, terms: Terms, t0: float, t1: float, y: Tensor, carry: Carry, noise: Any = None) -> Step:
+        h, (w, area) = t1 - t0, noise
+        # g does not depend on the state, so both stages share its value at the start of the step.
+        _, g = terms.rates(t0, y)
+        none = torch.zeros_like(y)
+        start = y + terms.increment((none, g), 0.0, area)
+        moved = terms.increment((none, g), 0.0, w)
+        f = terms.rates(t0, start)[0]
+        f1 = terms.rates(t0 + 5 / 6 * h, start + 5 / 6 * (f * h + moved))[0]
+        return Step(t0, t1, y, y + (0.4 * f + 0.6 * f1) * h + moved, ())

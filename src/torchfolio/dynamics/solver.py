@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchfolio.dynamics.terms import Terms
 
-__all__ = ["Carry", "Solver", "Step", "shares"]
+__all__ = ["Carry", "Solver", "Step", "hermite", "shares"]
 
 Carry = tuple[Tensor, ...]  # what a solver hands from one step to the next, besides the state
 
@@ -54,6 +54,8 @@ class Solver(ABC):
             ordinary ones only.
         ordinary: whether it solves ordinary equations.
         reversible: whether a step can be undone, so that `Reversible` applies.
+        implicit: whether a step solves equations that involve the field's Jacobian.
+        needs_area: whether it is handed the space-time Lévy area beside the Brownian increment.
     """
 
     order: float
@@ -61,6 +63,8 @@ class Solver(ABC):
     calculus: str | None = None
     ordinary: bool = True
     reversible: bool = False
+    implicit: bool = False
+    needs_area: bool = False
 
     def start(self, terms: Terms, t: float, y: Tensor) -> Carry:
         """What the first step is handed, and every step after a jump."""
@@ -76,7 +80,7 @@ class Solver(ABC):
             t1: time to reach.
             y: state at `t0`.
             carry: what the step before left, or `start`.
-            noise: Brownian increment from `t0` to `t1`; None for ordinary equations.
+            noise: Brownian increment from `t0` to `t1`, with the area if `needs_area`; None for ordinary equations.
         """
 
     def interpolate(self, terms: Terms, step: Step, ts: Sequence[float]) -> Tensor:
@@ -91,3 +95,10 @@ def shares(step: Step, ts: Sequence[float]) -> Tensor:
     """Times as shares of a step, to be broadcast with its state."""
     x = [(t - step.t0) / (step.t1 - step.t0) for t in ts]
     return step.y0.new_tensor(x).view(-1, *[1] * step.y0.dim())
+
+
+def hermite(step: Step, ts: Sequence[float], f0: Tensor, f1: Tensor) -> Tensor:
+    """States within a step, on the cubic through both ends with their slopes."""
+    h, x = step.t1 - step.t0, shares(step, ts)
+    y = torch.lerp(step.y0, step.y1, x * x * (3 - 2 * x))
+    return y + (h * x * (1 - x) ** 2) * f0 - (h * x * x * (1 - x)) * f1

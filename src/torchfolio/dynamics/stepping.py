@@ -94,7 +94,7 @@ class Problem:
         ts: times of the outputs, rising or falling.
         grid: times of the steps; None for adaptive ones.
         adaptive: how steps are chosen where there is no grid.
-        noise: Brownian motion with `increment(t0, t1)`; None for ordinary equations.
+        noise: Brownian motion with `increment(t0, t1)` and `area(t0, t1)`; None for ordinary equations.
         jumps: times at which the field jumps, which steps meet exactly: an ordered set, in the order of `ts`.
         max_steps: most steps that are tried.
         last_step: length of the last step that was not cut short, for a solve that follows.
@@ -124,7 +124,9 @@ class Problem:
         a, b = self.sides(t0, t1)
         if carry is None or a != t0:
             carry = self.solver.start(self.terms, a, y)
-        noise = None if self.noise is None else self.noise.increment(t0, t1)
+        noise = None
+        if self.noise is not None:
+            noise = self.noise.area(t0, t1) if self.solver.needs_area else self.noise.increment(t0, t1)
         step = self.solver.step(self.terms, a, b, y, carry, noise)
         step.t0, step.t1, step.end = t0, t1, b
         return step
