@@ -279,7 +279,7 @@ def test_custom_factory():
     ],
 )
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         AugLocal(**settings)
 
 
