@@ -16,11 +16,11 @@ from torch.distributions import InverseGamma
 
 from torchfolio.runs import Results, Run, plots
 from torchfolio.theory.infinite_kernels import nngp
+from torchfolio.theory.mixture_process import cholesky
 from torchfolio.theory.nngp_scale_mixture import (
     NNGPKernel,
     SparseStudentTClassifier,
     StudentTProcessRegressor,
-    cholesky,
     sample_prior,
     scale_mixture_init_,
     t_evidence,

@@ -14,11 +14,13 @@ the readout over the image.
 
 Variances of single inputs are followed apart from covariances, so that the diagonal of a symmetric kernel is exact;
 its blocks are computed once. Without gradients the intermediate values fill a tile at a time.
+
+Longer than most because fully connected and convolutional networks, with and without tangents, share one recursion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 
 from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation
 
-__all__ = ["conv_nngp", "conv_ntk", "empirical_ntk", "nngp", "ntk"]
+__all__ = ["conv_nngp", "conv_nngp_diagonal", "conv_ntk", "empirical_ntk", "nngp", "nngp_diagonal", "ntk"]
 
 TILE = 1 << 16  # covariances followed at a time: half a megabyte of each intermediate value
 Number = float | Tensor
@@ -79,6 +81,21 @@ def nngp(
     """
     variances = _variances(weight_var, bias_var, last_var, normalized)
     return _kernel(_Dense(x1, x2, normalized, dtype), activation, depth, variances, normalized, tangent=False)
+
+
+def nngp_diagonal(
+    x: Tensor,
+    activation: Activation,
+    depth: int,
+    *,
+    weight_var: Number = 1.0,
+    bias_var: Number = 0.0,
+    last_var: Number = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Variances `[n]` of the outputs, the diagonal of `nngp` without the rest; arguments and errors as there."""
+    variances = _variances(weight_var, bias_var, last_var, False)
+    return _diagonal(_Dense(x, None, False, dtype), activation, depth, variances)
 
 
 def ntk(
@@ -144,6 +161,22 @@ def conv_nngp(
     """
     variances = _variances(weight_var, bias_var, last_var, False)
     return _kernel(_Conv(x1, x2, kernel_size, dtype), activation, depth, variances, False, tangent=False)
+
+
+def conv_nngp_diagonal(
+    x: Tensor,
+    activation: Activation,
+    depth: int,
+    *,
+    kernel_size: int = 3,
+    weight_var: Number = 1.0,
+    bias_var: Number = 0.0,
+    last_var: Number = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Variances `[n]` of the outputs, the diagonal of `conv_nngp` without the rest; arguments and errors as there."""
+    variances = _variances(weight_var, bias_var, last_var, False)
+    return _diagonal(_Conv(x, None, kernel_size, dtype), activation, depth, variances)
 
 
 def conv_ntk(
@@ -279,29 +312,20 @@ def _kernel(
     normalized: bool,
     tangent: bool,
 ) -> Tensor:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"expected depth to be a whole number of at least 1, got {depth!r}")
     dual = _Normalized(dual_activation(activation)) if normalized else dual_activation(activation)
-    layers = _layers(depth, *variances)
-    first = _diagonals(net, dual, net.x1, layers, variances)
-    second = first if net.symmetric else _diagonals(net, dual, net.x2, layers, variances)
+    layers = _layers(_checked_depth(depth), *variances)
+    first, diagonal = _diagonals(net, dual, net.x1, layers, variances, tangent)
+    second = first if net.symmetric else _diagonals(net, dual, net.x2, layers, variances)[0]
 
     def tile(rows: slice, columns: slice) -> Tensor:
         p = [v[rows, None] for v in first]
         q = [v[None, columns] for v in second]
+
+        def expectations(l: int, c: Tensor) -> tuple[Tensor, Tensor | None]:
+            return dual.both(p[l], q[l], c) if tangent else (dual.covariance(p[l], q[l], c), None)
+
         c = variances[0] * net.spread(net.covariance(rows, columns)) + variances[1]
-        theta = c
-        for l, (weight, bias) in enumerate(layers):
-            spread = net.read_out if l == depth - 1 else net.spread
-            if tangent:
-                sigma, slope = dual.both(p[l], q[l], c)
-                theta = spread(slope * theta)
-            else:
-                sigma = dual.covariance(p[l], q[l], c)
-            c = _affine(spread(sigma), weight, bias)
-            if tangent:
-                theta = c + _affine(theta, weight, 0)
-        return theta if tangent else c
+        return _ascend(net, c, layers, expectations)
 
     n, m = len(net.x1), len(net.x2)
     rows = list(_rows(n, m * net.size, (*first, *second, net.x1, net.x2, *variances)))
@@ -309,7 +333,38 @@ def _kernel(
         blocks = [tile(r, slice(0, m)) for r in rows]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     kernel = _mirrored([tile(r, slice(r.start, n)) for r in rows], rows)
-    return torch.diagonal_scatter(kernel, _diagonal(net, dual, first, layers, variances, tangent))
+    return torch.diagonal_scatter(kernel, diagonal)
+
+
+def _ascend(
+    net: _Dense | _Conv,
+    c: Tensor,
+    layers: Sequence[tuple[Number, Number]],
+    expectations: Callable[[int, Tensor], tuple[Tensor, Tensor | None]],
+    trail: list[Tensor] | None = None,
+) -> Tensor:
+    """Follow covariances through the layers: the NNGP, or the tangent kernel where slopes come along.
+
+    Args:
+        net: how a layer spreads covariances.
+        c: covariances in the first layer.
+        layers: variances of the weights and biases of each further one.
+        expectations: function of the layer's number and covariances that gives $\\Sigma$ and $\\dot\\Sigma$ or `None`.
+        trail: list that takes the covariances in every hidden layer.
+    """
+    theta = c
+    for l, (weight, bias) in enumerate(layers):
+        if trail is not None:
+            trail.append(c)
+        spread = net.read_out if l == len(layers) - 1 else net.spread
+        sigma, slope = expectations(l, c)
+        if slope is None:
+            theta = c = _affine(spread(sigma), weight, bias)
+        else:
+            moved = spread(slope * theta)
+            c = _affine(spread(sigma), weight, bias)
+            theta = c + _affine(moved, weight, 0)
+    return theta
 
 
 def _rows(n: int, width: int, values: Sequence[Number]) -> Iterator[slice]:
@@ -332,6 +387,12 @@ def _mirrored(blocks: Sequence[Tensor], rows: Sequence[slice]) -> Tensor:
     return torch.cat(parts)
 
 
+def _checked_depth(depth: int) -> int:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"expected depth to be a whole number of at least 1, got {depth!r}")
+    return depth
+
+
 def _layers(depth: int, weight: Number, bias: Number, last: Number) -> list[tuple[Number, Number]]:
     return [(weight, bias)] * (depth - 1) + [(last, 0.0)]
 
@@ -347,32 +408,23 @@ def _diagonals(
     x: Tensor,
     layers: Sequence[tuple[Number, Number]],
     variances: tuple[Number, Number, Number],
-) -> list[Tensor]:
-    """Variances of the neurons of every layer."""
-    values = [variances[0] * net.spread(net.variance(x)) + variances[1]]
-    for weight, bias in layers[:-1]:
-        values.append(_affine(net.spread(dual.diagonal(values[-1])), weight, bias))
-    return values
+    tangent: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Variances of the neurons of every layer, and the diagonal of the kernel."""
+
+    def expectations(l: int, c: Tensor) -> tuple[Tensor, Tensor | None]:
+        return dual.diagonal(c), dual.diagonal_derivative(c) if tangent else None
+
+    trail: list[Tensor] = []
+    start = variances[0] * net.spread(net.variance(x)) + variances[1]
+    return trail, _ascend(net, start, layers, expectations, trail)
 
 
 def _diagonal(
-    net: _Dense | _Conv,
-    dual: DualActivation | _Normalized,
-    values: Sequence[Tensor],
-    layers: Sequence[tuple[Number, Number]],
-    variances: tuple[Number, Number, Number],
-    tangent: bool,
+    net: _Dense | _Conv, activation: Activation, depth: int, variances: tuple[Number, Number, Number]
 ) -> Tensor:
-    """Diagonal of the kernel."""
-    out = _affine(net.read_out(dual.diagonal(values[-1])), *layers[-1])
-    if not tangent:
-        return out
-    theta = values[0]
-    for l, (weight, _) in enumerate(layers):
-        last = l == len(layers) - 1
-        moved = (net.read_out if last else net.spread)(dual.diagonal_derivative(values[l]) * theta)
-        theta = (out if last else values[l + 1]) + _affine(moved, weight, 0)
-    return theta
+    layers = _layers(_checked_depth(depth), *variances)
+    return _diagonals(net, dual_activation(activation), net.x1, layers, variances)[1]
 
 
 class _Normalized:
