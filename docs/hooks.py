@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import mean, stdev
 from mkdocs.structure.files import File, Files
 
 from torchfolio import catalog
+from torchfolio.runs.tasks import OwnNetwork
 
 RECORDED = Path(__file__).parent / "outcomes"
 EXAMPLES = Path(__file__).parent / "examples"
@@ -25,6 +27,32 @@ def on_files(files: Files, config) -> Files:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Fill in the tables that pages leave to the build."""
+    if OWN in markdown:
+        rows = [f"| [{slug}](methods/{slug}.md) | {_claimed(slug)} |" for slug in _with_own_network()]
+        markdown = markdown.replace(OWN, "\n".join(rows))
+    return markdown
+
+
+OWN = "<!-- own: the table -->"
+
+
+def _with_own_network() -> list[str]:
+    """Methods whose experiment takes a network of the user's."""
+    found = []
+    for slug, paper in catalog.papers().items():
+        if paper.is_in:
+            module = importlib.import_module(f"torchfolio.experiments.{slug}")
+            if isinstance(module.SCALES["quick"], OwnNetwork):
+                found.append(slug)
+    return found
+
+
+def _claimed(slug: str) -> str:
+    return catalog.paper(slug).claims[0].sentence.replace("\n", " ")
 
 
 def _reference(package: str, named: set[str]) -> str:

@@ -10,8 +10,9 @@ import typer
 
 from torchfolio import catalog
 from torchfolio.cli._options import ALLOW_HELP, MOST_SEED, Device, Force, TestSize, TrainSize, check_output, named
-from torchfolio.cli.networks import call_with, fitting_splits, importable, normalized, parse_settings, show_result
+from torchfolio.cli.networks import call_with, fitting_splits, normalized, parse_settings, show_result
 from torchfolio.errors import TorchfolioError
+from torchfolio.fitting import importable
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,7 +29,6 @@ from torchfolio.cli._options import (
 from torchfolio.cli.networks import (
     augmentation,
     call_with,
-    importable,
     normalized_splits,
     open_network,
     parse_settings,
@@ -37,6 +36,7 @@ from torchfolio.cli.networks import (
     show_result,
 )
 from torchfolio.errors import TorchfolioError
+from torchfolio.fitting import importable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

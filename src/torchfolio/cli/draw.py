@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio.cli._options import Allow, AsJson, ModelSet, check_file
-from torchfolio.cli.networks import fitting_recipe, importable, parse_settings, show_result
+from torchfolio.cli.networks import parse_settings, show_result
 from torchfolio.errors import TorchfolioError
+from torchfolio.fitting import fitting_recipe, importable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

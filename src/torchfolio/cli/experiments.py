@@ -42,7 +42,13 @@ def run(
         bool, typer.Option("--resume", help="Go on with the latest unfinished run of the same settings.")
     ] = False,
     device: Device = "auto",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the experiment, key=value.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Setting of the experiment, key=value; model=package.module:factory and data=folder/ are yours.",
+        ),
+    ] = None,
     record: Record = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print outcomes as JSON.")] = False,
 ) -> None:
@@ -53,10 +59,12 @@ def run(
     from torchfolio.json_text import to_json
 
     chosen = _choose(slugs or [], family, everything)
+    from torchfolio.fitting import importable
     from torchfolio.runs import plan, run_all
     from torchfolio.runs.settings import parse
 
     changes = parse(set_ or [])
+    importable([changes["model"]] if ":" in changes.get("model", "") else [])
     span = range(seed, seed + seeds)
     plans = [plan(slug, scale, span, changes, device=device, out=out, resume=resume) for slug in chosen]
     with _Status() as status:

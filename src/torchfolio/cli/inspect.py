@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from torchfolio.cli._options import MOST, MOST_SEED, Allow, AsJson, Data, Device, ImageSize, ModelSet, check_file
-from torchfolio.cli.networks import importable, normalized_splits, open_network, show_result
+from torchfolio.cli.networks import normalized_splits, open_network, show_result
 from torchfolio.errors import TorchfolioError
+from torchfolio.fitting import importable
 
 Split = Annotated[str, typer.Option(help="train, val or test.")]
 

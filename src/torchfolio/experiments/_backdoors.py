@@ -18,6 +18,7 @@ from torchfolio.backdoor import (
 )
 from torchfolio.backdoor.zoo import Normalize, ResNet18CIFAR, SmallConvNet
 from torchfolio.data import DataSplits
+from torchfolio.fitting import fitting_network
 
 Pair = tuple[Tensor, Tensor]
 
@@ -45,13 +46,15 @@ def _small_patch(shape: tuple[int, ...]) -> Trigger:
 
 
 def victim(data: DataSplits, network: str, width: int, seed: int) -> nn.Module:
-    """A new network that normalises its inputs by itself."""
+    """A new network that normalises its inputs by itself: one of two by name, or a user's by import path."""
     torch.manual_seed(seed)
     kinds = {"conv": SmallConvNet, "resnet18": ResNet18CIFAR}
-    if network not in kinds:
-        raise ValueError(f"expected the network conv or resnet18, got {network!r}")
+    if network in kinds:
+        net = kinds[network](data.shape[0], data.num_classes, width=width)
+    else:
+        net = fitting_network(network, data)
     mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
-    return nn.Sequential(Normalize(mean, std), kinds[network](data.shape[0], data.num_classes, width=width))
+    return nn.Sequential(Normalize(mean, std), net)
 
 
 def divide(pair: tuple[Tensor, ...], size: int, seed: int) -> tuple[Pair, Pair]:

@@ -25,7 +25,7 @@ RuleFactory = Callable[[], LearningRule]
 
 
 @dataclass(frozen=True)
-class Task(tasks.Task):
+class Task(tasks.OwnNetwork, tasks.Task):
     """The common task on a small residual network.
 
     Attributes:
@@ -54,10 +54,10 @@ FULL = {
 
 
 def network(task: Task, data: DataSplits, depth: int | None = None) -> nn.Module:
-    """The task's residual network with the paper's initialisation."""
-    net = ResNetCIFAR(
-        depth or task.depth, widths=task.widths, num_classes=data.num_classes, in_channels=data.shape[0], shortcut="B"
-    )
+    """The task's residual network with the paper's initialisation, or the user's; one of another depth is residual."""
+    if depth is None:
+        return tasks.own_network(task, data, lambda: network(task, data, task.depth))
+    net = ResNetCIFAR(depth, widths=task.widths, num_classes=data.num_classes, in_channels=data.shape[0], shortcut="B")
     return initialize(net)
 
 

@@ -20,10 +20,11 @@ from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
 from torchfolio.robustness.attacks import Attack
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnNetwork):
     """The classifier, its copies, and the attacks.
 
     Attributes:
@@ -101,18 +102,22 @@ class Scene:
         x, y = data.test.tensors
         self.test = x[order[: self.settings.images]], y[order[: self.settings.images]]
 
-    def trained(self) -> nn.Module:
+    def network(self) -> nn.Module:
         """Two convolutions of stride 2 (on small images 3 wide), or a residual network for photographs."""
         from torchfolio.models import ResNetCIFAR
 
-        torch.manual_seed(self.run.seed)
         channels, side = self.data.shape[0], self.data.shape[1]
         kernel = 5 if side >= 16 else 3
         small = ((side - kernel) // 2 + 1 - kernel) // 2 + 1
-        net = nn.Sequential(
+        return nn.Sequential(
             nn.Conv2d(channels, 16, kernel, 2), nn.ReLU(), nn.Conv2d(16, 32, kernel, 2), nn.ReLU(), nn.Flatten(),
             nn.Linear(32 * small**2, self.data.num_classes),
         ) if channels == 1 else ResNetCIFAR(20, num_classes=self.data.num_classes)  # fmt: skip
+
+    def trained(self) -> nn.Module:
+        """The classifier that copies are made of."""
+        torch.manual_seed(self.run.seed)
+        net = own_network(self.settings, self.data, self.network)
         fit(
             net, self.data.train, optimizer=adam(self.settings.lr), epochs=self.settings.epochs, batch_size=64,
             seed=self.run.seed, device=self.run.device,

@@ -26,10 +26,11 @@ from torchfolio.engine import StepRecorder, fit
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
 from torchfolio.measure import outputs
 from torchfolio.runs import Results, Run
+from torchfolio.runs.tasks import OwnNetwork
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnNetwork):
     """Data, attacks and the two finetunings.
 
     Attributes:
@@ -126,7 +127,7 @@ def judged(
         seed=run.seed,  # pyright: ignore[reportArgumentType]
     )
     flip = CropFlip(padding=0) if settings.flip else None
-    net = victim(data, settings.network, settings.width, run.seed)
+    net = victim(data, settings.model or settings.network, settings.width, run.seed)
     fit_classifier(
         net, poisoned, settings.epochs, settings.lr, augment=flip, batch_size=settings.batch_size, seed=run.seed,
         device=run.device,

@@ -31,12 +31,13 @@ from torchfolio.engine import LearningRule, evaluate, fit, seeded
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.engine.rules import Batch
 from torchfolio.runs import Results, Run
+from torchfolio.runs.tasks import OwnNetwork, own_network
 
 BITS = (8, 6, 4, 2)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnNetwork):
     """Data, network and budget.
 
     Attributes:
@@ -108,7 +109,7 @@ def run(run: Run[Settings]) -> None:
     settings = run.settings
     data = run.data(settings.data, val=settings.val)
     with seeded(run.seed):
-        net = network(tuple(data.shape), data.num_classes, settings.widths)
+        net = own_network(settings, data, lambda: network(tuple(data.shape), data.num_classes, settings.widths))
         train(run, data, net, None, settings.pretrain)
     x = data.train.tensors[0][:128].to(run.device)
 

@@ -28,10 +28,11 @@ from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import count_flops
 from torchfolio.models import VGG
 from torchfolio.runs import Results, Run
+from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnNetwork):
     """Data, network and budget.
 
     Attributes:
@@ -83,7 +84,7 @@ def run(run: Run[Settings]) -> None:
     settings = run.settings
     data = run.data(settings.data, val=settings.val, image_size=settings.image_size)
     with seeded(run.seed):
-        net = VGG(settings.widths, data.num_classes, data.shape[0])
+        net = own_network(settings, data, lambda: VGG(settings.widths, data.num_classes, data.shape[0]))
     train(run, data, net, Backprop(), settings.lr[0], settings.pretrain)
     dense = run.arm("dense", lambda: {"accuracy": accuracy(net, data)})["accuracy"]
     arms: dict[str, dict[str, Any]] = {}

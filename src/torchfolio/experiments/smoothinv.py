@@ -22,10 +22,11 @@ from torchfolio.backdoor.zoo import Normalize, fit_classifier
 from torchfolio.data import CropFlip, DataSplits, load
 from torchfolio.engine import seeded
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnNetwork):
     """Data, victims and inversions.
 
     Attributes:
@@ -110,8 +111,9 @@ def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     s = run.settings
     trigger, labels = patch(data), AllToOne(0, data.num_classes)
     bad, clean = (
-        victim(data, trigger, labels, rate=rate, epochs=s.epochs, net=lambda: default_net(data, s.width),
-               augment=CropFlip(padding=0), seed=run.seed, device=run.device)
+        victim(data, trigger, labels, rate=rate, epochs=s.epochs, seed=run.seed,
+               net=lambda: own_network(s, data, lambda: default_net(data, s.width)),
+               augment=CropFlip(padding=0), device=run.device)
         for rate in (s.rate, 0.0)
     )  # fmt: skip
     x, y = data.test.tensors

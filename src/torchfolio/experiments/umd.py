@@ -21,10 +21,11 @@ from torchfolio.backdoor.victims import default_net, victim
 from torchfolio.backdoor.zoo import Normalize
 from torchfolio.data import DataSplits, load
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnNetwork):
     """Data, victims and the detector.
 
     Attributes:
@@ -96,7 +97,7 @@ def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
     nets = {"mlp": partial(mlp, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
     made = victim(
         data, trigger, labels, rate=0.0 if kind == "clean" else s.rate, epochs=s.epochs, mode="append",
-        net=nets.get(which, partial(default_net, data, s.width)), seed=seed, device=run.device,
+        net=partial(own_network, s, data, nets.get(which, partial(default_net, data, s.width))), seed=seed, device=run.device,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the number of pairs is recorded

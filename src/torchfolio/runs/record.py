@@ -26,7 +26,9 @@ def digest(slug: str, scale: str, settings: Any, claims: Iterable[Claim]) -> str
         settings: a dataclass, or its fields as JSON holds them.
         claims: of the paper.
     """
-    fields = settings if isinstance(settings, Mapping) else asdict(settings)
+    fields = dict(settings if isinstance(settings, Mapping) else asdict(settings))
+    if fields.get("model", "") is None:  # a network of the user's own, where there is none
+        del fields["model"]
     body = [slug, scale, fields, {claim.id: claim.holds for claim in claims}]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 

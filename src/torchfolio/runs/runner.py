@@ -20,9 +20,11 @@ from types import ModuleType
 from typing import Any
 
 from torchfolio import catalog
+from torchfolio.bundle import resolve
 from torchfolio.catalog import Claim
 from torchfolio.engine.lock import exclusive
 from torchfolio.errors import TorchfolioError, require
+from torchfolio.models import spec
 from torchfolio.runs.environment import cores, environment
 from torchfolio.runs.outcome import Outcome, Results, aggregate_arms, aggregate_claims
 from torchfolio.runs.run import Run, save_figure
@@ -130,6 +132,8 @@ def plan(
         raise ValueError(f"expected seeds that differ, at least one, got {list(seeds)}")
     changes = dict(settings or {})
     chosen = asdict(override(module.SCALES[scale], changes))
+    if chosen.get("model") is not None:  # a user's network: told now, not after the data have been read
+        resolve(chosen["model"] if ":" in chosen["model"] else spec(chosen["model"]), allow=[chosen["model"]])
     config = {
         "slug": slug,
         "scale": scale,

@@ -22,6 +22,8 @@ def override(settings: S, changes: Mapping[str, Any]) -> S:
     known = [f.name for f in fields(settings)]  # pyright: ignore[reportArgumentType]
     made = {}
     for key, value in changes.items():
+        if key == "model" and key not in known:
+            raise ValueError("there is no setting 'model': the claims of this experiment are about networks of its own")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3) or known
             raise ValueError(f"there is no setting {key!r}; did you mean {', '.join(close)}?")

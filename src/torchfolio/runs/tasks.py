@@ -1,10 +1,13 @@
 """The common task of experiments: a data set, a budget, and one training by any rule.
 
-The same seed gives every arm the same examples, and the same order of batches.
+The same seed gives every arm the same examples, and the same order of batches. Experiments whose networks may be anybody's
+have settings of `OwnNetwork`: `torchfolio run SLUG --set model=package.module:factory --set data=folder/` measures the claims
+on a network and on data of the user's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +17,26 @@ from torch import nn
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import LearningRule, evaluate, fit
 from torchfolio.engine.recipes import one_cycle, sgd
+from torchfolio.fitting import fitting_network
 from torchfolio.runs.run import Run
 
-__all__ = ["SMOKE", "Task", "load", "train"]
+__all__ = ["SMOKE", "OwnNetwork", "Task", "load", "own_network", "train"]
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """Settings of an experiment that may be measured on any network.
+
+    Attributes:
+        model: reference network or `package.module:factory` in the place of the experiment's own; `None` takes that.
+    """
+
+    model: str | None = None
+
+
+def own_network(settings: OwnNetwork, data: DataSplits, make: Callable[[], nn.Module]) -> nn.Module:
+    """The user's network with random weights where the settings name one, else what `make` returns."""
+    return make() if settings.model is None else fitting_network(settings.model, data)
 
 
 @dataclass(frozen=True)
