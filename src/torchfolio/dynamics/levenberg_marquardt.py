@@ -142,15 +142,25 @@ class Problem(Protocol):
 
 
 class _Function:
-    """A function with its Jacobian by one Jacobian-vector product for each of the K unknowns."""
+    """A function with its Jacobian by one Jacobian-vector product for each of the K unknowns.
+
+    They are derivatives of v ↦ Jᵀ v, which is linear: torch's forward mode takes seconds to load.
+    """
 
     def __init__(self, residual: Callable[[Tensor], Tensor]) -> None:
         self.residual = residual
 
     def linearise(self, w: Tensor) -> Linearised:
-        units = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-        push = torch.func.vmap(lambda e: torch.func.jvp(self.residual, (w,), (e.expand_as(w),))[1])
-        return self.residual(w), push(units).permute(1, 2, 0)
+        units = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)[:, None].expand(-1, *w.shape)
+        with torch.enable_grad():
+            point = w.detach().requires_grad_()
+            residual = self.residual(point)
+            v = torch.zeros_like(residual, requires_grad=True)
+            (pulled,) = torch.autograd.grad(residual, point, v, create_graph=True, materialize_grads=True)
+            if not pulled.requires_grad:  # the residual does not depend on w
+                return residual.detach(), residual.new_zeros(*residual.shape, w.shape[1])
+            (columns,) = torch.autograd.grad(pulled, v, units, is_grads_batched=True)
+        return residual.detach(), columns.permute(1, 2, 0)
 
 
 @dataclass

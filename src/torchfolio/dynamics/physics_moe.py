@@ -29,6 +29,8 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from torchfolio import checks
+from torchfolio.dynamics.data_free_loss import equation_loss
+from torchfolio.dynamics.domain_blocks import partition, unpartition
 from torchfolio.dynamics.equations import PDE, Burgers1D, DiffusionSorption1D, Grid, Heat1D, NavierStokes2D
 from torchfolio.dynamics.fourier_operator import FNO
 from torchfolio.dynamics.levenberg_marquardt import LevenbergMarquardt
@@ -59,30 +61,6 @@ class ConstraintOutput(NamedTuple):
     residual_after: Tensor
     iterations: Tensor
     converged: Tensor
-
-
-def partition(field: Tensor, experts: Sequence[int]) -> Tensor:
-    """Cut a field into equal blocks, `[B, n_1, n_2, ..., *rest]` to `[B, E, points of a block, *rest]`.
-
-    Raises:
-        ValueError: if a number of experts does not divide its axis.
-    """
-    shape = field.shape[1 : 1 + len(experts)]
-    for k, (n, e) in enumerate(zip(shape, experts, strict=True)):
-        if checks.whole("experts", e, 1) and n % e:
-            raise ValueError(f"expected the number of experts to divide axis {k} of {n} points, got {e}")
-    d, rest = len(experts), field.shape[1 + len(experts) :]
-    cut = field.reshape(len(field), *(s for n, e in zip(shape, experts, strict=True) for s in (e, n // e)), *rest)
-    order = [0, *range(1, 2 * d, 2), *range(2, 2 * d + 1, 2), *range(2 * d + 1, cut.dim())]
-    return cut.permute(order).reshape(len(field), math.prod(experts), -1, *rest)
-
-
-def unpartition(blocks: Tensor, experts: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The inverse of `partition`, for a grid of this shape."""
-    d, rest = len(experts), blocks.shape[3:]
-    cut = blocks.reshape(len(blocks), *experts, *(n // e for n, e in zip(shape, experts, strict=True)), *rest)
-    order = [0, *(k for pair in zip(range(1, d + 1), range(d + 1, 2 * d + 1), strict=True) for k in pair)]
-    return cut.permute([*order, *range(2 * d + 1, cut.dim())]).reshape(len(blocks), *shape, *rest)
 
 
 class ExpertConstraint(nn.Module):
@@ -316,50 +294,3 @@ def _stacked(terms: dict[str, Tensor]) -> tuple[Tensor, tuple[str, ...]]:
     if "u" not in terms:
         raise ValueError(f"expected a term 'u', the field itself, among {', '.join(terms)}")
     return torch.stack([value.movedim(1, -1) for value in terms.values()], 1), tuple(terms)
-
-
-def equation_loss(
-    pde: PDE,
-    u: Tensor,
-    grid: Grid,
-    initial: Tensor,
-    params: Mapping[str, Tensor] | None = None,
-    *,
-    initial_weight: float = 1.0,
-    boundary_weight: float = 1.0,
-) -> Tensor:
-    """Training loss without data: norms of the assembled field's residuals, mean over instances.
-
-    $\\|\\mathrm{PDE}(u)\\| + w_i \\|u(0) - u_0\\| / \\|u_0\\| + w_b \\sum_{\\text{edges}} \\|\\mathrm{boundary}(u)\\|$, where a norm
-    is the root of the mean square: the balance does not depend on the mesh. Differences cross the seams between
-    experts, so that jumps there cost.
-
-    Args:
-        pde: the equation.
-        u: fields `[B, *grid.shape]`.
-        grid: its mesh.
-        initial: initial values `[B, *grid.shape[1:]]`, or those of all instances.
-        params: of the instances.
-        initial_weight: $w_i$.
-        boundary_weight: $w_b$.
-
-    Returns:
-        A scalar.
-
-    Reference:
-        Chalapathi et al. 2024, Section 3.2.
-    """
-    values = {k: v.to(u).view(-1, *(1,) * len(grid.shape)) for k, v in (params or {}).items()}
-    terms, initial = pde.terms(u, grid), initial.expand_as(u[:, 0])
-    loss = _norm(pde.residual(terms, values))
-    if pde.lift(initial, grid) is None and initial_weight:
-        loss = loss + initial_weight * _norm(u[:, 0] - initial) / _norm(initial).clamp_min(1e-12)
-    for edge, (axis, end) in pde.edges.items():
-        part = {name: value.narrow(grid.dim(axis), 0 if end == 0 else value.shape[grid.dim(axis)] - 1, 1)
-                for name, value in terms.items()}  # fmt: skip
-        loss = loss + boundary_weight * _norm(pde.boundary(edge, part, values))
-    return loss.mean()
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1) / x[0].numel() ** 0.5

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +12,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.dynamics.physics_moe import (
-    FNO,
-    PDE,
     Burgers1D,
     DiffusionSorption1D,
     ExpertConstraint,
     Grid,
-    HardConstraint,
     LevenbergMarquardt,
     equation_loss,
 )
-from torchfolio.dynamics.pointwise_rows import RowProblem
+from torchfolio.experiments._constraint_solves import arrays, cost, gradient_errors, optimum
+from torchfolio.experiments._diffusion_sorption import Tanh, inputs, instances, network
 from torchfolio.runs import Results, Run, plots, threads
 from torchfolio.runs.bench import Bench
 
@@ -74,71 +70,6 @@ SCALES = {
     "full": Settings(mesh=(64, 256), train_size=60, test_size=20, basis=16, points=2000, fno=True, width=32, steps=4000, lr=1e-3,
                      batch_size=6, max_iterations=30),
 }  # fmt: skip
-UNIT = 450.0  # the window's length: its time runs from 0 to 1
-
-
-class Tanh(nn.Module):
-    """Basis functions by a perceptron on (t, x, start at x, mean start), spread widely enough to be of use untrained."""
-
-    def __init__(self, outputs: int, width: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for k in range(3):
-            layers += [nn.Linear(4 if k == 0 else width, width), nn.Tanh()]
-        self.net = nn.Sequential(*layers, nn.Linear(width, outputs))
-        for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight, 1.5)
-                nn.init.normal_(layer.bias, std=0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def inputs(grid: Grid, initial: Tensor) -> Tensor:
-    """Coordinates, the start at x and its mean, at every point: `[B, T, X, 4]`."""
-    points = grid.points().to(initial).expand(len(initial), *grid.shape, 2)
-    start = initial[:, None].expand(-1, *grid.shape)
-    return torch.cat([points, start[..., None], initial.mean(1).view(-1, 1, 1, 1).expand(*start.shape, 1)], -1)
-
-
-def reference(settings: Settings, starts: np.ndarray, pde: DiffusionSorption1D, finer: int = 4) -> tuple[Grid, Tensor]:
-    """Solutions by the method of lines on a finer grid: the mesh of the window, `[N, T, X]`."""
-    from scipy.integrate import solve_ivp
-
-    nt, nx = settings.mesh
-    n = finer * (nx - 1) + 1
-    h, times = 1 / (n - 1), np.linspace(50, 50 + UNIT, nt)
-    d = pde.diffusion
-
-    def slope(_t: float, inside: np.ndarray) -> np.ndarray:
-        # u = 1 at the left end, u = D u_x by one-sided differences of second order at the right one
-        end = d * (-4 * inside[-1] + inside[-2]) / (2 * h - 3 * d)
-        u = np.concatenate([[1.0], inside, [end]])
-        speed = d / pde.retardation(torch.from_numpy(inside)).numpy()
-        return speed * (u[2:] - 2 * u[1:-1] + u[:-2]) / h**2
-
-    found = []
-    for start in starts:
-        inside = solve_ivp(slope, (0, times[-1]), np.full(n - 2, start), "LSODA", times, rtol=1e-7, atol=1e-9,
-                           lband=1, uband=1).y.T  # fmt: skip
-        end = d * (-4 * inside[:, -1:] + inside[:, -2:-1]) / (2 * h - 3 * d)
-        found.append(np.concatenate([np.ones_like(end), inside, end], 1)[:, ::finer])
-    grid = Grid(t=torch.linspace(0, 1, nt, dtype=torch.float64), x=torch.linspace(0, 1, nx, dtype=torch.float64))
-    return grid, torch.from_numpy(np.stack(found))
-
-
-def instances(settings: Settings, seed: int) -> tuple[DiffusionSorption1D, Grid, Tensor, Tensor]:
-    """The equation in the window's time, its grid, training and test solutions."""
-    starts = np.random.default_rng(seed).uniform(0.01, 0.19, settings.train_size + settings.test_size)
-    grid, u = reference(settings, starts, DiffusionSorption1D())
-    return DiffusionSorption1D(time_unit=UNIT), grid, u[: settings.train_size], u[settings.train_size :]
-
-
-def network(settings: Settings, outputs: int) -> nn.Module:
-    if settings.fno:
-        return FNO(4, outputs, (8, 8), settings.width, 5)
-    return Tanh(outputs, settings.width)
 
 
 def relative(u: Tensor, truth: Tensor) -> Tensor:
@@ -196,82 +127,6 @@ def trained(run: Run[Settings], kind: str) -> dict[str, Any]:
             "residual": float(residual.mean().sqrt()), "residual_off_seams": float(residual[:, inner].mean().sqrt())}  # fmt: skip
 
 
-def gradient_errors(settings: Settings, seed: int, name: str) -> dict[str, float]:
-    """Relative error of the implicit gradient, and of its Gauss-Newton variant, against central differences."""
-    if name == "burgers":
-        n, m = (16, 24)
-        grid = Grid(periodic=("x",), t=torch.linspace(0, 0.5, n), x=torch.arange(m) / m)
-        pde, initial = Burgers1D(0.02), torch.sin(2 * math.pi * grid.axes["x"])[None]
-    else:
-        pde, grid, train, _ = instances(settings, seed)
-        initial = train[:1, 0]
-    torch.manual_seed(seed)
-    net = Tanh(4, 16).double()
-    probe = torch.randn(grid.shape, dtype=torch.float64)
-
-    def loss(hessian: str = "full") -> Tensor:
-        solver = LevenbergMarquardt(tol=1e-12, max_steps=200)
-        layer = HardConstraint(pde, solver=solver, hessian=hessian, stationary=1e-6)
-        return (layer(net(inputs(grid, initial)), grid, initial).u * probe).sum()
-
-    weights = list(net.parameters())
-    full, newton = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss(h), weights)]) for h in ("full", "gauss_newton")
-    )
-    chosen = torch.randperm(len(full))[: settings.entries]
-    flat, h = nn.utils.parameters_to_vector(weights).detach(), 1e-5
-    differences = torch.zeros(len(chosen), dtype=torch.float64)
-    with torch.no_grad():
-        for k, entry in enumerate(chosen):
-            for sign in (1, -1):
-                moved = flat.clone()
-                moved[entry] += sign * h
-                nn.utils.vector_to_parameters(moved, weights)
-                differences[k] += sign * loss() / (2 * h)
-    error = [float((g[chosen] - differences).norm() / differences.norm()) for g in (full, newton)]
-    return {"full": error[0], "gauss_newton": error[1]}
-
-
-def optimum(settings: Settings, seed: int) -> dict[str, float]:
-    """Every expert's objective over that of the global solution on the same rows: the largest."""
-    pde, grid, _, test = instances(settings, seed)
-    torch.manual_seed(seed)
-    basis, initial = network(settings, settings.basis)(inputs(grid, test[:, 0]).float()).detach().double(), test[:, 0]
-    solver, worst = LevenbergMarquardt(tol=1e-8, max_steps=100), 0.0
-    whole = HardConstraint(pde, solver=solver)(basis, grid, initial).weights
-    for experts in (settings.experts, settings.experts[::-1], (2, 2)):
-        found = ExpertConstraint(pde, experts, solver=solver)(basis, grid, initial, start=whole)
-        worst = max(worst, float((found.residual_after / found.residual_before).max()))
-    return {"worst": worst}
-
-
-def cost(settings: Settings, seed: int) -> dict[str, Any]:
-    """CPU seconds of the layer by points for a fixed number of steps, and the Jacobian's bytes an expert."""
-    pde, grid, _, test = instances(
-        replace(settings, mesh=(64, 48) if max(settings.sizes) > 200 else settings.mesh), seed
-    )
-    basis = torch.randn(1, *grid.shape, settings.basis, dtype=torch.float64, requires_grad=True)
-    solver, initial = LevenbergMarquardt(tol=1e-300, max_steps=8), test[:1, 0]
-
-    def once(layer: ExpertConstraint) -> float:
-        start = time.thread_time()
-        layer(basis, grid, initial).u.sum().backward()
-        return time.thread_time() - start
-
-    seconds = [
-        min(once(HardConstraint(pde, p, solver=solver, stationary=1e9)) for _ in range(7)) for p in settings.sizes
-    ]
-    slope = float(np.polyfit(np.log(settings.sizes), np.log(seconds), 1)[0])
-    total = max(settings.sizes)
-    rows = {}
-    for count in (1, 4):
-        problem = ExpertConstraint(pde, (count, 1), total // count).problem(basis.detach(), grid, initial)
-        jacobian = problem.linearise(torch.ones(count, settings.basis, dtype=torch.float64))[1]
-        rows[count] = (jacobian.nbytes / count, problem.groups[0].terms.shape[2])
-    return {"points": list(settings.sizes), "seconds": seconds, "slope": slope, "jacobian": rows[4][0] / rows[1][0],
-            "equation_rows": rows[4][1] / rows[1][1]}  # fmt: skip
-
-
 def run(run: Run[Settings]) -> None:
     """Gradients, optimality, cost, then four arms trained alike."""
     with threads(1):
@@ -304,42 +159,6 @@ def figures(results: Results) -> dict[str, Figure]:
         "errors": bars,
         "a test solution": plots.grid(np.stack(fields), ["truth", *labels.values()]),
     }
-
-
-def arrays(pde: PDE, problem: RowProblem, n: int) -> tuple[Callable, Callable]:
-    """One problem's residual and Jacobian in NumPy, its linear rows stacked beforehand."""
-    groups, c = (
-        [{name: t.numpy() for name, t in zip(g.names, g.terms[n], strict=True)} for g in problem.groups],
-        problem.scale,
-    )
-    equation = {name: c[0] * t for name, t in groups[0].items()}
-    values, initial = groups[0]["u"], problem.groups[1].constants["initial"][n].numpy()
-    linear, wanted = (
-        [problem.ridge * np.eye(values.shape[1]), c[1] * groups[1]["u"]],
-        [np.zeros(values.shape[1]), c[1] * initial],
-    )
-    if isinstance(pde, DiffusionSorption1D):
-        linear += [c[2] * groups[2]["u"], c[3] * (groups[3]["u"] - pde.diffusion * groups[3]["u_x"])]
-        wanted += [np.full(len(groups[2]["u"]), c[2]), np.zeros(len(groups[3]["u"]))]
-        power, speed = pde.exponent - 1, pde.time_unit * pde.diffusion
-
-        def bent(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            inside = values @ w
-            base, curved = np.maximum(inside, 0) + 1e-6, equation["u_xx"] @ w
-            rate = speed / (1 + pde.retention * base**power)
-            bend = (inside > 0) * rate**2 / speed * pde.retention * power * base ** (power - 1) * curved
-            return equation["u_t"] @ w - rate * curved, equation["u_t"] - rate[:, None] * equation["u_xx"] + bend[
-                :, None
-            ] * values
-    else:
-        straight = equation["u_t"] - 0.02 * equation["u_xx"]
-
-        def bent(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            u, u_x = values @ w, equation["u_x"] @ w
-            return straight @ w + u * u_x, straight + u[:, None] * equation["u_x"] + u_x[:, None] * values
-
-    rows, right = np.concatenate(linear), np.concatenate(wanted)
-    return lambda w: np.concatenate([bent(w)[0], rows @ w - right]), lambda w: np.concatenate([bent(w)[1], rows])
 
 
 def peers(bench: Bench) -> None:
