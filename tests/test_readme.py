@@ -50,7 +50,7 @@ def test_command_line_example(tmp_path):
 @pytest.mark.slow
 def test_the_combinations_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "combine.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     command = [sys.executable, "-W", "error", "-c", "\n".join(blocks)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
@@ -58,6 +58,8 @@ def test_the_combinations_run(tmp_path):
     assert len(scores) == 4
     assert min(scores) > 0.85
     assert "not suspicious" in done.stdout
+    one, four = (float(score) for score in re.findall(r"networks: ([0-9.]+)", done.stdout))
+    assert four > max(one, 0.8)
 
 
 def test_what_follows_from_the_catalogue_is_up_to_date():

@@ -255,6 +255,24 @@ def test_transformer_stands_before_any_estimator():
             rich.transform(wrong)
 
 
+def test_a_teacher_has_a_precision_of_its_own():
+    teacher, net = nn.Sequential(nn.Linear(6, 3)).double(), nn.Linear(6, 4)
+    rule, batch = RichDistillation([teacher]), (torch.randn(5, 6), torch.zeros(5))
+    rule.prepare(net, batch)
+    rule.step(batch, torch.Tensor.backward)
+    assert net.weight.grad.abs().sum() > 0
+    assert teacher[0].weight.dtype == torch.float64
+
+
+def test_what_is_no_trunk_is_refused():
+    with pytest.raises(TypeError, match="networks as trunks, got str"):
+        Concatenated(["trunk"])
+    with pytest.raises(ValueError, match=r"trunk 0 to give features .* got tuple"):
+        Concatenated([nn.LSTM(3, 4)])(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="got tuple"):
+        RichDistillation([nn.Linear(3, 2)]).prepare(nn.LSTM(3, 4), (torch.rand(2, 3), None))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

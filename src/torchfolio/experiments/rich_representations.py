@@ -1,6 +1,6 @@
 """Measures concatenated features of several trainings: on digits that were not trained on, beside wider networks.
 
-Longer than most: the paper has five uses of the features and three kinds of wider network to compare with.
+Longer than most because the paper has five uses of the features and three kinds of wider network to compare with.
 """
 
 from __future__ import annotations
