@@ -39,10 +39,17 @@ class Activation:
     Attributes:
         function: $\\varphi$.
         derivative: what takes the place of $\\varphi'$ at the pre-activation.
+        of_output: the same from $\\varphi$, where that is cheaper.
     """
 
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    of_output: Callable[[Tensor], Tensor] | None = None
+
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The activations and their derivatives."""
+        z = self.function(x)
+        return z, self.derivative(x) if self.of_output is None else self.of_output(z)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The activations, with this derivative in the backward pass."""
@@ -75,9 +82,9 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "tanh": Activation(torch.tanh, _tanh_slope),
+    "tanh": Activation(torch.tanh, _tanh_slope, lambda z: z.square().neg_().add_(1)),
     "relu": Activation(torch.relu, _step),
-    "sigmoid": Activation(torch.sigmoid, _sigmoid_slope),
+    "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, lambda z: (1 - z).mul_(z)),
     "hard_tanh": Activation(lambda x: x.clamp(-1, 1), lambda x: (x.abs() < 1).to(x.dtype)),
     "linear": Activation(lambda x: x, torch.ones_like),
     "softplus": Activation(nn.functional.softplus, torch.sigmoid),
@@ -202,20 +209,24 @@ def train_side_by_side(
     # Networks of one activation stand together, so that each function is called once.
     kinds = [net.activation for net in networks]
     groups = [(kind, [k for k, other in enumerate(kinds) if other is kind]) for kind in dict.fromkeys(kinds)]
-    rows = torch.arange(len(networks))[:, None]
+    conditions = means.shape[1]
+    offsets = conditions * torch.arange(len(networks))[:, None]
+    means, labels = means.flatten(0, 1), labels.flatten(0, 1)
     kept = []
+    # Tensors of this size would be fetched from the system anew at every step.
+    x, before = W.new_empty(len(W), batch_size, W.shape[2]), W.new_empty(len(W), batch_size, W.shape[1])
+    rows = W.new_empty(len(W) * batch_size, W.shape[2])
     for step in range(steps):
         if record_every is not None and step % record_every == 0:
             kept.append(W.clone())
-        pick = torch.randint(means.shape[1], (len(networks), batch_size), generator=generator)
-        x, y = means[rows, pick], labels[rows, pick]
-        x = x + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        before = torch.baddbmm(b[:, None], x, W.mT)
-        z, slope = torch.empty_like(before), torch.empty_like(before)
-        for kind, members in groups:
-            z[members], slope[members] = kind.function(before[members]), kind.derivative(before[members])
-        error = (torch.baddbmm(c[:, None], z, J.mT).sigmoid() - y) / (batch_size * y.shape[-1])
-        back = (error @ J) * slope
+        pick = torch.randint(conditions, (len(networks), batch_size), generator=generator)
+        at = (pick + offsets).flatten()
+        y = labels.index_select(0, at).view(*pick.shape, -1)
+        torch.randn(x.shape, generator=generator, dtype=x.dtype, out=x).mul_(noise)
+        x.view(len(at), -1).add_(torch.index_select(means, 0, at, out=rows))
+        z, slope = _activations(torch.baddbmm(b[:, None], x, W.mT, out=before), groups)
+        error = torch.baddbmm(c[:, None], z, J.mT).sigmoid_().sub_(y).div_(batch_size * y.shape[-1])
+        back = slope.mul_(error * J if J.shape[1] == 1 else error @ J)
         W.baddbmm_(back.mT, x, alpha=-lr)
         b.sub_(back.sum(1), alpha=lr)
         if trains:
@@ -225,6 +236,16 @@ def train_side_by_side(
         for name, value in zip(names, (W, b, J, c), strict=True):
             getattr(net, name).data.copy_(value[k])
     return kept
+
+
+def _activations(before: Tensor, groups: Sequence[tuple[Activation, list[int]]]) -> tuple[Tensor, Tensor]:
+    """Activations and derivatives of networks `[S, B, M]`, a call for each kind of them."""
+    if len(groups) == 1:
+        return groups[0][0].pair(before)
+    z, slope = torch.empty_like(before), torch.empty_like(before)
+    for kind, members in groups:
+        z[members], slope[members] = kind.pair(before[members])
+    return z, slope
 
 
 def weight_trajectories(
