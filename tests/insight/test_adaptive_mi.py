@@ -163,6 +163,10 @@ def test_bounds_of_the_kernel_estimate():
         assert 0 <= low <= high <= math.log2(300) + 1e-12
     assert kde_information(t, 1e-9) == pytest.approx(math.log2(300))
     assert kde_information(t, 1e9) == pytest.approx(0, abs=1e-6)
+    far = t + 1e7  # where a product of matrices alone would lose the distances
+    assert kde_information(far, 1e-3) == pytest.approx(kde_information(t, 1e-3), rel=1e-5)
+    with pytest.raises(ValueError, match="finite"):
+        kde_information(t * math.nan, 1.0)
 
 
 def test_two_points_by_hand():

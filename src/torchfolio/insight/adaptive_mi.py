@@ -23,16 +23,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchfolio.insight.activations import layer_name
+from torchfolio.insight.information_estimators import (
+    SATURATED,
+    AdaptiveBinning,
+    Estimator,
+    FixedBinning,
+    Information,
+    discrete_mi,
+    joint_entropy,
+    permuted_label_information,
+)
+from torchfolio.insight.information_kernels import AdaptiveKDE, kde_information
 from torchfolio.measure import untouched
 from torchfolio.models import flatten_features, take_features
 
@@ -56,286 +66,6 @@ __all__ = [
 ]
 
 Reduce = Literal["mean", "flatten"]
-SATURATED = 0.1  # bits below log2 N from which on an estimate says nothing
-
-
-class Information(NamedTuple):
-    """Information of a layer in bits; `i_ty` is NaN without labels."""
-
-    i_xt: float
-    i_ty: float
-
-
-class Estimator(Protocol):
-    """From activations `[N, d]`, and labels `[N]`, to `Information`."""
-
-    def __call__(
-        self, activations: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None
-    ) -> Information: ...
-
-
-def joint_entropy(codes: Tensor) -> float:
-    """Plug-in entropy of the rows of `codes`, integers `[N, d]`, each row being one symbol: $-\\sum_t p(t) \\log_2 p(t)$."""
-    return _entropy(_symbols(codes))
-
-
-def discrete_mi(codes: Tensor, labels: Tensor) -> float:
-    """$I(T;Y) = H(T) - \\sum_y p(y) H(T \\mid Y = y)$ of symbols `[N, d]` and labels `[N]`.
-
-    The plug-in estimate is too large by up to (symbols - 1)(classes - 1) / (2 N ln 2) bits; see
-    `permuted_label_information`.
-    """
-    if labels.shape != (len(codes),):
-        raise ValueError(f"expected a label for each of {len(codes)} rows, got shape {tuple(labels.shape)}")
-    symbols = _symbols(codes)
-    return max(0.0, _entropy(symbols) - _conditional(symbols, _symbols(labels[:, None])))
-
-
-def _symbols(codes: Tensor) -> np.ndarray:
-    """A number for every distinct row, `[N]`."""
-    if codes.dim() != 2 or codes.is_floating_point() or not len(codes):
-        raise ValueError(f"expected integer codes [N, d], got {codes.dtype} of shape {tuple(codes.shape)}")
-    columns = codes.detach().cpu().numpy().astype(np.int64)
-    columns = columns - columns.min(0)
-    found = np.zeros(len(columns), np.int64)
-    count = 1
-    # As many columns at a time as one integer holds; what they have in common is renumbered, so nothing collides.
-    for column in columns.T:
-        base = int(column.max()) + 1
-        if count * base >= 2**62:
-            found = np.unique(found, return_inverse=True)[1]
-            count = int(found.max()) + 1
-        found, count = found * base + column, count * base
-    return np.unique(found, return_inverse=True)[1]
-
-
-def _entropy(symbols: np.ndarray) -> float:
-    counts = np.bincount(symbols)
-    p = counts[counts > 0] / len(symbols)
-    return float(max(0.0, -(p * np.log2(p)).sum()))
-
-
-def _conditional(symbols: np.ndarray, given: np.ndarray) -> float:
-    """$H(T \\mid G)$ from numbers of both."""
-    joint = np.unique(symbols.astype(np.int64) * (int(given.max()) + 1) + given, return_inverse=True)[1]
-    return _entropy(joint) - _entropy(given)
-
-
-class _Discrete(ABC):
-    """What estimators that give every activation a code have in common."""
-
-    @abstractmethod
-    def codes(self, activations: Tensor) -> Tensor:
-        """Codes int64 `[N, d]` of activations `[N, d]`."""
-
-    def __call__(self, activations: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None) -> Information:
-        """Information of one layer.
-
-        Args:
-            activations: `[N, d]`, of equally likely inputs.
-            labels: `[N]` integers.
-            inputs: `[N, ...]`; needed only if some are repeated, to subtract $H(T \\mid X)$ of a layer that is not a
-                function of them.
-        """
-        symbols = _symbols(self.codes(_checked(activations, labels)))
-        entropy = _entropy(symbols)
-        if entropy > math.log2(len(symbols)) - SATURATED:
-            warnings.warn(
-                f"almost all of {len(symbols)} inputs have a symbol of their own ({entropy:.2f} bits of "
-                f"{math.log2(len(symbols)):.2f}): the estimate says nothing about this layer; take fewer bins, more inputs, "
-                "or the kernel estimate",
-                stacklevel=2,
-            )
-        i_xt = entropy
-        if inputs is not None:
-            i_xt -= _conditional(
-                symbols, np.unique(inputs.flatten(1).cpu().numpy(), axis=0, return_inverse=True)[1].ravel()
-            )
-        if labels is None:
-            return Information(i_xt, math.nan)
-        return Information(i_xt, max(0.0, entropy - _conditional(symbols, _symbols(labels.long()[:, None]))))
-
-
-class AdaptiveBinning(_Discrete):
-    """Entropy-based adaptive binning: equally many of the layer's distinct values in every bin.
-
-    With the $n$ distinct values $u$ of the layer, sorted and without the atom, the bins begin at
-    $e_k = u_{\\lfloor k n / B \\rfloor}$, $k = 0, \\dots, B - 1$; the code of $a$ is the number of $e_k \\le a$, so that the atom
-    has code 0. Codes do not change under any increasing map of the layer.
-
-    Args:
-        n_bins: $B$; 30.
-        atom: the value of inactive units, the smallest there is: `"auto"` takes 0 where the layer's minimum is 0 and more
-            than one activation has it; `None` takes none.
-        per_neuron: bins of their own for every unit.
-        official_top_bin: let the largest value be a bin of its own, as in the authors' code.
-
-    Reference:
-        Section 3 and the authors' code (bins recomputed for every layer at every moment, shared by its units).
-    """
-
-    def __init__(
-        self,
-        n_bins: int = 30,
-        atom: float | Literal["auto"] | None = "auto",
-        per_neuron: bool = False,
-        official_top_bin: bool = False,
-    ) -> None:
-        if n_bins < 2:
-            raise ValueError(f"expected at least 2 bins, got {n_bins}")
-        self.n_bins, self.atom, self.per_neuron, self.official_top_bin = n_bins, atom, per_neuron, official_top_bin
-
-    def codes(self, activations: Tensor) -> Tensor:
-        values = _checked(activations, None).cpu().numpy() + 0.0  # -0.0 and 0.0 are one value
-        if self.per_neuron:
-            return torch.from_numpy(np.stack([self._code(column) for column in values.T], 1))
-        return torch.from_numpy(self._code(values))
-
-    def _code(self, values: np.ndarray) -> np.ndarray:
-        distinct = np.unique(values)
-        atom = self.atom
-        if atom == "auto":
-            atom = 0.0 if distinct[0] == 0 and (values == 0).sum() > 1 else None
-        if atom is not None:
-            distinct = distinct[distinct != atom]
-        if not len(distinct):
-            return np.zeros(values.shape, np.int64)
-        edges = distinct[np.arange(self.n_bins) * len(distinct) // self.n_bins]
-        if self.official_top_bin:
-            edges = np.append(edges, distinct[-1])
-        return np.searchsorted(edges, values, side="right").astype(np.int64)
-
-    def __repr__(self) -> str:
-        return f"AdaptiveBinning(n_bins={self.n_bins})"
-
-
-class FixedBinning(_Discrete):
-    """Bins of equal width on a range that does not follow the layer; values beyond go to the bins at the ends.
-
-    Args:
-        n_bins: number of bins.
-        low: lower end; -1 for tanh, 0 for ReLU.
-        high: upper end; 1 for tanh, the maximum over all layers and epochs for others.
-    """
-
-    def __init__(self, n_bins: int = 30, low: float = -1.0, high: float = 1.0) -> None:
-        if n_bins < 2 or not low < high:
-            raise ValueError(f"expected at least 2 bins and low < high, got {n_bins}, {low}, {high}")
-        self.n_bins, self.low, self.high = n_bins, low, high
-
-    def codes(self, activations: Tensor) -> Tensor:
-        place = (_checked(activations, None).double() - self.low) / (self.high - self.low)
-        return (place * self.n_bins).floor().clamp(0, self.n_bins - 1).long().cpu()
-
-    def __repr__(self) -> str:
-        return f"FixedBinning(n_bins={self.n_bins}, low={self.low:g}, high={self.high:g})"
-
-
-class AdaptiveKDE:
-    """Bounds on the information of a layer plus a little noise, whose width follows the layer.
-
-    $\\tilde T = T + \\epsilon$, $\\epsilon \\sim N(0, \\sigma^2 I)$ with $\\sigma = \\sigma_0 \\max |T|$; see `kde_information`. The
-    estimate does not change when the layer is scaled.
-
-    Args:
-        noise_variance: $\\sigma_0^2$; 1e-3.
-        scaling: `"max"` as above; `"variance"`, $\\sigma^2 = \\sigma_0^2 \\max |T|$; `"none"`, $\\sigma = \\sigma_0$. The paper
-            says that the noise scales with the largest activity, and leaves open which of the first two.
-        bound: `"upper"` or `"lower"`.
-
-    Reference:
-        Section 3; bounds of Kolchinsky and Tracey, "Estimating Mixture Entropy with Pairwise Distances", 2017.
-    """
-
-    def __init__(
-        self,
-        noise_variance: float = 1e-3,
-        scaling: Literal["max", "variance", "none"] = "max",
-        bound: Literal["upper", "lower"] = "upper",
-    ) -> None:
-        if not noise_variance > 0:
-            raise ValueError(f"expected a positive noise_variance, got {noise_variance}")
-        if scaling not in ("max", "variance", "none") or bound not in ("upper", "lower"):
-            raise ValueError(
-                f"expected scaling max, variance or none and bound upper or lower, got {scaling!r}, {bound!r}"
-            )
-        self.noise_variance, self.scaling = noise_variance, scaling
-        self.bound: Literal["upper", "lower"] = bound
-
-    def __call__(self, activations: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None) -> Information:
-        """Information of one layer; see `AdaptiveBinning`. `inputs` are not needed: the noise makes the layer random."""
-        t = _checked(activations, labels).double()
-        largest = float(t.abs().max())
-        if largest == 0:
-            return Information(0.0, math.nan if labels is None else 0.0)
-        variance = self.noise_variance
-        if self.scaling == "max":
-            t = t / largest
-        elif self.scaling == "variance":
-            variance *= largest
-        i_xt = kde_information(t, variance, self.bound)
-        if labels is None:
-            return Information(i_xt, math.nan)
-        within = 0.0
-        for y in labels.unique():
-            rows = labels == y
-            within += float(rows.double().mean()) * kde_information(t[rows], variance, self.bound)
-        return Information(i_xt, max(0.0, i_xt - within))
-
-    def __repr__(self) -> str:
-        return f"AdaptiveKDE(noise_variance={self.noise_variance:g}, scaling={self.scaling!r}, bound={self.bound!r})"
-
-
-def kde_information(T: Tensor, variance: float, bound: Literal["upper", "lower"] = "upper", chunk: int = 1024) -> float:
-    """Bounds on $I(\\tilde T; X)$ of a layer with Gaussian noise, in bits, from pairwise distances:
-
-    $$\\hat I = -\\frac1N \\sum_i \\log_2 \\frac1N \\sum_j \\exp\\Bigl(-\\frac{\\lVert t_i - t_j \\rVert^2}{c\\,\\sigma^2}\\Bigr),
-    \\qquad c = 2 \\text{ (upper)}, \\; 8 \\text{ (lower)}.$$
-
-    Args:
-        T: `[N, d]`.
-        variance: $\\sigma^2$.
-        bound: which one; lower <= upper <= $\\log_2 N$.
-        chunk: rows at a time.
-    """
-    if not variance > 0:
-        raise ValueError(f"expected a positive variance, got {variance}")
-    t = T.double()
-    scale = (2 if bound == "upper" else 8) * variance
-    total = 0.0
-    for rows in t.split(chunk):
-        distance = torch.cdist(rows, t, compute_mode="donot_use_mm_for_euclid_dist").square()
-        total += float((torch.logsumexp(-distance / scale, 1) - math.log(len(t))).sum())
-    return max(0.0, -total / len(t) / math.log(2))
-
-
-def permuted_label_information(
-    estimator: Estimator, activations: Tensor, labels: Tensor, repeats: int = 20, seed: int = 0
-) -> tuple[float, float]:
-    """What an estimator finds of $I(T;Y)$ where there is none: mean and deviation over shuffled labels."""
-    generator = torch.Generator().manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        found = [
-            estimator(activations, labels[torch.randperm(len(labels), generator=generator)]).i_ty
-            for _ in range(repeats)
-        ]
-    return float(np.mean(found)), float(np.std(found))
-
-
-def _checked(activations: Tensor, labels: Tensor | None) -> Tensor:
-    if activations.dim() != 2:
-        raise ValueError(f"expected activations [N, d], got shape {tuple(activations.shape)}")
-    if len(activations) < 2:
-        raise ValueError(f"expected at least 2 inputs, got {len(activations)}")
-    if not bool(activations.isfinite().all()):
-        raise ValueError("the activations hold NaN or infinite values")
-    if labels is not None and (labels.shape != (len(activations),) or labels.is_floating_point()):
-        raise ValueError(
-            f"expected integer labels [{len(activations)}], got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    activations = activations.detach()
-    return activations.float() if activations.dtype.itemsize < 4 else activations  # numpy has no bfloat16
 
 
 @dataclass(frozen=True)
@@ -548,15 +278,8 @@ class InformationPlaneRecorder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.planes = {
-            int(epoch): InformationPlane(
-                tuple(p["layers"]),
-                tuple(p["i_xt"]),
-                tuple(p["i_ty"]),
-                tuple(p["dead"]),
-                tuple(p["saturated"]),
-                p["inputs"],
-            )
-            for epoch, p in state["planes"]
+            int(epoch): InformationPlane(**{k: v if k == "inputs" else tuple(v) for k, v in plane.items()})
+            for epoch, plane in state["planes"]
         }
 
 
