@@ -278,7 +278,9 @@ class InformationPlaneRecorder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.planes = {
-            int(epoch): InformationPlane(**{k: v if k == "inputs" else tuple(v) for k, v in plane.items()})
+            int(epoch): InformationPlane(
+                **{**{k: tuple(v) for k, v in plane.items() if k != "inputs"}, "inputs": plane["inputs"]}
+            )
             for epoch, plane in state["planes"]
         }
 
