@@ -89,6 +89,19 @@ def test_all_else_stays_to_the_bit(dtype):
     assert any(not torch.equal(q, r) for q, r in zip(middle.parameters(), model.parameters(), strict=True))
 
 
+def test_half_precision_keeps_moments_in_32_bits():
+    torch.manual_seed(0)
+    net = nn.Linear(16, 16).bfloat16()
+    optimizer, x = SaRA(net, fraction=1.0, lr=0.0), torch.randn(8, 16).bfloat16()
+    squares = 0.0
+    for _ in range(200):  # in bfloat16 a moment that is multiplied by 0.999 stays where it is
+        net(x).float().square().sum().backward()
+        squares = 0.999 * squares + 0.001 * optimizer._grad.square()
+        optimizer.step()
+    assert optimizer._square.dtype == torch.float32
+    torch.testing.assert_close(optimizer._square, squares, rtol=1e-3, atol=1e-3)
+
+
 def test_gradient_of_the_nuclear_norm():
     torch.manual_seed(0)
     matrix = torch.randn(70, 90, dtype=torch.float64).requires_grad_()
