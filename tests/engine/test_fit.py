@@ -492,3 +492,28 @@ def test_a_device_that_is_not_there(device):
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=f"expected a device that this machine has, got '{device}'"):
         fit(nn.Linear(3, 2), (torch.randn(8, 3), torch.randint(2, (8,))), epochs=1, device=device)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda x: x,
+    lambda x: (x,),
+    lambda x: x.numpy(),
+    lambda x: torch.utils.data.TensorDataset(x),
+    lambda x: DataLoader(torch.utils.data.TensorDataset(x), batch_size=10),
+    lambda x: DataLoader(x, batch_size=10),
+])  # fmt: skip
+def test_a_rule_that_needs_no_targets_takes_inputs_alone(wrap):
+    class Reconstruct(Backprop):
+        needs_targets = False
+
+        def step(self, batch, backward):
+            (x,) = batch
+            loss = (self.model(x) - x).square().mean()
+            backward(loss)
+            return {"loss": loss.detach()}
+
+    x = torch.randn(30, 4)
+    result = fit(nn.Linear(4, 4), wrap(x), rule=Reconstruct(), batch_size=10, epochs=2, device="cpu")
+    assert result.steps == 6
+    with pytest.raises(ValueError, match="inputs and targets, got 1"):
+        fit(nn.Linear(4, 4), x, device="cpu")

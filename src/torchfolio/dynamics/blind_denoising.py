@@ -35,6 +35,8 @@ class BlindDenoising(LearningRule):
         sigma_range: least and largest noise level, for images in [0, 1].
     """
 
+    needs_targets = False
+
     def __init__(self, noise: str = "quadratic", sigma_range: tuple[float, float] = (0.0, 1.0)) -> None:
         self.power = 2 if one_of("noise", noise, ("quadratic", "uniform")) == "quadratic" else 1
         low, high = sigma_range

@@ -110,9 +110,11 @@ class NoisePrediction(LearningRule):
 
     Example:
         >>> rule = NoisePrediction(DiscreteSchedule.linear(200, 1e-4, 0.05))
-        >>> fit(MLPDenoiser((1, 8, 8)), (x, y), rule=rule, max_steps=100, evaluate=rule.evaluate).step
-        100
+        >>> fit(MLPDenoiser((1, 8, 8)), (x, y), rule=rule, max_steps=2, val=(x, y), evaluate=rule.evaluate).steps
+        2
     """
+
+    needs_targets = False
 
     def __init__(self, schedule: Schedule, conditional: bool = False) -> None:
         self.schedule, self.conditional = schedule, conditional

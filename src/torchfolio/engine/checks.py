@@ -18,12 +18,13 @@ from torchfolio.engine.state import EarlyStopping
 from torchfolio.models.stateful import reset_state
 
 
-def check_data(data: Any, name: str) -> None:
+def check_data(data: Any, name: str, targets: bool = True) -> None:
     """Refuse data without examples, of unequal lengths, or with NaN.
 
     Args:
         data: tensors or a `TensorDataset`, which are looked through; another data set or a loader.
         name: what to call it.
+        targets: whether it must hold targets beside the inputs.
 
     Raises:
         ValueError: saying which.
@@ -32,7 +33,7 @@ def check_data(data: Any, name: str) -> None:
     tensors = Examples(data, name).tensors
     if tensors is None:
         return
-    if len(tensors) < 2:
+    if targets and len(tensors) < 2:
         raise ValueError(f"expected {name} to hold inputs and targets, got {len(tensors)} tensor(s)")
     for tensor in tensors:
         _check_finite(tensor, name)

@@ -75,8 +75,9 @@ def fit(
     Args:
         model: the network. It holds the trained weights afterwards, on the device of training, in evaluation
             mode.
-        train: tensors or arrays (x, y), or a `TensorDataset`, which are batched by indexing; another `Dataset`, of
-            dicts too; or a `DataLoader`, which brings its own batches. See `torchfolio.data.Examples`.
+        train: tensors or arrays (x, y), x alone for a rule that needs no targets, or a `TensorDataset`, which are
+            batched by indexing; another `Dataset`, of dicts too; or a `DataLoader`, which brings its own batches. See
+            `torchfolio.data.Examples`.
         val: data to evaluate on after every epoch. Labels and shapes are checked before the first step: of all
             examples where they are tensors, else of the first.
         rule: how a batch becomes gradients; `Backprop()` by default, which takes cross-entropy for integer
@@ -144,9 +145,9 @@ def fit(
                    accumulate=accumulate, checkpoint_every=checkpoint_every, log_every=log_every)  # fmt: skip
     rule = rule or Backprop()
     check_kinds(model, rule)
-    check_data(train, "train")
+    check_data(train, "train", rule.needs_targets)
     if val is not None:
-        check_data(val, "val")
+        check_data(val, "val", rule.needs_targets or evaluate is None)
     check_callables(callbacks)
     stopper = EarlyStopping(patience=early_stopping) if isinstance(early_stopping, int) else early_stopping
     check_monitor(stopper, val is not None or evaluate is not None)

@@ -318,6 +318,8 @@ def place(fabric: Fabric, batch: Any) -> Any:
 
     Under automatic mixed precision they stay as they are: losses and labels in 16 bits would lose digits.
     """
+    if isinstance(batch, Tensor):  # of a loader of inputs alone
+        batch = [batch]
     if isinstance(batch, list | tuple) and all(isinstance(t, Tensor) for t in batch):
         batch = [t.to(fabric.device, non_blocking=True) for t in batch]
     else:

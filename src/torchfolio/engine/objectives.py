@@ -32,7 +32,7 @@ class Objective(ABC):
         >>> class WeightNorm(Objective):
         ...     def term(self, model, batch):
         ...         return 1e-4 * sum(p.square().sum() for p in model.parameters())
-        >>> fit(net, (x, y), rule=WeightNorm().on(Backprop()), epochs=1).step > 0
+        >>> fit(net, (x, y), rule=WeightNorm().on(Backprop()), epochs=1).steps > 0
         True
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +20,12 @@ class LearningRule(ABC):
     `torchfolio.engine.fit` calls `prepare` once and `step` for every batch; gradients are left in `.grad`,
     and the optimizer's step is not the rule's business. A rule may call backward as often as it likes:
     gradients are averaged over processes after the step, not by a wrapper around the module.
+
+    Attributes:
+        needs_targets: whether batches must hold targets; false for rules that learn from inputs alone.
     """
+
+    needs_targets: ClassVar[bool] = True
 
     @abstractmethod
     def prepare(self, model: nn.Module, example: Batch) -> nn.Module:

@@ -55,7 +55,7 @@ class AMCL(LearningRule):
         top_k: see `AMCLLoss`.
 
     Shapes:
-        The encoder gives features `[N, D]`; batches are (x, anything).
+        The encoder gives features `[N, D]`; batches are x, alone or before others.
 
     Raises:
         ValueError: on settings out of range; in `prepare`, if the encoder gives something else.
@@ -67,6 +67,8 @@ class AMCL(LearningRule):
     Reference:
         Wang et al., ECCV 2024.
     """
+
+    needs_targets = False
 
     def __init__(
         self,

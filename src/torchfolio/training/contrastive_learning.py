@@ -40,6 +40,8 @@ class ContrastiveRule(LearningRule):
         ValueError: on settings out of range; in `prepare`, if the encoder gives something else.
     """
 
+    needs_targets = False
+
     def __init__(self, view: Callable[..., Tensor] | None = None, hidden: int = 256, out_dim: int = 128) -> None:
         self.view = view or simclr_views()
         self.hidden, self.out_dim = whole("hidden", hidden, 1), whole("out_dim", out_dim, 1)

@@ -140,7 +140,7 @@ class DHKD(LearningRule):
         ValueError: on settings out of range, float targets, or a teacher with other classes or the student's weights.
 
     Example:
-        >>> fit(net, (x, y), rule=DHKD(teacher, aux="linear"), epochs=1).step > 0
+        >>> fit(net, (x, y), rule=DHKD(teacher, aux="linear"), epochs=1).steps > 0
         True
 
     Reference:

@@ -116,6 +116,8 @@ class RichDistillation(LearningRule):
         Zhang, Bottou, section 3 (DISTILL).
     """
 
+    needs_targets = False
+
     def __init__(self, teachers: Sequence[nn.Module], tau: float = 10.0, heads: str = "separate") -> None:
         if not teachers:
             raise ValueError("expected at least one teacher, got none")
