@@ -15,6 +15,7 @@ from torchfolio.runs.tasks import OwnNetwork
 
 RECORDED = Path(__file__).parent / "outcomes"
 EXAMPLES = Path(__file__).parent / "examples"
+SCRIPTS = Path(__file__).parent / "scripts"
 SOURCE = Path(catalog.__file__).parent
 MODULES = (*catalog.FAMILIES, "engine", "measure", "models", "data", "runs", "report")
 
@@ -34,7 +35,25 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     if OWN in markdown:
         rows = [f"| [{slug}](methods/{slug}.md) | {_claimed(slug)} |" for slug in _with_own_network()]
         markdown = markdown.replace(OWN, "\n".join(rows))
-    return markdown
+    markdown = re.sub(r"<!-- script: (\w+) -->", lambda found: _script(found[1]), markdown)
+    return re.sub(r"<!-- measured: (\w+) -->", lambda found: _measured(found[1]), markdown)
+
+
+def _script(name: str) -> str:
+    """A script that the tests run, as it stands."""
+    title, _, code = (SCRIPTS / f"{name}.py").read_text(encoding="utf-8").partition("\n")
+    code = code.replace("  # fmt: skip", "").strip()
+    return "\n".join([title.strip('"'), "", "```python", code, "```"])
+
+
+def _measured(name: str) -> str:
+    """The picture and the table that a script of `benchmarks/` wrote, with the command."""
+    found = json.loads((RECORDED.parent / "measured" / f"{name}.json").read_text(encoding="utf-8"))
+    columns = list(found["rows"][0])
+    lines = [f"![Measured by {found['command']}](assets/{name}.svg)", ""]
+    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| {' | '.join(str(row[c]) for c in columns)} |" for row in found["rows"]]
+    return "\n".join([*lines, "", f"Made by `{found['command']}` with torch {found['torch']}; run it on your machine."])
 
 
 OWN = "<!-- own: the table -->"
