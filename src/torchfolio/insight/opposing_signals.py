@@ -3,8 +3,8 @@
 Record the loss of every example at every step; take the step at which the mean loss first rises; the examples whose loss
 rose and fell most there are the two groups. They are chosen by the change of their loss and not by its size, and shown
 beside random groups: how far their gradients oppose each other, how much of the sharpness they own, whether they swap at
-the next step. The solvable model is in `opposing_model`; `SignSplitSGD` is the paper's case study, its constants our
-reading.
+the next step. Losses along a training are in `loss_traces`, the solvable model in `opposing_model`, the optimizer of the
+case study in `sign_split_sgd`.
 
 Reference:
     Rosenfeld, Risteski, Outliers with Opposing Signals Have an Outsized Effect on Neural Network Optimization, ICLR 2024
@@ -13,7 +13,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
-from torchfolio.checks import at_least, between, positive, whole
+from torchfolio.checks import positive, whole
 from torchfolio.data import Examples
-from torchfolio.engine.modes import evaluating
+from torchfolio.insight.loss_traces import LossRecorder, Trace, trace
 from torchfolio.insight.opposing_model import ModelPath, OpposingSignalModel
+from torchfolio.insight.sign_split_sgd import SignSplitSGD
 from torchfolio.measure import Hessian, hessian_eigenvalues, loss_gradients, untouched
 
 if TYPE_CHECKING:
@@ -44,75 +44,6 @@ __all__ = [
     "measure_groups",
     "trace",
 ]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def _each(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target, reduction="none")
-
-
-class LossRecorder:
-    """Keeps the loss of every example at every step; a callback of `fit`, or called by one's own loop.
-
-    The network is asked in evaluation mode, so that dropout and batch statistics do not couple examples.
-
-    Args:
-        model: the network that trains.
-        data: examples to follow: the training set or a part of it.
-        loss: criterion that gives a loss for each example, such as cross-entropy with `reduction="none"`.
-        batch_size: examples at a time.
-
-    Raises:
-        ValueError: if the criterion gives something else than a loss for each example.
-
-    Example:
-        >>> recorder = LossRecorder(net, (x, y))  # doctest: +SKIP
-        >>> fit(net, (x, y), callbacks=[recorder], batch_size=len(x))  # doctest: +SKIP
-        >>> groups = find_groups(recorder.losses)  # doctest: +SKIP
-    """
-
-    from_start = True
-
-    def __init__(self, model: nn.Module, data: Any, loss: Loss = _each, *, batch_size: int = 512) -> None:
-        self.model, self.loss = model, loss
-        self.batches = list(Examples(data).batches(whole("batch_size", batch_size, 1)))
-        self.rows: list[np.ndarray] = []
-
-    @torch.no_grad()
-    def record(self, losses: Tensor | None = None) -> None:
-        """Keep the losses of now.
-
-        Args:
-            losses: `[n]`, where the training's own forward pass computed them already (full batches): nothing is run.
-        """
-        if losses is None:
-            device = next(self.model.parameters()).device
-            with evaluating(self.model), untouched(self.model):
-                parts = []
-                for *inputs, target in self.batches:
-                    found = self.loss(self.model(*(x.to(device) for x in inputs)), target.to(device))
-                    if found.shape[:1] != target.shape[:1] or found.dim() != 1:
-                        raise ValueError(
-                            f"expected a loss for each of {len(target)} examples (reduction='none'), got shape "
-                            f"{tuple(found.shape)}"
-                        )
-                    parts.append(found)
-            losses = torch.cat(parts)
-        row = losses.detach().float().cpu().numpy()
-        if row.ndim != 1 or (self.rows and len(row) != len(self.rows[0])):
-            raise ValueError(f"expected the losses of as many examples at every step, got shape {row.shape}")
-        self.rows.append(row)
-
-    def __call__(self, state: Any) -> None:
-        """Record after a step; as a callback of `fit`."""
-        if not getattr(state, "epoch_end", False):
-            self.record()
-
-    @property
-    def losses(self) -> np.ndarray:
-        """Losses `[T, n]`, float32."""
-        return np.stack(self.rows) if self.rows else np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -255,108 +186,6 @@ def measure_groups(
     return frame.drop(columns="norm")
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A training by full batches.
-
-    Attributes:
-        losses: of every example before each step and at the end, `[T + 1, n]`.
-        steps: steps at which the sharpness was measured.
-        sharpness: top eigenvalue of the Hessian there.
-        limit: $2 / \\eta$, above which gradient descent is unstable.
-        snapshots: weights, by step, of the steps that were asked for.
-    """
-
-    losses: np.ndarray
-    steps: tuple[int, ...]
-    sharpness: tuple[float, ...]
-    limit: float
-    snapshots: dict[int, dict[str, Tensor]]
-
-
-def trace(
-    model: nn.Module,
-    data: Any,
-    *,
-    lr: float,
-    steps: int,
-    sharpness_every: int = 10,
-    loss: Loss = _each,
-    keep: Iterable[int] = (),
-    keep_first_rise: bool = False,
-) -> Trace:
-    """Train a network in place by full-batch gradient descent, with the losses of all examples and the sharpness.
-
-    Args:
-        model: the network, in the mode it is in; a network with dropout should be in evaluation mode.
-        data: tensors (x, y).
-        lr: step size $\\eta$.
-        steps: of gradient descent.
-        sharpness_every: steps between measurements; 0 measures none but that of the first rise.
-        loss: criterion that gives a loss for each example.
-        keep: steps whose weights are kept.
-        keep_first_rise: whether the weights before the first step that raises the loss are kept, and its sharpness.
-
-    Raises:
-        ValueError: if the loss is no longer finite.
-    """
-    positive("lr", lr)
-    rows = list(Examples(data).batches(None))
-    device = next(model.parameters()).device
-    x, y = (torch.cat(column).to(device) for column in zip(*rows, strict=True))
-    wanted, parameters = set(keep), [p for p in model.parameters() if p.requires_grad]
-    mean: Loss = lambda output, target: loss(output, target).mean()  # noqa: E731
-    recorder = LossRecorder(model, (x[:1], y[:1]), loss)
-    marks: list[int] = []
-    values: list[float] = []
-    snapshots: dict[int, dict[str, Tensor]] = {}
-    start = None
-    before: dict[str, Tensor] | None = None
-    risen = not keep_first_rise
-
-    def sharpness(step: int) -> None:
-        nonlocal start
-        found = hessian_eigenvalues(model, mean, (x, y), start=start, generator=torch.Generator().manual_seed(0))
-        start = found.vectors
-        marks.append(step)
-        values.append(float(found.values[0]))
-
-    for step in range(whole("steps", steps, 1) + 1):
-        each = loss(model(x), y)
-        if not bool(torch.isfinite(each).all()):
-            raise ValueError(f"the loss is not finite at step {step}; lower lr from {lr}")
-        recorder.record(each)
-        # Before anything looks at other weights, which the graph of this step would notice.
-        grads = torch.autograd.grad(each.mean(), parameters) if step < steps else ()
-        if (
-            not risen
-            and before is not None
-            and len(recorder.rows) > 1
-            and recorder.rows[-1].mean() > recorder.rows[-2].mean()
-        ):
-            risen, now = True, _copied(model)
-            model.load_state_dict(before)
-            snapshots[step - 1] = before
-            sharpness(step - 1)
-            model.load_state_dict(now)
-        if step in wanted:
-            snapshots[step] = _copied(model)
-        if sharpness_every and step % sharpness_every == 0:
-            sharpness(step)
-        if step == steps:
-            break
-        before = None if risen else _copied(model)
-        with torch.no_grad():
-            for parameter, grad in zip(parameters, grads, strict=True):
-                parameter.sub_(grad, alpha=lr)
-    order = np.argsort(marks, kind="stable")
-    return Trace(recorder.losses, tuple(marks[k] for k in order), tuple(values[k] for k in order), 2 / lr, snapshots)
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-
 def inject(
     x: Tensor,
     y: Tensor,
@@ -400,63 +229,3 @@ def inject(
     out = x.clone()
     out[chosen] = 0.3 * x[chosen] + factor.view(-1, *[1] * (x.dim() - 1)) * feature
     return out, chosen
-
-
-class SignSplitSGD(Optimizer):
-    """SGD whose large coordinates take steps of a fixed size: the part of Adam that opposing signals call for.
-
-    $m \\leftarrow \\mu m + (1 - \\tau) g$; coordinates with $|m| \\le r$ move by $-\\eta_1 m$, the others by
-    $-\\eta_2 \\operatorname{sign}(m)$. The paper's exact constants are not known to us: these are our reading.
-
-    Args:
-        params: parameters or groups.
-        lr: $\\eta_1$.
-        sign_lr: $\\eta_2$.
-        momentum: $\\mu$.
-        dampening: $\\tau$.
-        quantile: share of coordinates that are large, of the first gradients, which fixes r.
-        threshold: r itself, in place of `quantile`.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.1,
-        sign_lr: float = 1e-3,
-        momentum: float = 0.9,
-        dampening: float = 0.9,
-        quantile: float = 0.1,
-        threshold: float | None = None,
-    ) -> None:
-        at_least("lr", lr, 0)
-        at_least("sign_lr", sign_lr, 0)
-        between("momentum", momentum, 0, 1)
-        between("dampening", dampening, 0, 1)
-        between("quantile", quantile, 0, 1)
-        if threshold is not None:
-            at_least("threshold", threshold, 0)
-        defaults = {"lr": lr, "sign_lr": sign_lr, "momentum": momentum, "dampening": dampening, "quantile": quantile,
-                    "threshold": threshold}  # fmt: skip
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None]
-            if group["threshold"] is None and held:
-                sizes = torch.cat([p.grad.abs().flatten().float() for p in held])
-                rank = max(1, min(len(sizes), round((1 - group["quantile"]) * len(sizes))))
-                group["threshold"] = float(sizes.kthvalue(rank).values)
-            for p in held:
-                state = self.state[p]
-                if "average" not in state:
-                    state["average"] = torch.zeros_like(p)
-                m = state["average"].mul_(group["momentum"]).add_(p.grad, alpha=1 - group["dampening"])
-                small = m.abs() <= group["threshold"]
-                p.sub_(torch.where(small, group["lr"] * m, group["sign_lr"] * m.sign()))
-        return loss
