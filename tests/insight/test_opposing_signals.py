@@ -134,7 +134,7 @@ def test_the_recorder_keeps_the_training_loss_and_leaves_the_network():
     assert dropping.training
     with pytest.raises(ValueError, match="reduction='none'"):
         LossRecorder(net, (x, y), F.cross_entropy).record()
-    with pytest.raises(ValueError, match="as many examples"):
+    with pytest.raises(ValueError, match="60 examples as before"):
         recorder.record(torch.zeros(3))
 
 
@@ -187,3 +187,28 @@ def test_sign_split_steps():
     assert automatic.param_groups[0]["threshold"] == 8.0
     with pytest.raises(ValueError, match="momentum"):
         SignSplitSGD([p], momentum=float("nan"))
+
+
+def test_what_does_not_fit_is_told():
+    x, y = torch.randn(40, 6), torch.arange(40) % 2
+    net = nn.Linear(6, 2)
+    groups = find_groups(torch.rand(4, 40))
+    with pytest.raises(ValueError, match="40 examples that the groups count, got 20"):
+        measure_groups(net, (x[:20], y[:20]), groups)
+    assert measure_groups(net.double(), (x, y), groups).shape == (2, 8), "inputs go in the precision of the weights"
+    with pytest.raises(ValueError, match="finite"):
+        measure_groups(net, (x * torch.nan, y), groups)
+    with pytest.raises(ValueError, match="reduction='none'"):
+        trace(nn.Linear(6, 2), (x, y), lr=0.1, steps=2, loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="step 0; the data"):
+        trace(nn.Linear(6, 2), (x * torch.nan, y), lr=0.1, steps=2)
+    with pytest.raises(ValueError, match="twice"):
+        inject(x, y, (1, 1), 4)
+    with pytest.raises(TypeError, match="floating point"):
+        inject(x.long(), y, (0, 1), 4)
+    with pytest.raises(ValueError, match="finite"):
+        inject(x * torch.nan, y, (0, 1), 4)
+    weight = nn.Parameter(torch.zeros(3))
+    weight.grad = torch.full((3,), torch.nan)
+    with pytest.raises(ValueError, match="first gradients"):
+        SignSplitSGD([weight]).step()

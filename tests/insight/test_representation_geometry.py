@@ -228,3 +228,27 @@ def test_geometry_of_ones_own_network_and_its_panel():
         geometry(net, ["3"], x, conditions, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="none of 1"):
         geometry(net, ["3"], x, 2 * conditions, torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    "conditions", [np.full(8, 0.5), np.arange(8) - 1, np.array([0, 2, 3] * 2 + [0, 0]), np.zeros((8, 1), int)]
+)
+def test_conditions_are_whole_numbers_from_0_on(conditions):
+    z = np.random.default_rng(0).standard_normal((8, 3))
+    for measure in (ccgp, decoding_accuracy):
+        with pytest.raises(ValueError, match="condition"):
+            measure(z, conditions, [0, 0, 1, 1])
+
+
+def test_what_is_not_finite_is_refused():
+    z, c = np.full((8, 3), np.nan), np.arange(8) % 4
+    for measure in (
+        lambda: ccgp(z, c, [0, 0, 1, 1]),
+        lambda: decoding_accuracy(z, c, [0, 0, 1, 1]),
+        lambda: parallelism_score(z[:4], [0, 0, 1, 1]),
+        lambda: participation_ratio(z),
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            measure()
+    with pytest.raises(ValueError, match="both sides"):
+        decoding_accuracy(np.ones((2, 3)), [0, 1], [0, 1])

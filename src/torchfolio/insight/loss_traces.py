@@ -77,8 +77,10 @@ class LossRecorder:
                     parts.append(found)
             losses = torch.cat(parts)
         row = losses.detach().float().cpu().numpy()
-        if row.ndim != 1 or (self.rows and len(row) != len(self.rows[0])):
-            raise ValueError(f"expected the losses of as many examples at every step, got shape {row.shape}")
+        if row.ndim != 1:
+            raise ValueError(f"expected a loss for each example (reduction='none'), got shape {row.shape}")
+        if self.rows and len(row) != len(self.rows[0]):
+            raise ValueError(f"expected the losses of {len(self.rows[0])} examples as before, got {len(row)}")
         self.rows.append(row)
 
     def __call__(self, state: Any) -> None:
@@ -161,7 +163,10 @@ def trace(
     for step in range(whole("steps", steps, 1) + 1):
         each = loss(model(x), y)
         if not bool(torch.isfinite(each).all()):
-            raise ValueError(f"the loss is not finite at step {step}; lower lr from {lr}")
+            advice = (
+                f"lower lr from {lr}" if step else "the data or the weights are not, or the loss is not defined there"
+            )
+            raise ValueError(f"the loss is not finite at step {step}; {advice}")
         recorder.record(each)
         # Before anything looks at other weights, which the graph of this step would notice.
         grads = torch.autograd.grad(each.mean(), parameters) if step < steps else ()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.checks import positive, whole
+from torchfolio.checks import finite, positive, whole
 from torchfolio.data import Examples
 from torchfolio.insight.loss_traces import LossRecorder, Trace, trace
 from torchfolio.insight.opposing_model import ModelPath, OpposingSignalModel
@@ -155,8 +155,10 @@ def measure_groups(
     *inputs, target = rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]
     if len(inputs) != 1 or not inputs[0].is_floating_point():
         raise ValueError("expected one floating-point input an example, to measure its norm and gradients")
-    x, y = inputs[0], target
-    device = next(model.parameters()).device
+    if len(target) != len(groups.delta):
+        raise ValueError(f"expected the {len(groups.delta)} examples that the groups count, got {len(target)}")
+    weight = next(model.parameters())
+    device, x, y = weight.device, finite("x", inputs[0]).to(weight.dtype), target
     rng = np.random.default_rng(seed)
     k, n = len(groups.positive), len(y)
     pairs = [("opposing", groups.positive, groups.negative)]
@@ -212,6 +214,10 @@ def inject(
     """
     if whole("n", n, 2) % 2:
         raise ValueError(f"expected an even number of examples, half in each class, got {n}")
+    if classes[0] == classes[1]:
+        raise ValueError(f"expected two classes, got {classes[0]} twice")
+    if not finite("x", x).is_floating_point():
+        raise TypeError(f"expected inputs in floating point, got {x.dtype}")
     positive("strength", strength)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(y), dtype=torch.bool)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from torchfolio.checks import at_least, between
+from torchfolio.checks import at_least, between, finite
 
 __all__ = ["SignSplitSGD"]
 
@@ -66,7 +66,7 @@ class SignSplitSGD(Optimizer):
             if group["threshold"] is None and held:
                 sizes = torch.cat([p.grad.abs().flatten().float() for p in held])
                 rank = max(1, min(len(sizes), round((1 - group["quantile"]) * len(sizes))))
-                group["threshold"] = float(sizes.kthvalue(rank).values)
+                group["threshold"] = float(finite("the first gradients", sizes).kthvalue(rank).values)
             for p in held:
                 state = self.state[p]
                 if "average" not in state:
