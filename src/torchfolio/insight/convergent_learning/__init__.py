@@ -23,9 +23,11 @@ Example:
 
 from torchfolio.insight.convergent_learning.clusters import Clusters, normalized_laplacian, spectral_clusters
 from torchfolio.insight.convergent_learning.information import mi_matrix, mutual_information
+from torchfolio.insight.convergent_learning.layer import LayerConvergence
 from torchfolio.insight.convergent_learning.matching import Match, bipartite_match, semi_match
+from torchfolio.insight.convergent_learning.pictures import plot_filter_pairs
 from torchfolio.insight.convergent_learning.prediction import SparsePrediction, sparse_prediction
-from torchfolio.insight.convergent_learning.report import ConvergenceReport, LayerConvergence, plot_filter_pairs
+from torchfolio.insight.convergent_learning.report import ConvergenceReport
 from torchfolio.insight.convergent_learning.statistics import (
     ActivationStatistics,
     CorrelationBlocks,

@@ -2,107 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from torchfolio.insight.activations import Probe, input_batches, layer_name
-from torchfolio.insight.convergent_learning.clusters import Clusters, spectral_clusters
-from torchfolio.insight.convergent_learning.matching import Match, bipartite_match, semi_match
-from torchfolio.insight.convergent_learning.prediction import ALPHAS, SparsePrediction, sparse_prediction
-from torchfolio.insight.convergent_learning.statistics import CorrelationBlocks, PairStatistics, activations
+from torchfolio.insight.convergent_learning.layer import LayerConvergence
+from torchfolio.insight.convergent_learning.pictures import draw_blocks, draw_losses, draw_matches
+from torchfolio.insight.convergent_learning.prediction import ALPHAS
+from torchfolio.insight.convergent_learning.statistics import PairStatistics, activations
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 T = TypeVar("T")
 Layer = str | nn.Module
 Layers = Sequence[Layer | tuple[Layer, Layer]]
-
-
-@dataclass(frozen=True)
-class LayerConvergence:
-    """One layer of each network, compared.
-
-    Attributes:
-        layer_a: name in the first network.
-        layer_b: name in the second.
-        blocks: their correlations.
-        match: one-to-one matching.
-        semi: best partner in the second network of every unit of the first.
-        prediction: of the second network's units from the first's.
-        clusters: of the units of both.
-    """
-
-    layer_a: str
-    layer_b: str
-    blocks: CorrelationBlocks
-    match: Match
-    semi: Match
-    prediction: SparsePrediction
-    clusters: Clusters
-
-    @classmethod
-    def from_blocks(
-        cls,
-        layer_a: str,
-        layer_b: str,
-        blocks: CorrelationBlocks,
-        *,
-        absolute: bool = False,
-        alphas: Sequence[float] = ALPHAS,
-        n_clusters: int | None = None,
-        random_state: int = 0,
-    ) -> LayerConvergence:
-        """Match, predict and cluster; see `ConvergenceReport.from_modules` for the arguments."""
-        return cls(
-            layer_a,
-            layer_b,
-            blocks,
-            bipartite_match(blocks.between, absolute),
-            semi_match(blocks.between, absolute),
-            sparse_prediction(blocks, alphas),
-            spectral_clusters(blocks, n_clusters, random_state),
-        )
-
-    @property
-    def one_to_one_loss(self) -> float:
-        """Loss of predicting every matched unit by its match alone, $\\tfrac12 (1 - c^2)$."""
-        return float((0.5 * (1 - self.match.value.square())).mean())
-
-    def summary(self) -> dict[str, float | int | str]:
-        """The row of this layer in `ConvergenceReport.to_frame`."""
-        curve = self.prediction.curve()
-        sizes, dead = self.blocks.sizes, self.blocks.dead
-        return {
-            "layer_a": self.layer_a,
-            "layer_b": self.layer_b,
-            "samples": self.blocks.count,
-            "units_a": sizes[0],
-            "units_b": sizes[1],
-            "dead_a": dead[0],
-            "dead_b": dead[1],
-            "bipartite": self.match.mean,
-            "semi": self.semi.mean,
-            "above_half": self.match.above(0.5),
-            "shared": self.semi.shared,
-            "one_to_one_loss": self.one_to_one_loss,
-            "dense_loss": float(curve["loss"].iloc[0]),
-            "sparse_loss": float(curve["loss"].iloc[-1]),
-            "sparse_units": float(curve["nonzeros"].iloc[-1]),
-            "few_units": self.prediction.fewest(),
-            "clusters": int(self.clusters.labels.max()) + 1,
-            "mixed_clusters": self.clusters.mixed,
-            "contrast": self.clusters.contrast(),
-            "random_contrast": self.clusters.contrast(seed=0),
-        }
 
 
 @dataclass(frozen=True)
@@ -214,11 +132,11 @@ class ConvergenceReport:
         figure = plt.figure(figsize=(max(9.0, 3.6 * columns), 7.5), layout="constrained")
         top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
         curves, losses = top.subplots(1, 2)
-        _draw_matches(curves, self.layers)
-        _draw_losses(losses, self.layers)
+        draw_matches(curves, self.layers)
+        draw_losses(losses, self.layers)
         axes = bottom.subplots(1, len(self.layers), squeeze=False)[0]
         for ax, one in zip(axes, self.layers, strict=True):
-            image = _draw_blocks(ax, one)
+            image = draw_blocks(ax, one)
         bottom.colorbar(image, ax=list(axes), label="correlation", shrink=0.8)
         return figure
 
@@ -245,84 +163,3 @@ def _pairs(module_a: nn.Module, module_b: nn.Module, layers: Layers | None) -> l
     if not pairs:
         raise ValueError("expected at least one layer to compare, got none")
     return pairs
-
-
-def _draw_matches(ax: Axes, layers: Sequence[LayerConvergence]) -> None:
-    for k, one in enumerate(layers):
-        for match, style in ((one.match, "-"), (one.semi, ":")):
-            values = match.value.sort(descending=True).values
-            share = torch.linspace(0, 100, len(values))
-            label = one.layer_a if style == "-" else None
-            ax.plot(share.numpy(), values.numpy(), style, c=f"C{k}", label=label)
-    ax.plot([], [], "-", c="grey", label="one to one")
-    ax.plot([], [], ":", c="grey", label="best partner")
-    ax.set(xlabel="units, best first (%)", ylabel="correlation with its match", ylim=(None, 1.02))
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
-
-
-def _draw_losses(ax: Axes, layers: Sequence[LayerConvergence]) -> None:
-    for k, one in enumerate(layers):
-        curve = one.prediction.curve()
-        ax.plot(curve["nonzeros"], curve["loss"], "o-", c=f"C{k}", label=one.layer_a)
-        ax.plot([1], [one.one_to_one_loss], "*", c=f"C{k}", ms=11)
-    ax.plot([], [], "*", c="grey", ms=11, label="its match alone")
-    ax.axhline(0.5, ls="--", c="grey", lw=1, label="its mean alone")
-    ax.set(xlabel="units used for one prediction", ylabel="held-out loss", xscale="log", ylim=(0, None))
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
-
-
-def _draw_blocks(ax: Axes, one: LayerConvergence) -> AxesImage:
-    """Correlations of the units of both networks in the order of the clusters; a bar shows whose units they are."""
-    order = one.clusters.order
-    joint = one.blocks.joint()[order][:, order]
-    image = ax.imshow(joint.numpy(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-    second = (order >= one.blocks.sizes[0]).double()[None]
-    bar = ax.inset_axes((0, 1.01, 1, 0.04))
-    bar.imshow(second.numpy(), aspect="auto", cmap="Greys", vmin=-0.3, vmax=1.2, interpolation="nearest")
-    bar.axis("off")
-    ax.set_xlabel("units of both, by cluster")
-    ax.set_title(f"{one.layer_a} (bar: dark = second)", fontsize=9, pad=14)
-    return image
-
-
-def plot_filter_pairs(weight_a: Tensor, weight_b: Tensor, match: Match, limit: int = 16) -> Figure:
-    """First-layer filters of two networks, each above its match, best matches first.
-
-    Args:
-        weight_a: of a convolution, `[S_1, C, H, W]`, with one or three channels (of others the mean is shown).
-        weight_b: `[S_2, C, H, W]`.
-        match: of the layers' units.
-        limit: largest number of pairs.
-
-    Raises:
-        ValueError: if the weights are not of convolutions.
-    """
-    import matplotlib.pyplot as plt
-
-    if weight_a.dim() != 4 or weight_b.dim() != 4:
-        raise ValueError(
-            f"expected filters [units, channels, height, width], got {tuple(weight_a.shape)} and {tuple(weight_b.shape)}"
-        )
-    best = match.sorted()
-    count = min(limit, len(best))
-    figure, axes = plt.subplots(2, count, figsize=(max(4.0, 0.9 * count), 2.6), squeeze=False, layout="constrained")
-    for k in range(count):
-        for ax, weight, unit in zip(axes[:, k], (weight_a, weight_b), (best.row[k], best.col[k]), strict=True):
-            _draw_filter(ax, weight[unit].detach().cpu().float())
-        axes[0, k].set_title(f"{best.value[k]:.2f}", fontsize=9)
-    axes[0, 0].set_ylabel("first")
-    axes[1, 0].set_ylabel("second")
-    figure.suptitle("matched filters and their correlation", fontsize=10)
-    return figure
-
-
-def _draw_filter(ax: Axes, weight: Tensor) -> None:
-    if len(weight) == 3:
-        low, high = float(weight.min()), float(weight.max())
-        ax.imshow(((weight - low) / max(high - low, 1e-12)).permute(1, 2, 0).numpy())
-    else:
-        bound = max(float(weight.mean(0).abs().max()), math.ulp(0.0))
-        ax.imshow(weight.mean(0).numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
-    ax.set(xticks=[], yticks=[])
