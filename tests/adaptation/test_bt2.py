@@ -165,6 +165,40 @@ def test_the_adapter_updates_a_network(tmp_path):
     assert (done.model(x).argmax(1) == y).float().mean() > 0.8
 
 
+def test_a_bare_linear_layer_is_updated_from_its_inputs():
+    x, y = task()
+    done = BT2Adapter(epochs=12, lr=0.02, extra_dim=3).adapt(nn.Linear(6, 2), (x, y), num_classes=4)
+    compatible = done.model.embed(x).detach()[:, :6]
+    assert F.cosine_similarity(compatible, x).mean() == pytest.approx(done.report["agreement_with_old"], abs=1e-5)
+    assert done.report["agreement_with_old"] > 0.5
+
+
+def test_from_a_convolution_to_a_transformer_of_somebody_else():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1)
+
+    class Backbone(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.vit, self.out = transformers.ViTModel(config, add_pooling_layer=False), nn.Linear(16, width)
+
+        def forward(self, x):
+            return self.out(self.vit(x).last_hidden_state[:, 0])
+
+    torch.manual_seed(0)
+    y = torch.arange(64) % 4
+    x = torch.randn(4, 1, 8, 8)[y] + 0.3 * torch.randn(64, 1, 8, 8)
+    old = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stored = F.normalize(outputs(old, x), dim=1)
+    net = BackwardCompatible(Backbone(6 + 5), 6, 5, 4, 3)
+    rule = BT2(BT2Loss(class_prototypes(stored, y)))
+    before = F.cosine_similarity(outputs(Embed(net), x)[:, :5], stored).mean()
+    fit(net, (x, y, stored, unit(64, 6)), rule=rule, optimizer=adam(0.01), epochs=6, batch_size=16)
+    assert outputs(Embed(net), x).shape == (64, 9)
+    assert F.cosine_similarity(outputs(Embed(net), x)[:, :5], stored).mean() > before + 0.2
+
+
 def test_bad_input():
     for arguments, match in (((3, 8, 2), "at least old_dim"), ((8, 3, 4), "extra_dim"), ((0, 3, 1), "new_dim"),
                              ((4, 3, 1, float("nan")), "scale")):  # fmt: skip

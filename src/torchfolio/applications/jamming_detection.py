@@ -26,10 +26,11 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchfolio.applications import nr
+from torchfolio.applications.double_threshold import DoubleThreshold, select_thresholds
 from torchfolio.applications.jamming_features import EPNREDetector, SSBFeatures, epnre
+from torchfolio.applications.jamming_report import detection_report
 from torchfolio.applications.jamming_signals import (
     Barrage,
     Channel,
@@ -41,7 +42,8 @@ from torchfolio.applications.jamming_signals import (
     read_iq,
     simulate,
 )
-from torchfolio.engine import EarlyStopping, LearningRule, fit, seeded
+from torchfolio.applications.weighted_examples import WeightedRule, detector_weights, weighted_loss
+from torchfolio.engine import EarlyStopping, fit, seeded
 from torchfolio.engine.recipes import adam
 
 __all__ = [
@@ -64,113 +66,8 @@ __all__ = [
     "simulate",
 ]  # fmt: skip
 
-BANDS = ((15.0, 20.0), (20.0, 25.0), (25.0, 30.0))
 FEWEST = 50  # ambiguous examples below which a second network learns nothing
 _validated: Any = validate_data  # scikit-learn's defaults for X and y are strings, which misleads type checkers
-
-
-def select_thresholds(
-    p: Any, y: Any, epsilon: float = 0.01, fallback: tuple[float, float] = (0.1, 0.9)
-) -> tuple[float, float]:
-    """The pair of thresholds between which as little as possible is left undecided.
-
-    $\\theta_H$ is the smallest value with $P(\\text{clean} \\mid p \\ge \\theta_H) \\le \\epsilon$, $\\theta_L$ the largest with
-    $P(\\text{jammed} \\mid p \\le \\theta_L) \\le \\epsilon$. Where there is no such pair with $\\theta_L < \\theta_H$, $\\epsilon$ is
-    widened by 1.5, at most three times, and then the fallback is taken.
-
-    Args:
-        p: probabilities of a jammer by networks that did not see the examples, `[N]`.
-        y: labels, `[N]`.
-        epsilon: $\\epsilon$, share of errors that is allowed on either side.
-        fallback: pair for when there is none.
-    """
-    p, y = np.asarray(p, dtype=float), np.asarray(y)
-    order = np.argsort(p)
-    values, jammed = p[order], y[order]
-    last = np.flatnonzero(np.append(values[1:] != values[:-1], True))  # ties are decided together
-    below = np.cumsum(jammed)[last] / (last + 1)
-    first = np.append(0, last[:-1] + 1)
-    above = (np.cumsum((1 - jammed)[::-1])[::-1])[first] / (len(p) - first)
-    for k in range(4):
-        low, high = (np.flatnonzero(error <= epsilon * 1.5**k) for error in (below, above))
-        if len(low) and len(high):
-            pair = float(values[last[low[-1]]]), float(values[first[high[0]]])
-            if pair[0] < pair[1]:
-                return pair
-    return fallback
-
-
-class DoubleThreshold(nn.Module):
-    """The detector as a network, from features to a score above 0.5 where there is a jammer.
-
-    Args:
-        first: from standardised features to the logit of $p_1$, a linear layer last.
-        scale: mean and standard deviation of the features, `[2, F]`.
-        thresholds: $\\theta_L$ and $\\theta_H$.
-        second: hidden layers and head of the second network; none for a detector with a single threshold of 0.5.
-        second_scale: mean and standard deviation of its inputs.
-        final: threshold on $p_2$.
-
-    Shapes:
-        `[N, F]` to scores `[N]` in [0, 1]: $p_1$ where it decides, a value between the thresholds elsewhere.
-    """
-
-    scale: Tensor
-    thresholds: Tensor
-    second_scale: Tensor
-
-    def __init__(
-        self,
-        first: nn.Sequential,
-        scale: Tensor,
-        thresholds: tuple[float, float] = (0.5, 0.5),
-        second: nn.Sequential | None = None,
-        second_scale: Tensor | None = None,
-        final: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.register_buffer("scale", scale)
-        self.register_buffer("thresholds", torch.tensor([*thresholds, final], dtype=torch.float64))
-        self.register_buffer("second_scale", torch.zeros(2, 0) if second_scale is None else second_scale)
-
-    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs of the second network without their logit, `[N, F + H]`, and the first one's logits `[N]`."""
-        z = (x - self.scale[0]) / self.scale[1]
-        h = self.first[:-1](z)
-        return torch.cat([z, h], 1), self.first[-1](h)[:, 0]
-
-    def probabilities(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """$p_1$ and $p_2$ of every example, in float64."""
-        z, logit = self.hidden(x)
-        p1 = logit.double().sigmoid()
-        if self.second is None:
-            return p1, None
-        z = torch.cat([z, logit[:, None]], 1)
-        return p1, self.second((z - self.second_scale[0]) / self.second_scale[1])[:, 0].double().sigmoid()
-
-    def stage(self, x: Tensor) -> Tensor:
-        """Which network decides, 1 or 2, `[N]`."""
-        return 1 + self._ambiguous(self.probabilities(x)[0]).long()
-
-    def _ambiguous(self, p1: Tensor) -> Tensor:
-        low, high, _ = self.thresholds
-        return (p1 > low) & (p1 < high) if self.second is not None else torch.zeros_like(p1, dtype=torch.bool)
-
-    def forward(self, x: Tensor) -> Tensor:
-        p1, p2 = self.probabilities(x)
-        if p2 is None:
-            return p1
-        low, high, final = self.thresholds
-        # Scores rise with what either network says, and 0.5 is where the decision turns.
-        bottom, top = low.clamp_max(0.5), high.clamp_min(0.5)
-        tiny = torch.finfo(torch.float64).tiny
-        sure = torch.where(
-            p1 <= low, p1 * bottom / low.clamp_min(tiny), top + (1 - top) * (p1 - high) / (1 - high + tiny)
-        )
-        under = bottom + (0.5 - bottom) * p2 / final
-        over = 0.5 + (top - 0.5) * (p2 - final) / (1 - final + tiny)
-        return torch.where(self._ambiguous(p1), torch.where(p2 < final, under, over), sure)
 
 
 class DTDDNN(ClassifierMixin, BaseEstimator):
@@ -268,7 +165,7 @@ class DTDDNN(ClassifierMixin, BaseEstimator):
         pair = self._pair()
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         x, target = torch.from_numpy(X.astype(np.float32)), torch.from_numpy(codes).float()
-        weight = _weights(codes, sjr)
+        weight = detector_weights(codes, sjr)
         scale = torch.stack([x.mean(0), x.std(0, correction=0).clamp_min(1e-6)])
         self.network_ = DoubleThreshold(self._first((x - scale[0]) / scale[1], target, weight), scale)
         if pair == (0.5, 0.5):
@@ -353,8 +250,8 @@ class DTDDNN(ClassifierMixin, BaseEstimator):
 
     def _train(self, net: nn.Sequential, data: Any, val: Any, epochs: int, decay: float) -> nn.Sequential:
         stopping = None if val is None else EarlyStopping("val_loss", self.patience, restore_best=True)
-        fit(net, data, val=val, rule=_WeightedRule(), optimizer=adam(self.learning_rate, weight_decay=decay), epochs=epochs,
-            batch_size=self.batch_size, seed=self._seed, device=self.device, evaluate=None if val is None else _weighted_loss,
+        fit(net, data, val=val, rule=WeightedRule(), optimizer=adam(self.learning_rate, weight_decay=decay), epochs=epochs,
+            batch_size=self.batch_size, seed=self._seed, device=self.device, evaluate=None if val is None else weighted_loss,
             early_stopping=stopping, progress=False)  # fmt: skip
         return net.requires_grad_(False).cpu().eval()
 
@@ -396,91 +293,3 @@ class DTDDNN(ClassifierMixin, BaseEstimator):
         tags: Any = super().__sklearn_tags__()
         tags.classifier_tags.multi_class = False
         return tags
-
-
-class _WeightedRule(LearningRule):
-    """Binary cross-entropy of examples with weights."""
-
-    def prepare(self, model: nn.Module, example: Sequence[Tensor]) -> nn.Module:
-        self.model = model
-        return model
-
-    def step(self, batch: Sequence[Tensor], backward: Any) -> dict[str, Tensor]:
-        loss = _loss(self.model, *batch)
-        backward(loss)
-        return {"loss": loss.detach()}
-
-
-def _loss(model: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(model(x)[:, 0], y, weight)
-
-
-@torch.no_grad()
-def _weighted_loss(model: nn.Module, data: Any) -> dict[str, float]:
-    place = next(model.parameters()).device
-    tensors = data.tensors if hasattr(data, "tensors") else data
-    return {"loss": float(_loss(model, *(t.to(place) for t in tensors)))}
-
-
-def _weights(codes: np.ndarray, sjr: Any) -> Tensor:
-    """Mean 1, both labels of equal weight; jammed examples by the rarity of their band."""
-    weight = np.ones(len(codes))
-    if sjr is not None:
-        sjr = np.asarray(sjr, dtype=float)
-        if sjr.shape != codes.shape:
-            raise ValueError(f"expected a ratio for each of {len(codes)} examples, got shape {sjr.shape}")
-        jammed = codes == 1
-        if not np.isfinite(sjr[jammed]).all():
-            raise ValueError("expected finite ratios of jammed examples")
-        _, band, count = np.unique(sjr[jammed] // 5, return_inverse=True, return_counts=True)
-        weight[jammed] = 1 / count[band]
-    for code in (0, 1):
-        weight[codes == code] *= len(codes) / 2 / weight[codes == code].sum()
-    return torch.from_numpy(weight).float()
-
-
-def detection_report(
-    model: Any, X: Any, y: Any, sjr: Any, snr_db: float | None = None, bands: Sequence[tuple[float, float]] = BANDS
-) -> Any:
-    """How well a detector does by the jammer's weakness, beside the best energy detector.
-
-    Args:
-        model: fitted classifier with `predict`; a `DTDDNN` also says how often its second network decides.
-        X: features `[N, F]`.
-        y: 1 where there is a jammer, `[N]`.
-        sjr: signal to jammer ratios in dB, `[N]`.
-        snr_db: signal to noise ratio; with it the table has the detection rate of an `EPNREDetector` that knows it, at the
-            same false alarm rate.
-        bands: ranges of the ratio, in dB.
-
-    Returns:
-        A DataFrame, a row for each band and one for clean captures: number, detection or false alarm rate, accuracy, share
-        that the second network decided, bound.
-
-    Raises:
-        ValueError: if there are no clean captures.
-    """
-    import pandas as pd
-
-    y, sjr = np.asarray(y), np.asarray(sjr, dtype=float)
-    alarm = np.asarray(model.predict(X)) == np.max(getattr(model, "classes_", 1))
-    stage = model.decision_path(X) if isinstance(model, DTDDNN) else np.ones(len(y))
-    if not (y == 0).any():
-        raise ValueError("expected some clean captures, to have a false alarm rate")
-    pfa = float(alarm[y == 0].mean())
-    rows = {}
-    for low, high in bands:
-        inside = (y == 1) & (sjr >= low) & ((sjr < high) | ((sjr == high) & (high == bands[-1][1])))
-        bound = np.nan
-        if snr_db is not None and inside.any() and 0 < pfa < 1:
-            bound = float(EPNREDetector(pfa).power(10 ** (-snr_db / 10), 10 ** (-sjr[inside] / 10)).mean())
-        rate = float(alarm[inside].mean()) if inside.any() else np.nan
-        rows[f"{low:g} to {high:g} dB"] = (int(inside.sum()), rate, rate, _mean(stage[inside] == 2), bound)
-    clean = y == 0
-    rows["clean"] = (int(clean.sum()), pfa, 1 - pfa, _mean(stage[clean] == 2), np.nan)
-    columns = ["n", "alarms", "accuracy", "second_stage", "energy_bound"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
-def _mean(flags: np.ndarray) -> float:
-    return float(flags.mean()) if len(flags) else np.nan
