@@ -206,7 +206,7 @@ def examples(n=600, seed=0):
 def test_the_detector_decides_in_two_stages():
     X, y, sjr = examples(400)
     x, truth, ratio = examples(200, 1)
-    settings = {"epochs": 10, "folds": 3, "random_state": 0}
+    settings = {"epochs": 10, "folds": 2, "stage_epochs": 20, "random_state": 0}
     model = DTDDNN(thresholds=(0.1, 0.9), **settings).fit(X, y, sjr)
     p, stage = model.predict_proba(x), model.decision_path(x)
     assert model.score(x, truth) > 0.8
@@ -233,7 +233,7 @@ def test_the_detector_decides_in_two_stages():
     assert report.loc["clean", "n"] == 100
     assert report.n.sum() == 200
     assert (report.energy_bound.dropna() <= 1).all()
-    named = DTDDNN(thresholds=(0.5, 0.5), **settings).fit(X, np.where(y == 1, "jammed", "clean"))
+    named = DTDDNN(thresholds=(0.5, 0.5), **(settings | {"epochs": 1})).fit(X, np.where(y == 1, "jammed", "clean"))
     assert set(named.predict(x)) == {"clean", "jammed"}
 
 
@@ -255,5 +255,14 @@ def test_what_cannot_be_learned_is_said():
 @pytest.mark.filterwarnings("ignore:.*single threshold")
 def test_it_is_a_scikit_learn_classifier():
     check_estimator(
-        DTDDNN(hidden=(16,), stages=(8,), epochs=20, folds=2, learning_rate=0.02, batch_size=32, random_state=0)
+        DTDDNN(
+            hidden=(16,),
+            stages=(8,),
+            epochs=8,
+            stage_epochs=5,
+            folds=2,
+            learning_rate=0.05,
+            batch_size=64,
+            random_state=0,
+        )
     )
