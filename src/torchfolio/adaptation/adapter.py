@@ -14,6 +14,7 @@ from torch import nn
 from torchfolio.engine.evaluate import resolve_device
 from torchfolio.engine.loader import Data
 from torchfolio.engine.modes import seeded
+from torchfolio.shown import Shown
 
 __all__ = ["Adapted", "Adapter", "Adapting"]
 
@@ -50,7 +51,7 @@ class Adapting:
     say: Callable[[str], None] = lambda text: None
 
 
-class Adapter(ABC):
+class Adapter(Shown, ABC):
     """A way to adapt a trained network to data. Settings are the keyword arguments of its class, how long to train too.
 
     A method fills `_adapt`, and `recipe` where it changes the network's structure.

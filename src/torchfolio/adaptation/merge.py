@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchfolio.adaptation.weights import Checkpoint, Weights, average, task_arithmetic
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,7 @@ class MergeResult:
         return pd.DataFrame(self.history)
 
 
-class Merge(ABC):
+class Merge(Shown, ABC):
     """A way to merge networks that were finetuned from one. Settings are the keyword arguments of its class."""
 
     needs_base: ClassVar[bool] = True

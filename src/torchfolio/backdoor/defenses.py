@@ -10,11 +10,12 @@ from torch.utils.data import Dataset
 
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.poison import PoisonedDataset, poison
+from torchfolio.shown import Shown
 
 __all__ = ["Attack", "TrainingDefense"]
 
 
-class TrainingDefense(ABC):
+class TrainingDefense(Shown, ABC):
     """Makes training on data that may be poisoned safe."""
 
     @abstractmethod
@@ -32,7 +33,7 @@ class TrainingDefense(ABC):
         return model
 
 
-class Attack(ABC):
+class Attack(Shown, ABC):
     """Makes a trigger, and data poisoned by it. A method fills `fit`, which sets `trigger` and `labels`.
 
     Attributes:

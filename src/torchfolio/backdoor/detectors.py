@@ -29,6 +29,7 @@ from torchfolio.engine.modes import seeded
 from torchfolio.engine.progress import Progress
 from torchfolio.measure import untouched
 from torchfolio.measure.batches import gathered
+from torchfolio.shown import Shown
 
 __all__ = ["InputDetector", "InvertedTrigger", "Judgement", "ModelDetector", "ModelVerdict", "Scan", "TriggerInverter"]
 
@@ -53,7 +54,7 @@ class Judgement:
     rejected: Tensor
 
 
-class InputDetector(ABC):
+class InputDetector(Shown, ABC):
     """A filter in front of a network that rejects inputs with a trigger.
 
     A method fills `_fit` and `_score`. Examples that the network gets right, of a part that is held out of `_fit`, give
@@ -110,7 +111,7 @@ class InputDetector(ABC):
         The score of an input must not depend on the batch that it comes in.
         """
 
-    def _assess(self, held_out: Pair) -> None:  # noqa: B027
+    def _assess(self, held_out: Pair) -> None:
         """Judge on examples that `_fit` did not see whether what was learned is of use, and warn if it is not."""
 
     def figures(self) -> dict[str, float]:
@@ -428,7 +429,7 @@ class Scan:
         return torch.Generator(device).manual_seed(self.seed)
 
 
-class ModelDetector(ABC):
+class ModelDetector(Shown, ABC):
     """Says whether a network has a backdoor. A method fills `_scan`."""
 
     needs_clean: ClassVar[bool] = True
@@ -507,7 +508,7 @@ class InvertedTrigger:
     asr: Callable[[nn.Module, Tensor], float]
 
 
-class TriggerInverter(ABC):
+class TriggerInverter(Shown, ABC):
     """Recovers a trigger from a network."""
 
     @abstractmethod

@@ -91,6 +91,9 @@ class DataSplits:
         kind = f"{self.num_classes} classes" if self.classes else "regression"
         return f"{self.name}: {sizes}, {kind}, shape {self.shape}"
 
+    def __repr__(self) -> str:
+        return f"DataSplits({self})"
+
 
 def split(
     raw: Raw,

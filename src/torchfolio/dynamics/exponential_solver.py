@@ -19,6 +19,7 @@ from torch import Tensor
 from torchfolio.dynamics.noise_schedules import Schedule
 from torchfolio.dynamics.runge_kutta import RK4, Euler, ExplicitRungeKutta, Heun, Midpoint
 from torchfolio.engine.first_order import first_order
+from torchfolio.shown import Shown
 
 __all__ = ["METHODS", "Adjoint", "Method", "Node", "Plan", "Problem", "Stats", "Symplectic", "integrate", "make_plan"]
 
@@ -73,7 +74,7 @@ class Stats:
     reconstruction_error: float | None = None
 
 
-class Method(ABC):
+class Method(Shown, ABC):
     """A fixed-step method.
 
     Attributes:

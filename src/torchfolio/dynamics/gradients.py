@@ -19,13 +19,14 @@ from torchfolio.dynamics.runge_kutta import ExplicitRungeKutta
 from torchfolio.dynamics.solver import Carry, Solver, Step
 from torchfolio.dynamics.stepping import Adaptive, Outputs, Problem, march, read_off, rms
 from torchfolio.engine.first_order import first_order
+from torchfolio.shown import Shown
 
 __all__ = ["Adjoint", "Checkpoint", "Direct", "Gradient", "Reversible", "check_gradient", "refuse_random_layers"]
 
 RETURN = 1e-3  # how far off the way back may end, relative to the largest state
 
 
-class Gradient(ABC):
+class Gradient(Shown, ABC):
     """A way to differentiate a solve in its first state and its parameters."""
 
     @abstractmethod

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchfolio.checks import at_least, between, finite, positive, whole
+from torchfolio.shown import Shown
 
 __all__ = ["CosineSchedule", "DiscreteSchedule", "LinearSchedule", "Schedule"]
 
 
-class Schedule(ABC):
+class Schedule(Shown, ABC):
     r"""How much signal and noise there is at each time, from `t_min` (nearly clean) to `t_max` (nearly noise).
 
     $\alpha_t$ falls with time; $\sigma_t^2 = 1 - \alpha_t^2$, and $\lambda_t = \log(\alpha_t / \sigma_t)$ is half the

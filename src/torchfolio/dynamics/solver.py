@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.dynamics.terms import Terms
+from torchfolio.shown import Shown
 
 __all__ = ["Carry", "Solver", "Step", "hermite", "shares"]
 
@@ -43,7 +44,7 @@ class Step:
     end: float = math.nan
 
 
-class Solver(ABC):
+class Solver(Shown, ABC):
     """A one-step method. Subclasses give `step`; solvers have no state of their own.
 
     Attributes:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.loader import Data
 from torchfolio.measure import count_flops
+from torchfolio.shown import Shown
 
 __all__ = ["Compressed", "Compression", "Phase", "compress", "own_group", "tensor_bytes", "without_decay_of_vectors"]
 
@@ -43,7 +44,7 @@ class Phase:
     rule: LearningRule | None = None
 
 
-class Compression(ABC):
+class Compression(Shown, ABC):
     """A way to make a trained network smaller. Settings are the keyword arguments of its class."""
 
     @abstractmethod

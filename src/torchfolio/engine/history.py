@@ -30,6 +30,10 @@ class History:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows)
 
+    def __repr__(self) -> str:
+        names = ", ".join(dict.fromkeys(name for row in self.rows for name in row if name != "epoch"))
+        return f"History({len(self.rows)} epochs{': ' if names else ''}{names})"
+
     def __getitem__(self, name: str) -> list[Any]:
         """One value over the epochs; `None` where an epoch lacks it."""
         if not any(name in row for row in self.rows):
@@ -66,3 +70,11 @@ class FitResult:
     steps: int = 0
     epochs: int = 0
     stopped: str | None = None
+
+    def __repr__(self) -> str:
+        last = self.history.rows[-1] if len(self.history) else {}
+        scores = [
+            f"{n} {last[n]:.4g}" for n in ("loss", "accuracy", "val_loss", "val_accuracy") if last.get(n) is not None
+        ]
+        words = [f"{self.epochs} epochs", f"{self.steps} steps", *scores, *([self.stopped] if self.stopped else [])]
+        return f"FitResult({type(self.model).__name__} by {self.rule!r}: {', '.join(words)})"

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchfolio.engine.rules import Backprop, Batch, LearningRule
+from torchfolio.shown import Shown
 
 __all__ = ["Added", "Objective"]
 
 
-class Objective(ABC):
+class Objective(Shown, ABC):
     """A term of the loss, made for any network and put on any learning rule.
 
     A method joins by a subclass with `term`, and by a line `objective = "Name"` in its paper's file; then

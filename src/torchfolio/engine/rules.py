@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from torchfolio.shown import Shown
+
 Batch = Sequence[Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class LearningRule(ABC):
+class LearningRule(Shown, ABC):
     """How a batch becomes gradients.
 
     `torchfolio.engine.fit` calls `prepare` once and `step` for every batch; gradients are left in `.grad`,

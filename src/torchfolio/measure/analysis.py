@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchfolio.data.examples import Examples
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ class Panel:
     eyebrow: str = ""
 
 
-class Analysis(ABC):
+class Analysis(Shown, ABC):
     """A look inside a trained network. Settings are the keyword arguments of its class.
 
     A method says in the catalogue which class it offers (`[offers] analysis = "..."`), and `torchfolio inspect` shows

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchfolio.shown import Shown
+
 __all__ = ["ATan", "Rectangle", "Sigmoid", "Surrogate", "Triangle"]
 
 
-class Surrogate(ABC):
+class Surrogate(Shown, ABC):
     """A spike function: forward $\\Theta(x)$ exactly, backward $\\sigma'(x)$.
 
     Calling it on $x = u - V_{th}$ of any shape gives spikes 0 and 1 in the dtype of `x`. Subclasses say what
