@@ -185,6 +185,16 @@ def test_iterates_follow_the_published_updates():
     assert torch.allclose(ours.blocks.flatten(), v, atol=1e-12)
 
 
+def test_over_relaxation_reaches_the_same_solution_sooner():
+    X, y, D = table(20, 3, 6)
+    plain, far = (admm(X, y, D, beta=0.1, tol=1e-7, max_iter=20_000, relaxation=r) for r in (1.0, 1.8))
+    assert far.convergence.n_iter < 0.7 * plain.convergence.n_iter
+    assert far.objective == pytest.approx(plain.objective, rel=1e-6)
+    for settings in ({"relaxation": 2.0}, {"relaxation": float("nan")}, {"relaxation": 1.5, "gamma": 0.05}):
+        with pytest.raises(ValueError, match="relaxation"):
+            admm(X, y, D, **settings)
+
+
 def test_network_has_the_objective_of_the_convex_program():
     X, y = sine()
     D = activation_patterns(X, "all")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchfolio.checks import between
 from torchfolio.theory.convergence import Convergence
 from torchfolio.theory.convex_relu.program import (
     Loss,
@@ -38,6 +39,7 @@ def admm(
     loss: Loss = "squared",
     rho: float = 0.1,
     gamma: float | None = None,
+    relaxation: float = 1.0,
     max_iter: int = 2000,
     tol: float = 1e-4,
     linear_solver: LinearSolver = "auto",
@@ -69,6 +71,8 @@ def admm(
         loss: `"squared"` or `"bce"`.
         rho: penalty $\\rho$.
         gamma: dual step $\\gamma$; `rho` by default.
+        relaxation: over-relaxation $\\alpha$ in [1, 2) of $u$ and $Gu$ in the other updates, with the default `gamma`
+            alone. 1 is the paper's method; 1.8 takes nearly half as many iterations to the same solution.
         max_iter: most iterations.
         tol: relative tolerance of the primal and the dual residual.
         linear_solver: how to minimise over $u$. `"woodbury"`: through $K$ as above, with Newton steps for `"bce"`;
@@ -103,6 +107,9 @@ def admm(
         raise ValueError("ADMM needs a smooth loss, squared or bce, got hinge; use the solver cvxpy")
     if not rho > 0 or (gamma is not None and not gamma > 0):
         raise ValueError(f"expected rho and gamma above 0, got {rho!r} and {gamma!r}")
+    between("relaxation", relaxation, 1, 2, inclusive=(True, False))
+    if relaxation != 1 and gamma is not None:
+        raise ValueError(f"expected relaxation=1 with a gamma of its own, got {relaxation!r}")
     M = D.T.to(X)
     E = 2 * M - 1 if cones else torch.zeros_like(M)
     gram = X.T @ X if cones else torch.zeros_like(X.T @ X)
@@ -115,14 +122,17 @@ def admm(
     progress = Convergence("ADMM", tol=tol, max_iter=max_iter, advice={"dual": "lower rho", "primal": "raise rho"})
     for k in progress:
         u, Xu = step(v - lam + Gs - Gnu)
-        Gu = E * Xu
+        Gu, GGu = E * Xu, u @ gram
+        far_u, far_Gu, far_GGu = u, Gu, GGu
+        if relaxation != 1:
+            far_u, far_Gu, far_GGu = v.lerp(u, relaxation), s.lerp(Gu, relaxation), Gs.lerp(GGu, relaxation)
         v_before, Gs_before = v, Gs
-        v = _shrink(u + lam, beta / rho)
-        s = F.relu(Gu + nu)
+        v = _shrink(far_u + lam, beta / rho)
+        s = F.relu(far_Gu + nu)
         Gs = (E * s) @ X
-        lam = lam + pace * (u - v)
-        nu = nu + pace * (Gu - s)
-        Gnu = Gnu + pace * (u @ gram - Gs)
+        lam = lam + pace * (far_u - v)
+        nu = nu + pace * (far_Gu - s)
+        Gnu = Gnu + pace * (far_GGu - Gs)
         primal = _norm(u - v) + _norm(Gu - s), max(_norm(u) + _norm(Gu), _norm(v) + _norm(s))
         dual = rho * (_norm(v - v_before) + _norm(Gs - Gs_before)), rho * (_norm(lam) + _norm(Gnu))
         progress.record({"primal": primal, "dual": dual}, rho=rho, **_objective_now_and_then(k, X, y, D, v, beta, loss))

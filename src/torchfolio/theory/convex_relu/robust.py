@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def conic_program(
     if norm not in get_args(Norm):
         raise ValueError(f"expected norm to be one of {', '.join(get_args(Norm))}, got {norm!r}")
     cp = require("cvxpy", "convex")
-    v, w, problem = _problem(cp, X, y, D, beta, loss, epsilon, DUAL[norm], bias)
+    variable, problem = _problem(cp, X, y, D, beta, loss, epsilon, DUAL[norm], bias)
     options = {
         "CLARABEL": {"max_iter": max_iter, "tol_gap_abs": tol, "tol_gap_rel": tol, "tol_feas": tol},
         "SCS": {"max_iters": max_iter, "eps_abs": tol, "eps_rel": tol},
@@ -88,14 +89,14 @@ def conic_program(
         problem.solve(solver=solver, **options.get(solver, {}))
     except cp.SolverError as error:
         raise RuntimeError(f"{solver} failed on the convex program: {error}") from error
-    if v.value is None:
+    if variable.value is None:
         raise RuntimeError(f"{solver} ended with the status {problem.status!r} and no solution")
     progress = Convergence(solver, tol=0.0, max_iter=1)
     for _ in progress:
         # CVXPY gives no residuals: the status says whether they are within tolerance.
         short = float(problem.status != cp.OPTIMAL)
         progress.record({"shortfall": (short, 0.0)}, objective=float(problem.value))
-    blocks = torch.stack([torch.as_tensor(v.value), torch.as_tensor(w.value)]).to(X)
+    blocks = torch.as_tensor(variable.value).view(2, D.shape[1], X.shape[1]).to(X)
     blocks[blocks.norm(dim=-1) <= 10 * tol] = 0  # an interior-point solver never gives exact zeros
     hidden, output = network_from_blocks(blocks[0], blocks[1], threshold=1e-6)
     return Solution(hidden, output, float(problem.value), progress, blocks)
@@ -103,33 +104,31 @@ def conic_program(
 
 def _problem(
     cp: Any, X: Tensor, y: Tensor, D: Tensor, beta: float, loss: Loss, epsilon: float, dual: Any, bias: bool
-) -> tuple[Any, Any, Any]:
-    """The two variables, `[P, d]` each, and the problem in them."""
+) -> tuple[Any, Any]:
+    """The variable $[v, w]$, `[2P, d]`, and the problem in it."""
     data, target, active = (t.detach().cpu().double().numpy() for t in (X, y, D))
     n, d = data.shape
     perturbed = d - int(bias)
-    v, w = (cp.Variable((active.shape[1], d)) for _ in range(2))
-    constraints = []
-    for block in (v, w):
-        reach = (2 * active - 1).T
-        margin = cp.multiply(reach, block @ data.T)  # [P, n]
-        if epsilon > 0:
-            sizes = cp.norm(block[:, :perturbed], dual, axis=1)
-            constraints.append(margin >= epsilon * cp.reshape(sizes, (len(reach), 1), order="C") @ _ones(1, n))
-        else:
-            constraints.append(margin >= 0)
-    g = active @ (v - w)  # [n, d]
-    prediction = cp.sum(cp.multiply(data, g), axis=1)
-    worst = epsilon * cp.norm(g[:, :perturbed], dual, axis=1) if epsilon > 0 else 0
+    P = active.shape[1]
+    blocks = cp.Variable((2 * P, d))  # v, then w
+    fields = blocks @ data.T  # [2P, n]
+    reach = cp.multiply(np.tile(2 * active - 1, 2).T, fields)
+    if epsilon > 0:
+        sizes = cp.norm(blocks[:, :perturbed], dual, axis=1)
+        cones = reach >= epsilon * cp.reshape(sizes, (2 * P, 1), order="C") @ np.ones((1, n))
+        g = active @ (blocks[:P] - blocks[P:])  # [n, d]
+        prediction = cp.sum(cp.multiply(data, g), axis=1)
+        worst = epsilon * cp.norm(g[:, :perturbed], dual, axis=1)
+    else:
+        cones, worst = reach >= 0, 0
+        prediction = cp.sum(cp.multiply(np.concatenate([active, -active], 1).T, fields), axis=0)
     if loss == "hinge":
         fit = cp.sum(cp.pos(1 - cp.multiply(target, prediction) + worst)) / n
     elif loss == "bce":
         fit = cp.sum(cp.logistic(-2 * cp.multiply(target, prediction) + 2 * worst))
     else:
-        fit = cp.sum_squares(cp.abs(prediction - target) + worst) / 2
-    size = cp.sum(cp.norm(v, 2, axis=1)) + cp.sum(cp.norm(w, 2, axis=1))
-    return v, w, cp.Problem(cp.Minimize(fit + beta * size), constraints)
-
-
-def _ones(*shape: int) -> Any:
-    return torch.ones(shape, dtype=torch.float64).numpy()
+        # The absolute value would cost a variable and two constraints an example where nothing is added to it.
+        miss = prediction - target
+        fit = cp.sum_squares(cp.abs(miss) + worst if epsilon > 0 else miss) / 2
+    size = cp.sum(cp.norm(blocks, 2, axis=1))
+    return blocks, cp.Problem(cp.Minimize(fit + beta * size), [cones])
