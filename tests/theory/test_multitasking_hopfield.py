@@ -54,7 +54,7 @@ def start(shape: tuple[int, ...], replicas: int) -> Tensor:
 def one_by_one(network: MultitaskingHopfield, states: Tensor, sweeps: int, T: float) -> Tensor:
     """The sampler of the definition, with the dense matrix, on the same draws."""
     J, s = network.couplings(), states.clone()
-    generator = multitasking_hopfield._generator(0, "dynamics", s.device)
+    generator = multitasking_hopfield.generator_for(0, "dynamics", s.device)
     for _ in range(sweeps):
         order = torch.randperm(s.shape[-1], generator=generator)
         u = torch.rand(s.shape, generator=generator, dtype=s.dtype) if T else s
@@ -334,3 +334,11 @@ PATTERNS = torch.tensor([[1.0, 0, -1, 1], [0, 1, 1, -1]])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_quality_is_measured_where_examples_cancel():
+    patterns = sparse_patterns(20_000, 2, 0.3, seed=0)
+    examples, labels = example_set(patterns, r=0.3, M=2, seed=0)
+    network = MultitaskingHopfield("supervised").fit(examples, labels)
+    power = 1 / (network.weights * network.N * (examples != 0).double().mean())
+    assert torch.allclose(power, torch.full_like(power, 0.09 + 0.91 / 2), atol=0.02)

@@ -14,21 +14,22 @@ dilution. The couplings store the patterns themselves, or are learned from noisy
     examples, labels = example_set(patterns, r=0.3, M=41)
     MultitaskingHopfield("supervised").fit(examples, labels)
 
-What theory says about it is in `hopfield_mean_field`, whose names are here too. The file is longer than others because
-it holds the network, the generators of its data and the identity of energy and losses.
+What theory says about it is in `hopfield_mean_field`, its data in `ternary_patterns`; their names are here too.
+
+Longer than most because the couplings stay factors, of patterns and of examples with and without labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchfolio import checks
+from torchfolio.theory.heat_bath import by_gram, by_prefix, settled
 from torchfolio.theory.hopfield_mean_field import (
     FixedPoint,
     MeanField,
@@ -44,6 +45,19 @@ from torchfolio.theory.hopfield_mean_field import (
     regime,
     self_consistency,
     single_pattern_learning,
+)
+from torchfolio.theory.ternary_patterns import (
+    check_quality,
+    check_ternary,
+    energy_from_losses,
+    example_set,
+    fill_blanks,
+    generator_for,
+    hierarchical_state,
+    parallel_state,
+    sparse_patterns,
+    sse_losses,
+    to_ternary,
 )
 
 __all__ = [
@@ -165,7 +179,7 @@ class MultitaskingHopfield:
         Raises:
             ValueError: if an entry is not -1, 0 or 1, a pattern is all blank, or labels are missing or not wanted.
         """
-        x = _ternary(data, "examples" if self.rule != "storing" else "patterns").double()
+        x = check_ternary(data, "examples" if self.rule != "storing" else "patterns").double()
         if (labels is None) == (self.rule == "supervised"):
             want = "labels [E], one for each example," if labels is None else "no labels"
             raise ValueError(f"expected {want} for the {self.rule} rule")
@@ -174,8 +188,8 @@ class MultitaskingHopfield:
         self.N = x.shape[-1]
         present = (x != 0).double().mean((-2, -1))
         if labels is not None:
-            x, counts = _means(x, labels)
-            power = x.square().sum(-1) / (x != 0).double().sum(-1) if quality is None else _power(x, counts, quality)
+            x, counts, spins = _means(x, labels)
+            power = x.square().sum(-1) / spins if quality is None else _power(x, counts, quality)
             self.patterns = x.sign()
         elif self.rule == "unsupervised":
             checks.whole("n_patterns", n_patterns, low=1)
@@ -195,7 +209,7 @@ class MultitaskingHopfield:
         """$RM = r^2 M + 1 - r^2$, averaged over patterns."""
         if quality is not None:
             r2 = torch.as_tensor(quality, dtype=torch.float64, device=x.device).square()
-            _check_quality(r2)
+            check_quality(r2)
             return ((r2 * x.shape[-2] / n_patterns) + 1 - r2).mean().expand(present.shape)
         gram = x @ x.mT if x.shape[-2] <= self.N else x.mT @ x
         top = torch.linalg.eigvalsh(gram)[..., -n_patterns:].mean(-1)
@@ -256,10 +270,10 @@ class MultitaskingHopfield:
         checks.whole("sweeps", sweeps, low=0)
         T = self.temperature if temperature is None else _noise(temperature)
         s = self._states(states).expand(*self.factors.shape[:-2], -1, -1).clone()
-        reference = self.patterns if patterns is None else _ternary(patterns, "patterns").double()
+        reference = self.patterns if patterns is None else check_ternary(patterns, "patterns").double()
         if reference.shape[-1] != self.N:
             raise ValueError(f"expected patterns of {self.N} spins, got shape {tuple(reference.shape)}")
-        generator = _generator(seed, "dynamics", s.device)
+        generator = generator_for(seed, "dynamics", s.device)
         records, moments = [], []
         for sweep in range(sweeps + 1):
             if sweep:
@@ -290,11 +304,11 @@ class MultitaskingHopfield:
             before, x, w = states[..., block], factors[..., block], scaled[..., block]
             if self.dense is None:
                 h = torch.addcmul(overlaps @ w, before, own[..., block], value=-1)
-                later = _prefix(x, w) if x.shape[-2] <= FEW else _gram(x.mT @ w)
+                later = by_prefix(x, w) if x.shape[-2] <= FEW else by_gram(x.mT @ w)
             else:
                 rows = self.dense[..., order[block], :]
-                h, later = states @ rows[..., order].mT, _gram(rows[..., order[block]])
-            after = _settled(before, h, None if threshold is None else threshold[..., block], later)
+                h, later = states @ rows[..., order].mT, by_gram(rows[..., order[block]])
+            after = settled(before, h, None if threshold is None else threshold[..., block], later)
             if after is not before:
                 if self.dense is None:
                     overlaps = overlaps + (after - before) @ x.mT
@@ -318,7 +332,7 @@ class MultitaskingHopfield:
         checks.whole("max_sweeps", max_sweeps, low=1)
         s = fill_blanks(cue, seed=seed)
         s = self._states(s).expand(*self.factors.shape[:-2], -1, -1).clone()
-        generator = _generator(seed, "dynamics", s.device)
+        generator = generator_for(seed, "dynamics", s.device)
         for _ in range(max_sweeps):
             before = s.clone()
             self._sweep(s, 0.0, generator)
@@ -335,218 +349,24 @@ class MultitaskingHopfield:
         return s[None] if s.dim() == 1 else s
 
 
-Effect = Callable[[Tensor], Tensor]
-
-
-def _settled(before: Tensor, h: Tensor, threshold: Tensor | None, later: Effect) -> Tensor:
-    """Spins of a block `[..., R, B]` after updates one by one.
-
-    Args:
-        before: spins, with fields `h` as if none of the block turned.
-        h: `[..., R, B]`.
-        threshold: of the heat bath; `None` without noise.
-        later: from the changes of spins to what they add to the fields of the spins after them.
-    """
-    # Equal sums may differ by rounding; a tie must keep the spin.
-    tie = 1e-12 * h.abs().amax() if threshold is None else 0.0
-    after, field = before, h
-    while True:
-        if threshold is None:
-            decided = torch.where(field.abs() <= tie, before, field.sign())
-        else:
-            decided = torch.where(field > threshold, 1.0, -1.0).to(field)
-        if torch.equal(decided, after):
-            return after
-        after = decided
-        field = h + later(after - before)
-
-
-def _gram(couplings: Tensor) -> Effect:
-    upper = couplings.triu(1)
-    return lambda change: change @ upper
-
-
-def _prefix(x: Tensor, w: Tensor) -> Effect:
-    """As `_gram(x.mT @ w)`, by running sums of the few overlaps."""
-    x, w = x[..., None, :, :], w[..., None, :, :]
-
-    def effect(change: Tensor) -> Tensor:
-        moved = change[..., None, :] * x
-        return ((moved.cumsum(-1) - moved) * w).sum(-2)
-
-    return effect
-
-
-# Patterns, examples and states
-
-
-def sparse_patterns(N: int, K: int, d: float, samples: int | None = None, seed: int = 0) -> Tensor:
-    """Random patterns with blanks: 0 with probability d, -1 and 1 with equal ones.
-
-    Args:
-        N: number of spins.
-        K: number of patterns.
-        d: dilution, in [0, 1).
-        samples: sets of patterns; `None` for one without a leading dimension.
-        seed: seed of the patterns.
-
-    Returns:
-        `[K, N]` or `[samples, K, N]` in float64.
-    """
-    for value, name in ((N, "N"), (K, "K"), (1 if samples is None else samples, "samples")):
-        checks.whole(name, value, low=1)
-    checks.between("dilution d", d, 0, 1, inclusive=(True, False))
-    shape = (K, N) if samples is None else (samples, K, N)
-    u = torch.rand(shape, generator=_generator(seed, "patterns", torch.device("cpu")), dtype=torch.float64)
-    return torch.where(u < d, 0.0, torch.where(u < (1 + d) / 2, 1.0, -1.0)).double()
-
-
-def example_set(
-    patterns: Tensor, r: float | Sequence[float], M: int | Sequence[int], seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Noisy examples of patterns, $\\eta_i^{\\mu a} = \\xi_i^\\mu \\chi_i^{\\mu a}$ with $\\chi = 1$ with probability (1+r)/2 and -1
-    otherwise; blanks stay blank.
-
-    Args:
-        patterns: `[..., K, N]`.
-        r: quality in (0, 1], one for all patterns or one for each.
-        M: number of examples, one for all or one for each.
-        seed: seed of the noise.
-
-    Returns:
-        Examples `[..., E, N]` and the pattern of each, `[E]`.
-    """
-    x = _ternary(patterns, "patterns")
-    K = x.shape[-2]
-    sizes = torch.as_tensor(M, device=x.device).expand(K)
-    quality = torch.as_tensor(r, dtype=torch.float64, device=x.device).expand(K)
-    _check_quality(quality)
-    if sizes.is_floating_point() or not bool((sizes >= 1).all()):
-        raise ValueError(f"expected M to be at least 1 example, in whole numbers, got {M!r}")
-    labels = torch.arange(K, device=x.device).repeat_interleave(sizes)
-    shown = x[..., labels, :]
-    generator = _generator(seed, "examples", x.device)
-    u = torch.rand(shown.shape, generator=generator, device=x.device, dtype=torch.float64)
-    return torch.where(u < (1 + quality[labels, None]) / 2, shown, -shown), labels
-
-
-def fill_blanks(cue: Tensor, replicas: int | None = None, seed: int = 0) -> Tensor:
-    """States that agree with a cue and are random where it is blank.
-
-    Args:
-        cue: `[..., N]`, entries -1, 0 and 1; all zeros give random states.
-        replicas: states for each cue; `None` for one without a dimension of its own.
-        seed: seed of the signs.
-
-    Returns:
-        `[..., N]`, or `[..., replicas, N]`.
-    """
-    x = _ternary(cue, "cue", blank=True)
-    if replicas is not None:
-        checks.whole("replicas", replicas, low=1)
-        x = x[..., None, :].expand(*x.shape[:-1], replicas, x.shape[-1])
-    generator = _generator(seed, "blanks", x.device)
-    signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x.dtype) * 2 - 1
-    return torch.where(x == 0, signs, x)
-
-
-def hierarchical_state(patterns: Tensor, seed: int = 0) -> Tensor:
-    """The state `[..., N]` in which each spin serves the first pattern that is not blank there, at random if none."""
-    x = _ternary(patterns, "patterns")
-    first = (x != 0).long().argmax(-2, keepdim=True)
-    return fill_blanks(x.gather(-2, first)[..., 0, :], seed=seed)
-
-
-def parallel_state(patterns: Tensor, seed: int = 0) -> Tensor:
-    """The state `[..., N]` of the patterns' majority, $\\sigma_i = \\operatorname{sign} \\sum_\\mu \\xi_i^\\mu$, at random on ties."""
-    return fill_blanks(_ternary(patterns, "patterns").sum(-2).sign(), seed=seed)
-
-
-def sse_losses(states: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared errors of states as reconstructions of patterns and of their negatives:
-    $L_\\mu^\\pm = \\frac1{2N} \\lVert \\xi^\\mu \\mp \\sigma \\rVert^2$.
-
-    Args:
-        states: `[..., R, N]`.
-        patterns: `[..., K, N]`.
-
-    Returns:
-        $L^+$ and $L^-$, `[..., R, K]`.
-    """
-    x = _ternary(patterns, "patterns").double()
-    s = states.double()[..., :, None, :]
-    x = x[..., None, :, :]
-    return (x - s).square().mean(-1) / 2, (x + s).square().mean(-1) / 2
-
-
-def energy_from_losses(plus: Tensor, minus: Tensor, blanks: Tensor) -> Tensor:
-    """Energy per spin of the storing rule by the squared errors, exactly:
-    $\\frac HN = -\\frac12 \\sum_\\mu [(1 - \\hat d_\\mu/2)^2 - L_\\mu^+ L_\\mu^-]$, so that minima of one are minima of the other.
-
-    In the raw unit (`normalize=False`), with $J_{ii}$ included.
-
-    Args:
-        plus: $L^+$, `[..., K]`.
-        minus: $L^-$, `[..., K]`.
-        blanks: share of blanks in each pattern, `[..., K]`.
-    """
-    return -((1 - blanks / 2).square() - plus * minus).sum(-1) / 2
-
-
-def to_ternary(x: Tensor, d: float) -> Tensor:
-    """Real data as patterns with blanks: the share d of entries nearest to their row's median becomes blank, the others
-    the sign of their difference from it.
-
-    Args:
-        x: rows `[..., N]`; images are flattened first.
-        d: share of blanks, in [0, 1); more where entries are equal to the median.
-    """
-    checks.finite("x", x)
-    checks.between("the share of blanks d", d, 0, 1, inclusive=(True, False))
-    centred = x.double() - x.double().median(-1, keepdim=True).values
-    rank = centred.abs().argsort(-1).argsort(-1)
-    return torch.where(rank < round(d * x.shape[-1]), 0.0, centred.sign()).double()
-
-
-def _means(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean example of each label, `[..., K, N]`, and the number of its examples."""
+def _means(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean example of each label, `[..., K, N]`, the number of its examples, and of its spins that are not blank."""
     if labels.shape != x.shape[-2:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"expected integer labels [{x.shape[-2]}], got {labels.dtype} of shape {tuple(labels.shape)}")
     labels = labels.to(x.device).long()
     counts = labels.clamp_min(0).bincount()
     if int(labels.min()) < 0 or not bool(counts.all()):
         raise ValueError(f"expected labels 0..K-1, each with an example, got {labels.unique().tolist()}")
-    total = x.new_zeros(*x.shape[:-2], len(counts), x.shape[-1]).index_add_(-2, labels, x)
-    return total / counts[:, None], counts
+    zeros = x.new_zeros(*x.shape[:-2], len(counts), x.shape[-1])
+    total, shown = zeros.index_add(-2, labels, x), zeros.index_add(-2, labels, x.abs())
+    # Where examples cancel, the mean is 0 though the pattern is not blank.
+    return total / counts[:, None], counts, (shown > 0).double().sum(-1)
 
 
 def _power(x: Tensor, counts: Tensor, quality: float | Sequence[float]) -> Tensor:
     r2 = torch.as_tensor(quality, dtype=torch.float64, device=x.device).square()
-    _check_quality(r2)
+    check_quality(r2)
     return (r2 + (1 - r2) / counts).expand(x.shape[:-1])
-
-
-def _ternary(x: Tensor, name: str, blank: bool = False) -> Tensor:
-    """`x` if its entries are -1, 0 and 1 and no row is all blank (unless it may be)."""
-    if not isinstance(x, Tensor) or x.dim() < (1 if blank else 2) or not x.numel():
-        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"expected {name} as a tensor [{'...' if blank else '..., K'}, N], got {got}")
-    if not bool(((x == 0) | (x.abs() == 1)).all()):
-        raise ValueError(f"expected {name} with entries -1, 0 and 1; to_ternary makes them from real data")
-    if not blank and not bool((x != 0).any(-1).all()):
-        raise ValueError(f"expected {name} that are not all blank, got a row of zeros")
-    return x
-
-
-def _check_quality(r: Tensor) -> None:
-    if not bool(((r > 0) & (r <= 1)).all()):
-        raise ValueError(f"expected quality r in (0, 1], got {r.tolist()}")
-
-
-def _generator(seed: int, purpose: str, device: torch.device) -> torch.Generator:
-    """A generator for each purpose, so that one seed given to several functions does not tie their draws together."""
-    state = np.random.SeedSequence([checks.whole("seed", seed, low=0), *purpose.encode()]).generate_state(1)
-    return torch.Generator(device=device).manual_seed(int(state[0]))
 
 
 def _noise(temperature: float) -> float:
