@@ -44,6 +44,7 @@ def test_one_network(networks, tmp_path):
     layers = [row["layer"] for row in result["information"]]
     assert layers[-1] == "output"
     assert all(0 <= row["bins_i_ty"] <= row["bins_i_xt"] <= 7.65 for row in result["information"])
+    assert all(0 <= row["bins_chance"] <= row["bins_i_xt"] for row in result["information"])
     text = page.read_text()
     assert "inside net0" in text
     titles = ["What does net0 cost?", "How net0 was trained", "Was it at the edge of stability?", "Which examples does it get",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 12
 BETWEEN = "(between layers)"
+MOST_DRAWN = 3  # layers whose units are drawn one by one
 MOST_ROWS = 20  # of a table that is read at a glance
 SHARP = 128  # examples that the sharpness is taken over
 
@@ -231,10 +232,14 @@ def _prefix(name: str, depth: int) -> str:
 
 def information(net: nn.Module, layers: Sequence[str], x: Tensor, y: Tensor, bins: int) -> dict[str, Any]:
     """Both adaptive estimates of every layer; positions of maps and tokens are averaged."""
+    import torch
+
     from torchfolio.insight.adaptive_mi import AdaptiveBinning, AdaptiveKDE, information_plane
 
     binned = information_plane(net, layers, x, y, AdaptiveBinning(bins), reduce="mean", output=True)
     kernel = information_plane(net, layers, x, y, AdaptiveKDE(), reduce="mean", output=True)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    chance = information_plane(net, layers, x, y[order], AdaptiveBinning(bins), reduce="mean", output=True)
     table = binned.to_frame().rename(columns={"i_xt": "bins_i_xt", "i_ty": "bins_i_ty", "saturated": "bins_saturated"})
     other = kernel.to_frame()
     table["kernel_i_xt"], table["kernel_i_ty"], table["kernel_saturated"] = (
@@ -242,6 +247,7 @@ def information(net: nn.Module, layers: Sequence[str], x: Tensor, y: Tensor, bin
         other["i_ty"],
         other["saturated"],
     )
+    table.insert(2, "bins_chance", chance.i_ty)
     return {"table": table, "binned": binned, "kernel": kernel, "bins": bins}
 
 
@@ -267,13 +273,16 @@ def matched(
     sentences = [
         f"Units of {name} are matched one to one with those of {second} by the correlation of their activations over the "
         "same examples (one to one: its mean; best partner: whoever else has it too; share above 0.5: of pairs with such a "
-        "correlation). Two networks of one kind with other seeds have about 0.5 in early layers and less in late ones.",
+        "correlation). Some correlation is there by chance and by kind: compare with an untrained network of the same layers.",
         "Losses are of predicting units of the second network linearly from all units of the first (dense) or from their "
         "match alone (one to one); 0.5 is no better than the mean. Mixed clusters: share of groups of units that both "
         "networks have.",
     ]
+    step = -(-len(report.layers) // MOST_DRAWN)
+    drawn = ConvergenceReport(report.layers[::step])
+    caption = "Matched units, predictions and clusters by layer" + (", of a few layers." if step > 1 else ".")
     card = Sheet("Do they have the same features?", f"convergent learning, {len(x):,} examples", sentences=sentences,
-                 tables=[Table.of(table)], pictures=[Picture(report.plot(), "Matched units, predictions and clusters by layer.")])  # fmt: skip
+                 tables=[Table.of(table)], pictures=[Picture(drawn.plot(), caption)])  # fmt: skip
     return frame, card
 
 
@@ -375,7 +384,7 @@ def information_card(name: str, information: dict[str, Any], count: int, y: Tens
         f"What activity T of each layer tells about the input X and the label Y, in bits, from {count:,} examples: no layer "
         f"can tell more than {math.log2(count):.2f} bits about the input, nor more than {float(-(p * p.log2()).sum()):.2f} about "
         f"the label. Estimates by {information['bins']} adaptive bins and by adaptive kernels; positions of maps and tokens are "
-        "averaged.",
+        "averaged. What bins find about shuffled labels is chance: only what is beyond it is about the label.",
     ]
     full = {kind: [str(layer) for layer, flag in zip(table.index, table[column].tolist(), strict=True) if flag]
             for kind, column in (("bins", "bins_saturated"), ("kernels", "kernel_saturated"))}  # fmt: skip
@@ -399,7 +408,7 @@ def information_card(name: str, information: dict[str, Any], count: int, y: Tens
         for key, column, words in drawn
         if (~table[column].astype(bool)).sum() > 1  # one point is no path
     ]
-    columns = {"bins_i_xt": "about the input, bins", "bins_i_ty": "about the label, bins", "dead": "dead units",
+    columns = {"bins_i_xt": "about the input, bins", "bins_i_ty": "about the label, bins", "bins_chance": "about shuffled labels, bins", "dead": "dead units",
                "bins_saturated": "says nothing, bins", "kernel_i_xt": "about the input, kernels",
                "kernel_i_ty": "about the label, kernels", "kernel_saturated": "says nothing, kernels"}  # fmt: skip
     return Sheet(f"What do the layers of {name} tell?", "adaptive estimators of mutual information", sentences=sentences, notes=notes,
