@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchfolio.adaptation.dam import ConcreteMerging, DefenseAwareMerging, _MaskTraining
+from torchfolio.adaptation.dam import ConcreteMerging, DefenseAwareMerging
+from torchfolio.adaptation.mask_training import MaskTraining
+from torchfolio.adaptation.merge import Average, TaskArithmetic
 from torchfolio.adaptation.merging import (
     AdaMerging,
     Stream,
@@ -45,10 +48,10 @@ def inputs(tasks: int = 3, shape: tuple[int, ...] = (6,)) -> list[torch.Tensor]:
     return [torch.rand(20, *shape) for _ in range(tasks)]
 
 
-def state_of(method: DefenseAwareMerging) -> tuple[_MaskTraining, list[torch.Tensor]]:
+def state_of(method: DefenseAwareMerging) -> tuple[MaskTraining, list[torch.Tensor]]:
     base, tuned = networks()
     tasks = TaskVectors(base, tuned)
-    return _MaskTraining(method, tasks, initial_weights(tasks, method.weight, method.layerwise)), inputs()
+    return MaskTraining(method, tasks, initial_weights(tasks, method.weight, method.layerwise)), inputs()
 
 
 SMALL = {"steps": 4, "adapt_steps": 0, "mask_lr": 2e-2, "delta_lr": 2e-2}
@@ -245,6 +248,34 @@ def test_differing_statistics_warn_and_may_be_averaged():
     torch.testing.assert_close(result.model[1].running_mean, torch.full((4,), 0.5))
 
 
+def test_one_door_for_all_ways_to_merge():
+    base, tuned = networks(2, lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    tuned[0][1].running_mean += 1.0
+    for buffers, mean in (("pretrained", 0.0), ("average", 0.5)):
+        model = TaskArithmetic(0.4).fit(base, tuned, buffers=buffers).model
+        torch.testing.assert_close(model[1].running_mean, torch.full((4,), mean))
+    for method in (Average(), TaskArithmetic(), AdaMerging(steps=1), DefenseAwareMerging(**SMALL)):
+        with pytest.raises(ValueError, match="buffers"):
+            method.fit(base, tuned, inputs(2), buffers="mean")
+        with pytest.raises(ValueError, match="got both"):
+            method.fit(base, tuned, inputs(2), heads=nn.Identity(), forward=lambda model, x, task: model(x))
+        with pytest.raises(ValueError, match="at least 2"):
+            method.fit(base, tuned[:1], inputs(1))
+
+
+def test_networks_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=3)
+    base, tuned = networks(2, lambda: transformers.ViTForImageClassification(config))
+    x = inputs(2, (1, 8, 8))
+    logits = lambda model, x, task: model(x).logits  # noqa: E731
+    result = DefenseAwareMerging(**{**SMALL, "steps": 2}).fit(base, tuned, x, forward=logits)
+    assert isinstance(result.model, transformers.ViTForImageClassification)
+    assert result.model(x[0]).logits.shape == (20, 3)
+    assert result.perturbations[0].shape == (1, 8, 8)
+
+
 def test_errors_name_what_is_wrong():
     base, tuned = networks()
     method = DefenseAwareMerging(**SMALL)
@@ -270,8 +301,15 @@ def test_errors_name_what_is_wrong():
         DefenseAwareMerging(safety="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="search to be 'adam' or 'restarts', got 'none'"):
         DefenseAwareMerging(search="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="delta_steps"):
-        DefenseAwareMerging(delta_steps=0)
+    for option in (
+        {"delta_steps": 0},
+        {"adapt_steps": -1},
+        {"batch_size": 0},
+        {"mask_lr": math.nan},
+        {"epsilon": -0.1},
+    ):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            DefenseAwareMerging(**option)
     with pytest.raises(ValueError, match="weights of shape"):
         merge(base, task_vectors(base, tuned), [0.1, 0.2])
     with pytest.raises(TypeError, match="alpha"):

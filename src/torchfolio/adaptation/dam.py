@@ -11,30 +11,14 @@ share, another that closes the shortcuts which a universal perturbation of the i
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from torchfolio.adaptation.merge import Buffers, Forward, Inputs, Merge, MergeResult
-from torchfolio.adaptation.merging import (
-    Stream,
-    TaskVectors,
-    adapt_weights,
-    check_finite,
-    entropy,
-    initial_weights,
-    sum_of,
-)
-from torchfolio.adaptation.weights import Checkpoint
-from torchfolio.engine.checks import check_positive
+from torchfolio.adaptation.mask_training import Bound, MaskTraining, warn_of_collapse
+from torchfolio.adaptation.merge import Merge, MergeResult, Merging
+from torchfolio.adaptation.merging import Stream, TaskVectors, adapt_weights, initial_weights
+from torchfolio.checks import at_least, one_of, positive, whole
 
 __all__ = ["ConcreteMerging", "DefenseAwareMerging"]
-
-Bound = float | Sequence[float]
 
 
 class DefenseAwareMerging(Merge):
@@ -120,16 +104,21 @@ class DefenseAwareMerging(Merge):
         input_range: tuple[Bound, Bound] | None = (0.0, 1.0),
         seed: int = 0,
     ) -> None:
-        _one_of("safety", safety, ("consistency", "entropy"))
-        _one_of("masks", masks, ("dual", "single"))
-        _one_of("search", search, ("adam", "restarts"))
-        _one_of("eval_mask", eval_mask, ("mean", "sample", "discrete"))
-        for name, value in {"alpha": alpha, "epsilon": epsilon, "inner_lr": inner_lr, "steps": steps}.items():
-            if not value >= 0:
-                raise ValueError(f"expected {name} >= 0, got {value}")
-        check_positive(delta_steps=delta_steps)
-        if not temperature > 0:
-            raise ValueError(f"expected temperature > 0, got {temperature}")
+        one_of("safety", safety, ("consistency", "entropy"))
+        one_of("masks", masks, ("dual", "single"))
+        one_of("search", search, ("adam", "restarts"))
+        one_of("eval_mask", eval_mask, ("mean", "sample", "discrete"))
+        numbers = {"alpha": alpha, "epsilon": epsilon, "inner_lr": inner_lr, "mask_lr": mask_lr, "delta_lr": delta_lr}
+        for name, value in {**numbers, "adapt_lr": adapt_lr}.items():
+            at_least(name, value, 0)
+        for name, value, least in (
+            ("steps", steps, 0),
+            ("adapt_steps", adapt_steps, 0),
+            ("delta_steps", delta_steps, 1),
+        ):
+            whole(name, value, least)
+        whole("batch_size", batch_size, 1)
+        positive("temperature", temperature)
         self.safety, self.masks, self.alpha, self.epsilon = safety, masks, alpha, epsilon
         self.temperature, self.weight, self.layerwise, self.inner_lr = temperature, weight, layerwise, inner_lr
         self.mask_lr, self.delta_lr, self.steps = mask_lr, delta_lr, steps
@@ -137,38 +126,13 @@ class DefenseAwareMerging(Merge):
         self.adapt_steps, self.adapt_lr, self.eval_mask = adapt_steps, adapt_lr, eval_mask
         self.batch_size, self.input_range, self.seed = batch_size, input_range, seed
 
-    def fit(
-        self,
-        pretrained: nn.Module,
-        finetuned: Sequence[Checkpoint],
-        batches: Sequence[Inputs] = (),
-        *,
-        heads: nn.Module | Sequence[nn.Module] | None = None,
-        forward: Forward | None = None,
-        buffers: Buffers = "pretrained",
-    ) -> MergeResult:
-        """Learn the masks and merge.
-
-        Args:
-            pretrained: the common starting point; it is not changed. Its frozen parameters are not merged.
-            finetuned: at least two checkpoints of it, modules or state dicts.
-            batches: unlabelled inputs of every task: a tensor `[N, ...]`, a data set or a loader each. Labels that
-                come with them are ignored.
-            heads: what turns the network's outputs into logits, one module per task or one for all; `None` takes the
-                outputs as they are.
-            forward: instead of heads, `(model_fn, x, task) -> logits`.
-            buffers: where BatchNorm's statistics come from when they differ.
-
-        Raises:
-            ValueError: if checkpoints do not match, there are fewer than two, or inputs are missing or not finite.
-            FloatingPointError: if a loss is no longer finite.
-        """
-        tasks = TaskVectors(pretrained, finetuned, heads=heads, forward=forward, buffers=buffers)
-        stream = Stream(batches, len(tasks), self.batch_size, self.seed, tasks.base.device)
+    def _merge(self, run: Merging) -> MergeResult:
+        tasks = TaskVectors(run.pretrained, run.finetuned, heads=run.heads, forward=run.forward, buffers=run.buffers)
+        stream = Stream(run.batches, len(tasks), self.batch_size, self.seed, tasks.base.device)
         start = initial_weights(tasks, self.weight, self.layerwise)
-        training = _MaskTraining(self, tasks, start)
+        training = MaskTraining(self, tasks, start)
         history = [training.step(stream.draw(), step) for step in range(self.steps)]
-        _warn_of_collapse(history)
+        warn_of_collapse(history)
         mask = training.final_mask()
         weights, adapted = adapt_weights(tasks, stream, start, mask, lr=self.adapt_lr, steps=self.adapt_steps)
         return MergeResult(
@@ -197,192 +161,3 @@ class ConcreteMerging(DefenseAwareMerging):
         if fixed:
             raise TypeError(f"ConcreteMerging takes no {', '.join(sorted(fixed))}")
         super().__init__(masks="single", alpha=0.0, **settings)  # type: ignore[arg-type]
-
-
-class _MaskTraining:
-    """The state of mask training: logits, perturbations, their optimizers, and one step on them."""
-
-    def __init__(self, method: DefenseAwareMerging, tasks: TaskVectors, weights: Tensor) -> None:
-        self.method, self.tasks, self.weights = method, tasks, weights
-        count = 2 if method.masks == "dual" else 1
-        self.phis = [torch.zeros_like(tasks.base, requires_grad=True) for _ in range(count)]
-        self.mask_optimizers = [torch.optim.Adam([phi], lr=method.mask_lr) for phi in self.phis]
-        self.deltas: list[Tensor] = []
-        self.generator = torch.Generator(tasks.base.device).manual_seed(method.seed)
-        # Of its own, so that masks are the same whatever the search draws.
-        self.restarts = torch.Generator(tasks.base.device).manual_seed(method.seed + 1)
-
-    def step(self, inputs: list[Tensor], step: int) -> dict[str, float]:
-        """Steps 1 to 5 of the algorithm."""
-        if not self.deltas:
-            self._start_perturbations(inputs)
-        samples = [self._sample(phi) for phi in self.phis]
-        mask = _product([m.detach() for m in samples])
-        weights = self._inner_step(inputs, mask)
-        theta = self.tasks.theta(weights, mask)
-        row = {"phase": 0.0, "step": float(step)}
-        labels: list[Tensor] = []
-        if self.method.alpha > 0:
-            labels, flip = self._detect(theta, inputs)
-            row["flip"] = flip
-        direction = self.tasks.direction(weights)
-        for k, optimizer in enumerate(self.mask_optimizers):
-            held = [m if i == k else m.detach() for i, m in enumerate(samples)]
-            logits_of = self.tasks.base + direction * _product(held)
-            safe = self.method.alpha > 0 and k == len(samples) - 1
-            loss, figures = self._loss(logits_of, inputs, labels if safe else None)
-            check_finite(loss, step)
-            optimizer.zero_grad()
-            loss.backward(retain_graph=False)
-            optimizer.step()
-            row.update(figures)
-        return row
-
-    def _start_perturbations(self, inputs: list[Tensor]) -> None:
-        self.deltas = [torch.zeros_like(x[0], requires_grad=True) for x in inputs]
-        self.delta_optimizers = [torch.optim.Adam([delta], lr=self.method.delta_lr) for delta in self.deltas]
-        self.bounds = [_bounds(self.method.input_range, x) for x in inputs]
-        self.radii = [
-            _like(self.method.epsilon * (1 if low is None or high is None else high - low), delta)
-            for delta, (low, high) in zip(self.deltas, self.bounds, strict=True)
-        ]
-
-    def _sample(self, phi: Tensor) -> Tensor:
-        u = torch.rand(phi.shape, generator=self.generator, device=phi.device, dtype=phi.dtype)
-        # A uniform number may be exactly 0, whose logarithm is not finite.
-        u = u.clamp(torch.finfo(phi.dtype).tiny, 1 - torch.finfo(phi.dtype).eps)
-        return self._rescale(torch.sigmoid((phi + u.log() - torch.log1p(-u)) / self.method.temperature))
-
-    def _rescale(self, mask: Tensor) -> Tensor:
-        """Divide by the mean over every tensor, so that a mask never shrinks the average task vector."""
-        return torch.cat([part / part.mean() for part in mask.split(self.tasks.sizes)])
-
-    def _inner_step(self, inputs: list[Tensor], mask: Tensor) -> Tensor:
-        if self.method.inner_lr == 0:
-            return self.weights
-        weights = self.weights.clone().requires_grad_(True)
-        loss = sum_of(entropy(z) for z in self.tasks.logits(self.tasks.theta(weights, mask), inputs))
-        (gradient,) = torch.autograd.grad(loss, weights)
-        return (weights - self.method.inner_lr * gradient).detach()
-
-    def _detect(self, theta: Tensor, inputs: list[Tensor]) -> tuple[list[Tensor], float]:
-        """Predictions on clean inputs, after a search for perturbations that flip them."""
-        with torch.no_grad():
-            labels = [z.argmax(-1) for z in self.tasks.logits(theta, inputs)]
-        if self.method.search == "restarts":
-            self._restart()
-        logits: list[Tensor] = []
-        for _ in range(self.method.delta_steps):
-            logits = self.tasks.logits(theta, self._perturbed(inputs, self.deltas, through=True))
-            loss = -sum_of(F.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True))
-            self._move(torch.autograd.grad(loss, self.deltas))
-        flipped = [(z.argmax(-1) != y).float().mean() for z, y in zip(logits, labels, strict=True)]
-        return labels, float(torch.stack(flipped).mean())
-
-    @torch.no_grad()
-    def _restart(self) -> None:
-        for delta, radius in zip(self.deltas, self.radii, strict=True):
-            u = torch.rand(delta.shape, generator=self.restarts, device=delta.device, dtype=delta.dtype)
-            delta.copy_((2 * u - 1) * radius)
-
-    @torch.no_grad()
-    def _move(self, gradients: Sequence[Tensor]) -> None:
-        """A step of every perturbation against its gradient, back into the bound."""
-        for delta, gradient, optimizer, radius in zip(
-            self.deltas, gradients, self.delta_optimizers, self.radii, strict=True
-        ):
-            if self.method.search == "restarts":
-                delta.sub_(2 * radius / self.method.delta_steps * gradient.sign())
-            else:
-                delta.grad = gradient
-                optimizer.step()
-            delta.copy_(torch.clamp(delta, -radius, radius))
-
-    def _perturbed(self, inputs: list[Tensor], deltas: Sequence[Tensor], through: bool = False) -> list[Tensor]:
-        """Inputs plus perturbations, clamped to their range; with `through`, gradients ignore the clamp."""
-        perturbed = []
-        for x, d, (low, high) in zip(inputs, deltas, self.bounds, strict=True):
-            moved = x + d
-            clamped = moved if low is None else torch.clamp(moved, low, high)
-            perturbed.append(moved + (clamped - moved).detach() if through else clamped)
-        return perturbed
-
-    def _loss(
-        self, theta: Tensor, inputs: list[Tensor], labels: list[Tensor] | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """$L_\\text{perf}$, and $\\alpha L_\\text{safe}$ on top where predictions are given."""
-        if labels is None:
-            clean = self.tasks.logits(theta, inputs)
-            performance = sum_of(entropy(z) for z in clean)
-            return performance, {"entropy": float(performance.detach()), "top_share": _top_share(clean)}
-        perturbed = self._perturbed(inputs, [d.detach() for d in self.deltas])
-        both = self.tasks.logits(theta, [torch.cat(pair) for pair in zip(inputs, perturbed, strict=True)])
-        clean = [z[: len(x)] for z, x in zip(both, inputs, strict=True)]
-        moved = [z[len(x) :] for z, x in zip(both, inputs, strict=True)]
-        performance = sum_of(entropy(z) for z in clean)
-        if self.method.safety == "consistency":
-            safety = sum_of(F.cross_entropy(z, y) for z, y in zip(moved, labels, strict=True))
-        else:
-            safety = sum_of(entropy(z) for z in moved)
-        figures = {"entropy": float(performance.detach()), "safety": float(safety.detach())}
-        return performance + self.method.alpha * safety, {**figures, "top_share": _top_share(clean)}
-
-    def final_mask(self) -> Tensor:
-        """The mask that the merged network gets."""
-        with torch.no_grad():
-            if self.method.eval_mask == "sample":
-                return _product([self._sample(phi) for phi in self.phis])
-            if self.method.eval_mask == "mean":
-                return _product([self._rescale(torch.sigmoid(phi)) for phi in self.phis])
-            kept = [
-                [part / part.mean().clamp_min(1e-12) for part in (phi > 0).to(phi).split(self.tasks.sizes)]
-                for phi in self.phis
-            ]
-            return _product([torch.cat(parts) for parts in kept])
-
-
-def _product(masks: Sequence[Tensor]) -> Tensor:
-    return masks[0] if len(masks) == 1 else masks[0] * masks[1]
-
-
-def _bounds(input_range: tuple[Bound, Bound] | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds that broadcast over a batch; checked against the first batch."""
-    if input_range is None:
-        return None, None
-    low, high = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in input_range)
-    if low.dim() or high.dim():
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        low, high = (b.reshape(shape) if b.dim() else b for b in (low, high))
-    slack = 1e-3 * (high - low)
-    if (x < low - slack).any() or (x > high + slack).any():
-        raise ValueError(
-            f"inputs lie in [{float(x.min()):.3g}, {float(x.max()):.3g}], outside of the input range {input_range}; "
-            "give the range that the inputs really have (normalised images: per channel)"
-        )
-    return low, high
-
-
-def _like(radius: float | Tensor, delta: Tensor) -> Tensor:
-    """The bound of a perturbation, which has no batch dimension."""
-    radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device)
-    return (radius[0] if radius.dim() == delta.dim() + 1 else radius).expand_as(delta)
-
-
-def _top_share(logits: Sequence[Tensor]) -> float:
-    """Largest share of one class among the predictions of a task, over the tasks."""
-    return max(float(z.argmax(-1).bincount().max()) / len(z) for z in logits)
-
-
-def _warn_of_collapse(history: Sequence[dict[str, float]]) -> None:
-    last = [row["top_share"] for row in history[-20:]]
-    if last and sum(last) / len(last) > 0.9:
-        warnings.warn(
-            f"{sum(last) / len(last):.0%} of a task's predictions are of one class: least entropy has collapsed; "
-            "lower alpha, mask_lr or the number of steps",
-            stacklevel=3,
-        )
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"expected {name} to be {' or '.join(map(repr, known))}, got {value!r}")

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchfolio.adaptation.weights import Checkpoint, Weights, average, task_arithmetic
+from torchfolio.checks import one_of
 from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ORDINARY", "Average", "Merge", "MergeResult", "TaskArithmetic"]
+__all__ = ["ORDINARY", "Average", "Merge", "MergeResult", "Merging", "TaskArithmetic"]
 
 Buffers = Literal["pretrained", "average"]
 ModelFn = Callable[[Tensor], Tensor]
@@ -64,8 +65,23 @@ class MergeResult:
         return pd.DataFrame(self.history)
 
 
+@dataclass(frozen=True)
+class Merging:
+    """What a merge is made of: the arguments of `Merge.fit`."""
+
+    pretrained: nn.Module
+    finetuned: Sequence[Checkpoint]
+    batches: Sequence[Inputs]
+    heads: nn.Module | Sequence[nn.Module] | None
+    forward: Forward | None
+    buffers: Buffers
+
+
 class Merge(Shown, ABC):
-    """A way to merge networks that were finetuned from one. Settings are the keyword arguments of its class."""
+    """A way to merge networks that were finetuned from one. Settings are the keyword arguments of its class.
+
+    A method fills `_merge`; `fit` is the one door.
+    """
 
     needs_base: ClassVar[bool] = True
     """Whether the network that they were finetuned from is added to, or only says what the merged one looks like."""
@@ -73,6 +89,9 @@ class Merge(Shown, ABC):
     """Whether it learns from unlabelled inputs of every task."""
 
     @abstractmethod
+    def _merge(self, run: Merging) -> MergeResult:
+        """Merge; nothing that is handed over may be changed."""
+
     def fit(
         self,
         pretrained: nn.Module,
@@ -93,8 +112,19 @@ class Merge(Shown, ABC):
             heads: what turns the network's outputs into logits, one module per task or one for all; `None` takes the
                 outputs as they are.
             forward: instead of heads, `(model_fn, x, task) -> logits`.
-            buffers: where BatchNorm's statistics come from when they differ.
+            buffers: where BatchNorm's statistics come from when they differ; `Average` always takes their mean.
+
+        Raises:
+            ValueError: if checkpoints do not match, there are fewer than two, inputs are missing or not finite, or there
+                are both heads and forward.
+            FloatingPointError: if a loss is no longer finite.
         """
+        one_of("buffers", buffers, ("pretrained", "average"))
+        if len(finetuned) < 2:
+            raise ValueError(f"expected at least 2 finetuned checkpoints, got {len(finetuned)}")
+        if forward is not None and heads is not None:
+            raise ValueError("expected heads or forward, got both")
+        return self._merge(Merging(pretrained, finetuned, batches, heads, forward, buffers))
 
 
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -109,10 +139,9 @@ class Average(Merge):
 
     needs_base = False
 
-    def fit(self, pretrained, finetuned, batches=(), *, heads=None, forward=None, buffers="pretrained") -> MergeResult:
-        return MergeResult(
-            with_state(pretrained, average(finetuned)), torch.full((len(finetuned), 1), 1 / len(finetuned))
-        )
+    def _merge(self, run: Merging) -> MergeResult:
+        count = len(run.finetuned)
+        return MergeResult(with_state(run.pretrained, average(run.finetuned)), torch.full((count, 1), 1 / count))
 
 
 class TaskArithmetic(Merge):
@@ -125,7 +154,10 @@ class TaskArithmetic(Merge):
     def __init__(self, weight: Weights = 0.3) -> None:
         self.weight = weight
 
-    def fit(self, pretrained, finetuned, batches=(), *, heads=None, forward=None, buffers="pretrained") -> MergeResult:
-        state = task_arithmetic(pretrained, finetuned, self.weight)
-        weights = torch.as_tensor(self.weight, dtype=torch.float32).reshape(-1, 1).expand(len(finetuned), -1)
-        return MergeResult(with_state(pretrained, state), weights.clone())
+    def _merge(self, run: Merging) -> MergeResult:
+        state = task_arithmetic(run.pretrained, run.finetuned, self.weight)
+        if run.buffers == "average":
+            means = average(run.finetuned)
+            state |= {name: means[name] for name, _ in run.pretrained.named_buffers() if name in means}
+        weights = torch.as_tensor(self.weight, dtype=torch.float32).reshape(-1, 1).expand(len(run.finetuned), -1)
+        return MergeResult(with_state(run.pretrained, state), weights.clone())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from torchfolio.adaptation.merge import Buffers, Forward, Inputs, Merge, MergeResult
+from torchfolio.adaptation.merge import Buffers, Forward, Inputs, Merge, MergeResult, Merging
 from torchfolio.adaptation.weights import (
     Checkpoint,
     State,
@@ -109,7 +109,7 @@ class TaskVectors:
         warnings.warn(
             f"{len(differing)} buffers differ between the checkpoints ({', '.join(differing[:3])}); the merged network "
             f"takes {'those of the pretrained one' if buffers == 'pretrained' else 'their average'}",
-            stacklevel=4,
+            stacklevel=5,
         )
         if buffers == "average":
             for name in differing:
@@ -195,19 +195,9 @@ class AdaMerging(Merge):
         if steps < 0:
             raise ValueError(f"expected steps >= 0, got {steps}")
 
-    def fit(
-        self,
-        pretrained: nn.Module,
-        finetuned: Sequence[Checkpoint],
-        batches: Sequence[Inputs] = (),
-        *,
-        heads: nn.Module | Sequence[nn.Module] | None = None,
-        forward: Forward | None = None,
-        buffers: Buffers = "pretrained",
-    ) -> MergeResult:
-        """Merge. Arguments as `torchfolio.adaptation.dam.DefenseAwareMerging.fit`."""
-        tasks = TaskVectors(pretrained, finetuned, heads=heads, forward=forward, buffers=buffers)
-        stream = Stream(batches, len(tasks), self.batch_size, self.seed, tasks.base.device)
+    def _merge(self, run: Merging) -> MergeResult:
+        tasks = TaskVectors(run.pretrained, run.finetuned, heads=run.heads, forward=run.forward, buffers=run.buffers)
+        stream = Stream(run.batches, len(tasks), self.batch_size, self.seed, tasks.base.device)
         start = initial_weights(tasks, self.weight, self.layerwise)
         weights, history = adapt_weights(tasks, stream, start, None, lr=self.lr, steps=self.steps)
         return MergeResult(tasks.merged(weights, None), weights, history=tuple(history))
