@@ -13,63 +13,33 @@ is left at inference.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from torchfolio.engine import Backprop, Batch, LearningRule, Objective
-from torchfolio.engine.modes import undisturbed
+from torchfolio.checks import one_of, whole
+from torchfolio.engine import Batch, LearningRule, Objective
 from torchfolio.measure import linear_cka, linear_cka_pairs, rsa, untouched
-from torchfolio.models import take_features
+from torchfolio.training.guided_rule import GuidedRule
+from torchfolio.training.layer_recorder import (
+    LAYERS,
+    Maps,
+    Recorder,
+    Select,
+    device_of,
+    examples_in,
+    layer_correspondence,
+    placed,
+)
 
-__all__ = ["LAYERS", "Guidance", "GuidedRule", "layer_correspondence", "linear_cka", "rsa"]
+__all__ = ["LAYERS", "Guidance", "GuidedRule", "Recorder", "layer_correspondence", "linear_cka", "rsa"]
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
-Select = str | type[nn.Module] | Sequence[str] | tuple[type[nn.Module], ...]
 Pair = tuple[str, str]
-Maps = dict[str, Tensor]  # features [N, ...] of every recorded layer, in running order
-
-LAYERS: tuple[type[nn.Module], ...] = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.AdaptiveAvgPool2d,
-    nn.RNN,
-    nn.LSTM,
-    nn.TransformerDecoderLayer,
-    nn.LayerNorm,
-    nn.MultiheadAttention,
-)
-"""Types of modules whose outputs are compared unless others are asked for."""
-
 SIMILARITIES: dict[str, Similarity] = {"cka": linear_cka, "rsa": rsa}
-
-
-def layer_correspondence(n_guide: int, n_target: int) -> list[tuple[int, int]]:
-    """Spread the guide's layers evenly over the target's: layer $k$ of $n_G$ goes with layer
-
-    $$j(k) = \\min\\bigl(\\operatorname{round}(k (n_T - 1) / (n_G - 1)),\\; n_T - 1\\bigr),$$
-
-    rounding half to even. A deeper guide gives several layers to one of the target; a shallower one skips some.
-
-    Args:
-        n_guide: number of guide layers $n_G$.
-        n_target: number of target layers $n_T$.
-
-    Returns:
-        Pairs (guide layer, target layer), one for each guide layer.
-
-    Raises:
-        ValueError: if a network has no layer.
-    """
-    if n_guide < 1 or n_target < 1:
-        raise ValueError(f"expected at least one layer of each network, got {n_guide} and {n_target}")
-    step = (n_target - 1) / max(n_guide - 1, 1)
-    return [(k, min(round(k * step), n_target - 1)) for k in range(n_guide)]
 
 
 class Guidance(Objective):
@@ -162,19 +132,15 @@ class Guidance(Objective):
         guide_input: Callable[..., Any] | None = None,
         batch_dim: int = 0,
     ) -> None:
-        for name, got, expected in (
-            ("reduction", reduction, ("sum", "mean")),
-            ("duplicates", duplicates, ("all", "last")),
-            ("guide_mode", guide_mode, ("eval", "train")),
-        ):
-            if got not in expected:
-                raise ValueError(f"expected {name} to be {' or '.join(map(repr, expected))}, got {got!r}")
+        one_of("reduction", reduction, ("sum", "mean"))
+        one_of("duplicates", duplicates, ("all", "last"))
+        one_of("guide_mode", guide_mode, ("eval", "train"))
         if not callable(similarity) and similarity not in SIMILARITIES:
             raise ValueError(f"expected similarity to be 'cka', 'rsa' or a function, got {similarity!r}")
         if not 0 <= alpha < float("inf"):
             raise ValueError(f"expected alpha to be finite and at least 0, got {alpha!r}")
-        if steps is not None and (not isinstance(steps, int) or steps < 0):
-            raise ValueError(f"expected steps to be None or a whole number of at least 0, got {steps!r}")
+        if steps is not None:
+            whole("steps", steps, 0)
         if pairs is not None and (layers is not None or target_layers is not None):
             raise ValueError("expected either pairs or layers and target_layers, got both")
         _check_apart(target, guide)
@@ -222,7 +188,7 @@ class Guidance(Objective):
             self.steps_done += 1
         if not active:
             self._target_layers.clear()
-            return torch.zeros((), device=_device(self.target))
+            return torch.zeros((), device=device_of(self.target))
         guide = dict(features) if features is not None else self.guide_features(*inputs)
         target = self._target_layers.take(len(next(iter(guide.values()))))
         self.per_layer = {}
@@ -230,12 +196,12 @@ class Guidance(Objective):
 
     def guide_features(self, *inputs: Tensor) -> Maps:
         """Features `[N, ...]` of the guide's layers in running order, without gradients."""
-        n = _examples(inputs, self.batch_dim)
+        n = examples_in(inputs, self.batch_dim)
         given = self.guide_input(*inputs) if self.guide_input is not None else inputs
         given = given if isinstance(given, tuple | list) else (given,)
         weight = next((p for p in self.guide.parameters() if p.is_floating_point()), None)
         if weight is not None:
-            given = [_placed(x, weight) for x in given]
+            given = [placed(x, weight) for x in given]
         training = self.guide_mode == "train"
         with torch.no_grad(), untouched(self.guide, training=training), self._guide_layers:
             self.guide(*given)
@@ -317,292 +283,8 @@ class Guidance(Objective):
         self._target_layers.arm()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class GuidedRule(LearningRule):
-    """Guidance on top of any learning rule.
-
-    Whenever the rule calls backward on a loss, the alignment of the layers that ran since its previous backward is
-    added to that loss. With backprop this is the equation of `Guidance`; with a rule that trains blocks by losses of
-    their own, every block is guided by its own layers, and still no gradient crosses blocks.
-
-    Args:
-        guidance: of the network that is handed to `fit`. Its hooks are on the target only while a step runs.
-        rule: the rule of the task; `Backprop()` by default.
-        warmup_only: in the first `guidance.steps` steps train on the alignment alone, then on the task alone.
-
-    Raises:
-        ValueError: if `warmup_only` is set without `steps`; in `prepare` if the network is not the guidance's target,
-            in `step` if the rule ran none of its layers.
-
-    Shapes:
-        Batches are (inputs…, targets); the guide gets the inputs. On several processes each aligns its own share of
-        the batch, so choose a batch size that leaves each of them enough examples.
-
-    Example:
-        >>> guidance = Guidance(net, guide, alpha=10.0, steps=300)
-        >>> fit(net, train, rule=GuidedRule(guidance, AugLocal(2)), batch_size=256, drop_last=True)
-
-    Reference:
-        Subramaniam et al., NeurIPS 2025; the share of each backward is this library's own.
-    """
-
-    def __init__(self, guidance: Guidance, rule: LearningRule | None = None, *, warmup_only: bool = False) -> None:
-        if warmup_only and guidance.steps is None:
-            raise ValueError("expected guidance with a number of steps for warmup_only, got steps=None")
-        self.guidance = guidance
-        self.rule = rule or Backprop()
-        self.warmup_only = warmup_only
-        self.names: list[Pair] = []
-
-    @property
-    def loss(self) -> Any:
-        """The criterion of the task's rule, where it has one."""
-        return self.rule.loss  # pyright: ignore[reportAttributeAccessIssue]
-
-    def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
-        """Prepare the rule, and pair the layers by running both networks on the example."""
-        guidance = self.guidance
-        if model is not guidance.target:
-            raise ValueError(
-                f"expected the network that the guidance was made for, a {type(guidance.target).__name__}, "
-                f"got another {type(model).__name__}"
-            )
-        guidance.close()
-        module = self.rule.prepare(model, example)
-        guidance.guide.to(_device(model))
-        inputs = example[:-1]
-        with torch.no_grad(), undisturbed(), untouched(model, training=False), guidance.armed() as recorder:
-            model(*inputs)
-            target = recorder.take(_examples(inputs, guidance.batch_dim))
-            self.names = guidance.correspond(list(guidance.guide_features(*inputs)), list(target))
-        return module
-
-    def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
-        """One step of the rule. `guidance` is the term that was added; the other scalars are the rule's own."""
-        if not self.names:
-            raise RuntimeError("call prepare(model, example) before step")
-        guidance = self.guidance
-        active = guidance.active
-        guidance.steps_done += 1
-        if not active:
-            return self.rule.step(batch, backward)
-        n = _examples(batch[:-1], guidance.batch_dim)
-        guide = guidance.guide_features(*batch[:-1])
-        guidance.per_layer = {}
-        added: list[Tensor] = []
-        with guidance.armed() as recorder:
-
-            def guided(loss: Tensor) -> None:
-                target = recorder.take(n, required=False)
-                fresh = [(i, j) for i, j in self.names if j in target and (i, j) not in guidance.per_layer]
-                if fresh:
-                    added.append(self._term(fresh, guide, target))
-                    backward(added[-1] if self.warmup_only else loss + added[-1])
-                    added[-1] = added[-1].detach()
-                elif not self.warmup_only:
-                    backward(loss)
-
-            scalars = self.rule.step(batch, guided)
-        if not added:
-            raise ValueError(f"{type(self.rule).__name__} ran none of the guided layers of the target")
-        return {**scalars, "guidance": torch.stack(added).sum()}
-
-    def _term(self, fresh: Sequence[Pair], guide: Maps, target: Maps) -> Tensor:
-        """The share of these pairs in the whole term."""
-        share = len(fresh) / len(self.names) if self.guidance.reduction == "mean" else 1
-        return share * self.guidance.align(fresh, guide, target)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        return self.rule.predictor(model)
-
-    def configure(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
-        self.rule.configure(optimizer, total_steps)
-
-    def release(self) -> None:
-        self.rule.release()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"guidance": self.guidance.state_dict(), "rule": self.rule.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.guidance.load_state_dict(state["guidance"])
-        self.rule.load_state_dict(state["rule"])
-
-
-class Recorder:
-    """Records the layers of one network in running order, by name and call.
-
-    Args:
-        network: to be recorded.
-        layers: names or types; see `Guidance`.
-        side: what to call the network in messages.
-        batch_dim: axis of the examples in the inputs.
-    """
-
-    def __init__(self, network: nn.Module, layers: Select | None, side: str, batch_dim: int) -> None:
-        self.network, self.side, self.batch_dim = network, side, batch_dim
-        self.kinds = LAYERS if layers is None else _types(layers)
-        self.names = _names(layers) if self.kinds is None else []
-        self.features = None
-        self.arm()  # finds unknown names and networks without a layer now
-        self.close()
-
-    def arm(self) -> None:
-        """Put hooks on the modules as they are now."""
-        self.close()
-        self.features = take_features(self.network, self._modules(), read=_tensors)
-
-    def close(self) -> None:
-        if self.features is not None:
-            self.features.close()
-            self.features = None
-
-    def clear(self) -> None:
-        """Forget the last pass."""
-        if self.features is not None:
-            self.features.clear()
-
-    def take(self, n: int, *, required: bool = True) -> Maps:
-        """Features `[n, ...]` recorded since the last pass began, or since they were taken; then forget them.
-
-        Args:
-            n: number of examples.
-            required: this is a whole pass: it must hold features, and those of the last layer found by type, the
-                logits, are left out.
-
-        Returns:
-            Features by name; a module that ran before in the same pass gets `#2`, `#3`, ….
-        """
-        if self.features is None:
-            raise RuntimeError(
-                f"the hooks are off the {self.side}; use the guidance in a with block, or make a new one"
-            )
-        maps: Maps = {}
-        calls: dict[str, int] = {}
-        for name, value, version in self.features.in_order():
-            if not value.is_inference() and value._version != version:
-                raise RuntimeError(
-                    f"the output of the {self.side}'s {name or 'network'} was overwritten in place after it was "
-                    "recorded; set inplace=False in the module that follows, or choose other layers"
-                )
-            first = self._examples_first(name, value, n)
-            if first is not None:
-                calls[name] = calls.get(name, 0) + 1
-                maps[name if calls[name] == 1 else f"{name}#{calls[name]}"] = first
-        self.features.clear()
-        if required:
-            self._check(maps)
-            if self.kinds is not None:
-                maps.popitem()  # the logits
-        return maps
-
-    def _check(self, maps: Maps) -> None:
-        if not maps:
-            raise RuntimeError(
-                f"no layer of the {self.side} was recorded with an axis of examples; run {self.side}(x) right before "
-                "guidance(x), on the same batch"
-            )
-        if self.kinds is not None and len(maps) < 2:
-            raise ValueError(
-                f"the {self.side} has one layer of the types asked for, the last, which is left out; name layers of "
-                f"its own: {_some(name for name, _ in self.network.named_modules() if name)}"
-            )
-
-    def _modules(self) -> list[str]:
-        if self.kinds is None:
-            return list(dict.fromkeys(name.split("#")[0] for name in self.names))
-        found = [name for name, module in self.network.named_modules() if isinstance(module, self.kinds)]
-        if not found:
-            types_seen = _some(sorted({type(m).__name__ for m in self.network.modules()}))
-            raise ValueError(
-                f"the {self.side} has no module of the types {_some(kind.__name__ for kind in self.kinds)}; it is "
-                f"made of {types_seen}; name its layers"
-            )
-        return found
-
-    def _examples_first(self, name: str, value: Tensor, n: int) -> Tensor | None:
-        """The features with the axis of examples first; `None` for outputs of a type search that have none."""
-        if value.dim() > 1 and value.is_floating_point():
-            axes = [self.batch_dim, *range(value.dim())] if value.dim() > self.batch_dim + 1 else range(value.dim())
-            if (own := _batch_axis(self.network.get_submodule(name))) is not None and value.dim() == 3:
-                axes = [own, *axes]
-            axis = next((axis for axis in axes if value.shape[axis] == n), None)
-            if axis is not None:
-                return value.movedim(axis, 0)
-        if self.kinds is None:
-            raise ValueError(
-                f"expected the {self.side}'s {name} to give features with an axis of {n} examples, got shape "
-                f"{tuple(value.shape)} of {value.dtype}"
-            )
-        return None
-
-    def __enter__(self) -> Recorder:
-        self.arm()
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _tensors(module: nn.Module, output: object) -> list[Tensor]:
-    """The tensors in a module's output: packed sequences padded, final states of recurrent modules left out."""
-    if isinstance(output, PackedSequence):
-        return [pad_packed_sequence(output, batch_first=bool(getattr(module, "batch_first", False)))[0]]
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(module, nn.RNNBase) and isinstance(output, tuple):
-        return _tensors(module, output[0])
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return [tensor for part in output for tensor in _tensors(module, part)]
-    return []
-
-
-def _batch_axis(module: nn.Module) -> int | None:
-    """The axis of the examples in the output of a layer that says it by `batch_first`; `None` of any other."""
-    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        module = module.self_attn
-    elif not isinstance(module, nn.RNNBase):
-        return None
-    return 0 if getattr(module, "batch_first", False) else 1
-
-
-def _types(layers: Select) -> tuple[type[nn.Module], ...] | None:
-    """The types asked for; `None` if layers are asked for by name."""
-    kinds = tuple(kind for kind in ([layers] if isinstance(layers, str | type) else layers) if isinstance(kind, type))
-    return kinds or None
-
-
-def _names(layers: Select | None) -> list[str]:
-    names = [layers] if isinstance(layers, str) else list(layers or ())  # pyright: ignore[reportArgumentType]
-    wrong = next((name for name in names if not isinstance(name, str)), None)
-    if wrong is not None or not names:
-        raise ValueError(f"expected layers by name or by type, got {layers if wrong is None else wrong!r}")
-    return [str(name) for name in names]
-
-
-def _examples(inputs: Sequence[Any], batch_dim: int) -> int:
-    """Number of examples of a batch.
-
-    Raises:
-        ValueError: if there are too few to compare.
-    """
-    x = inputs[0] if inputs else None
-    if not isinstance(x, Tensor) or x.dim() <= batch_dim:
-        what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"expected the inputs to start with a tensor that has an axis {batch_dim}, got {what}")
-    if x.shape[batch_dim] < 4:
-        raise ValueError(
-            f"expected a batch of at least 4 examples to compare representations on, got {x.shape[batch_dim]}; "
-            "leave the last incomplete batch out (drop_last=True)"
-        )
-    return x.shape[batch_dim]
 
 
 def _check_apart(target: nn.Module, guide: nn.Module) -> None:
@@ -614,21 +296,5 @@ def _check_apart(target: nn.Module, guide: nn.Module) -> None:
             )
 
 
-def _placed(x: Any, weight: Tensor) -> Any:
-    """A tensor on the guide's device; floats in its precision too."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(weight.device, weight.dtype) if x.is_floating_point() else x.to(weight.device)
-
-
-def _device(network: nn.Module) -> torch.device | None:
-    return next((p.device for p in network.parameters()), None)
-
-
 def _checksum(network: nn.Module) -> float:
     return sum(float(t.detach().double().abs().sum()) for t in network.state_dict().values())
-
-
-def _some(names: Any, most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
