@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pandas as pd
@@ -205,3 +206,41 @@ def test_history_and_panel():
         Believability().look(nn.Linear(4, 3), data=Examples((x, torch.randn(90, 3))))
     with pytest.raises(ValueError, match="two alternatives"):
         utility_regret(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+
+
+def test_what_makes_no_sense_is_told_and_masked_tokens_are_none_of_it():
+    u, y = torch.randn(6, 4), torch.arange(6) % 4
+    bad = u.masked_fill(torch.eye(6, 4, dtype=torch.bool), torch.nan)
+    step = lambda tokens: u[: len(tokens)]  # noqa: E731
+    cases = [
+        (lambda: utility_regret(bad, y), "got NaN"),
+        (lambda: rational_choice(bad), "got NaN"),
+        (lambda: argmax_decision(bad), "got NaN"),
+        (lambda: sample_decision(bad), "got NaN"),
+        (lambda: invariance_report(argmax_decision, bad), "got NaN"),
+        (lambda: beam_search(lambda t: bad[:1], torch.tensor([0]), 1, 2, 3), "got NaN"),
+        (lambda: beam_search(step, torch.tensor([[0]]), 1, 2, 3), r"token numbers \[P\]"),
+        (lambda: sample_sequences(step, torch.tensor([0]), 1, 3), r"token numbers \[B, P\]"),
+        (lambda: sample_sequences(step, torch.tensor([[0.0]]), 1, 3), "token numbers"),
+        (lambda: sample_sequences(lambda t: u[None], torch.tensor([[0]]), 1, 3), r"logits \[1, V\]"),
+        (lambda: mbr_decision(["a", "b"], lambda a, b: math.nan), "finite"),
+        (lambda: frequency_from_utility(torch.zeros(3), torch.zeros(4), torch.zeros(3), 0.1), "one shape"),
+        (lambda: paradox_report(pd.DataFrame({"val_loss": [1, math.nan], "val_accuracy": [0, 1]})), "finite"),
+        (lambda: utility_gradient(nn.Linear(4, 4).requires_grad_(False), u, y), "requires a gradient"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    masked = u.masked_fill(torch.eye(6, 4, dtype=torch.bool), -math.inf)
+    assert torch.allclose(rational_choice(masked, 2.0).exp().sum(1), torch.ones(6))
+    assert not (sample_decision(masked, generator=torch.Generator().manual_seed(0))[:4] == torch.arange(4)).any()
+
+
+def test_the_direction_leaves_statistics_of_batches():
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).train()
+    before = copy.deepcopy(net.state_dict())
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    utility_gradient(net, x, y)
+    assert set(utility_gradient(copy.deepcopy(net).eval(), x, y)) == set(dict(net.named_parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+    assert net.training

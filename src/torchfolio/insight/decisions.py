@@ -40,8 +40,9 @@ def rational_choice(logits: Tensor, rationality: float | Tensor = 1.0, dim: int 
         dim: of the alternatives.
 
     Raises:
-        ValueError: if $\\kappa$ is not positive and finite.
+        ValueError: if $\\kappa$ is not positive and finite, or a utility is NaN. One of $-\\infty$ is never chosen.
     """
+    _no_nan(logits)
     if isinstance(rationality, Tensor):
         if not bool((finite("rationality", rationality) > 0).all()):
             raise ValueError(f"expected rationality above 0, got {float(rationality.min())}")
@@ -50,8 +51,30 @@ def rational_choice(logits: Tensor, rationality: float | Tensor = 1.0, dim: int 
     return (logits * rationality).log_softmax(dim)
 
 
+def _no_nan(logits: Tensor) -> None:
+    if bool(logits.isnan().any()):
+        raise ValueError(f"expected utilities, got NaN in {int(logits.isnan().sum())} of {logits.numel()}")
+
+
+def _next(step: Step, tokens: Tensor) -> Tensor:
+    """Logits of the next token, checked."""
+    logits = step(tokens)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(tokens):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"expected step to give logits [{len(tokens)}, V] of the next token, got {shape}")
+    return logits
+
+
+def _prefix(prefix: Tensor, dims: int) -> Tensor:
+    if not isinstance(prefix, Tensor) or prefix.dim() != dims or prefix.is_floating_point() or not prefix.numel():
+        got = f"{prefix.dtype} {tuple(prefix.shape)}" if isinstance(prefix, Tensor) else type(prefix).__name__
+        raise ValueError(f"expected prefix to be token numbers {'[P]' if dims == 1 else '[B, P]'}, got {got}")
+    return prefix
+
+
 def argmax_decision(logits: Tensor, dim: int = -1) -> Tensor:
-    """The best alternative, the first of equals; it depends on the order of utilities alone."""
+    """The best alternative, the first of equals; it depends on the order of utilities alone. NaN is refused."""
+    _no_nan(logits)
     return logits.argmax(dim)
 
 
@@ -90,13 +113,14 @@ def sample_sequences(
         Drawn tokens `[B, <= max_len]`, without the prefix.
     """
     whole("max_len", max_len, 1)
+    _prefix(prefix, 2)
     kappa = torch.as_tensor(rationality, dtype=torch.float32, device=prefix.device).expand(len(prefix))
     if not bool((kappa > 0).all()):
         raise ValueError(f"expected rationality above 0, got {float(kappa.min())}")
     best = kappa.isinf()
     tokens, done = prefix, torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
     for _ in range(max_len):
-        logits = step(tokens).float()
+        logits = _next(step, tokens).float()
         drawn = sample_decision(logits, kappa.masked_fill(best, 1.0)[:, None], generator=generator)
         drawn = torch.where(best, logits.argmax(-1), drawn).masked_fill(done, pad)
         tokens = torch.cat([tokens, drawn[:, None]], 1)
@@ -118,7 +142,8 @@ def mbr_decision(
             drawn at 1 and read again at $\\kappa$: proportional to $\\exp((\\kappa - 1) U(c_j))$.
 
     Raises:
-        ValueError: if there is no candidate, or weights are not as many, negative, not finite or all 0.
+        ValueError: if there is no candidate, or weights are not as many, negative, not finite or all 0, or a utility is not
+            finite.
     """
     if not len(candidates):
         raise ValueError("expected at least one candidate, got none")
@@ -135,6 +160,7 @@ def mbr_decision(
     for key, weight in zip(keys, omega.tolist(), strict=True):
         mass[index[key]] += weight
     table = torch.tensor([[float(utility(a, b)) for b in unique] for a in unique], dtype=torch.float64)
+    finite("utility", table)
     return keys.index(unique[int((table @ mass).argmax())])
 
 
@@ -170,10 +196,10 @@ def beam_search(
     """
     whole("beam", beam, 1)
     whole("max_len", max_len, 1)
-    tokens, totals = prefix[None], torch.zeros(1, dtype=torch.float64, device=prefix.device)
+    tokens, totals = _prefix(prefix, 1)[None], torch.zeros(1, dtype=torch.float64, device=prefix.device)
     finished: list[tuple[float, tuple[int, ...]]] = []
     for length in range(1, max_len + 1):
-        scores = totals[:, None] + rational_choice(step(tokens).double(), rationality)
+        scores = totals[:, None] + rational_choice(_next(step, tokens).double(), rationality)
         best = scores.flatten().topk(min(2 * beam, scores.numel()))
         rows, choices = best.indices // scores.shape[1], best.indices % scores.shape[1]
         ended = choices == eos

@@ -95,6 +95,7 @@ class Decomposition:
     """
 
     def __init__(self, Z: Tensor, Y: Tensor) -> None:
+        Z, Y = torch.as_tensor(Z), torch.as_tensor(Y)
         if Z.dim() != 2 or Y.dim() not in (1, 2) or len(Z) != len(Y) or not Z.numel() or not Y.numel():
             raise ValueError(f"expected Z [N, P] and Y [N, K], got {tuple(Z.shape)} and {tuple(Y.shape)}")
         self.Z, self.Y = finite("Z", Z).detach().double(), finite("Y", Y).detach().double().reshape(len(Y), -1)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchfolio.checks import between, finite, labels, positive
@@ -104,6 +105,7 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     Returns:
         $\\kappa$ between $10^{-3}$ and $10^3$; the likelihood is concave in it, the zero of its slope is bisected.
     """
+    logits, y = torch.as_tensor(logits), torch.as_tensor(y)
     kept = y != -100
     logits, y = finite("logits", logits[kept]).double(), y[kept]
     choices(logits, y)
@@ -123,6 +125,8 @@ def choices(logits: Tensor, y: Tensor) -> None:
     """Refuse utilities that are not `[N, C]`, and choices that are not one of C for each row."""
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"expected utilities [N, C] of at least two alternatives, got shape {tuple(logits.shape)}")
+    if bool(logits.isnan().any()):
+        raise ValueError(f"expected utilities, got NaN in {int(logits.isnan().sum())} of {logits.numel()}")
     if len(y) != len(logits):
         raise ValueError(f"expected as many choices as rows of utilities, got {len(y)} and {len(logits)}")
     labels(y, logits.shape[1])

@@ -36,7 +36,7 @@ from torchfolio.insight.decisions import (
     sample_sequences,
 )
 from torchfolio.insight.rationality import GRID, RationalityFit, choices, fit_rationality, fit_temperature
-from torchfolio.measure import Analysis, Panel, calibration_error, outputs
+from torchfolio.measure import Analysis, Panel, calibration_error, outputs, untouched
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ def utility_gradient(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tenso
     attractive they are now.
 
     Args:
-        module: from x to utilities `[N, C]`; its gradients stay as they were.
+        module: from x to utilities `[N, C]`, in the mode it is in; its gradients and buffers stay as they were.
         x: inputs.
         y: labels `[N]`.
 
@@ -100,11 +100,14 @@ def utility_gradient(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tenso
         The direction for each trained parameter by name.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    utilities = module(x)
-    choices(utilities, y)
-    revealed = F.one_hot(y, utilities.shape[1]).to(utilities.dtype)
-    weights = (revealed - utilities.detach().softmax(1)) / len(y)
-    grads = torch.autograd.grad(utilities, list(named.values()), weights, allow_unused=True)
+    if not named:
+        raise ValueError("expected a parameter that requires a gradient, got none")
+    with untouched(module):
+        utilities = module(x)
+        choices(utilities, y)
+        revealed = F.one_hot(y, utilities.shape[1]).to(utilities.dtype)
+        weights = (revealed - utilities.detach().softmax(1)) / len(y)
+        grads = torch.autograd.grad(utilities, list(named.values()), weights, allow_unused=True)
     pairs = zip(named.items(), grads, strict=True)
     return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
 
@@ -121,6 +124,9 @@ def frequency_from_utility(start: Tensor, end: Tensor, probability_sum: Tensor, 
         probability_sum: $\\sum_t P_t$, of the probabilities before every step.
         lr: $\\alpha$.
     """
+    shapes = [tuple(t.shape) for t in (start, end, probability_sum)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"expected utilities and sums of one shape, got {', '.join(map(str, shapes))}")
     return probability_sum + (end - start) / positive("lr", lr)
 
 
@@ -172,11 +178,14 @@ def paradox_report(history: pd.DataFrame) -> dict[str, float]:
         of the best epoch).
 
     Raises:
-        ValueError: if a column is missing or there is no epoch.
+        ValueError: if a column is missing, there is no epoch, or a value is not finite.
     """
     missing = {"val_loss", "val_accuracy"} - set(history.columns)
     if missing or not len(history):
         raise ValueError(f"expected epochs with val_loss and val_accuracy, got {list(history.columns)}")
+    held = history[["val_loss", "val_accuracy"]].to_numpy(dtype=float)
+    if not math.isfinite(held.sum()):
+        raise ValueError("expected a finite val_loss and val_accuracy at every epoch, got NaN or infinity")
     loss, accuracy = history["val_loss"].to_numpy(), history["val_accuracy"].to_numpy()
     best = int(loss.argmin())
     return {
