@@ -35,7 +35,8 @@ from torchfolio.efficiency.double_rounding import (
     weight_traces,
     widths_now,
 )
-from torchfolio.efficiency.quantized_layers import quantized_layers, span
+from torchfolio.efficiency.quantized_layers import quantized_layers
+from torchfolio.efficiency.rounding import span
 from torchfolio.efficiency.straight_through import round_ste
 from torchfolio.engine import evaluate, fit
 from torchfolio.engine.recipes import adam, cosine

@@ -32,7 +32,8 @@ from torchfolio.layers import (
     wavelet_bank,
 )
 from torchfolio.layers.filter_design import KNOWN_PLANS, METHODS, SCHEMES, encode
-from torchfolio.layers.filter_learning import ICA, ConvKMeans, Hebbian, SphericalKMeans
+from torchfolio.layers.filter_learning import ICA, ConvKMeans, SphericalKMeans
+from torchfolio.layers.filter_networks import Hebbian
 from torchfolio.layers.patches import draw_patches, normalize_patches
 
 
@@ -277,3 +278,36 @@ def test_counts_and_reports():
     net = nn.Sequential(nn.Conv2d(1, 2, 5), nn.MaxPool2d(2), nn.Conv2d(2, 2, 3, dilation=2))
     assert receptive_field(net) == [("0", 5, 1), ("1", 6, 2), ("2", 14, 2)]
     assert KNOWN_PLANS["AlexNet"][0] == (11, 96)
+
+
+def test_what_says_nothing_is_refused_in_one_sentence():
+    x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 2
+    bank = random_bank(4, 3)
+    for call, words in (
+        (lambda: FilterLearner(size=3, contrast=-1.0).fit(x), "contrast"),
+        (lambda: FilterLearner(size=3, encoder="both").fit(x), "encoder"),  # pyright: ignore[reportArgumentType]
+        (lambda: select_filters(bank, x, y, tol=float("nan")), "tol"),
+        (lambda: select_filters(bank, x, y * 0), "two classes, got 1"),
+        (lambda: select_filters(bank, x[:1], y[:1]), "two images, got 1"),
+        (lambda: filter_size_report(x, sizes=()), "at least one size"),
+        (lambda: init_(nn.Conv2d(1, 2, 3), "lsuv", data=x * float("nan")), "data to be finite"),
+        (lambda: init_(nn.Conv2d(1, 2, 3), "orthogonal", gain=float("nan")), "gain"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="labels"):
+        select_filters(bank, x, ["a", "b"] * 6)  # pyright: ignore[reportArgumentType]
+    layer = bank.as_patch_norm_conv(padding=1)
+    assert torch.allclose(layer(x[0]), layer(x[:1])[0])
+
+
+def test_a_transformers_convnet_is_scaled_layer_by_layer():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    torch.manual_seed(0)
+    net, x = transformers.ResNetModel(config), torch.rand(4, 3, 32, 32)
+    bank = gabor_bank(7, 3, n_orient=2, n_scales=1).take(slice(0, 8))
+    init_(init_(net, "lsuv", data=x).embedder.embedder.convolution, bank)  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(net.embedder.embedder.convolution.weight, bank.filters)
+    assert net(x).pooler_output.isfinite().all()
+    assert receptive_field(net)[0] == ("embedder.embedder.convolution", 7, 2)

@@ -39,6 +39,8 @@ class PatchNormConv2d(nn.Conv2d):
         self.contrast = float(at_least("contrast", contrast, 1e-12))
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)  # takes m * sum(w) off
         response = F.conv2d(input, weight, None, self.stride, self.padding)  # pyright: ignore[reportArgumentType]
         box: Any = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.padding}
@@ -228,7 +230,7 @@ def wavelet_bank(size: int, channels: int = 1, kind: str = "gaussian") -> Bank:
     """Wavelet filters of norm 1.
 
     Args:
-        size: side k. `"haar"` takes an even one, `"db2"` a multiple of 4; filters of the first level are tiled at the
+        size: side k; for `"haar"` at best a power of 2, for `"db2"` 4 times one. Filters of the first level stand at the
             centre, and the coarser levels that fit are stretched by 2.
         channels: number of channels; with 3, grey and opponent colours.
         kind: `"gaussian"` (first and second derivatives and the Laplacian of Gaussians, of zero mean), `"haar"` or

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchfolio.checks import finite, labels, one_of, same_length, whole
+from torchfolio.checks import at_least, finite, one_of, same_length, whole
 from torchfolio.layers.filter_banks import Bank
-from torchfolio.layers.filter_encoding import as_images, correlations, encode
+from torchfolio.layers.filter_encoding import as_images, as_labels, correlations, encode
 from torchfolio.layers.patches import draw_patches, normalize_patches
 
 __all__ = ["filter_count", "marchenko_pastur_count", "select_filters"]
@@ -45,22 +45,27 @@ def select_filters(
         seed: seed of the estimate of `"marginal"`.
 
     Raises:
-        ValueError: if labels are missing, or more filters are asked for than there are.
+        ValueError: if labels are missing or all alike, there are fewer than two images, or more filters are asked for than there are.
     """
     one_of("method", method, ("joint", "marginal", "spectral", "redundancy"))
     K = len(bank)
     count = K if n is None else whole("n", n, 1, K)
+    at_least("tol", tol, 0)
     if method == "redundancy":
         return _least_correlated(correlations(bank), count)
     X = as_images(X)
+    if len(X) < 2:
+        raise ValueError(f"expected at least two images, got {len(X)}")
     responses = encode(bank, X).sum(2).flatten(2)
     responses = (responses - responses.mean(0)) / responses.std(0).clamp(min=1e-8)
     if method == "spectral":
         return _most_variance(responses.mean(2), count, tol if n is None else None)
     if y is None:
         raise ValueError(f"expected labels for the method {method!r}, got none")
-    y = labels(torch.as_tensor(y))
+    y = as_labels(y)
     same_length(X=X, y=y)
+    if len(y.unique()) < 2:
+        raise ValueError(f"expected labels of at least two classes, got {len(y.unique())}")
     if method == "marginal":
         from sklearn.feature_selection import mutual_info_classif
 

@@ -3,7 +3,8 @@
 `init_` fills layers by a scheme or from a bank; `FilterLearner` learns a bank from images; `select_filters`,
 `filter_count` and `filter_size_report` say which, how many and how large; `bench` compares banks on frozen features.
 
-This is the one door; the parts are `filter_banks`, `filter_init`, `filter_learning`, `filter_encoding`, `filter_choice`.
+This is the one door; the parts are `filter_banks`, `filter_init`, `filter_learning`,
+`filter_networks`, `filter_encoding`, `filter_choice`.
 
 Reference:
     Hirani and Abdulla, On filter design in deep convolutional neural network, arXiv 2410.21644 (a survey). Sources of the
@@ -13,7 +14,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.checks import between, one_of, whole
+from torchfolio.checks import between, one_of, positive, whole
 from torchfolio.layers import filter_learning as learning
+from torchfolio.layers import filter_networks as networks
 from torchfolio.layers.filter_banks import Bank, PatchNormConv2d, dct_bank, gabor_bank, random_bank, wavelet_bank
 from torchfolio.layers.filter_choice import filter_count, marchenko_pastur_count, select_filters
-from torchfolio.layers.filter_encoding import Encoder, as_images, bench, encode, redundancy
+from torchfolio.layers.filter_encoding import Encoder, as_images, as_labels, bench, encode, redundancy
 from torchfolio.layers.filter_init import SCHEMES, init_
 from torchfolio.layers.patches import Whitening, draw_patches, normalize_patches
 
@@ -44,9 +46,9 @@ __all__ = [
 METHODS: dict[str, type[learning.Learner]] = {
     "random_patches": learning.RandomPatches, "pca": learning.PCA, "ica": learning.ICA, "kmeans": learning.KMeans,
     "spherical_kmeans": learning.SphericalKMeans, "conv_kmeans": learning.ConvKMeans,
-    "sparse_coding": learning.SparseCoding, "hebbian": learning.Hebbian, "wta": learning.WTA,
-    "soft_wta": learning.SoftWTA, "som": learning.SOM, "autoencoder": learning.Autoencoder,
-    "conv_wta": learning.ConvWTA, "rotations": learning.Rotations,
+    "sparse_coding": learning.SparseCoding, "hebbian": networks.Hebbian, "wta": networks.WTA,
+    "soft_wta": networks.SoftWTA, "som": networks.SOM, "autoencoder": networks.Autoencoder,
+    "conv_wta": networks.ConvWTA, "rotations": networks.Rotations,
 }  # fmt: skip
 """Ways to learn filters, by the name that `FilterLearner` takes."""
 
@@ -69,7 +71,7 @@ class FilterLearner(TransformerMixin, BaseEstimator):
         whiten: whether patches are whitened (ZCA); else they are only normalised.
         n_patches: number of patches drawn.
         epsilon: constant of the whitening.
-        contrast: constant of the contrast normalisation; 0.01 suits images in [0, 1].
+        contrast: constant of the contrast normalisation, above 0; 0.01 suits images in [0, 1].
         drop_blank: whether nearly constant patches are left out.
         encoder: see `bench`.
         random_state: seed.
@@ -118,6 +120,8 @@ class FilterLearner(TransformerMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None):
         """Learn from images `[N, C, H, W]`, tensor or array."""
         x = as_images(X)
+        positive("contrast", self.contrast)
+        one_of("encoder", self.encoder, get_args(Encoder))
         K, k, C = whole("n_filters", self.n_filters, 1), whole("size", self.size, 1), x.shape[1]
         learner: Any = self.method
         if isinstance(learner, str):
@@ -199,6 +203,8 @@ def filter_size_report(
 
     X = as_images(X)
     between("test_share", test_share, 0, 1, inclusive=False)
+    if not sizes:
+        raise ValueError("expected at least one size, got none")
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
     test, train = order[: round(test_share * len(X))], order[round(test_share * len(X)) :]
     rows = []
@@ -209,7 +215,7 @@ def filter_size_report(
         row = {"size": size, **filter_count(X[train], size, seed=seed), "border": float(1 - inner / energy.sum()),
                "border_of_noise": 1 - max(size - 2, 0) ** 2 / size**2}  # fmt: skip
         if y is not None:
-            targets = torch.as_tensor(y)
+            targets = as_labels(y)
             table = bench(bank, (X[train], targets[train]), (X[test], targets[test]), seed=seed)
             row["accuracy"] = float(table["accuracy"].iloc[0])
         rows.append(row)

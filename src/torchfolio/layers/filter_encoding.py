@@ -23,7 +23,7 @@ from torchfolio.layers.patches import Whitening, draw_patches, normalize_patches
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["Encoder", "as_images", "bench", "correlations", "encode", "redundancy"]
+__all__ = ["Encoder", "as_images", "as_labels", "bench", "correlations", "encode", "redundancy"]
 
 Encoder = Literal["linear", "relu", "split", "triangle"]
 _BATCH = 500
@@ -34,6 +34,11 @@ def as_images(X: Any) -> Tensor:
     x = torch.as_tensor(np.asarray(X) if not isinstance(X, Tensor) else X).detach().cpu()
     x = x.float() if x.is_floating_point() else x.float() / 255
     return images(x, name="X")
+
+
+def as_labels(y: Any) -> Tensor:
+    """Labels `[N]` of a tensor, an array or a list."""
+    return torch.as_tensor(labels(y if isinstance(y, Tensor) else np.asarray(y)))
 
 
 @torch.no_grad()
@@ -95,7 +100,7 @@ def bench(
     """
     import pandas as pd
 
-    (X, y), (X_test, y_test) = ((as_images(x), labels(torch.as_tensor(t))) for x, t in (train, test))
+    (X, y), (X_test, y_test) = ((as_images(x), as_labels(t)) for x, t in (train, test))
     same_length(X=X, y=y)
     same_length(X=X_test, y=y_test)
     rows = []

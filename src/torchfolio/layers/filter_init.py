@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.checks import at_least, one_of
+from torchfolio.checks import at_least, finite, number, one_of
 from torchfolio.layers.filter_banks import Bank
 from torchfolio.measure import untouched
 
@@ -69,6 +69,9 @@ def init_(
         one_of("scheme", scheme, SCHEMES)
         if scheme == "lsuv" and data is None:
             raise ValueError("expected data for the scheme 'lsuv', got None")
+        if scheme == "lsuv":
+            finite("data", data)
+        number("gain", gain)
     for layer in layers:
         if layer.bias is not None:
             layer.bias.zero_()
