@@ -21,7 +21,6 @@ from torchfolio.efficiency.double_rounding import (
     MixedPrecision,
     MultiPrecision,
     SwitchableNorm,
-    _solve,
     calibrate,
     convert,
     double_round,
@@ -35,12 +34,13 @@ from torchfolio.efficiency.double_rounding import (
     weight_traces,
     widths_now,
 )
+from torchfolio.efficiency.mixed_precision import _solve
 from torchfolio.efficiency.quantized_layers import quantized_layers
 from torchfolio.efficiency.rounding import span
 from torchfolio.efficiency.straight_through import round_ste
 from torchfolio.engine import evaluate, fit
 from torchfolio.engine.recipes import adam, cosine
-from torchfolio.models import MLP, ConvNet, ResNetCIFAR
+from torchfolio.models import MLP, ConvNet, Logits, ResNetCIFAR
 
 BITS = (8, 6, 4, 2)
 
@@ -307,3 +307,36 @@ def test_evaluation_without_calibration_is_refused():
     calibrate(net, torch.randn(30, 4))
     assert net(torch.randn(3, 4)).shape == (3, 2)
     assert not net.training
+
+
+def test_a_transformer_is_converted_trained_and_stored_and_what_stays_real_is_named():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    bert = Logits(transformers.BertForSequenceClassification(config).eval())
+    ids, labels = torch.arange(60).view(10, 6) % 20, torch.arange(10) % 3
+    with pytest.warns(UserWarning, match=r"keep real weights at all widths: .*word_embeddings \(Embedding\)"):
+        net = convert(bert, (8, 4), example=ids)
+    fit(net, (ids, labels), rule=MultiPrecision(), epochs=1, optimizer=adam(1e-3), progress=False)
+    stored = store(copy.deepcopy(net)).eval()
+    for bit in (8, 4):
+        with use_bits(net.eval(), bit), use_bits(stored, bit):
+            assert torch.equal(net(ids), stored(ids))
+
+
+def test_settings_that_cannot_be_meant_are_refused_in_one_sentence():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for bad in ({"bits": 8}, {"bits": "84"}, {"fixed": "0"}):
+        with pytest.raises(TypeError, match="expected"):
+            convert(net, **bad)
+    with pytest.raises(ValueError, match="the example to be finite"):
+        convert(net, example=torch.full((2, 3), float("nan")))
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(double_round(x, torch.tensor(0.1), 4, 8).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad((gradient + x).sum(), x)

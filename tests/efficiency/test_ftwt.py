@@ -247,3 +247,18 @@ def test_compression_writes_a_bundle(tmp_path):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_inputs_and_settings_that_say_nothing_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    x = torch.rand(6, 1, 4, 4)
+    for call, words in (
+        (lambda: estimate_flops(net, x * float("nan"), 0.9), "inputs to be finite"),
+        (lambda: choose_r(net, x, 0.1, tolerance=-1), "tolerance"),
+        (lambda: attach_gates(net, 0.9, skip=["3"]), "no convolution '3'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="names of convolutions"):
+        attach_gates(net, 0.9, skip="0")
+    assert compact(attach_gates(net, 0.9))(x[:0]).shape == (0, 2)

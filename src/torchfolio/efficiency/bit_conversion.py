@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,7 +46,8 @@ def convert(
 
     Every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` (grouped ones too) is replaced by a quantised one that shares nothing
     with the old. Inputs of all but the first are quantised; the network's own input is not. It starts at the highest
-    width. Activations need an example, or `calibrate`, before the network is evaluated or trained by `fit`.
+    width. Other layers with weights (embeddings, transposed convolutions, attention's own) stay as they are, which a
+    warning says. Activations need an example, or `calibrate`, before the network is evaluated or trained by `fit`.
 
     Args:
         model: the trained network.
@@ -58,10 +60,13 @@ def convert(
         example: a batch of inputs, from which the scales of activations start.
 
     Raises:
-        ValueError: if there is no layer to quantise, a name is unknown, or widths are repeated or out of range.
+        ValueError: if there is no layer to quantise, a name is unknown, the example is not finite, or widths are
+            repeated or out of range.
     """
     widths = check_bits(bits)
     checks.one_of("norm", norm, ("switchable", "shared"))
+    if isinstance(fixed, str):
+        raise TypeError(f"expected names of layers, such as [{fixed!r}], got {fixed!r}")
     model = copy.deepcopy(model)
     names = [n for n, m in model.named_modules() if type(m) in _KINDS]
     if not names:
@@ -69,6 +74,8 @@ def convert(
     stay = {names[0], names[-1]} if fixed is None else set(fixed)
     if unknown := sorted(stay - set(names)):
         raise ValueError(f"the network has no layer {unknown[0]!r} to quantise; it has {', '.join(names)}")
+    if left := _left(model, names):
+        warnings.warn(f"these layers keep real weights at all widths: {', '.join(left)}", stacklevel=2)
     sources = _norm_sources(model, names) if norm == "switchable" else {}
     kept = {id(model.get_submodule(n)): n for n in names}
 
@@ -86,6 +93,15 @@ def convert(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, SwitchableNorm(model.get_submodule(name), own, source))
     return model if example is None else calibrate(model, example, batch_size=len(example))
+
+
+def _left(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Layers with matrices or filters of their own that are not quantised."""
+    return [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if name not in names and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    ]
 
 
 def _norm_sources(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:

@@ -212,10 +212,10 @@ def calibrate(model: nn.Module, data: Any, *, batch_size: int = 128) -> nn.Modul
         The model.
 
     Raises:
-        ValueError: if there is no quantised layer, or no example.
+        ValueError: if there is no quantised layer, no example, or one that is not finite.
     """
     layers = quantized_layers(model)
-    x = next(iter(Examples(data).batches(batch_size)))[0]
+    x = checks.finite("the example", next(iter(Examples(data).batches(batch_size)))[0])
     like = next(model.parameters())
     x = x.to(like.device, like.dtype if x.is_floating_point() else None)
     widths = max((m.quantizer.bits for m in layers.values()), key=len)

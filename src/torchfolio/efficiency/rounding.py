@@ -41,6 +41,8 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
         ValueError: if there are none, one is there twice or is not between 2 and 8.
         TypeError: if one is no whole number.
     """
+    if isinstance(bits, int | str):
+        raise TypeError(f"expected bit widths such as (8, 4), got {bits!r}")
     widths = sorted((checks.whole("a bit width", b, 2, 8) for b in bits), reverse=True)
     if not widths or len(set(widths)) < len(widths):
         raise ValueError(f"expected different bit widths, at least one, got {tuple(bits)}")
