@@ -236,7 +236,7 @@ def test_compression_writes_a_bundle(tmp_path):
         (lambda: attach_gates(vgg(), float("nan")), "r"),
         (lambda: attach_gates(attach_gates(vgg(), 0.9), 0.9), "gates already"),
         (lambda: attach_gates(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), 0.9), "found none"),
-        (lambda: attach_gates(vgg(), 0.9, skip=["nope"]), "no module 'nope'"),
+        (lambda: attach_gates(vgg(), 0.9, skip=["nope"]), "no convolution 'nope'"),
         (lambda: measure_flops(vgg(), torch.randn(2, 1, 8, 8)), "no gates"),
         (lambda: compact(vgg()), "no gates"),
         (lambda: FTWT(cooldown=0), "cooldown"),

@@ -21,7 +21,7 @@ from torchfolio.efficiency import (
     recalibrate_bn,
     templatize,
 )
-from torchfolio.models import MLP, ConvNet, ResNetCIFAR
+from torchfolio.models import MLP, ConvNet, Logits, ResNetCIFAR
 
 INITS = ("orthogonal", "zero", "copy", "random", "none")
 
@@ -329,3 +329,46 @@ def test_the_user_keeps_the_network_and_the_model_compiles():
     low = copy.deepcopy(half).bfloat16()
     assert low(images().bfloat16()).dtype == torch.bfloat16
     assert F.mse_loss(low(images().bfloat16()).float(), half(images())) < 0.1
+
+
+def test_networks_that_work_in_place_are_halved_and_a_transformers_resnet_is_grown():
+    x = torch.rand(3, 1, 8, 8)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(64, 2),
+    )
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    for net in (plain, Logits(transformers.ResNetForImageClassification(config))):
+        wide = templatize(net, x).eval()
+        apart = wide(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the members are not trained
+            wide.grow("zero")
+        assert torch.allclose(wide(x), apart, atol=1e-5)
+
+
+def test_recalibration_that_fails_leaves_the_network_as_it_was():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        recalibrate_bn(net, [torch.randn(5, 3), torch.randn(5, 2)])
+    assert not any(m.training for m in net.modules())
+    assert net[1].momentum == 0.1  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    recalibrate_bn(net, torch.randn(9, 3))  # one tensor is one batch
+    assert int(net[1].num_batches_tracked) == 1  # pyright: ignore
+
+
+def test_an_example_or_names_that_cannot_be_meant_are_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="example to be finite"):
+        templatize(net, torch.full((2, 3), float("nan")))
+    with pytest.raises(TypeError, match="names of modules"):
+        templatize(net, torch.rand(2, 3), skip="2")

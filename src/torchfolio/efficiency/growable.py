@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.checks import one_of, positive
+from torchfolio.checks import finite, one_of, positive
 from torchfolio.efficiency.halves import NORMS, find_halves, shrink_norm
 from torchfolio.efficiency.template_layers import (
     Frozen,
@@ -85,6 +85,10 @@ def templatize(
     inputs = example if isinstance(example, tuple) else (example,)
     if not inputs or not all(isinstance(x, Tensor) and len(x) for x in inputs):
         raise ValueError("expected example to be a tensor, or several, with at least one example")
+    for x in inputs:
+        finite("example", x)
+    if isinstance(skip, str):
+        raise TypeError(f"expected names of modules, such as [{skip!r}], got {skip!r}")
     found = find_halves(model, inputs, skip)
     bank = templates if isinstance(templates, TemplateBank) else TemplateBank(templates, shared=False)
     cuts = {Subsample: half_subsample, **(halve or {})}

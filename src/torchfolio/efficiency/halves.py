@@ -160,7 +160,7 @@ class _Probe:
 
         def replace(name: str, mask: Tensor, output: Tensor) -> Tensor:
             leaves.append((name, torch.ones_like(output).requires_grad_()))
-            return leaves[-1][1]
+            return leaves[-1][1].clone()  # no leaf, so that what follows may work in place
 
         with torch.enable_grad():
             output = self._run(example, replace)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchfolio.checks import at_least
 from torchfolio.efficiency.growable import GrowableModel, templatize
@@ -54,7 +54,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
+def recalibrate_bn(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     """Estimate the running statistics of batch norms anew, as means over batches; the mode is left as it is.
 
     Orthogonal, copied and random growth change what batch norms see: without this, or some steps of training, the
@@ -62,15 +62,28 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Args:
         model: network.
-        batches: inputs, or tuples that begin with them; a few hundred examples in all.
+        batches: inputs, or tuples that begin with them, or one tensor of inputs; a few hundred examples in all.
 
     Raises:
-        ValueError: if there are no batches, or no batch norm that keeps running statistics.
+        ValueError: if there are no batches, or no batch norm that keeps running statistics. Whatever fails, the network
+            is left as it was.
     """
-    batches = list(batches)
+    batches = [batches] if isinstance(batches, Tensor) else list(batches)
     if not batches:
         raise ValueError("expected at least one batch, got none")
-    if not any(getattr(m, "running_mean", None) is not None for m in model.modules()):
+    norms: list[Any] = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+    if not norms:
         raise ValueError("expected a network with batch norms that keep running statistics, got none")
     device = next((p.device for p in model.parameters()), None)
-    torch.optim.swa_utils.update_bn(batches, model, device)
+    modes = {m: m.training for m in model.modules()}
+    before = [(m, m.momentum, {name: b.clone() for name, b in m.named_buffers()}) for m in norms]
+    try:
+        torch.optim.swa_utils.update_bn(batches, model, device)
+    except BaseException:
+        for norm, momentum, buffers in before:
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, mode in modes.items():
+            module.training = mode
+        raise
