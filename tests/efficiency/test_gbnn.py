@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from torchfolio.efficiency import gbnn
+from torchfolio.efficiency import boosted_network
 from torchfolio.efficiency.gbnn import (
     BinaryLoss,
     GBNNClassifier,
@@ -74,7 +74,7 @@ def test_assembled_network_is_the_boosted_sum(kind, data, activation, monkeypatc
         blocks.append(fit_block(*args, **kwargs)[0])
         return blocks[-1], 1
 
-    monkeypatch.setattr(gbnn, "fit_block", record)
+    monkeypatch.setattr(boosted_network, "fit_block", record)
     model = kind(**SMALL, activation=activation).fit(X, y)
     scaler = StandardScaler().fit(X)
     Z = (X - scaler.mean_) / scaler.scale_
