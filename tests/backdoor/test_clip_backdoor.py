@@ -19,7 +19,8 @@ from torchfolio.backdoor import (
     poisoned_test,
     universal_trigger,
 )
-from torchfolio.backdoor.clip_backdoor import DataConstraint, agreement_loss, erasing_loss, target_loss
+from torchfolio.backdoor.clip_backdoor import DataConstraint
+from torchfolio.backdoor.guided_noise import agreement_loss, erasing_loss, target_loss
 from torchfolio.backdoor.image_text import CLIPEncoder, PrototypeEncoder
 from torchfolio.backdoor.poison import load
 from torchfolio.backdoor.zoo import SmallConvNet

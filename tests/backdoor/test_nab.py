@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchfolio.backdoor import AllToOne, PatchTrigger, poison
 from torchfolio.backdoor.defenses import TrainingDefense
+from torchfolio.backdoor.isolation import _gap, _losses
 from torchfolio.backdoor.nab import (
     NAB,
     LGAIsolator,
@@ -23,8 +24,6 @@ from torchfolio.backdoor.nab import (
     Stamp,
     StampedModel,
     VerifiedDataRelabeler,
-    _gap,
-    _losses,
     cosine_tail,
     flooding,
 )

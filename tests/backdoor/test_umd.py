@@ -12,9 +12,10 @@ from torch import nn
 
 from tests.contracts.detectors import check_model_detector
 from torchfolio.backdoor import AllToOne
+from torchfolio.backdoor.pair_clustering import objective
 from torchfolio.backdoor.pair_triggers import AdditiveInversion, PairTriggers, PatchInversion
 from torchfolio.backdoor.triggers import AdditiveTrigger
-from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery, objective, order_statistic_score, transfer_matrix
+from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery, order_statistic_score, transfer_matrix
 from torchfolio.backdoor.victims import victim
 from torchfolio.data import load
 

@@ -41,8 +41,9 @@ from torchfolio.backdoor.expert import (
     epochs_of,
     extract_backdoor_expert,
 )
-from torchfolio.backdoor.metrics import accuracy_of, labels_of, outputs_of
+from torchfolio.backdoor.metrics import accuracy_of, labels_of
 from torchfolio.engine.fit import fit
+from torchfolio.measure import outputs
 
 __all__ = [
     "SCORES",
@@ -207,7 +208,7 @@ class BaDExpert(InputDetector):
         self.unlearn_augment: Augment = unlearn_augment
 
     def _fit(self, model: nn.Module, clean: tuple[Tensor, Tensor]) -> None:
-        classes = outputs_of(model, clean[0][:1]).shape[1]
+        classes = outputs(model, clean[0][:1]).shape[1]
         made = self.unlearning(model, clean, classes)
         self.expert_, self.history_, self.unlearn_lr_ = made.model, made.history, made.lr
         self.stop_ = made.stop
@@ -286,10 +287,10 @@ class BaDExpert(InputDetector):
         self._check_fitted()
         labels = labels_of(self.model_, x)
         at = labels[:, None]
-        b = outputs_of(self.expert_, x).double().softmax(1).gather(1, at)[:, 0]
+        b = outputs(self.expert_, x).double().softmax(1).gather(1, at)[:, 0]
         if self.auxiliary_ is None:
             return b, torch.full_like(b, torch.nan), labels
-        return b, outputs_of(self.auxiliary_, x).double().softmax(1).gather(1, at)[:, 0], labels
+        return b, outputs(self.auxiliary_, x).double().softmax(1).gather(1, at)[:, 0], labels
 
     def _score(self, x: Tensor) -> Tensor:
         b, m, _ = self.confidences(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchfolio import checks
 from torchfolio.backdoor.detectors import ModelDetector, ModelVerdict, Scan
 from torchfolio.backdoor.expert import extract_backdoor_expert
-from torchfolio.backdoor.metrics import outputs_of
+from torchfolio.measure import outputs
 
 __all__ = ["ConcentrationVerdict", "ExpertConcentration", "concentration", "judge"]
 
@@ -25,7 +25,7 @@ def concentration(expert: nn.Module, x: Tensor) -> Tensor:
     It has unlearned the task but kept its backdoor, if there is one; an all-to-one backdoor's target may then draw
     many inputs that have no trigger.
     """
-    return outputs_of(expert, x).double().softmax(1).mean(0)
+    return outputs(expert, x).double().softmax(1).mean(0)
 
 
 @dataclass(frozen=True)

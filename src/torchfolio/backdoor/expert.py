@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from torchfolio import checks
 from torchfolio.backdoor.detectors import checked_classes, collected, device_of, private
-from torchfolio.backdoor.metrics import accuracy_of, outputs_of
+from torchfolio.backdoor.metrics import accuracy_of
 from torchfolio.data import CropFlip
 from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.state import FitState
+from torchfolio.measure import outputs
 
 __all__ = ["Expert", "Unlearning", "extract_backdoor_expert"]
 
@@ -201,7 +202,7 @@ def extract_backdoor_expert(
     )
     x, y = collected(clean)
     net = private(model, None)
-    classes = checked_classes(outputs_of(net, x), y)
+    classes = checked_classes(outputs(net, x), y)
     made = unlearning(net, (x, y), classes)
     for fault in unlearning.faults(made, made.history[-1][1], classes):
         warnings.warn(fault, stacklevel=2)

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from torchfolio.backdoor.detectors import private
 
-__all__ = ["fast_copy", "perturbations", "share_interval", "unit"]
+__all__ = ["fast_copy", "perturbations", "share_interval", "unit", "varied"]
 
 
 def fast_copy(model: nn.Module) -> nn.Module:
@@ -85,3 +85,16 @@ def perturbations(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], label
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=9)
     return fig
+
+
+def varied(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Copies of images that are shifted by up to an eighth, mirrored, and noisy."""
+    side = [max(1, s // 8) for s in x.shape[-2:]]
+    padded = nn.functional.pad(x, (side[1], side[1], side[0], side[0]), mode="replicate")
+    copies = []
+    for k in range(count):
+        top, left = (int(torch.randint(2 * s + 1, (), generator=generator, device=x.device)) for s in side)
+        copy = padded[k % len(x), :, top : top + x.shape[-2], left : left + x.shape[-1]]
+        copies.append(copy.flip(-1) if k % 2 else copy)
+    out = torch.stack(copies)
+    return (out + 0.05 * torch.randn(out.shape, device=x.device, dtype=x.dtype, generator=generator)).clamp(0, 1)

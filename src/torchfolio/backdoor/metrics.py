@@ -34,7 +34,6 @@ __all__ = [
     "defense_effectiveness",
     "filter_metrics",
     "labels_of",
-    "outputs_of",
     "stealth",
     "threshold_at_fpr",
     "tpr_at_fpr",
@@ -85,18 +84,13 @@ class Stealth:
 
 
 @torch.no_grad()
-def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 512) -> Tensor:
-    """Outputs on many inputs, `[N, C]` on the CPU; a module is run in evaluation mode on its device and left as it was."""
-    if not isinstance(model, nn.Module):
-        return torch.cat([model(part).cpu() for part in x.split(batch_size)])
-    device = next((p.device for p in model.parameters()), x.device)
-    with measure.untouched(model, training=False):
-        return torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
-
-
 def labels_of(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 512) -> Tensor:
-    """Predicted labels `[N]`."""
-    return outputs_of(model, x, batch_size).argmax(1)
+    """Predicted labels `[N]` on the CPU; a module is run in evaluation mode on its device and left as it was."""
+    if not len(x):
+        return torch.zeros(0, dtype=torch.int64)
+    if isinstance(model, nn.Module):
+        return measure.outputs(model, x, batch_size=batch_size).argmax(1)
+    return torch.cat([model(part).argmax(1).cpu() for part in x.split(batch_size)])
 
 
 def accuracy_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.triggers import Trigger
-from torchfolio.engine.loader import tensors_of
+from torchfolio.data.examples import whole_tensors
 
 __all__ = ["PoisonedDataset", "load", "poison", "poisoned_test"]
 
@@ -92,9 +92,9 @@ class PoisonedDataset(Dataset):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All samples at once, x `[N', C, H, W]` and y int64 `[N']`, without `transform`."""
         x = _images(self.base, self.source_index)  # a copy
-        touched = torch.from_numpy(self._row >= 0)
-        if touched.any():
-            x[touched] = self.block().to(x.dtype)
+        touched = torch.from_numpy(np.flatnonzero(self._row >= 0))
+        if len(touched):
+            x.index_copy_(0, touched.to(x.device), self.block().to(x))
         return x, torch.from_numpy(self.y)
 
     def with_meta(self) -> Dataset:
@@ -365,7 +365,7 @@ def _sha256(content: bytes) -> str:
 
 def _labels(dataset: Base) -> np.ndarray:
     """Labels int64 `[N]` of a data set."""
-    pair = tensors_of(dataset)
+    pair = whole_tensors(dataset)
     if pair is not None:
         if len(pair) != 2 or len(pair[0]) != len(pair[1]):
             raise ValueError("expected a pair of tensors (images, labels) of equal length")
@@ -388,18 +388,22 @@ def _labels(dataset: Base) -> np.ndarray:
 def _check_images(x: Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"expected float images [N, C, H, W], got {x.dtype} of shape {tuple(x.shape)}")
-    if len(x) and not (float(x.min()) >= 0 and float(x.max()) <= 1):
+    low, high = map(float, x.aminmax()) if x.numel() else (0.0, 1.0)
+    if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"expected images in [0, 1], got {float(x.min()):g} to {float(x.max()):g}: "
+            f"expected images in [0, 1], got {low:g} to {high:g}: "
             "leave out normalisation here and put it into the network"
         )
 
 
 def _images(dataset: Base, index: np.ndarray) -> Tensor:
     """Images of some samples, a copy `[len(index), C, H, W]`."""
-    pair = tensors_of(dataset)
+    pair = whole_tensors(dataset)
     if pair is not None:
-        return pair[0][torch.from_numpy(index)]
+        x, rows = pair[0], torch.from_numpy(index)
+        if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))):
+            return x.clone()  # twice as fast as taking every row by its number
+        return x.index_select(0, rows.to(x.device))
     return torch.stack([torch.as_tensor(dataset[int(i)][0]) for i in index])
 
 
@@ -412,7 +416,7 @@ def _triggered(base: Base, index: np.ndarray, trigger: ImageMap | None, which: n
         keys = torch.from_numpy(index)[rows]
         part = x if rows.all() else x[rows]
         made = trigger(part, index=keys) if isinstance(trigger, Trigger) else trigger(part.clone())
-        low, high = float(made.min()), float(made.max())
+        low, high = map(float, made.aminmax())
         if made.shape != part.shape or not (low >= 0 and high <= 1):
             raise ValueError(
                 f"expected a trigger to keep images of shape {tuple(part.shape)} in [0, 1], got {tuple(made.shape)} from {low:g} "

@@ -15,6 +15,8 @@ $$v \\leftarrow \\mu v + \\frac{\\nabla \\ell}{\\lVert \\nabla \\ell \\rVert_2},
 The class whose $\\delta$ sends *other* images there too is the target of the attack. That comparison of classes, the
 choice of $\\sigma$ and stopping early are ours. $\\log g$ is computed from logarithms, so that it has a gradient however
 sure the network is of another class; where the authors' code does not underflow the two are equal.
+
+Longer than most because an inversion, the comparison of classes and a scan go through one loop over images, targets and draws.
 """
 
 from __future__ import annotations
@@ -37,67 +39,15 @@ from torchfolio.backdoor.detectors import (
     TriggerInverter,
     device_of,
 )
-from torchfolio.backdoor.inversion import fast_copy, perturbations, share_interval, unit
+from torchfolio.backdoor.inversion import fast_copy, share_interval, unit, varied
 from torchfolio.backdoor.metrics import labels_of
+from torchfolio.backdoor.smoothed_classifier import Denoiser, SmoothedClassifier
+from torchfolio.backdoor.target_profile import OUTLIER, SHARE, SmoothVerdict, TargetProfile, flagged, outlier, shown
 from torchfolio.backdoor.triggers import AdditiveTrigger
 
 __all__ = ["SmoothInv", "SmoothInvTrigger", "SmoothVerdict", "SmoothedClassifier", "TargetProfile", "flagged"]
 
-Denoiser = Callable[[Tensor, float], Tensor]
-OUTLIER, SHARE = 3.0, 0.5
 SURE = 0.999
-
-
-class SmoothedClassifier(nn.Module):
-    """Mean of a classifier's probabilities under Gaussian noise, $g(x)$; noise is drawn anew in every call.
-
-    Noisy inputs are not clamped. Each image gets draws of its own.
-
-    Args:
-        model: network from images in [0, 1] to logits.
-        sigma: deviation $\\sigma$ of the noise; 0 is none.
-        n: number $N$ of draws.
-        denoiser: function (noisy images, sigma) to images, put before the network, such as
-            `torchfolio.backdoor.denoising.OneStepDenoiser`.
-        chunk: noisy images that go through the network at once; all by default.
-        generator: source of the noise; the global one by default.
-
-    Shapes:
-        `[B, C, H, W]` to probabilities `[B, K]`.
-
-    Raises:
-        ValueError: on a negative `sigma`, or `n` or `chunk` below 1.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sigma: float,
-        n: int = 40,
-        denoiser: Denoiser | None = None,
-        chunk: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        self.sigma, self.n = checks.at_least("sigma", sigma, 0), checks.whole("n", n, 1)
-        self.chunk = None if chunk is None else checks.whole("chunk", chunk, 1)
-        self.model, self.denoiser, self.generator = model, denoiser, generator
-
-    def forward(self, x: Tensor) -> Tensor:
-        noise = torch.randn(len(x), self.n, *x.shape[1:], device=x.device, dtype=x.dtype, generator=self.generator)
-        size = max(1, self.chunk // self.n) if self.chunk else max(1, len(x))
-        parts = zip(x.split(size), noise.split(size), strict=True)
-        return torch.cat([self.log_probabilities(*part).exp() for part in parts])
-
-    def log_probabilities(self, x: Tensor, noise: Tensor) -> Tensor:
-        """$\\log g$ of images `[B, ...]` with given draws `[B, n, ...]`, `[B, K]`."""
-        noisy = (x[:, None] + self.sigma * noise).flatten(0, 1)
-        if noisy.dim() == 4:
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-        if self.denoiser is not None:
-            noisy = self.denoiser(noisy, self.sigma)
-        logs = self.model(noisy).log_softmax(1).unflatten(0, noise.shape[:2])
-        return logs.logsumexp(1) - math.log(noise.shape[1])
 
 
 @dataclass(frozen=True)
@@ -120,60 +70,6 @@ class SmoothInvTrigger(InvertedTrigger):
     def trigger(self) -> AdditiveTrigger:
         """As a trigger, for poisoning and for the metrics of attacks."""
         return AdditiveTrigger(self.delta, quantize=False)
-
-
-@dataclass(frozen=True)
-class TargetProfile:
-    """How far the perturbations towards each class carry over to other images.
-
-    Attributes:
-        scores: $a_t$, share of other images, not predicted $t$ before, that $\\delta_t$ sends to $t$, `[C]`.
-        hits: number of those images, `[C]`.
-        trials: number of images behind every share, `[C]`.
-        outlier: $(a_t - \\text{median}) / (1.4826\\, \\text{MAD} + 0.02)$, `[C]`.
-        target: class that stands out, or `None`.
-        deltas: $\\delta_t$ from the first image, `[C, ...]`.
-    """
-
-    scores: Tensor
-    hits: Tensor
-    trials: Tensor
-    outlier: Tensor
-    target: int | None
-    deltas: Tensor
-
-
-@dataclass(frozen=True)
-class SmoothVerdict(ModelVerdict):
-    """A verdict from a profile of the classes; `evidence` holds `share`, `low`, `high`, `others`, `runner_up`, `class`,
-    `median`, and the tensors `profile` and `image`."""
-
-    def sentences(self, classes: Sequence[str] = ()) -> list[str]:
-        """The verdict in words; `classes` names the network's."""
-        e = self.evidence
-        name, second = (str(classes[e[k]]) if e[k] < len(classes) else str(e[k]) for k in ("class", "second"))
-        word = "suspicious" if self.is_backdoored else "not suspicious"
-        said = [
-            f"The network is {word}: a perturbation towards the class {name}, drawn from {e['images']} image(s), sends "
-            f"{_percent(e['share'])} ({_percent(e['low'])} to {_percent(e['high'])}, 95 % interval, {e['others']} images) of other "
-            f"images there. The next class, {second}, gets {_percent(e['runner_up'])}, the median one "
-            f"{_percent(e['median'])}.",
-            f"A class is suspected where that share is at least {_percent(SHARE)} and lies more than {self.threshold:g} "
-            f"deviations above the median; this one lies {e['outlier']:.2g} above.",
-        ]
-        if self.is_backdoored:
-            said.append(
-                f"Suspected target: {name}. Which classes are its sources is not known: all were taken. Small clean networks are "
-                "called suspicious too now and then, where one direction carries over by nature: look at the picture."
-            )
-        else:
-            said.append(
-                "That is no proof that it has no backdoor: a trigger that is not added to images (a warp, say), or one larger "
-                f"than the budget of {e['eps']:.3g}, is not drawn."
-            )
-        if not self.complete:
-            said.append("The scan was cut short by its time limit and did not look at everything.")
-        return said
 
 
 class SmoothInv(TriggerInverter, ModelDetector):
@@ -291,7 +187,7 @@ class SmoothInv(TriggerInverter, ModelDetector):
         net = fast_copy(model)
         x = x.to(device_of(net, x))
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        others = _copies(x, self.pool, generator) if pool is None else _images(pool).to(x)
+        others = varied(x, self.pool, generator) if pool is None else _images(pool).to(x)
         classes = range(net(x[:1]).shape[1]) if targets is None else targets
         return self._profile(net, x, others, list(classes), Scan(self.seed, progress=False), generator)
 
@@ -315,9 +211,10 @@ class SmoothInv(TriggerInverter, ModelDetector):
                     hits[t] += int(((said == t) & (before != t)).sum())
                     trials[t] += int((before != t).sum())
         scores = hits.double() / trials.clamp_min(1)
-        outlier = _outlier(scores, trials > 0)
+        deviations = outlier(scores, trials > 0)
         best = int(torch.where(trials > 0, scores, -1).argmax())
-        return TargetProfile(scores, hits, trials, outlier, best if flagged(scores, outlier, best) else None, deltas)
+        found_target = best if flagged(scores, deviations, best) else None
+        return TargetProfile(scores, hits, trials, deviations, found_target, deltas)
 
     # All images, targets and draws at once
 
@@ -424,28 +321,7 @@ class SmoothInv(TriggerInverter, ModelDetector):
 
     def pictures(self, verdict: ModelVerdict, classes: Sequence[str]) -> list[tuple[Any, str]]:
         """The profile of the classes, and the perturbation of the one that leads."""
-        import matplotlib.pyplot as plt
-
-        profile, image = verdict.evidence["profile"], verdict.evidence["image"].cpu()
-        best = verdict.evidence["class"]
-        fig, ax = plt.subplots(figsize=(max(4, 0.4 * len(profile.scores)), 3), layout="constrained")
-        ax.bar(
-            range(len(profile.scores)),
-            profile.scores.tolist(),
-            color=["C3" if k == best else "C0" for k in range(len(profile.scores))],
-        )
-        ax.axhline(SHARE, c="k", ls="--")
-        ax.set(ylabel="share of other images", ylim=(0, 1))
-        ax.set_xticks(range(len(profile.scores)), [str(c) for c in classes][: len(profile.scores)], rotation=90)
-        delta = profile.deltas[best].cpu()
-        shown = perturbations([[image, (image + delta).clamp(0, 1), delta]], ["image", "with it", "perturbation"])
-        return [
-            (fig, "Share of other images that the perturbation towards each class sends there."),
-            (
-                shown,
-                f"Perturbation towards {classes[best] if best < len(classes) else best}, on the image it was drawn from.",
-            ),
-        ]
+        return shown(verdict, classes)
 
 
 @dataclass(frozen=True)
@@ -459,21 +335,6 @@ class _Inversions:
 def budget(shape: Sequence[int]) -> float:
     """Default $\\varepsilon$ for images `[C, H, W]`."""
     return max(1.0, 5 * math.sqrt(math.prod(shape) / (3 * 224**2)))
-
-
-def flagged(scores: Tensor, outlier: Tensor, t: int) -> bool:
-    """Whether a class stands out of a profile."""
-    return bool(outlier[t] > OUTLIER) and bool(scores[t] >= SHARE)
-
-
-def _outlier(scores: Tensor, tried: Tensor) -> Tensor:
-    """Deviations above the median of the classes that were tried; those that were not are at 0."""
-    known = scores[tried]
-    if not len(known):
-        return torch.zeros_like(scores)
-    median = known.quantile(0.5)
-    spread = 1.4826 * (known - median).abs().quantile(0.5) + 0.02
-    return torch.where(tried, (scores - median) / spread, 0.0)
 
 
 def _gradient(smooth: SmoothedClassifier, x: Tensor, noise: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,19 +355,6 @@ def _images(x: Tensor) -> Tensor:
     return checks.images(x[None] if isinstance(x, Tensor) and x.dim() == 3 else x, unit=True)
 
 
-def _copies(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Copies of images that are shifted by up to an eighth, mirrored, and noisy."""
-    side = [max(1, s // 8) for s in x.shape[-2:]]
-    padded = nn.functional.pad(x, (side[1], side[1], side[0], side[0]), mode="replicate")
-    copies = []
-    for k in range(count):
-        top, left = (int(torch.randint(2 * s + 1, (), generator=generator, device=x.device)) for s in side)
-        copy = padded[k % len(x), :, top : top + x.shape[-2], left : left + x.shape[-1]]
-        copies.append(copy.flip(-1) if k % 2 else copy)
-    out = torch.stack(copies)
-    return (out + 0.05 * torch.randn(out.shape, device=x.device, dtype=x.dtype, generator=generator)).clamp(0, 1)
-
-
 def _of_different_classes(labels: Tensor, order: Tensor, count: int) -> list[int]:
     """The first images in an order of so many different predicted classes, or of as many as there are."""
     chosen: dict[int, int] = {}
@@ -523,7 +371,3 @@ def _success(delta: Tensor, target: int) -> Callable[[nn.Module, Tensor], float]
         return float((said == target).double().mean())
 
     return asr
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

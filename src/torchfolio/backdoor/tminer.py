@@ -2,8 +2,9 @@
 
 A generator that copies random sentences is trained until its copies change the classifier's verdict. Words that it adds
 again and again are candidates; a candidate that flips most other sentences too survives, and is a trigger if the
-classifier's hidden layer lies far from where ordinary words of the target class lead it. Steps of the method are
-functions of their own here, beside the detector `TMiner`; this is why the file is long.
+classifier's hidden layer lies far from where ordinary words of the target class lead it.
+
+Longer than most because the detector has as many settings as the method has steps: training, mining, judging, a verdict.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.backdoor.detectors import ModelDetector, ModelVerdict, Pair, Scan
+from torchfolio.backdoor.phrase_outliers import outlier_candidates
+from torchfolio.backdoor.phrases import Phrase, auxiliary_phrases, extract_candidates, mrs
 from torchfolio.backdoor.text import TextModel
 from torchfolio.backdoor.text_generator import PerturbationGenerator, distinct_words, diversity, synthetic_corpus
-from torchfolio.checks import between, finite, positive, whole
+from torchfolio.checks import between, positive, whole
 from torchfolio.engine import seeded
 
 __all__ = [
@@ -36,8 +39,6 @@ __all__ = [
     "mrs",
     "outlier_candidates",
 ]
-
-Phrase = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -90,132 +91,6 @@ class TMinerVerdict(ModelVerdict):
         else:
             said.insert(1, "No short phrase was found that flips its verdict.")
         return said
-
-
-def extract_candidates(
-    inputs: Iterable[Sequence[int]], outputs: Iterable[Sequence[int]], max_len: int = 3
-) -> Counter[Phrase]:
-    """Words that sentences gained, sorted, with the number of sentences that gained just them.
-
-    Args:
-        inputs: sentences of numbers.
-        outputs: what became of each.
-        max_len: maximum number of words; sentences that gained more are left out.
-
-    Reference:
-        Section 4.3.
-    """
-    gained = (tuple(sorted(set(after) - set(before))) for before, after in zip(inputs, outputs, strict=True))
-    return Counter(words for words in gained if 0 < len(words) <= max_len)
-
-
-def inserted(sentences: Tensor, phrases: Sequence[Phrase], places: Tensor, *, pad: int, stop: int | None) -> Tensor:
-    """Every phrase in every sentence `[S, L]` at its place `[S]`: one matrix, `[len(phrases), S, …]`, padded."""
-    size = len(sentences)
-    width = max(map(len, phrases))
-    table = torch.tensor([[*phrase, *[pad] * (width - len(phrase))] for phrase in phrases], device=sentences.device)
-    count = torch.tensor([len(phrase) for phrase in phrases], device=sentences.device)[:, None, None]
-    end = sentences.new_full((size, width + (stop is not None)), pad)
-    if stop is not None:
-        end[:, 0] = stop
-    body = torch.cat([sentences, end], 1)
-    j = torch.arange(body.shape[1], device=sentences.device)
-    offset = j - places[:, None]
-    source = torch.where(offset < 0, j, j - count).clamp(0, body.shape[1] - 1)
-    rest = body.expand(len(phrases), -1, -1).gather(2, source.expand(len(phrases), size, -1))
-    phrase = table[:, offset.clamp(0, width - 1)]
-    return torch.where((offset >= 0) & (offset < count), phrase, rest)
-
-
-def mrs(
-    text: TextModel,
-    phrases: Sequence[Phrase],
-    sentences: Tensor,
-    target: int,
-    *,
-    stop: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Misclassification rate of phrases: the share of sentences that each sends to the target, float64 `[K]`.
-
-    All K phrases are judged on the same sentences at the same random places, in matrices of all of them.
-
-    Args:
-        text: the classifier.
-        phrases: K phrases of ids.
-        sentences: ids `[S, L]` of the source class, without padding.
-        target: class that they should go to.
-        stop: id that ends a sentence, if there is one.
-        generator: generator of the places.
-
-    Raises:
-        ValueError: if there are no sentences.
-
-    Reference:
-        Section 4.3.
-    """
-    if sentences.dim() != 2 or not len(sentences):
-        raise ValueError(f"expected sentences [S, L], got shape {tuple(sentences.shape)}")
-    places = torch.randint(sentences.shape[1] + 1, (len(sentences),), generator=generator).to(sentences.device)
-    rates, chunk = [], max(1, 2**15 // len(sentences))
-    for k in range(0, len(phrases), chunk):
-        rows = inserted(sentences, phrases[k : k + chunk], places, pad=text.pad, stop=stop)
-        said = text.logits(rows.flatten(0, 1)).argmax(1) == target
-        rates.append(said.view(len(rows), -1).double().mean(1).cpu())
-    return torch.cat(rates) if rates else torch.zeros(0, dtype=torch.float64)
-
-
-def auxiliary_phrases(words: Tensor, length: int, size: int, generator: torch.Generator | None = None) -> Tensor:
-    """Ordinary phrases `[size, length]` of words drawn from ids `[W]`.
-
-    Raises:
-        ValueError: if there are no words.
-    """
-    if words.dim() != 1 or not len(words):
-        raise ValueError(f"expected ids [W] of one word or more, got shape {tuple(words.shape)}")
-    return words[torch.randint(len(words), (size, length), generator=generator).to(words.device)]
-
-
-def outlier_candidates(
-    hidden: Tensor, auxiliary: Tensor, quantile: float = 0.99, variance: float = 0.99
-) -> tuple[Tensor, Tensor, float]:
-    """How far candidates lie from ordinary phrases.
-
-    Points are projected on the principal components that hold `variance` of all. With $m = \\lceil \\ln N \\rceil$ and
-    $\\varepsilon$ the quantile of the auxiliary points' mean distances to their $m$ nearest, a candidate is noise to DBSCAN
-    among the auxiliary points if it is more than $\\varepsilon$ away from all that are dense. Candidates are judged one by
-    one, so that several near one another do not make a cluster of their own, in which a trigger could hide.
-
-    Args:
-        hidden: hidden states `[K, H]` of candidates.
-        auxiliary: hidden states `[N, H]` of ordinary phrases.
-        quantile: quantile behind the radius.
-        variance: share of the variance that is kept.
-
-    Returns:
-        score `[K]`: distance to the nearest dense point over $\\varepsilon$, 0 for those that are dense themselves, so that
-        noise is above 1; mean distance to the $m$ nearest over $\\varepsilon$ `[K]`; and $\\varepsilon$.
-
-    Reference:
-        Section 4.4; Ester et al., "A Density-Based Algorithm for Discovering Clusters", 1996.
-    """
-    between("quantile", quantile, 0, 1)
-    count = math.ceil(math.log(len(auxiliary)))
-    points = finite("hidden states", torch.cat([auxiliary, hidden]).double())
-    points = points - points.mean(0)
-    _, s, directions = torch.linalg.svd(points, full_matrices=False)
-    share = s.square().cumsum(0) / s.square().sum().clamp_min(1e-300)
-    points = points @ directions[: int((share < variance).sum()) + 1].T
-    auxiliary, hidden = points[: len(auxiliary)], points[len(auxiliary) :]
-    between_all = torch.cdist(auxiliary, auxiliary)
-    own = between_all.topk(count + 1, largest=False).values[:, 1:].mean(1)  # the nearest is the point itself
-    eps = max(float(own.quantile(quantile)), 1e-12)
-    away = torch.cdist(hidden, auxiliary)
-    neighbours = (between_all <= eps).sum(1) + 1  # with the candidate, which counts where it is in reach
-    near = away.masked_fill(neighbours < count, math.inf).min(1).values / eps
-    dense = (away <= eps).sum(1) + 1 >= count
-    distance = away.topk(count, largest=False).values.mean(1) / eps
-    return torch.where(dense, 0.0, near), distance, eps
 
 
 @dataclass

@@ -337,9 +337,9 @@ def _examples(splits: Any, manifest: Manifest, size: int, seed: int) -> tuple[Te
 
 
 def _outputs(source: Bundle, x: Tensor) -> int:
-    from torchfolio.backdoor.metrics import outputs_of
+    from torchfolio.measure import outputs
 
-    return outputs_of(source.model, x[:1]).shape[-1]
+    return outputs(source.model, x[:1]).shape[-1]
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from torchfolio.backdoor import AdditiveTrigger, BlendTrigger, PatchTrigger, Trigger, evaluate_attack, poisoned_test
 from torchfolio.backdoor.clip_backdoor import CLIPGuidedAttack, DataConstraint, clean_feature_erase, universal_trigger
 from torchfolio.backdoor.image_text import PrototypeEncoder
-from torchfolio.backdoor.metrics import labels_of, outputs_of, stealth
+from torchfolio.backdoor.metrics import labels_of, stealth
 from torchfolio.backdoor.zoo import Normalize, SmallConvNet, fit_classifier
 from torchfolio.data import CropFlip
 from torchfolio.experiments._backdoors import victim
+from torchfolio.measure import outputs
 from torchfolio.runs import Results, Run, plots
 
 # Who poisons, by which trigger, and whether carriers are erased.
@@ -177,7 +178,7 @@ class Scene:
         """What erasing and triggers do to the guide, on test images."""
         x, y = self.test
         few = x[: len(self.erased[0])], y[: len(self.erased[0])]
-        h, h_erased = (outputs_of(self.guide, part).softmax(1) for part in (few[0], self.erased[0]))
+        h, h_erased = (outputs(self.guide, part).softmax(1) for part in (few[0], self.erased[0]))
         right, right_erased = (float((p.argmax(1) == few[1]).double().mean()) for p in (h, h_erased))
         shown = {"clean": x} | {name: self.triggers[name](x) for name in ("random", "uap", "cfa")}
         result: dict[str, Any] = {
@@ -187,7 +188,7 @@ class Scene:
             "examples": torch.cat([few[0][:6], self.erased[0][:6], *(self.triggers[t](few[0][:6]) for t in ("blend", "uap", "cfa"))]),
         }  # fmt: skip
         for name, images in shown.items():
-            f = F.normalize(outputs_of(self.guide.backbone, images).double(), dim=1)
+            f = F.normalize(outputs(self.guide.backbone, images).double(), dim=1)
             result[f"{name}_cosine"] = float((f.sum(0).square().sum() - len(f)) / (len(f) * (len(f) - 1)))
             result[f"{name}_target_rate"] = float((labels_of(self.guide, images)[y != 0] == 0).double().mean())
         return result

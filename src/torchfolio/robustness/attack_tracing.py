@@ -9,8 +9,9 @@ small noise in a way of its own. An attack on $M_i$ runs up $T_i$ more than the 
 so transfers less to the other copies.
 
 Whoever averages the outputs of several copies cancels what tells them apart: the method resists no such collusion. The
-training loss is a reconstruction, as the paper's own is not public in full. Copies are made in `traced_copies`; here they are
-traced, and tried out.
+training loss is a reconstruction, as the paper's own is not public in full. Copies are made in `traced_copies`.
+
+Longer than most because copies are traced here, and tried out as an attacker would: a trial is a trace of many attacks.
 
 Reference:
     Fang et al., "Tracing the Origin of Adversarial Attack for Forensic Investigation and Deterrence", ICCV 2023.
