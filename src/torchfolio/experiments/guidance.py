@@ -1,8 +1,8 @@
 """Measures guidance of networks that overfit or do not train, by trained, untrained and wrongly paired guides.
 
 The main task is a wide perceptron on small images with a residual network as guide. The weight of the alignment is
-chosen on the validation images, by the loss under an untrained guide. At full scale deeper targets follow, and two
-sequence tasks.
+chosen on the validation images, by the loss under an untrained guide. Longer than most because at full scale deeper
+targets follow, and two sequence tasks, each with arms of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop, FitResult, evaluate, fit
+from torchfolio.experiments._guidance_peers import peers
 from torchfolio.experiments._guidance_sequences import (
     PAD,
     SYMBOLS,
@@ -36,6 +37,8 @@ from torchfolio.runs import Results, Run
 from torchfolio.training.guidance import Guidance, GuidedRule
 
 MakeNet = Callable[[DataSplits], nn.Module]
+
+__all__ = ["SCALES", "Settings", "figures", "peers", "run"]
 
 
 @dataclass(frozen=True)
