@@ -18,15 +18,15 @@ above $d$ the vote is too local, below it distant clusters outvote near ones, th
 exponent may even predict better.
 
 The limit is computed as such, without a depth that stands for infinity and without a linear solve.
+
+Longer than most because the classifier has three limits beside finite depth.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any, Literal
 
@@ -37,11 +37,19 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchfolio import checks
-from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation, polynomial
+from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation
 from torchfolio.theory.infinite_kernels import nngp, ntk
+from torchfolio.theory.koenigs_table import KoenigsTable
+from torchfolio.theory.limit_activations import (
+    ActivationReport,
+    HermiteActivation,
+    OptimalActivation,
+    classify_activation,
+)
+from torchfolio.theory.ntk_networks import finite_network
 
 __all__ = [
     "ActivationReport",
@@ -57,172 +65,10 @@ __all__ = [
     "ntk",
 ]
 
-Kind = Literal["nearest neighbor", "singular kernel", "majority vote"]
 TILE = 1 << 17  # pairs of a test and a training point held at a time
 TABULATED = 2_000_000  # pairs from which on a table of the Koenigs function pays
 CLOSE = 1e-4  # 1 - ξ below which it is taken from the difference of the points
 NORM_ERROR = 1e-6
-
-
-@dataclass(frozen=True)
-class ActivationReport:
-    """What an activation makes of an infinitely wide and deep network.
-
-    Attributes:
-        kind: `"nearest neighbor"`, `"singular kernel"` or `"majority vote"`.
-        A: $E[\\varphi]$ of the activation with $E[\\varphi^2] = 1$.
-        A_prime: $E[\\varphi']$.
-        B_prime: $E[\\varphi'^2]$.
-        alpha: exponent of the singularity; infinite for the nearest neighbour, NaN for the majority vote.
-        optimal_dim: dimension of the sphere on which it is Bayes optimal, which is `alpha`.
-    """
-
-    kind: Kind
-    A: float
-    A_prime: float
-    B_prime: float
-    alpha: float
-    optimal_dim: float
-
-
-def classify_activation(activation: Activation, degree: int = 64) -> ActivationReport:
-    """Which of the three classifiers an activation leads to.
-
-    Args:
-        activation: name, module, function or dual; see `dual_activation`.
-        degree: highest Hermite degree of its dual.
-
-    Raises:
-        ValueError: if it is linear, which leads to none of them, or as `dual_activation` does.
-
-    Reference:
-        Radhakrishnan et al., section 2.
-
-    Example:
-        >>> classify_activation("erf").kind
-        'singular kernel'
-        >>> round(classify_activation(OptimalActivation(3)).alpha, 10)
-        3.0
-    """
-    dual = dual_activation(activation, degree)
-    if dual.is_linear:
-        raise ValueError("expected an activation that is not linear: a deep linear network is a linear one")
-    kind: Kind
-    if dual.mean:
-        kind, alpha = "majority vote", math.nan
-    elif dual.slope:
-        kind, alpha = "singular kernel", -4 * math.log(abs(dual.slope)) / math.log(dual.slope_at_one)
-    else:
-        kind, alpha = "nearest neighbor", math.inf
-    return ActivationReport(kind, dual.mean, dual.slope, dual.slope_at_one, alpha, alpha)
-
-
-class HermiteActivation(nn.Module):
-    """Activation $\\varphi(z) = \\sum_k a_k h_k(z)$ of orthonormal Hermite polynomials.
-
-    Args:
-        coefficients: $a_0, a_1, \\dots$; of mean square 1 where $\\sum_k a_k^2 = 1$.
-
-    Shapes:
-        Any, kept.
-
-    Raises:
-        ValueError: if they are none, not finite or all zero.
-    """
-
-    def __init__(self, coefficients: Sequence[float]) -> None:
-        super().__init__()
-        self.coefficients = tuple(float(a) for a in coefficients)
-        self.dual = DualActivation(self.coefficients)
-        scaled = [a / math.sqrt(math.factorial(k)) for k, a in enumerate(self.coefficients)]
-        self._powers = np.polynomial.hermite_e.herme2poly(scaled).tolist()
-
-    def forward(self, z: Tensor) -> Tensor:
-        return polynomial(self._powers, z)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{a:.4g}" for a in self.coefficients)
-
-
-class OptimalActivation(HermiteActivation):
-    """The activation whose infinitely wide and deep network is Bayes optimal on the sphere of dimension $d$.
-
-    $(h_1 + h_7) / \\sqrt 2$ for $d = 1$, otherwise
-    $2^{-d/4} h_1 + \\sqrt{1 - 2^{1 - d/2}} h_2 + 2^{-d/4} h_3$: both have $\\alpha = d$.
-
-    Args:
-        dim: dimension $d$ of the sphere, one less than that of the space around it.
-
-    Raises:
-        ValueError: if it is below 1.
-
-    Reference:
-        Radhakrishnan et al., corollary 1.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.dim = checks.whole("dim", dim, 1)
-        half = 2 ** (-dim / 4)
-        middle = math.sqrt(max(0.0, 1 - 2 ** (1 - dim / 2)))
-        super().__init__([0, 0.5**0.5, 0, 0, 0, 0, 0, 0.5**0.5] if dim == 1 else [0, half, middle, half])
-
-
-class NTKLinear(nn.Linear):
-    """Linear layer without bias whose weights are standard normal, divided outside of them.
-
-    Args:
-        in_features: length of inputs.
-        out_features: length of outputs.
-        scale: factor on $Wx$.
-    """
-
-    def __init__(self, in_features: int, out_features: int, scale: float) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.scale = scale
-        nn.init.normal_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-
-class _Elementwise(nn.Module):
-    def __init__(self, dual: DualActivation) -> None:
-        super().__init__()
-        self.dual = dual
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.dual.function(z)
-
-
-def finite_network(d_in: int, width: int, depth: int, activation: Activation, outputs: int = 1) -> nn.Sequential:
-    """A network of finite width in the parametrisation in which `ntk(..., normalized=True)` is its limit.
-
-    Weights are standard normal, drawn by torch's global generator. Layers are divided by $\\sqrt{\\text{width}}$ and the
-    activation's root mean square, the first one not: inputs have norm 1.
-
-    Args:
-        d_in: length of inputs.
-        width: of the hidden layers.
-        depth: number of hidden layers.
-        activation: name, module (copied to every layer), function or dual.
-        outputs: number of outputs.
-
-    Shapes:
-        `[n, d_in]` to `[n, outputs]`.
-
-    Example:
-        >>> finite_network(3, 100, 1, OptimalActivation(2))(torch.eye(3)).shape
-        torch.Size([3, 1])
-    """
-    for name, value in (("d_in", d_in), ("width", width), ("depth", depth), ("outputs", outputs)):
-        checks.whole(name, value, 1)
-    dual = dual_activation(activation)
-    layers: list[nn.Module] = [NTKLinear(d_in, width, 1.0)]
-    for layer in range(depth):
-        layers.append(copy.deepcopy(activation) if isinstance(activation, nn.Module) else _Elementwise(dual))
-        out = outputs if layer == depth - 1 else width
-        layers.append(NTKLinear(width, out, 1 / math.sqrt(width * dual.second_moment)))
-    return nn.Sequential(*layers)
 
 
 def intrinsic_dimension(X: np.ndarray) -> float:
@@ -455,42 +301,6 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
             if table.is_finite:
                 return table
         return lambda eta: self.dual_.koenigs(eta=eta)
-
-
-class KoenigsTable:
-    """The Koenigs function of $1 - \\xi$ in [0, 2], by a cubic in every 256th of an octave.
-
-    An entry is found by the leading bits of the number itself. Errors are below 1e-8, relative where values are above 1.
-
-    Args:
-        dual: dual activation with $A = 0 \\ne A'$.
-    """
-
-    BITS, LOWEST, HIGHEST = 8, -112, 1  # a float64 difference of points of norm 1 is at least 2^-53
-
-    def __init__(self, dual: DualActivation) -> None:
-        self._dual = dual
-        bins = (self.HIGHEST - self.LOWEST) << self.BITS
-        self._shift = 52 - self.BITS
-        self._first = (1023 + self.LOWEST) << self.BITS
-        start = ((torch.arange(bins) + self._first) << self._shift).view(torch.float64)
-        width = torch.cat([start[1:], start.new_tensor([2.0])]) - start
-        nodes = (1 - torch.cos(math.pi * (torch.arange(4, dtype=torch.float64) + 0.5) / 4)) / 2
-        values = dual.koenigs(eta=start[:, None] + width[:, None] * nodes)
-        self._cubics = torch.linalg.solve(nodes[:, None] ** torch.arange(4), values.T).contiguous()
-        self.is_finite = bool(torch.isfinite(self._cubics).all())
-
-    def __call__(self, eta: Tensor) -> Tensor:
-        bits = eta.contiguous().view(torch.int64)
-        entry = (bits >> self._shift).sub_(self._first).clamp_(0, self._cubics.shape[1] - 1)
-        within = (bits & ((1 << self._shift) - 1)).double().mul_(2.0**-self._shift)
-        value = self._cubics[3][entry]
-        for k in (2, 1, 0):
-            value.mul_(within).add_(self._cubics[k][entry])
-        opposite = eta > 1.5  # there, too, it may be singular
-        if bool(opposite.any()):
-            value[opposite] = self._dual.koenigs(eta=eta[opposite])
-        return value.masked_fill_(eta < 2.0**self.LOWEST, math.inf)
 
 
 def _tiles(m: int, n: int) -> Iterator[slice]:
