@@ -12,13 +12,14 @@ import torch
 from scipy.stats import norm
 from sklearn.datasets import load_digits, load_iris
 from sklearn.linear_model import LogisticRegression
-from sklearn.naive_bayes import GaussianNB
+from sklearn.naive_bayes import BernoulliNB, GaussianNB
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from tests.contracts.adaptation import check_adapter
 from torchfolio.adaptation import learning_curves
 from torchfolio.adaptation.naive_bayes_probe import (
+    BernoulliProbe,
     LearningCurve,
     NaiveBayesHead,
     NaiveBayesProbe,
@@ -331,3 +332,42 @@ def test_head_needs_a_linear_end_and_every_class():
     assert adapter.adapt(nn.Linear(6, 7), (x, y), num_classes=4, device="cpu").model.out_features == 4
     with pytest.raises(ValueError, match="num_classes or out_features"):
         adapter.recipe({"build": "a:b", "arguments": {}})
+
+
+# Binary features
+
+
+@parametrize_with_checks([BernoulliProbe()])
+def test_bernoulli_scikit_learn_contract(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("prior", ["empirical", "uniform"])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_bernoulli_is_scikit_learns_and_linear(alpha, prior):
+    X = (DIGITS > 7).astype(float)
+    ours = BernoulliProbe(alpha=alpha, prior=prior, binarize=None).fit(X[:300], LABELS[:300])
+    theirs = BernoulliNB(alpha=alpha, fit_prior=prior == "empirical").fit(X[:300], LABELS[:300])
+    np.testing.assert_allclose(ours.predict_log_proba(X), theirs.predict_log_proba(X), atol=1e-8)
+    np.testing.assert_allclose(ours.decision_function(X), X @ ours.coef_.T + ours.intercept_, atol=1e-10)
+    chunks = BernoulliProbe(alpha=alpha, prior=prior, binarize=None)
+    for start in range(0, 300, 70):
+        part = slice(start, min(start + 70, 300))
+        chunks.partial_fit(X[part], LABELS[part], classes=range(10))
+    np.testing.assert_allclose(chunks.coef_, ours.coef_, atol=1e-10)
+    above = BernoulliProbe(alpha=alpha, prior=prior, binarize=7.0).fit(torch.from_numpy(DIGITS[:300]), LABELS[:300])
+    assert torch.equal(above.predict(torch.from_numpy(DIGITS)), torch.from_numpy(ours.predict(X)))
+    layer = ours.to_linear(dtype=torch.float64)
+    posterior = layer(torch.from_numpy(X)).softmax(1).detach().numpy()
+    np.testing.assert_allclose(posterior, ours.predict_proba(X), atol=1e-10)
+
+
+def test_bernoulli_refuses():
+    with pytest.raises(ValueError, match="0 or 1"):
+        BernoulliProbe(binarize=None).fit(DIGITS, LABELS)
+    for settings in ({"alpha": 0}, {"alpha": float("nan")}, {"prior": [1.0, 0.0]}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            BernoulliProbe(**settings).fit(DIGITS, LABELS)
+    X = (DIGITS > 7).astype(float)
+    curve = learning_curve(X[:400], LABELS[:400], X[400:], LABELS[400:], [40], 3, {"b": BernoulliProbe()})["b"]
+    assert 0 < float(curve.mean[0]) < 0.6

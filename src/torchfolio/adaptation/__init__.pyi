@@ -10,6 +10,7 @@ from torchfolio.adaptation.bt2 import class_prototypes as class_prototypes
 from torchfolio.adaptation.bt2 import upgrade_report as upgrade_report
 from torchfolio.adaptation.dam import ConcreteMerging as ConcreteMerging
 from torchfolio.adaptation.dam import DefenseAwareMerging as DefenseAwareMerging
+from torchfolio.adaptation.naive_bayes_probe import BernoulliProbe as BernoulliProbe
 from torchfolio.adaptation.naive_bayes_probe import NaiveBayesHead as NaiveBayesHead
 from torchfolio.adaptation.naive_bayes_probe import NaiveBayesProbe as NaiveBayesProbe
 from torchfolio.adaptation.naive_bayes_probe import consistency_bound as consistency_bound

@@ -2,8 +2,6 @@
 
 Zheng et al., "Revisiting Discriminative vs. Generative Classifiers: Theory and Implications", ICML 2023,
 https://arxiv.org/abs/2302.02334.
-
-A little longer than most: it fits in one pass, chunk by chunk, and many subsets at once.
 """
 
 from __future__ import annotations
@@ -13,24 +11,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from torchfolio.checks import at_least, finite, one_of
+from torchfolio.adaptation.class_sums import Array, ClassSums, as_numpy
+from torchfolio.checks import at_least, one_of
 
 __all__ = ["NaiveBayesProbe"]
 
-Array = NDArray[np.float64]
-
-_validated: Any = validate_data  # scikit-learn's defaults for X and y are strings, which misleads type checkers
-_BLOCK = 2**18  # numbers that are summed at a time: they stay in the cache for all that is asked of them
 _SUBSETS = 2**24  # scores of subsets' classifiers that are held at a time
 
 
-class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
+class NaiveBayesProbe(ClassSums):
     """Gaussian naive Bayes with one variance a feature, shared by all classes: a linear classifier in closed form.
 
     With $m_k$ samples of class k, their mean $\\mu_k$ and $SS_k = \\sum_{i: y_i = k} (x_i - \\mu_k)^2$,
@@ -83,8 +75,6 @@ class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
         Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
 
-    classes_: NDArray[Any]
-
     def __init__(
         self,
         variance: Literal["shared", "class"] = "shared",
@@ -99,112 +89,20 @@ class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
         self.prior = prior
         self.scale: Literal["minmax"] | None = scale
 
-    def fit(self, X: ArrayLike | Tensor, y: ArrayLike | Tensor):
-        """Fit to features `[m, n]` and labels `[m]`, forgetting what was before."""
-        rows, labels = self._samples(X, y, reset=True)
-        check_classification_targets(labels)
-        self.classes_, codes = np.unique(labels, return_inverse=True)
-        self._check_parameters()
-        self._start(rows.shape[1])
-        self._add(rows, torch.from_numpy(codes.reshape(-1)).to(rows.device))
-        self._solve()
-        self._check_solved()
-        return self
-
-    def partial_fit(self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, classes: ArrayLike | Tensor | None = None):
-        """Add features `[m, n]` and labels `[m]` to what was fitted.
-
-        Args:
-            X: features.
-            y: labels.
-            classes: all labels that there will be; needed in the first call. Each needs a sample before predictions.
-        """
-        first = not hasattr(self, "_scatter")
-        if first and classes is None:
-            raise ValueError("expected classes in the first call of partial_fit, got None")
-        rows, labels = self._samples(X, y, reset=first)
-        if classes is not None:
-            named = np.unique(_numpy(classes))
-            if not first and not np.array_equal(named, self.classes_):
-                raise ValueError(f"expected the classes of the first call, {self.classes_}, got {named}")
-            self.classes_ = named
-        self._check_parameters()
-        codes = np.searchsorted(self.classes_, labels).clip(max=len(self.classes_) - 1)
-        if (unknown := self.classes_[codes] != labels).any():
-            raise ValueError(f"expected labels among {self.classes_}, got {labels[unknown][0]!r}")
-        if first:
-            self._start(rows.shape[1])
-        self._add(rows, torch.from_numpy(codes).to(rows.device))
-        self._solve()
-        return self
-
-    def _check_parameters(self) -> None:
+    def _check_settings(self) -> None:
         one_of("variance", self.variance, ("shared", "class"))
         one_of("scale", self.scale, ("minmax", None))
         at_least("epsilon", self.epsilon, 0)
         at_least("var_smoothing", self.var_smoothing, 0)
-        K = len(self.classes_)
-        if K < 2:
-            raise ValueError(f"expected samples of at least two classes, got one class: {self.classes_[0]!r}")
-        if isinstance(self.prior, str):
-            one_of("prior", self.prior, ("empirical", "uniform"))
-            return
-        prior = np.asarray(self.prior, dtype=np.float64)
-        if prior.shape != (K,):
-            raise ValueError(f"expected prior to be {K} probabilities, one a class, got shape {prior.shape}")
-        if not (prior >= 0).all() or abs(prior.sum() - 1) > 1e-8:
-            raise ValueError(f"expected prior to be probabilities of at least 0 with sum 1, got {prior}")
 
-    def _samples(self, X: Any, y: Any, *, reset: bool) -> tuple[Tensor, NDArray[Any]]:
-        """Features as a tensor, and labels."""
-        if not isinstance(X, Tensor):
-            X, y = _validated(self, X, _numpy(y), dtype=np.float64, reset=reset)
-            return _tensor(X), y
-        rows, labels = self._rows(X, reset=reset), column_or_1d(_numpy(y))
-        if len(labels) != len(rows):
-            raise ValueError(f"expected as many labels as rows of features, got {len(labels)} and {len(rows)}")
-        return rows, labels
-
-    def _rows(self, X: Any, *, reset: bool = False) -> Tensor:
-        if not isinstance(X, Tensor):
-            return _tensor(_validated(self, X, dtype=np.float64, reset=reset))
-        if X.dim() != 2 or not X.numel():
-            raise ValueError(f"expected features [N, n] of one sample or more, got shape {tuple(X.shape)}")
-        if X.is_complex() or X.dtype == torch.bool:
-            raise ValueError(f"expected features to be real numbers, got {X.dtype}")
-        if reset:
-            self.n_features_in_ = X.shape[1]
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(f"X has {X.shape[1]} features, but NaiveBayesProbe is expecting {self.n_features_in_}")
-        rows = finite("the features", X.detach())
-        return rows.cpu() if rows.device.type == "mps" else rows  # which has no float64
-
-    def _start(self, n: int) -> None:
-        K = len(self.classes_)
-        self.class_count_, self._means, self._scatter = np.zeros(K), np.zeros((K, n)), np.zeros((K, n))
-        self._low, self._high = np.full(n, np.inf), np.full(n, -np.inf)
-
-    def _add(self, rows: Tensor, codes: Tensor) -> None:
-        """Merge samples into counts, means, squared deviations and ranges, block by block."""
-        K, n = self._means.shape
-        low, high, count, means, scatter = (
-            torch.from_numpy(a).to(rows.device)
-            for a in (self._low, self._high, self.class_count_, self._means, self._scatter)
-        )
-        size = max(512, _BLOCK // n)
-        for part, k in zip(rows.split(size), codes.split(size), strict=True):
-            block = part.double()
-            low, high = torch.minimum(low, block.amin(0)), torch.maximum(high, block.amax(0))
-            m = torch.bincount(k, minlength=K).double()
-            mean = block.new_zeros(K, n).index_add_(0, k, block) / m.clamp(min=1)[:, None]
-            within = block.new_zeros(K, n).index_add_(0, k, (block - mean.index_select(0, k)).square_())
-            share = (m / (count + m).clamp(min=1))[:, None]
-            difference = mean - means
-            scatter = scatter + within + difference.square() * (count[:, None] * share)
-            means, count = means + difference * share, count + m
-        self._low, self._high, self.class_count_, self._means, self._scatter = (
-            t.cpu().numpy() for t in (low, high, count, means, scatter)
-        )
+    def _check_solved(self) -> None:
+        """Whether there were samples enough to predict."""
+        super()._check_solved()
+        if (flat := np.flatnonzero(np.atleast_2d(self.var_ == 0).any(0))).size:
+            raise ValueError(
+                f"expected features that vary within classes, feature {flat[0]} does not; drop it, or take epsilon or "
+                "var_smoothing above 0"
+            )
 
     def _solve(self) -> None:
         """Variances, weights and biases from what was summed."""
@@ -222,24 +120,6 @@ class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
         if self.variance == "shared":
             self.coef_, self.intercept_ = _linear(self.theta_, self.var_, centre, self.class_prior_)
 
-    def _check_solved(self) -> None:
-        """Whether there were samples enough to predict."""
-        check_is_fitted(self)
-        if (missing := self.class_count_ == 0).any():
-            raise ValueError(f"expected a sample or more of every class, class {self.classes_[missing][0]!r} has none")
-        if (flat := np.flatnonzero(np.atleast_2d(self.var_ == 0).any(0))).size:
-            raise ValueError(
-                f"expected features that vary within classes, feature {flat[0]} does not; drop it, or take epsilon or "
-                "var_smoothing above 0"
-            )
-
-    def _priors(self, count: Array) -> Array:
-        """$\\pi$ for counts `[..., K]`."""
-        if isinstance(self.prior, str):
-            weight = count if self.prior == "empirical" else np.ones_like(count)
-            return weight / weight.sum(-1, keepdims=True)
-        return np.broadcast_to(np.asarray(self.prior, dtype=np.float64), count.shape)
-
     def _floor(self, total: Array, spread: Array) -> Array:
         """What is added to variances `[..., n]`, for total variances and ranges of the features."""
         square = np.where(spread > 0, spread, 1.0) ** 2 if self.scale == "minmax" else np.ones_like(spread)
@@ -248,47 +128,18 @@ class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
     def _logits(self, X: Any) -> Tensor:
         """$\\ln p(k \\mid x)$ up to a constant a sample, `[N, K]`, in float64."""
         self._check_solved()
+        if self.var_.ndim == 1:
+            return self._linear_logits(X)
         rows = self._rows(X).double()
 
         def like(array: Array) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(rows.device)
 
-        if self.var_.ndim == 1:
-            return torch.addmm(like(self.intercept_), rows, like(self.coef_).T)
         means, variances = like(self.theta_), like(self.var_)
         columns = [
             ((rows - mean).square() / var + var.log()).sum(1) for mean, var in zip(means, variances, strict=True)
         ]
         return like(self.class_prior_).log() - torch.stack(columns, 1) / 2
-
-    def decision_function(self, X: ArrayLike | Tensor):
-        """Logits `[N, K]`; for two classes `[N]`, those of the second less those of the first."""
-        logits = self._logits(X)
-        return _given(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits, X)
-
-    def predict_log_proba(self, X: ArrayLike | Tensor):
-        """Logarithms of the class probabilities, `[N, K]`."""
-        return _given(self._logits(X).log_softmax(1), X)
-
-    def predict_proba(self, X: ArrayLike | Tensor):
-        """Class probabilities $\\operatorname{softmax}(w x + b)$, `[N, K]`, in the order of `classes_`."""
-        return _given(self._logits(X).softmax(1), X)
-
-    def predict(self, X: ArrayLike | Tensor):
-        """Labels `[N]`; a tensor for a tensor, if the labels are numbers."""
-        codes = self._logits(X).argmax(1)
-        if isinstance(X, Tensor) and self.classes_.dtype.kind in "biuf":
-            return torch.from_numpy(self.classes_).to(X.device)[codes.to(X.device)]
-        return self.classes_[codes.cpu().numpy()]
-
-    def score(self, X: ArrayLike | Tensor, y: ArrayLike | Tensor, sample_weight: ArrayLike | None = None) -> float:
-        """Accuracy, of arrays or tensors."""
-        labels, predicted = _numpy(y), _numpy(self.predict(X))
-        if labels.shape != predicted.shape:
-            raise ValueError(f"expected a label for each of {len(predicted)} samples, got shape {labels.shape}")
-        return float(
-            np.average(predicted == labels, weights=None if sample_weight is None else np.asarray(sample_weight))
-        )
 
     def to_linear(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> nn.Linear:
         """The classifier as a layer that takes raw features, for the end of a network; its softmax is the posterior.
@@ -306,10 +157,7 @@ class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
         self._check_solved()
         if self.var_.ndim != 1:
             raise ValueError("expected variance='shared' for a linear layer, got 'class', which is quadratic")
-        layer = nn.Linear(self.coef_.shape[1], len(self.coef_), device="meta")  # draws no weights from the generator
-        layer.weight = nn.Parameter(torch.tensor(self.coef_, dtype=dtype, device=device))
-        layer.bias = nn.Parameter(torch.tensor(self.intercept_, dtype=dtype, device=device))
-        return layer
+        return self._layer(dtype, device)
 
     to_module = to_linear
 
@@ -357,7 +205,7 @@ class NaiveBayesProbe(ClassifierMixin, BaseEstimator):
             within = (weight @ squares - (count[..., None] * offset.square()).sum(1)).clamp(min=0)
             ranges = [pool[members].aminmax(dim=0) for members in chosen] if self.scale == "minmax" else []
             spread = torch.stack([r.max - r.min for r in ranges]) if ranges else torch.ones_like(within)
-            scores = self._scores(*map(_numpy, (count, means + offset, within, spread)), X_test=X_test)
+            scores = self._scores(*map(as_numpy, (count, means + offset, within, spread)), X_test=X_test)
             errors.append((scores.argmax(-1) != test_codes[:, None]).double().mean(0))
         return torch.cat(errors).cpu().numpy()
 
@@ -378,19 +226,3 @@ def _linear(theta: Array, variance: Array, centre: Array, prior: Array) -> tuple
     with np.errstate(divide="ignore", invalid="ignore"):  # a prior of 0 is allowed; variances of 0 are told of later
         coef = (theta - centre) / variance
         return coef, np.log(prior) - (coef * (theta + centre)).sum(-1) / 2
-
-
-def _numpy(values: Any) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def _tensor(X: Array) -> Tensor:
-    """A view of an array, which is only read."""
-    return torch.from_numpy(np.require(X, requirements=["C", "W"]))
-
-
-def _given(values: Tensor, X: Any) -> Any:
-    """A result in the form of the features that it was asked for."""
-    if not isinstance(X, Tensor):
-        return values.numpy()
-    return values.to(X.device, X.dtype if X.is_floating_point() else torch.float32)

@@ -21,6 +21,7 @@ from sklearn.preprocessing import MinMaxScaler
 from torch import Tensor, nn
 
 from torchfolio.adaptation.adapter import Adapted, Adapter, Adapting
+from torchfolio.adaptation.bernoulli_probe import BernoulliProbe
 from torchfolio.adaptation.consistency import consistency_bound, least_log_regret
 from torchfolio.adaptation.gaussian_fit import GaussianFit, gaussian_fit
 from torchfolio.adaptation.learning_curves import (
@@ -37,6 +38,7 @@ from torchfolio.measure.untouched import untouched
 from torchfolio.models.surgery import take_features
 
 __all__ = [
+    "BernoulliProbe",
     "GaussianFit",
     "LearningCurve",
     "NaiveBayesHead",
