@@ -129,7 +129,7 @@ def test_networks_among_settings_see_data_as_they_were_trained_on():
 
 
 def test_json_is_valid_whatever_the_numbers_are(capsys):
-    from torchfolio.cli.networks import show_result
+    from torchfolio.cli._network import show_result
 
     show_result({"loss": float("nan"), "rows": [{"x": float("inf")}]}, True)
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "rows": [{"x": None}]}
@@ -186,7 +186,7 @@ def test_a_validation_set_of_ones_own(noise, tmp_path):
 
     from torchfolio import data, engine
     from torchfolio.bundle import load_bundle
-    from torchfolio.cli.networks import normalized
+    from torchfolio.cli._network import normalized
 
     rng = np.random.default_rng(1)
     (tmp_path / "noise" / "0").mkdir()  # a class that is not in the other set: labels go by name, not by place

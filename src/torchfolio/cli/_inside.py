@@ -67,7 +67,7 @@ class Training:
 
     def followed(self, targets: Sequence[float]) -> DataSplits | None:
         """The examples that were followed, where the data are those of the training."""
-        from torchfolio.cli.networks import fitting_splits
+        from torchfolio.cli._network import fitting_splits
 
         trained = self.manifest.training
         if trained.get("data") != self.data or self.image_size not in (None, trained.get("image_size")):

@@ -87,7 +87,7 @@ def validation_set(
     Raises:
         TorchfolioError: if they do not fit the training data, or are the training data.
     """
-    from torchfolio.cli.networks import normalized
+    from torchfolio.cli._network import normalized
     from torchfolio.data import load_whole
 
     if name == data or (Path(name).is_dir() and Path(name).resolve() == Path(data).resolve()):

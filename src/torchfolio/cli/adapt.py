@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
+from torchfolio.cli._network import (
+    call_with,
+    fitting_splits,
+    normalized,
+    parse_settings,
+    predictor_of,
+    show_result,
+)
 from torchfolio.cli._options import ALLOW_HELP, MOST_SEED, Device, Force, TestSize, TrainSize, check_output, named
-from torchfolio.cli.networks import call_with, fitting_splits, normalized, parse_settings, show_result
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
 
@@ -145,7 +152,7 @@ def _adapt_one(
     splits = _load(source, manifest, folder, sizes)
     train, val, test = (normalized(getattr(splits, k), manifest.mean, manifest.std) for k in ("train", "val", "test"))
     same = len(splits.classes) == len(manifest.classes)
-    before = _accuracy(bundle.model, test, place) if same else None
+    before = _accuracy(predictor_of(bundle, allow), test, place) if same else None
     done = method.adapt(
         bundle.model, train, val=val if len(val) else None, num_classes=len(splits.classes), seed=sizes["seed"],
         device=place, say=lambda text: typer.echo(text, err=True),
@@ -153,11 +160,10 @@ def _adapt_one(
     recipe = method.recipe({"build": manifest.build, "arguments": manifest.arguments})
     record = {"adapted": str(folder), "method": name, "settings": settings, "data": source, **dict(done.report)}
     record |= {"split": splits.split_digest} if splits.split_digest else {}
-    kept = {k: v for k, v in manifest.training.items() if k == "image_size"}
     classes = manifest.classes if same else splits.classes
-    made = replace(manifest, **recipe, classes=tuple(classes), training={**kept, **record}, tied={})
+    made = replace(manifest, **recipe, classes=tuple(classes), training={**_lasting(manifest), **record}, tied={})
     save_bundle(done.model, output, made)
-    after = _accuracy(load_bundle(output, allow=allow, device=place).model, test, place)
+    after = _accuracy(predictor_of(load_bundle(output, allow=allow, device=place), allow), test, place)
     result: dict[str, Any] = {"method": name, "bundle": str(output), "before": before, "after": after, **done.report}
     show_result(result if as_json else {k: v for k, v in result.items() if v is not None}, as_json)
 
@@ -188,7 +194,10 @@ def _merge_all(
     if method.needs_inputs and not data:
         raise TorchfolioError(f"{name} learns from unlabelled inputs: name them with --data")
     examples = _examples(bundles, networks, data, sizes)
-    before = [_accuracy(bundle.model, test, place) for bundle, (_, test) in zip(bundles, examples, strict=False)]
+    before = [
+        _accuracy(predictor_of(bundle, allow), test, place)
+        for bundle, (_, test) in zip(bundles, examples, strict=False)
+    ]
 
     bodies, heads = _split([start, *bundles], keep)
     inputs = [train.tensors[0] for train, _ in examples]
@@ -200,7 +209,7 @@ def _merge_all(
     for i, (folder, network) in enumerate(zip(folders, networks, strict=False)):
         row: dict[str, Any] = {"network": str(network), "bundle": str(folder)}
         if examples:
-            model = load_bundle(folder, allow=allow, device=place).model
+            model = predictor_of(load_bundle(folder, allow=allow, device=place), allow)
             row |= {"before": before[i], "after": _accuracy(model, examples[i][1], place)}
         rows.append(row)
     if as_json:
@@ -263,6 +272,11 @@ def _split(bundles: Sequence[Bundle], keep: str | None) -> tuple[list[nn.Module]
     return bodies, heads
 
 
+def _lasting(manifest: Manifest) -> dict[str, Any]:
+    """What of the record of a training is still so after its weights changed: the size of images, how it answers."""
+    return {k: v for k, v in manifest.training.items() if k in ("image_size", "rule", "rule_settings", "predictor")}
+
+
 def _input_range(bundle: Bundle) -> tuple[Any, Any] | None:
     """Range of normalised images, whose pixels lie in [0, 1]; features of tables have none."""
     manifest = bundle.manifest
@@ -292,8 +306,8 @@ def _write(
 
     def save(bundle: Bundle, folder: Path) -> Path:
         bundle.model.load_state_dict(state, strict=keep is None)
-        size = {k: v for k, v in bundle.manifest.training.items() if k == "image_size"}
-        return save_bundle(bundle.model, folder, replace(bundle.manifest, training={**size, **record}))
+        training = {**_lasting(bundle.manifest), **record}
+        return save_bundle(bundle.model, folder, replace(bundle.manifest, training=training))
 
     if keep is None:
         return [save(start, output)] * len(bundles)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from torchfolio import catalog
+from torchfolio.cli._network import call_with, normalized, open_network, parse_settings
 from torchfolio.cli._objectives import settings_by_name
 from torchfolio.cli._options import MOST_SEED, Allow, AsJson, Device, ImageSize, ModelSet, named
-from torchfolio.cli.networks import call_with, normalized, open_network, parse_settings
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
 

@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
+from torchfolio.cli._network import (
+    augmentation,
+    call_with,
+    normalized_splits,
+    open_network,
+    parse_settings,
+    predictor_of,
+    show_result,
+)
 from torchfolio.cli._options import (
     MOST,
     MOST_SEED,
@@ -25,15 +34,6 @@ from torchfolio.cli._options import (
     TrainSize,
     at_least_zero,
     check_output,
-)
-from torchfolio.cli.networks import (
-    augmentation,
-    call_with,
-    normalized_splits,
-    open_network,
-    parse_settings,
-    predictor_of,
-    show_result,
 )
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable

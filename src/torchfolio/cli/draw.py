@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchfolio.cli._network import parse_settings, show_result
 from torchfolio.cli._options import Allow, AsJson, ModelSet, check_file
-from torchfolio.cli.networks import parse_settings, show_result
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import fitting_recipe, importable
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from torchfolio.cli._network import normalized_splits, open_network, show_result
 from torchfolio.cli._options import MOST, MOST_SEED, Allow, AsJson, Data, Device, ImageSize, ModelSet, check_file
-from torchfolio.cli.networks import normalized_splits, open_network, show_result
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
 

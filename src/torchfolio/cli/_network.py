@@ -1,0 +1,236 @@
+"""What every command on networks needs: the network, its data, settings given as text, results shown."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from torchfolio.errors import TorchfolioError
+from torchfolio.fitting import importable, network_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchfolio.bundle import Bundle, Manifest
+    from torchfolio.data import DataSplits
+    from torchfolio.engine import LearningRule
+
+
+def predictor_of(bundle: Bundle, allow: Sequence[str] = ()) -> nn.Module:
+    """How the network of a bundle answers: by the rule that trained it, where that says so (spiking networks).
+
+    Args:
+        bundle: a network and the record of its training.
+        allow: import paths that the bundle may use.
+
+    Raises:
+        TorchfolioError: if the rule is no method of the catalogue and not allowed.
+    """
+    training = bundle.manifest.training
+    if not training.get("predictor"):
+        return bundle.model
+    rule = str(training.get("rule"))
+    if ":" in rule and not rule.startswith("torchfolio.") and rule not in allow:
+        raise TorchfolioError(f"the network answers by its learning rule {rule}; pass --allow {rule} if you trust it")
+    settings = training.get("rule_settings") or {}
+    return call_with(find_rule(rule), settings, f"the rule {rule}").predictor(bundle.model)
+
+
+def fitting_splits(
+    manifest: Manifest, name: str, data: str, *, image_size: int | None = None, further: bool = False, **options: Any
+) -> DataSplits:
+    """The data for a bundle, not normalised yet, with a sentence where they do not fit it.
+
+    Args:
+        manifest: of the bundle.
+        name: of the bundle, for messages.
+        data: name of the data set.
+        image_size: side of the images; as in training by default.
+        further: whether the bundle is trained further, where held-out examples that it may have seen are no error but
+            worth a word.
+        **options: of `torchfolio.data.load`.
+    """
+    from torchfolio.data import load
+
+    size = image_size or manifest.training.get("image_size")
+    splits = load(data, image_size=size, normalize=False, **options)
+    trained = manifest.training
+    if (
+        trained.get("data") == data
+        and splits.split_digest
+        and trained.get("split", "") not in ("", splits.split_digest)
+    ):
+        sentence = (
+            f"{name} was trained when {data} held other examples, so that those held out now may be among those it was "
+            "trained on; put back what was there, or give the new examples a folder test/ beside train/"
+        )
+        if not further:
+            raise TorchfolioError(sentence)
+        typer.echo(f"torchfolio: {sentence}", err=True)
+    if splits.shape != manifest.input_shape:
+        raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {data} has {splits.shape}")
+    if splits.classes and manifest.classes and len(splits.classes) != len(manifest.classes):
+        raise TorchfolioError(f"{name} tells {len(manifest.classes)} classes apart, {data} has {len(splits.classes)}")
+    return splits
+
+
+def normalized_splits(splits: DataSplits, mean: Sequence[float], std: Sequence[float]) -> DataSplits:
+    """Data whose three splits are normalised by the constants of a bundle."""
+    from dataclasses import replace
+
+    parts = {part: normalized(getattr(splits, part), mean, std) for part in ("train", "val", "test")}
+    return replace(splits, **parts, normalized=bool(mean))
+
+
+def normalized(examples: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """A tensor data set with its inputs normalised by the constants of a bundle."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    x, *rest = examples.tensors
+    if not mean:
+        return examples
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return TensorDataset((x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape), *rest)
+
+
+def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` pairs; values are Python literals, or strings where they are none.
+
+    Raises:
+        typer.BadParameter: if a pair has no `=`.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise typer.BadParameter(f"expected key=value, got {pair!r}")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return settings
+
+
+def call_with(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) -> Any:
+    """Call a factory with settings, with a sentence about those that it does not take."""
+    import inspect
+
+    parameters = inspect.signature(factory).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [key for key in settings if key not in parameters]
+    if unknown and not open_ended:
+        known = ", ".join(n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        raise TorchfolioError(f"{what} has no setting {unknown[0]!r}; it has: {known or 'none'}")
+    try:
+        return factory(**settings)
+    except TypeError as error:
+        raise TorchfolioError(f"{what} cannot be made with {dict(settings)}: {error}") from error
+
+
+def find_rule(name: str) -> Callable[..., LearningRule]:
+    """The learning rule behind a name: backprop, the slug of a method, or an import path.
+
+    Raises:
+        TorchfolioError: if there is no such rule.
+    """
+    import importlib
+    import inspect
+
+    from torchfolio import catalog
+    from torchfolio.engine import Backprop, LearningRule
+
+    if name == "backprop":
+        return Backprop
+    if ":" in name:
+        importable([name])
+        module_name, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise TorchfolioError(f"cannot import the rule {name}: {error}") from error
+        if not (inspect.isclass(found) and issubclass(found, LearningRule)):
+            raise TorchfolioError(f"{name} is not a class of torchfolio.engine.LearningRule")
+        return found
+    return catalog.offered(name, "rule")
+
+
+def open_network(
+    bundle: Path | None,
+    model: str | None,
+    weights: Path | None,
+    model_set: Sequence[str] | None,
+    allow: list[str],
+    data: str,
+    image_size: int | None,
+    sizes: dict[str, Any],
+) -> tuple[Bundle, DataSplits]:
+    """The network that a command is given, as a bundle or by `--model` and `--weights`; its data, not normalised yet.
+
+    Args:
+        bundle: its folder.
+        model: reference network or import path.
+        weights: a safetensors file.
+        model_set: arguments of the network, `key=value`.
+        allow: import paths that the bundle may use.
+        data: name of the data set.
+        image_size: side of the images.
+        sizes: seed and sizes, of `torchfolio.data.load`.
+    """
+    from torchfolio.bundle import load_bundle
+
+    if bundle is not None and model is None and weights is None:
+        source = load_bundle(bundle, allow=allow)
+        return source, fitting_splits(source.manifest, str(bundle), data, image_size=image_size, **sizes)
+    if bundle is None and model is not None and weights is not None:
+        return _from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
+    raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")
+
+
+def _from_weights(
+    model: str, weights: Path, arguments: dict[str, Any], data: str, image_size: int | None, sizes: dict[str, Any]
+) -> tuple[Bundle, DataSplits]:
+    """A network from a factory and a safetensors file, as if it came from a bundle; and its data."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from torchfolio.bundle import Bundle, Manifest, build
+    from torchfolio.data import load
+
+    if not weights.is_file():
+        raise FileNotFoundError(f"there is no file {weights}")
+    splits = load(data, image_size=image_size, normalize=False, **sizes)
+    path, arguments = network_recipe(model, arguments, splits)
+    net = build(path, arguments, allow=[path])
+    try:
+        net.load_state_dict(load_file(weights))
+    except SafetensorError as error:
+        raise TorchfolioError(f"{weights} is not a readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise TorchfolioError(f"the weights in {weights} do not fit {model}: {detail}") from error
+    mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
+    shape, classes = tuple(splits.shape), tuple(splits.classes)
+    return Bundle(net.eval(), Manifest(path, arguments, shape, classes, mean, std, {"image_size": image_size})), splits
+
+
+def augmentation(splits: DataSplits) -> Any:
+    """Random crops and flips for colour images; none for other data."""
+    from torchfolio.data.augment import CropFlip
+
+    colour_images = len(splits.shape) == 3 and splits.shape[0] == 3
+    return CropFlip(padding=max(1, splits.shape[-1] // 8), flip=True) if colour_images else None
+
+
+def show_result(result: Mapping[str, Any], as_json: bool) -> None:
+    from torchfolio.json_text import to_json
+
+    if as_json:
+        typer.echo(to_json(result))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key:>10}  {f'{value:.4f}' if isinstance(value, float) else value}")

@@ -1,0 +1,61 @@
+"""Measure a bundle on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchfolio.cli._network import (
+    fitting_splits,
+    normalized,
+    predictor_of,
+    show_result,
+)
+from torchfolio.cli._options import (
+    MOST_SEED,
+    Allow,
+    AsJson,
+    Data,
+    Device,
+    ImageSize,
+    TestSize,
+)
+from torchfolio.fitting import importable
+
+if TYPE_CHECKING:
+    pass
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(name="eval")(evaluate)
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    allow: Allow = None,
+    image_size: ImageSize = None,
+    test_size: TestSize = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the order of the training part.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Read a bundle back and measure it on a data set.
+
+    Example: torchfolio eval net/ --data cifar10
+    """
+    from torchfolio import engine
+    from torchfolio.bundle import load_bundle
+
+    allow = importable(allow or [])
+    if split not in ("train", "val", "test"):
+        raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
+    loaded = load_bundle(bundle, allow=allow)
+    splits = fitting_splits(loaded.manifest, str(bundle), data, seed=seed, image_size=image_size, test_size=test_size)
+    examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
+    scores = engine.evaluate(predictor_of(loaded, allow), examples, device=device)
+    show_result({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
