@@ -141,3 +141,16 @@ def test_errors_are_one_sentence(networks, tmp_path, monkeypatch, arguments, mes
     done = call(*arguments, "a", "b", "-o", tmp_path / "merged")
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_spiking_networks_are_measured_by_their_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spiking = ("--model", "torchfolio.spiking.nets:SpikingConvNet", "--rule", "sltt", "--rule-set", "timesteps=2")
+    done = runner.invoke(app, ["train", *spiking, "--data", "digits", "--epochs", "1", "-o", "net"])
+    assert done.exit_code == 0, done.output
+    done = call("--method", "average", "net", "net", "--data", "digits", "-o", "merged", "--json")
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout)["networks"][0]
+    asked = json.loads(runner.invoke(app, ["eval", "net", "--data", "digits", "--json"]).stdout)["accuracy"]
+    again = json.loads(runner.invoke(app, ["eval", "merged", "--data", "digits", "--json"]).stdout)["accuracy"]
+    assert row["before"] == asked == row["after"] == again
