@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
@@ -215,3 +216,22 @@ def test_what_cannot_be_is_refused():
     for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
         with pytest.raises(RuntimeError, match="closure"):
             call()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda noise: pickle.loads(pickle.dumps(noise))])
+def test_copies_are_noisy_too_and_draw_the_same(copied):
+    p = weights(50)
+    noise = GradientNoise(torch.optim.SGD([p], lr=1.0), eta=0.3, generator=generator(3))
+    noise.optimizer.step()
+    twin = copied(noise)
+    (q,) = twin.optimizer.param_groups[0]["params"]
+    for each, parameter in ((noise, p), (twin, q)):
+        parameter.grad = torch.zeros_like(parameter)
+        each.optimizer.step()
+        assert each.step == 2
+    assert q is not p
+    assert torch.equal(p, q)
+    noise.remove()
+    assert copied(noise)._handles == []
+    with pytest.raises(TypeError, match=r"torch\.Generator, got int"):
+        GradientNoise(torch.optim.SGD([p], lr=1.0), generator=3)

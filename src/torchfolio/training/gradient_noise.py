@@ -117,10 +117,12 @@ class GradientNoise:
 
     Raises:
         ValueError: if a number is out of range, or the optimizer has gradient noise already.
-        TypeError: if the optimizer evaluates closures, as LBFGS does: gradients would come after the noise.
+        TypeError: if the optimizer evaluates closures, as LBFGS does: gradients would come after the noise; or if the
+            generator is none.
 
     Note:
-        Copies of an optimizer, by `copy.deepcopy` or pickle, lose all hooks, and so the noise.
+        Copies of an optimizer, by `copy.deepcopy` or pickle, lose all hooks, and so the noise. Copy the `GradientNoise`
+        instead: it comes with a copy of its optimizer, and the noise is on that one.
 
     Example:
         >>> noise = GradientNoise(torch.optim.SGD(net.parameters(), lr=0.03), eta=0.3)
@@ -135,10 +137,17 @@ class GradientNoise:
             raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, LBFGS):
             raise TypeError("LBFGS computes gradients inside its step, after the noise; expected another optimizer")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"expected a torch.Generator, got {type(generator).__name__}")
         if getattr(optimizer, "_has_gradient_noise", False):
             raise ValueError("the optimizer has gradient noise already; remove() that first")
         self.optimizer, self.eta, self.gamma, self.generator = optimizer, eta, gamma, generator
         self.step = 0
+        self._attach()
+
+    def _attach(self) -> None:
+        """Put the hooks on the optimizer."""
+        optimizer = self.optimizer
         self._buffers: dict[Any, Tensor] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -178,6 +187,22 @@ class GradientNoise:
             if self.generator is None:
                 self.generator = torch.Generator(self._device())
             self.generator.set_state(state["generator"].cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {
+            name: value for name, value in self.__dict__.items() if name not in ("_handles", "_buffers", "generator")
+        }
+        given = None if self.generator is None else (str(self.generator.device), self.generator.get_state())
+        return {**state, "generator": given, "attached": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        given, attached = state.pop("generator"), state.pop("attached")
+        self.__dict__.update(state, generator=None, _handles=[], _buffers={})
+        if given is not None:
+            self.generator = torch.Generator(given[0])
+            self.generator.set_state(given[1])
+        if attached:
+            self._attach()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
