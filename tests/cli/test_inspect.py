@@ -53,6 +53,8 @@ def test_one_network(networks, tmp_path):
     assert "Train again with --record" in text
     assert result["training"]["sharpness"]["last"] > 0
     assert len(result["losses"]["worst"]) == 12
+    assert result["size"]["ratio"] == pytest.approx(sum(row["parameters"] for row in result["layers"]) / (1294 * 10))
+    assert not result["size"]["fitted"]
     assert result["panels"]["boundary_tilting"]["pairs"]
     assert "saturated in every layer" in text
     assert "Information plane by adaptive bins" not in text, "a plane of saturated estimates is not drawn"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchfolio.data import Examples
 from torchfolio.engine import fit
 from torchfolio.insight.example_losses import example_losses
+from torchfolio.insight.size_panel import size_panel
 from torchfolio.insight.training_panels import group_panel, sharpness_panel
 from torchfolio.insight.training_record import (
     TrainingRecord,
@@ -68,6 +69,25 @@ def test_a_recorder_follows_a_training_and_leaves_it_as_it_was():
     assert again.sharpness == kept.sharpness
 
 
+def test_sharpness_of_batch_norm_is_that_of_training():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = 10 * torch.randn(32, 4, dtype=torch.float64), torch.randint(0, 3, (32,))
+    parameters = dict(net.named_parameters())
+
+    def loss(flat):
+        parts = flat.split([p.numel() for p in parameters.values()])
+        given = {n: q.view_as(p) for (n, p), q in zip(parameters.items(), parts, strict=True)}
+        buffers = {n: b.clone() for n, b in net.named_buffers()}
+        return F.cross_entropy(torch.func.functional_call(net.train(), {**given, **buffers}, (x,)), y)
+
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+    wanted = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat))[-1]
+    value, _ = sharpness_of(net.eval(), x, y)
+    assert value == pytest.approx(float(wanted), rel=0.02)
+    assert not any(m.training for m in net.modules())
+
+
 def test_losses_of_numbers_and_of_labels():
     z, t = torch.randn(5, 2), torch.randn(5, 2)
     assert torch.allclose(losses_of(z, t), (z - t).square().mean(1))
@@ -118,6 +138,7 @@ def test_groups_that_oppose_each_other_are_told_from_those_that_do_not():
     losses[25:] += 0.5
     panel = group_panel(record(losses), ("dog", "cat"))
     assert panel.record["step"] == 24
+    assert "rose most, by" in panel.sentences[0]
     assert "go against each other" in panel.sentences[1]
     assert set(panel.record["positive"]) | set(panel.record["negative"]) >= set(range(10))
     calm = 2 - 0.02 * np.arange(30)[:, None] - 0.001 * np.arange(30)[:, None] * rng.random((1, 100))
@@ -157,3 +178,22 @@ def test_outliers_of_the_loss():
     assert "most frequent label" in example_losses(blind, Examples((x, y))).notes[0]
     with pytest.raises(ValueError, match="not finite"):
         example_losses(net, Examples((x * torch.inf, y)))
+
+
+def test_size_against_what_is_to_be_fitted():
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    x = torch.randn(60, 4)
+    y = net(x).argmax(1)
+    panel = size_panel(net, (x[:30], y[:30]), (x[30:], y[30:]), 30)
+    assert panel.record["ratio"] == pytest.approx(15 / 90)
+    assert panel.record["fitted"]
+    assert "may sit at the peak" in panel.sentences[1]
+    wide = nn.Sequential(net, nn.Linear(3, 1000), nn.Linear(1000, 3))
+    answers = wide(x).argmax(1)
+    assert "to the right" in size_panel(wide, (x, answers), (x, answers), 60).sentences[1]
+    wrong = size_panel(net, (x[:30], (y[:30] + 1) % 3), (x[30:], y[30:]), None)
+    assert "does not fit" in wrong.sentences[1]
+    assert "not recorded" in wrong.sentences[0]
+    numbers = size_panel(nn.Linear(4, 1), (x, torch.randn(60, 1)), (x, torch.randn(60, 1)), 60)
+    assert "accuracy" not in numbers.tables[0]

@@ -23,6 +23,7 @@ MOST_LAYERS = 12
 BETWEEN = "(between layers)"
 MOST_DRAWN = 3  # layers whose units are drawn one by one
 MOST_ROWS = 20  # of a table that is read at a glance
+SEEN = 500  # training examples that are looked at
 SHARP = 128  # examples that the sharpness is taken over
 
 
@@ -39,6 +40,13 @@ class Shown:
     splits: DataSplits
     examples: Examples
     classes: tuple[str, ...]
+
+    def normalized(self, splits: DataSplits, manifest: Manifest) -> tuple[Tensor, Tensor]:
+        """Training examples as the network takes them."""
+        from torchfolio.cli._network import normalized
+
+        x, y = normalized(splits.train, manifest.mean, manifest.std).tensors
+        return x, y
 
     def as_people_see(self, x: Tensor) -> dict[str, Any]:
         """Inputs as pictures or as texts, for `example_losses` and `group_panel`; neither for rows of numbers."""
@@ -65,19 +73,27 @@ class Training:
     data: str
     image_size: int | None
 
-    def followed(self, targets: Sequence[float]) -> DataSplits | None:
-        """The examples that were followed, where the data are those of the training."""
+    def trained_on(self, count: int) -> DataSplits | None:
+        """The first training examples, not normalised, where the data are those of the training; fewer if it had fewer."""
         from torchfolio.cli._network import fitting_splits
 
         trained = self.manifest.training
         if trained.get("data") != self.data or self.image_size not in (None, trained.get("image_size")):
             return None
+        known = trained.get("examples")
+        count = min(count, known) if isinstance(known, int) and known > 0 else count
         try:
-            splits = fitting_splits(self.manifest, str(self.folder), self.data, seed=trained.get("seed", 0),
-                                    train_size=len(targets), test_size=1)  # fmt: skip
+            return fitting_splits(self.manifest, str(self.folder), self.data, seed=trained.get("seed", 0),
+                                  train_size=count, test_size=1)  # fmt: skip
         except (TorchfolioError, ValueError, TypeError):
             return None
-        y = splits.train.tensors[1].double().reshape(len(targets), -1)[:, 0]
+
+    def followed(self, targets: Sequence[float]) -> DataSplits | None:
+        """The examples that were followed, where they are the first ones that were trained on."""
+        splits = self.trained_on(len(targets))
+        if splits is None:
+            return None
+        y = splits.train.tensors[1].double().reshape(len(splits.train), -1)[:, 0]
         return splits if y.tolist() == list(targets) else None
 
 
@@ -142,6 +158,24 @@ def _last_sharpness(net: nn.Module, splits: DataSplits) -> float:
     place = next((p.device for p in net.parameters()), None)
     x, y = (t[:SHARP].to(place) for t in splits.train.tensors)
     return sharpness_of(net, x, y)[0]
+
+
+def size_card(training: Training, net: nn.Module, shown: Shown) -> tuple[Sheet | None, dict[str, Any]]:
+    """Whether the size may sit at a peak of the test error."""
+    from torchfolio.insight.size_panel import size_panel
+
+    facts = training.manifest.training
+    count = facts.get("examples")
+
+    def look() -> Panel:
+        splits = training.trained_on(SEEN)
+        if splits is None:
+            raise ValueError("Whether its size sits at a peak of the test error is not shown: the data are not those it was trained on.")  # fmt: skip
+        seen = shown.normalized(splits, training.manifest)
+        x, y = shown.examples.first(len(shown.examples))
+        return size_panel(net, seen, (x, y), count if isinstance(count, int) else None)
+
+    return panel_card("its size", look)
 
 
 def losses_card(net: nn.Module, shown: Shown) -> tuple[Sheet | None, dict[str, Any]]:

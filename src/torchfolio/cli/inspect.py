@@ -86,6 +86,8 @@ def inspect(
         training = inside.Training(bundle, name, source.manifest, data, image_size)
         made, result["training"] = inside.training_cards(training, net, shown)
         cards += made
+        card, result["size"] = inside.size_card(training, net, shown)
+        cards.append(card)
     _say(f"{name}: losses of {len(x):,} examples")
     card, result["losses"] = inside.losses_card(net, shown)
     cards.append(card)
@@ -118,7 +120,12 @@ def inspect(
         information = inside.information(net, layers, x, y, bins)
         cards.append(inside.information_card(name, information, len(x), y))
         result["information"] = information["table"].reset_index().to_dict("records")
-    told = {**result.get("training", {}), "losses": result["losses"], **result["panels"]}
+    told = {
+        **result.get("training", {}),
+        "size": result.get("size", {}),
+        "losses": result["losses"],
+        **result["panels"],
+    }
     write_sheet(output, f"inside {name}", [*filter(None, cards), *inside.missing_card(told)])
     _show(result, as_json)
 

@@ -204,6 +204,7 @@ def train(
             "predictor": type(host).predictor is not engine.LearningRule.predictor,
             "start": str(start) if start else None,
             "steps": result.steps,
+            "examples": len(splits.train),
             "stopped": result.stopped,
             "val_data": val,
             "val": validation(result.history.rows),

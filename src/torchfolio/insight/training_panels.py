@@ -78,10 +78,12 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
         table["share of the limit"] = ratio
         most = int(np.nanargmax(ratio))
         sentences.append(
-            f"The sharpness came nearest to its limit at step {record.measured[most]}: {sharp[most]:.3g} against "
-            f"{limits[most, 1]:.3g}"
+            f"The sharpness came nearest to its limit at step {record.measured[most]}: {sharp[most]:.4g} against "
+            f"{limits[most, 1]:.4g}"
             + (
-                ": there training is at the edge of stability, and the step size decides how sharp the network becomes."
+                ": far beyond it, where gradient descent throws the network about until it finds a flatter place."
+                if ratio[most] > 2
+                else ": there training is at the edge of stability, and the step size decides how sharp the network becomes."
                 if ratio[most] > 0.8
                 else ": the steps were small enough, and a spike of the loss has another cause."
             )
@@ -93,8 +95,8 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
             "that 2 / lr is no limit for it, and the sharpness does not tell whether its steps were stable."
         )
     notes = [
-        f"Estimated over {record.followed} training examples in evaluation mode; that of the whole set is another, of the "
-        "same order."
+        f"Estimated over {record.followed} training examples, without dropout, with batch norm by these examples; that of the "
+        "whole set is another, of the same order."
     ]
     if not np.isfinite(sharp).all():
         notes.append("Where a figure is missing the curvature could not be computed.")
@@ -119,7 +121,7 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
 def group_panel(
     record: TrainingRecord, classes: Sequence[str] = (), pictures: Tensor | None = None, texts: Sequence[str] = ()
 ) -> Panel:
-    """The examples whose loss moved most at the step at which the mean loss first rose.
+    """The examples whose loss moved most at the spike of the mean loss, or where it first rose if there is none.
 
     Args:
         record: of the training.
@@ -136,7 +138,11 @@ def group_panel(
         raise ValueError(
             "Which examples moved the loss is not shown: fewer than 3 moments or 20 examples were recorded."
         )
-    groups = find_groups(record.losses)
+    means = record.losses.mean(1)
+    rises = np.diff(means) / np.maximum(means[:-1], 1e-300)
+    # Steps on batches make the loss rise a little all the time: the spike is the largest rise.
+    spike = bool(rises.max() >= SPIKE) if np.isfinite(rises).all() else False
+    groups = find_groups(record.losses, step=int(np.diff(means).argmax()) if spike else None)
     here, there = record.steps[groups.step], record.steps[groups.step + 1]
     k, n = len(groups.positive), record.losses.shape[1]
     usual = max(1, round(0.02 * n)) / n
@@ -147,17 +153,14 @@ def group_panel(
     sentences = [
         f"Of {n} training examples that were followed, {k} whose loss rose most between steps {here} and {there} are compared "
         f"with the {k} whose loss fell most there"
-        + (", where the mean loss first rose." if groups.instability else ".")
+        + (f", where the mean loss rose most, by {rises[groups.step]:.0%}." if spike else ".")
         + f" The 2 % of examples that moved most carry {groups.concentration:.0%} of all change"
         + (f", {groups.concentration / usual:.1f} times their share." if usual else ".")
     ]
     if not groups.instability:
         sentences.append("No instability was seen: the mean loss never rose. The groups are those of the step with the most uneven changes, and stand behind no spike.")  # fmt: skip
-    else:
-        means = record.losses.mean(1)
-        rise = means[groups.step + 1] / max(means[groups.step], 1e-300) - 1
-        if rise < SPIKE:
-            sentences.append(f"The mean loss rose by {rise:.2%} there, which is no spike: take the groups for examples that the network wavers about.")  # fmt: skip
+    elif not spike:
+        sentences.append(f"The mean loss never rose by more than {rises.max():.2%} of itself, which is no spike: take the groups for examples that the network wavers about.")  # fmt: skip
     if not math.isfinite(groups.opposition):
         sentences.append("Whether the two pull against each other cannot be told from so few moments.")
     elif opposed:

@@ -59,18 +59,27 @@ def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 def sharpness_of(model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None = None) -> tuple[float, Tensor | None]:
     """Largest eigenvalue of the Hessian of the mean loss, to about two digits, and its vector; NaN where there is none.
 
+    Batch norm takes the statistics of these examples, as in training: with running ones the curvature is that of another
+    loss, tens of times sharper. All else is as the network stands.
+
     Args:
         model: network in evaluation mode.
         x: inputs.
         y: targets.
         start: the vector of an earlier measurement.
     """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training]
     try:
+        for norm in norms:
+            norm.training = True
         generator = torch.Generator().manual_seed(0)
         top = hessian_eigenvalues(model, mean_loss, (x, y), iterations=30, tolerance=2e-2, start=start,
                                   generator=generator)  # fmt: skip
     except (RuntimeError, ValueError, TypeError):  # layers without a second derivative say so in many ways
         return math.nan, None
+    finally:
+        for norm in norms:
+            norm.training = False
     value = float(top.values[0])
     # Layers that hide their second derivative give exactly nothing.
     return (value, top.vectors) if value else (math.nan, None)
@@ -167,8 +176,8 @@ def _real(value: Any) -> float:
 class TrainingRecorder:
     """Follows some training examples while a network trains; for `fit(callbacks=...)`.
 
-    At about a hundred steps the losses of the examples are taken, at eight of them the sharpness. The network is asked in
-    evaluation mode, where an example does not depend on its batch: with batch norm these are not quite the losses of
+    At about a hundred steps the losses of the examples are taken, at eight of them the sharpness. For the losses the network
+    is asked in evaluation mode, where an example does not depend on its batch: with batch norm these are not quite those of
     training. The training is the same as without.
 
     Args:
