@@ -334,7 +334,7 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: BiPerConv2d(2, 2, 3, frequency=0.0), ValueError, "frequency above 0, got 0"),
+        (lambda: BiPerConv2d(2, 2, 3, frequency=0.0), ValueError, "frequency to be positive and finite, got 0"),
         (lambda: BiPerConv2d(2, 2, 3, frequency=math.nan), ValueError, "frequency"),
         (lambda: BiPerLinear(2, 2, stage=3), ValueError, "stage 1"),
         (lambda: binarize(nn.Sequential(nn.Linear(2, 2))), ValueError, "found none among Linear"),
@@ -445,3 +445,30 @@ def test_what_would_stay_real_or_lose_its_weight_is_refused():
     net[2].weight = net[0].weight
     with pytest.raises(ValueError, match="'2' shares a weight with '0'"):
         binarize(net, where=["2"], match=True)
+
+
+def test_a_transformer_s_perceptrons_become_binary_and_stay_so_when_packed():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    torch.manual_seed(0)
+    bert, ids = transformers.BertForSequenceClassification(config).eval(), torch.arange(10).view(2, 5)
+    before = bert(ids).logits
+    binarize(bert, where=lambda name, layer: "intermediate" in name, binary_input=False, match=True)
+    assert torch.allclose(bert(ids).logits, before, atol=1e-5), "stage 1 starts at the old function"
+    with pytest.warns(UserWarning, match="not trained in stage 1"):
+        set_stage(bert, 2)
+    assert torch.allclose(pack(copy.deepcopy(bert))(ids).logits, bert(ids).logits, atol=1e-5)
+
+
+def test_what_cannot_be_meant_is_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(TypeError, match="names of layers"):
+        binarize(net, where="0")
+    with pytest.raises(TypeError, match="a frequency"):
+        binarize(net, where=["0"], frequency="20")  # pyright: ignore[reportArgumentType]
+    for call in (lambda: laplace_qe(math.nan), lambda: quantization_error(torch.tensor([math.nan]), 20.0),
+                 lambda: quantization_error(torch.zeros(0), 20.0)):  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            call()

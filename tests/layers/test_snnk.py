@@ -360,3 +360,13 @@ def test_regression_with_one_input_and_several_targets():
     for bad in ({"hidden": ()}, {"hidden": (0,)}, {"alpha": -1.0}, {"features": "tanh"}):
         with pytest.raises(ValueError, match="expected"):
             BundledRegressor(**bad).fit(X, y)
+
+
+def test_what_cannot_be_meant_is_refused_in_one_sentence():
+    with pytest.raises(TypeError, match=r"FourierMeasure\.from_function"):
+        SNNK(4, 3, 8, torch.tanh)
+    with pytest.raises(TypeError, match="sizes such as"):
+        BundledRegressor(hidden=32).fit(np.eye(4), np.arange(4.0))  # pyright: ignore[reportArgumentType]
+    for net in (nn.Sequential(nn.Dropout()), nn.Sequential(nn.Flatten())):
+        with pytest.raises(ValueError, match="with linear layers"):
+            bundle(net, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,11 +112,12 @@ def compress(
     training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}
     fitting = {"augment": augmentation(splits) if augment else None, "device": device, "precision": precision}
     after: dict[str, dict[str, Any]] = {}
+    networks = {"before": source.model}
     failed: dict[str, str] = {}
     for name, (compression, settings) in ready.items():
         record = {"method": name, "settings": settings, "data": data, **training, "before": before}
         try:
-            after[name] = _compressed(
+            networks[name], after[name] = _compressed(
                 source, compression, splits, example, places[name], allow, record, training, fitting
             )
         except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot convert another can
@@ -123,7 +125,9 @@ def compress(
                 raise
             failed[name] = str(error)
             typer.echo(f"{name} cannot do it: {error}", err=True)
-    before["ms_per_example"] = _milliseconds(source.model, splits)  # no part of the record: it differs from run to run
+    if len(networks) > 1:  # times are no part of the record: they differ from run to run
+        for name, time in _milliseconds(networks, splits).items():
+            {"before": before, **after}[name]["ms_per_example"] = time
     if len(methods) == 1:
         _show(str(output), methods[0], before, after[methods[0]], as_json)
         return
@@ -142,8 +146,8 @@ def _compressed(
     record: dict[str, Any],
     training: dict[str, Any],
     fitting: dict[str, Any],
-) -> dict[str, Any]:
-    """Compress, write, read back and measure."""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Compress, write, read back and measure; the network as it is read back, and its figures."""
     from torchfolio.bundle import load_bundle, save_bundle
     from torchfolio.efficiency.compression import compress as compress_network
 
@@ -154,17 +158,15 @@ def _compressed(
     record = {**record, "epochs": made.epochs}
     save_bundle(made.model, output, _manifest(source.manifest, compression, record))
     written = load_bundle(output, allow=allow)
-    return {
-        **_measure(written, splits, str(fitting["device"]), allow),
-        **compression.operations(written.model.cpu(), example[:1]),
-        "ms_per_example": _milliseconds(written.model, splits),
-    }
+    figures = _measure(written, splits, str(fitting["device"]), allow)
+    return written.model, figures | compression.operations(written.model.cpu(), example[:1])
 
 
 def _compare(output: Path, rows: dict[str, dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
     """One table of all methods, on the screen, as CSV and with a figure on a page."""
     import matplotlib.pyplot as plt
     import pandas as pd
+    from matplotlib.ticker import LogLocator
 
     from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
 
@@ -176,6 +178,9 @@ def _compare(output: Path, rows: dict[str, dict[str, Any]], failed: dict[str, st
         ax.plot(row["bytes"] / 1024, row[score], "o", color=f"C{k}")
         ax.annotate(str(name), (row["bytes"] / 1024, row[score]), (6, 4), textcoords="offset points")
     ax.set(xscale="log", xlabel="kB", ylabel=f"test {score}")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
     ax.margins(0.2)
     page = write_sheet(output / "compared.html", "networks made smaller", [Sheet(
         "What each method gives", sentences=["Each network is a bundle of its own, measured as it is read back."],
@@ -204,19 +209,17 @@ def _measure(bundle: Bundle, splits: DataSplits, device: str, allow: list[str]) 
     return {"bytes": tensor_bytes(bundle.model), **scores}
 
 
-def _milliseconds(model: nn.Module, splits: DataSplits) -> float:
-    """Time for an example in a batch of 64 on the CPU: the shortest of five passes, which others disturb least."""
-    import time
-
+def _milliseconds(networks: dict[str, nn.Module], splits: DataSplits) -> dict[str, float]:
+    """Time for an example in a batch of 64 on the CPU, of all networks in turn: the shortest of nine passes."""
     import torch
 
-    net, x, taken = model.cpu().eval(), splits.test.tensors[0][:64], []
+    from torchfolio.measure import alternate
+
+    x = splits.test.tensors[0][:64]
+    calls: dict[str, Any] = {name: partial(net.cpu().eval(), x) for name, net in networks.items()}
     with torch.no_grad():
-        for _ in range(6):
-            started = time.perf_counter()
-            net(x)
-            taken.append(time.perf_counter() - started)
-    return 1000 * min(taken[1:]) / len(x)
+        timed = alternate(**calls)
+    return {name: 1000 * min(seconds) / len(x) for name, seconds in timed.seconds.items()}
 
 
 def _flops(model: nn.Module, example: Tensor) -> dict[str, int]:

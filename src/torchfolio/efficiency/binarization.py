@@ -76,6 +76,8 @@ def binarize(
 
 def choose_layers(model: nn.Module, where: Where | None) -> set[str]:
     """Names of the layers to make binary."""
+    if isinstance(where, str):
+        raise TypeError(f"expected names of layers, such as [{where!r}], got {where!r}")
     modules = dict(model.named_modules())
     if where is None:
         binary = BinaryLayer, PackedConv2d, PackedLinear

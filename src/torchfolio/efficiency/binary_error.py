@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from torchfolio.checks import finite
 from torchfolio.efficiency.binarization import Where, choose_layers
 from torchfolio.efficiency.binary import BinaryLayer
 from torchfolio.efficiency.periodic_layers import BiPerLayer
@@ -48,7 +49,7 @@ def quantization_error(
         with $b = \\operatorname{E}|w|$ (NaN for the plain sign). For a network, one such dict for every layer.
 
     Raises:
-        ValueError: if a network has no binary layer.
+        ValueError: if a network has no binary layer, or weights are not finite or none.
     """
     if isinstance(model_or_weight, Tensor):
         return _quantization_error(model_or_weight, frequency)
@@ -63,7 +64,9 @@ def quantization_error(
 
 
 def _quantization_error(weight: Tensor, frequency: float | None) -> dict[str, float]:
-    weight = weight.detach().double()
+    weight = finite("weights", weight.detach().double())
+    if not weight.numel():
+        raise ValueError("expected at least one weight, got none")
     seen = weight if frequency is None else (frequency * weight).sin()
     power, size = float(seen.square().mean()), float(seen.abs().mean())
     error = power - size**2
@@ -85,9 +88,9 @@ def laplace_qe(u: ArrayLike) -> Any:
         A float for a number, else an array.
 
     Raises:
-        ValueError: if `u` is negative.
+        ValueError: if `u` is negative or not finite.
     """
-    u_ = np.asarray(u, dtype=float)
+    u_ = finite("u", np.asarray(u, dtype=float))
     if (u_ < 0).any():
         raise ValueError(f"expected u of at least 0, got {u_.min():g}")
     with np.errstate(divide="ignore"):

@@ -6,7 +6,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio import checks
 from torchfolio.efficiency.binary import BinaryLayer
 from torchfolio.efficiency.straight_through import sign, square_wave
 
@@ -33,9 +33,7 @@ class BiPerLayer(BinaryLayer):
     in_stage: Tensor
 
     def _begin(self, frequency: float, binary_input: bool, stage: int) -> None:
-        if not (math.isfinite(frequency) and frequency > 0):
-            raise ValueError(f"expected a frequency above 0, got {frequency!r}")
-        self.frequency = float(frequency)
+        self.frequency = float(checks.positive("a frequency", frequency))
         self.register_buffer("in_stage", torch.tensor(1, dtype=torch.uint8, device=self.weight.device))
         self.stage = stage
         self._start(binary_input)

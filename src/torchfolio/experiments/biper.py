@@ -1,4 +1,7 @@
-"""BiPer beside the sign with a straight-through gradient, on one small network with binary weights and activations."""
+"""BiPer beside the sign with a straight-through gradient, on one small network with binary weights and activations.
+
+Longer than most because the sign with a straight-through gradient and the controls of its two stages are built here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Measures filter design: initialisation in depth, banks and learned filters on frozen features, number, size, choice."""
+"""Measures filter design: initialisation in depth, banks and learned filters on frozen features, number, size, choice.
+
+Longer than most because it holds five small experiments: depth, bench, number and size, choice, controls.
+"""
 
 from __future__ import annotations
 

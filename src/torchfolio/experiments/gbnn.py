@@ -1,4 +1,7 @@
-"""Measures GBNN beside ordinarily trained networks of the same size and boosted trees, on small tables."""
+"""Measures GBNN beside ordinarily trained networks of the same size and boosted trees, on small tables.
+
+Longer than most because every table has peers of its own: networks trained in four ways, and boosted trees.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Measures growth by mixtures of learned templates beside other starts of the added weights, on a wide residual net.
 
-Longer than most: the paper's network, five ways to grow it, and controls that edit single blocks of weights.
+Longer than most because there are the paper's network, five ways to grow it, and controls that edit single blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measures scalable neural network kernels: their error, bundled networks, adapters, and replaced perceptrons.
 
-Longer than most: the paper's four uses are four small experiments.
+Longer than most because the paper's four uses are four small experiments.
 """
 
 from __future__ import annotations

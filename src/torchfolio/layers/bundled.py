@@ -5,7 +5,7 @@ Sehanobish et al., Scalable Neural Network Kernels, ICLR 2024, arXiv 2310.13225.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,8 @@ class _Bundled(BaseEstimator):
 
     def _solve(self, X: NDArray[np.float64], targets: NDArray[np.float64]) -> None:
         at_least("alpha", self.alpha, 0)
+        if not isinstance(self.hidden, Iterable):
+            raise TypeError(f"expected hidden to be sizes such as (512, 512), got {self.hidden!r}")
         sizes = [whole("every size of hidden", size, 1) for size in self.hidden]
         if not sizes:
             raise ValueError("expected at least one hidden size, got none")

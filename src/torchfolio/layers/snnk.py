@@ -157,7 +157,9 @@ def bundle(net: nn.Sequential, m: int, features: Kind = "relu", *, seed: int = 0
     A: Tensor | None = None  # the outputs so far are A times the features so far, plus a
     a: Tensor | None = None
     layers = [layer for layer in net if not isinstance(layer, nn.Dropout)]
-    front = [layers.pop(0)] if isinstance(layers[0], nn.Flatten) else []
+    front = [layers.pop(0)] if layers and isinstance(layers[0], nn.Flatten) else []
+    if not layers:
+        raise ValueError("expected an nn.Sequential with linear layers, got one without")
     with torch.no_grad():
         for k, layer in enumerate(layers):
             linear = isinstance(layer, nn.Linear)
