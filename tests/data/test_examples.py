@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from torchfolio.data import Examples
+from torchfolio.data.examples import WholeBatch, collate
+from torchfolio.engine.loader import as_batches
 
 X = torch.arange(30.0).view(10, 3)
 Y = torch.arange(10) % 3
@@ -163,3 +165,23 @@ def test_no_examples_or_unequal_numbers():
             Examples(empty, "train")
     with pytest.raises(ValueError, match=r"as many targets as inputs in train, got lengths \[10, 9\]"):
         Examples((X, Y[:9]), "train")
+
+
+def test_a_batch_that_is_whole_is_not_taken_apart():
+    x, y = torch.randn(10, 3), torch.arange(10)
+
+    class Whole(Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitems__(self, indices):
+            return WholeBatch(x[indices], y[indices])
+
+    data, taken = Whole(), WholeBatch(x, y)
+    assert collate(taken)[0] is x
+    for batch in (next(iter(DataLoader(data, 4))), next(iter(DataLoader(data, 4, collate_fn=collate)))):
+        torch.testing.assert_close(tuple(batch), (x[:4], y[:4]))
+    assert len(taken) == 10
+    assert torch.equal(taken[3][0], x[3])
+    (share,) = as_batches(data, 10, seed=0).epoch(0)
+    assert sorted(share.batch[1].tolist()) == y.tolist()

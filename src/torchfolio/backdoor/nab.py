@@ -33,7 +33,7 @@ from torchfolio.backdoor.isolation import LGAIsolator, PrecomputedIsolator, cosi
 from torchfolio.backdoor.metrics import labels_of
 from torchfolio.backdoor.relabeling import NearestCenterRelabeler, PrecomputedRelabeler, VerifiedDataRelabeler
 from torchfolio.backdoor.stamp import Stamp
-from torchfolio.data.examples import whole_tensors
+from torchfolio.data.examples import WholeBatch, whole_tensors
 from torchfolio.measure.batches import gathered
 
 __all__ = [
@@ -103,13 +103,16 @@ class NABDataset(Dataset):
             x = self.augment(x[None])[0]
         return self.stamp(x) if self.stamped[i] else x, self.pseudo_labels[i]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Pair]:
+    def __getitems__(self, indices: Sequence[int]) -> WholeBatch:
         """A whole batch for a `DataLoader`: augmented and stamped at once."""
         whole = whole_tensors(self.data)
         rows = torch.as_tensor(indices)
-        x = torch.stack([torch.as_tensor(self.data[i][0]) for i in indices]) if whole is None else whole[0][rows]
+        if whole is None:
+            x = torch.stack([torch.as_tensor(self.data[i][0]) for i in indices])
+        else:
+            x = whole[0].index_select(0, rows.to(whole[0].device))
         x = self.augment(x) if self.augment is not None else x
-        return list(zip(self._stamp(x, rows), self.pseudo_labels[rows], strict=True))
+        return WholeBatch(self._stamp(x, rows), self.pseudo_labels[rows])
 
     def apply(self, x: Tensor, rows: Tensor) -> Tensor:
         """Stamp those of a batch of images, the samples `rows`, that are to be stamped."""

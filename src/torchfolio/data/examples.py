@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,12 +168,36 @@ def whole_tensors(data: Any, name: str = "data") -> Row | None:
     return None
 
 
-def collate(rows: list[Any]) -> Any:
+class WholeBatch(Sequence[Row]):
+    """The rows of a batch that is whole already, for the `__getitems__` of a data set.
+
+    A `DataLoader` of one's own reads them one by one; `fit` takes the batch as it is.
+
+    Args:
+        batch: tensors of equal length.
+    """
+
+    def __init__(self, *batch: Tensor) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch[0])
+
+    def __getitem__(self, k: Any) -> Any:
+        return tuple(t[k] for t in self.batch)
+
+    def __iter__(self) -> Iterator[Row]:
+        return zip(*self.batch, strict=True)
+
+
+def collate(rows: list[Any] | WholeBatch) -> Any:
     """Rows as one batch.
 
     Raises:
         ValueError: if they differ in shape.
     """
+    if isinstance(rows, WholeBatch):
+        return list(rows.batch)
     try:
         return default_collate(rows)
     except RuntimeError as error:
