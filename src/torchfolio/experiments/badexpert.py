@@ -184,7 +184,11 @@ def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) ->
 def control(
     run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, expert: BaDExpert
 ) -> dict[str, float]:
-    """As many steps at the same rate on right labels, and none: confidence of those networks in the label as a score."""
+    """As many steps at the same rate on right labels, and none: confidence of those networks in the label as a score.
+
+    A network is surer of its trigger than of most clean inputs, and gentle finetuning on clean examples widens that whatever
+    their labels are, so a high AUROC here says that this score owes little to the forgetting.
+    """
     finetuned = copy.deepcopy(net)
     fit(
         finetuned, trusted, optimizer=partial(torch.optim.Adam, lr=expert.unlearn_lr_), max_steps=expert.history_[-1][0],
