@@ -280,3 +280,27 @@ def test_heavy_tailed_initialisation_is_student_t():
     assert not last.bias.any()
     with pytest.raises(TypeError, match=r"nn\.Linear"):
         scale_mixture_init_(nn.Conv2d(1, 1, 1))
+
+
+def test_priors_and_kernels_at_the_door():
+    X, y = table()
+    uniform = ScaleMixtureRegressor(**PLAIN, prior=torch.distributions.Uniform(0.5, 2.0), nodes=2000).fit(X, y)
+    C = gram(X)
+    evidence = lambda v: stats.multivariate_normal(np.zeros(12), v * C).pdf(y) / 1.5  # noqa: E731
+    expected, _ = integrate.quad(evidence, 0.5, 2.0)
+    assert uniform.log_marginal_likelihood_ == pytest.approx(math.log(expected), abs=2e-3)
+    assert 0.5 <= uniform.variances_.min() <= uniform.variances_.max() <= 2
+    for prior, match in (
+        (torch.distributions.Normal(0.0, 1.0), "positive numbers"),
+        (Gamma(torch.ones(2), torch.ones(2)), "one number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ScaleMixtureRegressor(prior=prior).fit(X, y)
+    with pytest.raises(TypeError, match="distribution"):
+        scale_mixture_init_(nn.Linear(2, 2), prior=3)
+    for model in (StudentTProcessRegressor("relu"), ScaleMixtureRegressor(nn.Linear(3, 3))):
+        with pytest.raises(TypeError, match="kernel"):
+            model.fit(X, y)
+    for prior in ((1.0,), "wide"):
+        with pytest.raises(ValueError, match="pair"):
+            SparseStudentTClassifier(prior=prior).fit(X, y > 0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, InverseGamma
 
 from torchfolio import checks
-from torchfolio.theory.scale_priors import draw
+from torchfolio.theory.scale_priors import check_prior, draw
 
 __all__ = ["sample_prior", "scale_mixture_init_"]
 
@@ -33,15 +33,15 @@ def scale_mixture_init_(
         $\\sigma^2$.
 
     Raises:
-        TypeError: if the layer is no linear layer.
+        TypeError: if the layer is no linear layer, or the prior no distribution.
 
     Reference:
         Lee et al., section 3.1.
     """
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"expected layer to be an nn.Linear, got {type(layer).__name__}")
-    prior = InverseGamma(torch.tensor(2.0), torch.tensor(2.0)) if prior is None else prior
-    variance = float(draw(prior, 1, generator))
+    chosen = InverseGamma(torch.tensor(2.0), torch.tensor(2.0)) if prior is None else check_prior("prior", prior)
+    variance = float(draw(chosen, 1, generator))
     layer.weight.normal_(0, math.sqrt(variance / layer.in_features), generator=generator)
     if layer.bias is not None:
         layer.bias.zero_()

@@ -184,6 +184,8 @@ class HierarchicalPolynomial:
         return float(a @ weights) / math.sqrt(power) if power else 0.0
 
     def _inputs(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected inputs as a tensor [n, {self.d}], got {type(x).__name__}")
         if x.dim() != 2 or x.shape[1] != self.d or not x.is_floating_point():
             raise ValueError(f"expected inputs [n, {self.d}] of a floating type, got {x.dtype} {tuple(x.shape)}")
         return x

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchfolio import checks
 from torchfolio.theory.network_kernels import NNGPKernel
 from torchfolio.theory.scale_priors import NormalMixture, StudentT
 
-__all__ = ["MixtureProcess", "cholesky"]
+__all__ = ["MixtureProcess", "cholesky", "own_kernel"]
 
 JITTER, LARGEST_JITTER = 1e-8, 1e-3
 
@@ -33,7 +33,7 @@ class MixtureProcess(RegressorMixin, BaseEstimator):
         checks.positive("noise", self.noise)
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         y = np.asarray(y, dtype=np.float64)
-        self.kernel_ = NNGPKernel() if self.kernel is None else copy.deepcopy(self.kernel)
+        self.kernel_ = own_kernel(self.kernel)
         self.X_ = X
         self.y_mean_, self.y_scale_ = (y.mean(), y.std() or 1.0) if self.normalize_y else (0.0, 1.0)
         return torch.from_numpy(X), torch.from_numpy((y - self.y_mean_) / self.y_scale_)
@@ -85,6 +85,19 @@ class MixtureProcess(RegressorMixin, BaseEstimator):
                 "a t distribution of 2 degrees of freedom or fewer has no variance; use quantiles", stacklevel=2
             )
         return distribution.loc.numpy(), deviations
+
+
+def own_kernel(kernel: Any) -> NNGPKernel:
+    """A copy of a user's kernel, `NNGPKernel()` for `None`.
+
+    Raises:
+        TypeError: if it is no module with a `diagonal`.
+    """
+    if kernel is None:
+        return NNGPKernel()
+    if not isinstance(kernel, nn.Module) or not callable(getattr(kernel, "diagonal", None)):
+        raise TypeError(f"expected kernel to be a module with a diagonal, such as NNGPKernel, got {kernel!r}")
+    return copy.deepcopy(kernel)  # pyright: ignore[reportReturnType]
 
 
 def cholesky(kernel: Tensor, noise: float | Tensor) -> Tensor:

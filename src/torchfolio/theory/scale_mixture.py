@@ -17,7 +17,7 @@ from torch.distributions import Distribution, InverseGamma
 from torchfolio import checks
 from torchfolio.theory.mixture_process import MixtureProcess
 from torchfolio.theory.network_kernels import NNGPKernel
-from torchfolio.theory.scale_priors import NormalMixture, draw
+from torchfolio.theory.scale_priors import NormalMixture, check_prior, draw, log_density
 
 __all__ = ["ScaleMixtureRegressor"]
 
@@ -80,8 +80,8 @@ class ScaleMixtureRegressor(MixtureProcess):
         checks.one_of("inference", self.inference, ("quadrature", "importance"))
         prior = InverseGamma(torch.tensor(2.0), torch.tensor(2.0)) if self.prior is None else self.prior
         for name, value in (("prior", prior), ("proposal", self.proposal)):
-            if value is not None and not (hasattr(value, "log_prob") and hasattr(value, "sample")):
-                raise TypeError(f"expected {name} to be a torch distribution, got {type(value).__name__}")
+            if value is not None:
+                check_prior(name, value)
         inputs, targets = self._prepare(X, y)
         self.noise_ = float(self.noise)
         self._factorise(inputs, targets)
@@ -115,8 +115,7 @@ class ScaleMixtureRegressor(MixtureProcess):
         """Trapezoids over the stretch of $\\ln \\sigma^2$ that matters: exponentially accurate for smooth densities."""
 
         def joint(u: Tensor) -> Tensor:
-            log_prior = torch.as_tensor(prior.log_prob(u.exp()), dtype=torch.float64)
-            return torch.nan_to_num(log_prior + u + self._likelihood(u), nan=-math.inf)
+            return torch.nan_to_num(log_density(prior, u.exp()) + u + self._likelihood(u), nan=-math.inf)
 
         low, high = -100.0, 100.0
         for _ in range(3):
@@ -136,7 +135,7 @@ class ScaleMixtureRegressor(MixtureProcess):
         values = draw(proposal, samples, torch.Generator().manual_seed(seed))
         log_weight = self._likelihood(values.log()) - math.log(samples)
         if proposal is not prior:
-            log_weight = log_weight + prior.log_prob(values) - proposal.log_prob(values)
+            log_weight = log_weight + log_density(prior, values) - log_density(proposal, values)
         return log_weight.double(), values
 
     def _distribution(self, X: Any) -> NormalMixture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,36 @@ class Burr12(Distribution):
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
+
+
+def check_prior(name: str, prior: Any) -> Any:
+    """Refuse what is no distribution of one positive number.
+
+    Raises:
+        TypeError: if it has no `log_prob` and `sample`.
+        ValueError: if it is a batch of distributions, or has mass below 0.
+    """
+    if not (hasattr(prior, "log_prob") and hasattr(prior, "sample")):
+        raise TypeError(f"expected {name} to be a torch distribution, got {type(prior).__name__}")
+    shape = (*getattr(prior, "batch_shape", ()), *getattr(prior, "event_shape", ()))
+    if math.prod(shape) != 1:
+        raise ValueError(f"expected {name} to be a distribution of one number, got shape {shape}")
+    if _inside(prior, torch.tensor([-1.0])).any():
+        raise ValueError(f"expected {name} to be a distribution on positive numbers, got {prior!r}")
+    return prior
+
+
+def log_density(prior: Any, x: Tensor) -> Tensor:
+    """Log density at `x` `[S]` in float64, -infinity outside of the support."""
+    inside = _inside(prior, x)
+    result = torch.full_like(x, -math.inf, dtype=torch.float64)
+    result[inside] = torch.as_tensor(prior.log_prob(x[inside]), dtype=torch.float64).reshape(-1)
+    return result
+
+
+def _inside(prior: Any, x: Tensor) -> Tensor:
+    support = getattr(prior, "support", constraints.positive)
+    return support.check(x).reshape(x.shape)
 
 
 def draw(prior: Distribution, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -5,7 +5,6 @@ Part of Lee et al., "Scale Mixtures of Neural Network Gaussian Processes", ICLR 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from torchfolio import checks
 from torchfolio.engine import seeded
-from torchfolio.theory.mixture_process import cholesky
+from torchfolio.theory.mixture_process import cholesky, own_kernel
 from torchfolio.theory.network_kernels import NNGPKernel, raw_of
 
 __all__ = ["SparseStudentTClassifier", "kl_inverse_gamma"]
@@ -135,6 +134,8 @@ class SparseStudentTClassifier(ClassifierMixin, BaseEstimator):
             checks.whole(name, getattr(self, name), 1)
         checks.positive("lr", self.lr)
         if self.prior != "fixed":
+            if not isinstance(self.prior, tuple | list) or len(self.prior) != 2:
+                raise ValueError(f'expected prior to be "fixed" or a pair (a, b), got {self.prior!r}')
             for name, value in zip("ab", self.prior, strict=True):
                 checks.positive(f"the prior's {name}", value)
         X, y = validate_data(self, X, y, dtype=np.float64)
@@ -148,7 +149,7 @@ class SparseStudentTClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _train(self, X: Tensor, y: Tensor) -> None:
-        kernel = NNGPKernel() if self.kernel is None else copy.deepcopy(self.kernel)
+        kernel = own_kernel(self.kernel)
         prior = None if self.prior == "fixed" else (float(self.prior[0]), float(self.prior[1]))
         # Every k-th point of a random order by class has the classes in proportion.
         order = torch.argsort(y + torch.rand(len(y)) / 2)
