@@ -195,7 +195,8 @@ def test_what_does_not_fit_is_told():
     groups = find_groups(torch.rand(4, 40))
     with pytest.raises(ValueError, match="40 examples that the groups count, got 20"):
         measure_groups(net, (x[:20], y[:20]), groups)
-    assert measure_groups(net.double(), (x, y), groups).shape == (2, 8), "inputs go in the precision of the weights"
+    table = measure_groups(net.double(), (x, y), groups)  # inputs go in the precision of the weights
+    assert table.loc["opposing", "input_mean_1"] == pytest.approx(float(x[groups.positive].mean() - x.mean()), abs=1e-6)
     with pytest.raises(ValueError, match="finite"):
         measure_groups(net, (x * torch.nan, y), groups)
     with pytest.raises(ValueError, match="reduction='none'"):

@@ -147,7 +147,8 @@ def measure_groups(
         Rows `opposing` and `random` (means over the pairs): `cosine` of the two mean gradients, `norm_ratio` of their
         norms to those of random groups, `projection_1` and `projection_2` on the top eigenvector v of the Hessian over
         the norms (their signs are to be compared with each other), `curvature_1` and `curvature_2`, $v^\\top H_S v / \\lambda_1$,
-        `input_norm_1` and `input_norm_2` over that of all examples.
+        `input_norm_1` and `input_norm_2` over that of all examples, `input_mean_1` and `input_mean_2`, the mean of the
+        inputs (brightness, of images) less that of all.
     """
     import pandas as pd
 
@@ -168,7 +169,7 @@ def measure_groups(
     with untouched(model, training=False):
         top = hessian_eigenvalues(model, loss, (x, y), generator=torch.Generator().manual_seed(seed))
         v, scale = top.vectors[:, 0], float(top.values[0])
-        overall = float(x.flatten(1).norm(dim=1).mean())
+        overall, brightness = float(x.flatten(1).norm(dim=1).mean()), float(x.mean())
         table = []
         for kind, *members in pairs:
             found: dict[str, Any] = {"kind": kind}
@@ -180,6 +181,7 @@ def measure_groups(
                 found[f"projection_{side}"] = float(g @ v / g.norm())
                 found[f"curvature_{side}"] = float(v @ Hessian(model, loss, part)(v)) / scale
                 found[f"input_norm_{side}"] = float(x[member].flatten(1).norm(dim=1).mean()) / overall
+                found[f"input_mean_{side}"] = float(x[member].mean()) - brightness
             found["cosine"] = float(F.cosine_similarity(gradients[0], gradients[1], dim=0))
             found["norm"] = float(sum(g.norm() for g in gradients)) / 2
             table.append(found)
