@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from torchfolio.dynamics import neural_de as de
+from torchfolio.dynamics import symbolic_regression
 from torchfolio.dynamics.expressions import Expression, fold, subtree
 from torchfolio.dynamics.vector_fields import FormulaField, LipSwish, VectorField
 
@@ -40,6 +42,19 @@ def test_formulas_are_found_and_shuffled_targets_have_none(seed):
     best = max(candidate.score for candidate in fit.pareto_)
     shuffled = de.SymbolicRegressor(rounds=2, random_state=seed).fit(X, rng.permutation(y))
     assert max(candidate.score for candidate in shuffled.pareto_) <= 0.2 * best
+
+
+@pytest.mark.parametrize("c", [0.7, 1.3])
+def test_constants_of_quotients_are_fitted_from_afar(c):
+    X = np.random.default_rng(0).uniform(-0.6, 1, (100, 2))
+    y = X[:, 1] / (X[:, 1] + c)
+    search = symbolic_regression._Search(list(X.T), y, (), 20, 10, random.Random(0))
+    for start in (3.0, 8.0):  # the plain Newton step goes far past the pole
+        fitted = search.polished(search.member(("/", 1, "+", start, 1)))
+        assert fitted.nodes[3] == pytest.approx(c, abs=1e-4)
+    grown = search.grown(search.member(("/", 1, "+", -0.3, 1)))  # a pole within the data; other starts find the way
+    assert grown.loss < search.member(("/", 1, "+", -0.3, 1)).loss
+    assert ("/", 1, "+", None, 1) in search.forms
 
 
 def test_unary_operators_names_and_seeds():

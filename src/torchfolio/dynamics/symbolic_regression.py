@@ -22,6 +22,8 @@ __all__ = ["Candidate", "SymbolicRegressor"]
 PARSIMONY = 0.01  # relative weight of a node in tournaments
 TOURNAMENT = 5
 POLISHED = 0.2  # share of new members whose constants are fitted
+SMALL = 5  # nodes up to which the constants of every new form are fitted, from several starts
+STARTS = 3
 EXACT = 1e-12  # of the targets' variance: a formula as good as this ends the search
 AFTER_EXACT = 3  # rounds later, in which a simpler form may turn up
 
@@ -48,7 +50,8 @@ class SymbolicRegressor(RegressorMixin, BaseEstimator):
 
     Populations of expression trees evolve. In each step the fittest of five random members is copied and changed, joins
     its population, and the oldest member leaves (regularised evolution). Constants of new members are fitted by damped
-    Gauss-Newton steps. After each round a good formula migrates to every second population, and the others start afresh. What is kept is the Pareto front of complexity and
+    Gauss-Newton steps, always and from several starts where a form is small and new: with wrong constants, a quotient
+    has a pole and would be lost. After each round a good formula migrates to every second population, and the others start afresh. What is kept is the Pareto front of complexity and
     loss; the best formula is where the loss falls most per node.
 
     Args:
@@ -163,6 +166,11 @@ class _Member:
         return self.loss * (1 + PARSIMONY * len(self.nodes))
 
 
+def _loss(member: _Member) -> float:
+    """Loss, infinite where it is no number."""
+    return member.loss if math.isfinite(member.loss) else math.inf
+
+
 class _Search:
     """Loss of trees on the data, their evolution, and the front of the best of every size."""
 
@@ -179,6 +187,7 @@ class _Search:
         self.max_size, self.descent = max_size, descent
         self.variance = float(np.var(y))
         self.front: dict[int, _Member] = {}
+        self.forms: set[tuple[Node | None, ...]] = set()  # small ones whose constants were fitted
         self.consider(_Member((float(np.mean(y)),), self.variance))
 
     def residual(self, nodes: tuple[Node, ...], constants: Sequence[float] | None = None) -> np.ndarray:
@@ -213,18 +222,32 @@ class _Search:
             nodes = mutate(parent.nodes, rng.choice(population).nodes, rng, len(self.columns), self.unary)
             if len(nodes) > self.max_size:
                 continue
-            made = self.member(nodes)
+            made = self.grown(self.member(nodes))
             if math.isfinite(made.loss):
-                child = self.polished(made) if rng.random() < POLISHED else made
+                child = made
                 break
         self.consider(child)
         population.append(child)
         population.popleft()
 
+    def grown(self, member: _Member) -> _Member:
+        """A new member, its constants fitted if it is small and of a new form, or by chance."""
+        rng, form = self.rng, tuple(None if isinstance(node, float) else node for node in member.nodes)
+        if len(form) > SMALL or None not in form or form in self.forms:
+            lucky = math.isfinite(member.loss) and rng.random() < POLISHED
+            return self.polished(member) if lucky else member
+        self.forms.add(form)
+        starts = [member]
+        for k in range(1, STARTS):
+            # All positive or all negative in turn: the pole of a quotient then lies on one side of most data.
+            draws = [abs(rng.gauss(0, 2)) * (-1) ** k if node is None else node for node in form]
+            starts.append(self.member(draws))
+        return min((self.polished(start) for start in starts), key=_loss)
+
     def polished(self, member: _Member) -> _Member:
         """The member with constants fitted by Gauss-Newton steps, damped as Levenberg and Marquardt do."""
         constants = np.array([node for node in member.nodes if isinstance(node, float)])
-        if not len(constants):
+        if not len(constants) or not math.isfinite(member.loss):
             return member
         residual, loss, damping = self.residual(member.nodes), member.loss, 1e-3
         for _ in range(self.descent):
@@ -237,7 +260,7 @@ class _Search:
             if not np.isfinite(gram).all():
                 break
             before = loss
-            for _ in range(4):
+            for _ in range(9):  # the last one is a hundred-thousandth of the Newton step
                 step = np.linalg.lstsq(gram + damping * np.diag(np.diag(gram) + 1e-12), slope, rcond=None)[0]
                 tried = self.residual(member.nodes, (constants - step).tolist())
                 mean = float(tried @ tried) / len(tried)

@@ -82,7 +82,12 @@ def _quadratic(seed: int) -> dict[str, float]:
     """A quadratic program without constraints against its formula, and with them against finite differences."""
     generator = torch.Generator().manual_seed(seed)
     root, p, G = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in ((4, 4), (4,), (3, 4)))
-    layer, Q, h = de.QPLayer(), root @ root.T + torch.eye(4).double(), torch.full((3,), 0.2).double()
+    # Differences of 1e-5 show errors of the solve a hundred thousand times as large: it must be tighter than by default.
+    layer, Q, h = (
+        de.QPLayer(tol=1e-13, max_steps=40),
+        root @ root.T + torch.eye(4).double(),
+        torch.full((3,), 0.2).double(),
+    )
     free = float((layer(Q, p) + torch.linalg.solve(Q, p)).abs().max())
     inputs = [v.requires_grad_() for v in (Q, p, G, h)]
     weight = torch.arange(1.0, 5).double()
