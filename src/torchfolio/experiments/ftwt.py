@@ -15,7 +15,6 @@ from torchfolio.data import DataSplits
 from torchfolio.efficiency.ftwt import (
     FTWT,
     GatedConv,
-    Gates,
     MaskPredictor,
     attach_gates,
     compact,
@@ -23,6 +22,7 @@ from torchfolio.efficiency.ftwt import (
     gated_layers,
     measure_flops,
 )
+from torchfolio.efficiency.gated_conv import Gates
 from torchfolio.engine import Backprop, LearningRule, evaluate, fit, seeded
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import count_flops
