@@ -3,9 +3,9 @@
 The table is scikit-learn's breast cancer data, standardised and scaled to rows of norm about 1. Timed in alternation in
 one process, on one thread. With 400 examples and 40 patterns an iteration took 1.6 ms with `woodbury`, 25 to 35 times
 as long with `dense` (factor of side 2,480 included, over twenty iterations) and 28 to 31 times with `cg`; the products
-that it cannot avoid took a tenth. On 100 examples with 20 patterns ADMM took 0.7 s, Clarabel 2.5 to 4.4 times as long
-for the same objective (2.113 against 2.114 of the recovered networks), and 2,000 steps of Adam on as many neurons 2.5
-times as long. Adam went lower, to 0.65: twenty random patterns are few in 31 dimensions (300 gave 0.76). Run it with
+that it cannot avoid took a tenth. On 100 examples with 20 patterns 2,000 steps of Adam on as many neurons took 2.5 times
+as long as ADMM and went lower, to 0.65 from 2.1: twenty random patterns are few in 31 dimensions (300 gave 0.76). Whole
+solves beside CVXPY and Clarabel are in `torchfolio bench convex_relu`. Run it with
 
     python benchmarks/bench_convex_relu.py [--patterns 40] [--rounds 5]
 """
