@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from scipy import stats
 from torch import distributed as dist
 from torch import nn
 
-from torchfolio.engine import fit
+from tests.contracts.rules import check_rule
+from torchfolio.engine import Backprop, fit
+from torchfolio.local import AugLocal
 from torchfolio.models import MLP
-from torchfolio.training import GradientNoise, add_gradient_noise_, gradient_noise_std
+from torchfolio.training import GradientNoise, NoisyGradients, add_gradient_noise_, gradient_noise_std
 
 
 def generator(seed=0):
@@ -235,3 +238,30 @@ def test_copies_are_noisy_too_and_draw_the_same(copied):
     assert copied(noise)._handles == []
     with pytest.raises(TypeError, match=r"torch\.Generator, got int"):
         GradientNoise(torch.optim.SGD([p], lr=1.0), generator=3)
+
+
+@pytest.mark.parametrize("host", [Backprop, partial(AugLocal, 1)])
+def test_noise_beside_a_rule_keeps_the_contract(host):
+    x, y = torch.randn(12, 6, generator=generator()), torch.arange(12) % 3
+    check_rule(lambda: NoisyGradients(0.01).on(host()), MLP(6, 3, (8, 8)), (x, y))
+
+
+def test_noise_beside_a_rule_is_that_of_the_optimizer_and_comes_off():
+    x, y = torch.randn(40, 6, generator=generator()), torch.arange(40) % 3
+    nets, made = [], []
+
+    def plain(parameters):
+        made.append(torch.optim.SGD(parameters, lr=0.1))
+        return made[-1]
+
+    def noisy(parameters):
+        return GradientNoise(torch.optim.SGD(parameters, lr=0.1), eta=0.3).optimizer
+
+    for rule, optimizer in ((NoisyGradients(eta=0.3).on(), plain), (None, noisy)):
+        torch.manual_seed(0)
+        nets.append(MLP(6, 3, (8,)))
+        fit(nets[-1], (x, y), rule=rule, optimizer=optimizer, epochs=2, batch_size=10, progress=False, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    assert "gradient_noise" not in made[0].state_dict()
+    with pytest.raises(ValueError, match="eta"):
+        NoisyGradients(eta=-1)

@@ -19,6 +19,7 @@ from torchfolio.training.fast_slow_memory import FastSlowEstimator as FastSlowEs
 from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork as FastSlowMemoryNetwork
 from torchfolio.training.fast_slow_memory import FastSlowTraining as FastSlowTraining
 from torchfolio.training.gradient_noise import GradientNoise as GradientNoise
+from torchfolio.training.gradient_noise import NoisyGradients as NoisyGradients
 from torchfolio.training.gradient_noise import add_gradient_noise_ as add_gradient_noise_
 from torchfolio.training.gradient_noise import gradient_noise_std as gradient_noise_std
 from torchfolio.training.guidance import Guidance as Guidance

@@ -23,18 +23,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from torchfolio.checks import at_least, finite, whole
+from torchfolio.engine import Added, Batch, LearningRule, Objective
+from torchfolio.training.flat_noise import add_normal_
 
-__all__ = ["GradientNoise", "add_gradient_noise_", "gradient_noise_std"]
+__all__ = ["GradientNoise", "NoisyGradients", "add_gradient_noise_", "gradient_noise_std"]
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[Mapping[str, Any]]
 KEY = "gradient_noise"  # of its state in an optimizer's
@@ -93,7 +94,7 @@ def add_gradient_noise_(
         >>> optimizer.step()
     """
     std = gradient_noise_std(step, eta, gamma)
-    _add(parameters, std, generator, {})
+    add_normal_(parameters, std, generator, {})
     return std
 
 
@@ -216,7 +217,7 @@ class GradientNoise:
             if self.generator is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 self.generator = self._common_generator()
             std = self.std * (float(scale) if scale is not None else 1.0)
-            _add(optimizer.param_groups, std, self.generator, self._buffers)
+            add_normal_(optimizer.param_groups, std, self.generator, self._buffers)
         self.step += 1
 
     def _common_generator(self) -> torch.Generator:
@@ -244,44 +245,47 @@ class GradientNoise:
         return f"GradientNoise({kind}, eta={self.eta}, gamma={self.gamma}, step={self.step})"
 
 
-def _add(parameters: Any, std: float, generator: torch.Generator | None, buffers: dict[Any, Tensor]) -> None:
-    """Add normal numbers of a standard deviation to all gradients; `buffers` are used again where they fit."""
-    gradients: dict[Any, list[Tensor]] = {}
-    for k, parameter in enumerate(_unique(parameters)):
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if gradient.layout is not torch.strided or isinstance(gradient, DTensor):
-            kind = "sharded" if isinstance(gradient, DTensor) else "sparse"
-            raise NotImplementedError(
-                f"the gradient of parameter {k}, of shape {tuple(parameter.shape)}, is {kind}; expected a dense one"
-            )
-        is_complex = gradient.is_complex()
-        real = torch.view_as_real(gradient) if is_complex else gradient
-        gradients.setdefault((real.device, real.dtype, is_complex), []).append(real)
-    if std == 0:
-        return
-    with torch.no_grad():
-        for (device, dtype, is_complex), group in gradients.items():
-            # A draw in 16 bits would have few distinct values.
-            draw = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-            source = generator.device if generator is not None else device
-            sizes = [gradient.numel() for gradient in group]
-            key = (source, draw)
-            if key not in buffers or len(buffers[key]) < sum(sizes):
-                buffers[key] = torch.empty(sum(sizes), device=source, dtype=draw)
-            flat = buffers[key][: sum(sizes)].normal_(generator=generator).to(device)
-            views = [v.view_as(g) for v, g in zip(flat.split(sizes), group, strict=True)]
-            torch._foreach_add_(group, views, alpha=std * math.sqrt(0.5) if is_complex else std)
+class NoisyGradients(Objective):
+    """The noise beside any learning rule: on its optimizer while `fit` trains, and off it afterwards.
+
+    Args:
+        eta: see `GradientNoise`.
+        gamma: see `GradientNoise`.
+
+    Raises:
+        ValueError: if a number is negative or not finite.
+
+    Example:
+        >>> fit(net, train, rule=NoisyGradients(eta=0.3).on(AugLocal()), optimizer=sgd(0.03))
+
+        On the command line: `torchfolio train … --add gradient_noise --add-set eta=0.3`.
+    """
+
+    def __init__(self, eta: float = 0.01, gamma: float = 0.55) -> None:
+        gradient_noise_std(0, eta, gamma)
+        self.eta, self.gamma = eta, gamma
+
+    def term(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Zero: the noise joins gradients, no loss."""
+        return torch.zeros((), device=batch[0].device)
+
+    def on(self, rule: LearningRule | None = None) -> LearningRule:
+        """A rule whose optimizer has the noise."""
+        return _Noisy(self, rule)
 
 
-def _unique(parameters: Any) -> Iterator[Tensor]:
-    """Parameters one by one, out of groups too, each once."""
-    seen: set[int] = set()
-    for entry in [parameters] if isinstance(parameters, Tensor) else parameters:
-        for parameter in entry["params"] if isinstance(entry, Mapping) else [entry]:
-            if not isinstance(parameter, Tensor):
-                raise TypeError(f"expected parameters or groups of them, got {type(parameter).__name__}")
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
+class _Noisy(Added):
+    noise: GradientNoise | None = None
+
+    def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        return self.rule.step(batch, backward)
+
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> None:
+        super().configure(optimizer, total_steps)
+        own: Any = self.objective
+        self.noise = GradientNoise(optimizer, own.eta, own.gamma)
+
+    def release(self) -> None:
+        if self.noise is not None:
+            self.noise.remove()
+        super().release()
