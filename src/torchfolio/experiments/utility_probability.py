@@ -27,6 +27,7 @@ from torchfolio.insight.utility_probability import (
 )
 from torchfolio.models import MLP
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
 
 SYMBOLS, SEP, EOS, FIRST = 20, 1, 2, 3  # tokens: 0 padding, 3 to 22 the source, 23 to 62 its synonyms in pairs
 TARGETS, VOCABULARY, LONGEST = FIRST + SYMBOLS, FIRST + 3 * SYMBOLS, 10
@@ -259,3 +260,21 @@ def figures(results: Results) -> dict[str, Figure]:
                                             ylabel="share of valid outputs", logx=True),
         "held-out loss": plots.curves(results, {"digits": ("overconfidence", "losses")}, xlabel="epoch", ylabel="log loss (nats)"),
     }  # fmt: skip
+
+
+def peers(bench: Bench) -> None:
+    """Sequences of 50 sources at all rationalities of the grid, in one batch and one after the other."""
+    torch.manual_seed(0)
+    net = Decoder(64).eval()
+    prefix = torch.randint(FIRST, FIRST + SYMBOLS, (50, 9))
+    rows, kappas = prefix.repeat(len(GRID), 1), torch.tensor(GRID).repeat_interleave(len(prefix))
+
+    @torch.no_grad()
+    def step(tokens: Tensor) -> Tensor:
+        return net(tokens)[..., -1]
+
+    bench.compare(
+        f"{len(GRID)} rationalities of 50 sources",
+        ours=lambda: sample_sequences(step, rows, -1, 9, rationality=kappas),
+        loop=lambda: [sample_sequences(step, prefix, -1, 9, rationality=kappa) for kappa in GRID],
+    )
