@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.robustness.bounds import ElementwiseAffine
+from torchfolio.robustness.bounds import ElementwiseAffine, Residual, crown
 from torchfolio.robustness.onnx_file import read_onnx, write_onnx
 from torchfolio.robustness.properties import Box, Property
 from torchfolio.robustness.verifiers import CrownSplit, Interval, milp_verify
@@ -251,8 +251,9 @@ BIG = np.float32([[1, np.inf, 1], [1, 1, 1]]).T
         ([("Add", ["X", "b"], "Y", {})], {"b": np.ones((2, 3), np.float32)}, [1, 3], "changes the batch axis"),
         ([("Add", ["X", "b"], "Y", {})], {"b": np.ones((1, 1, 3), np.float32)}, [1, 3], "changes the batch axis"),
         ([("Add", ["X", "b"], "Y", {})], {"b": np.ones(2, np.float32)}, [1, 3], "does not fit"),
-        ([("Add", ["X", "X"], "Y", {})], {}, [1, 3], "a chain of layers"),
-        ([("Relu", ["X"], "a", {}), ("Gemm", ["a", "w", "X"], "Y", {})], {"w": W}, [1, 3], "a chain of layers"),
+        ([("Mul", ["X", "X"], "Y", {})], {}, [1, 3], "values once"),
+        ([("Add", ["X", "z"], "Y", {})], {}, [1, 3], "reads z, which nothing"),
+        ([("Relu", ["X"], "a", {}), ("Gemm", ["a", "w", "X"], "Y", {})], {"w": W}, [1, 3], "values once"),
         ([("Transpose", ["X"], "Y", {})], {}, [1, 3], "is known of constants only"),
         ([("Relu", ["X"], "w", {}), ("MatMul", ["w", "v"], "Y", {})], {"w": W, "v": W}, [1, 3], "a new name"),
         ([("Relu", ["X"], "Y", {"alpha": 1.0})], {}, [1, 3], "the attribute alpha"),
@@ -310,3 +311,79 @@ def test_operators_are_followed_in_every_form(tmp_path):
     net, _ = read_onnx(path)
     x = np.float32([[1, 2, 3]])
     np.testing.assert_allclose(net(torch.from_numpy(x)).detach().numpy(), -x @ weight[0])
+
+
+def affine(inputs, weight, out):
+    return ("Gemm", [inputs, weight, "b"], out, {})
+
+
+PATHS = {
+    "residual block": [affine("X", "w", "h"), ("Relu", ["h"], "r", {}), affine("r", "v", "k"), ("Add", ["k", "X"], "s", {}),
+                       ("Relu", ["s"], "Y", {})],
+    "projected shortcut": [affine("X", "w", "h"), ("Relu", ["h"], "r", {}), affine("r", "v", "k"), affine("X", "u", "p"),
+                           ("Add", ["p", "k"], "s", {}), affine("s", "w", "Y")],
+    "block in a block": [affine("X", "w", "h"), ("Relu", ["h"], "r", {}), affine("r", "v", "k"), ("Add", ["k", "h"], "s", {}),
+                         ("Relu", ["s"], "t", {}), affine("t", "u", "l"), ("Add", ["l", "X"], "Y", {})],
+    "crossing": [affine("X", "w", "h"), ("Relu", ["h"], "r", {}), affine("r", "v", "k"), ("Relu", ["k"], "l", {}),
+                 ("Add", ["l", "h"], "m", {}), ("Add", ["m", "r"], "o", {}), affine("o", "u", "Y")],
+    "difference": [affine("X", "w", "h"), ("Relu", ["h"], "r", {}), ("Sub", ["X", "r"], "Y", {})],
+    "doubled": [affine("X", "w", "h"), ("Add", ["h", "h"], "d", {}), ("Relu", ["d"], "Y", {})],
+    "bias of one of two readers": [("MatMul", ["X", "w"], "h", {}), ("Add", ["h", "b"], "c", {}), ("Relu", ["c"], "r", {}),
+                                   ("Add", ["r", "h"], "Y", {})],
+    "unused values": [("Relu", ["X"], "z", {}), affine("X", "w", "Y")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_that_meet(name, tmp_path):
+    rng = np.random.default_rng(0)
+    constants = {n: rng.normal(size=(4, 4)).astype(np.float32) for n in "wvu"} | {
+        "b": rng.normal(size=4).astype(np.float32)
+    }
+    net, shape = read_onnx(saved(tmp_path / "n.onnx", PATHS[name], constants, [1, 4]))
+    x = torch.randn(50, *shape, generator=torch.Generator().manual_seed(0))
+    want = np.concatenate([ran(tmp_path / "n.onnx", row[None].numpy()) for row in x])
+    torch.testing.assert_close(net(x).detach(), torch.from_numpy(want), rtol=1e-5, atol=1e-5)
+    # Bounds hold of what onnxruntime computes, and the network is written as it was read.
+    box = Box(x.amin(0, keepdim=True), x.amax(0, keepdim=True))
+    identity = Property.rows(torch.cat([torch.eye(4), -torch.eye(4)]))
+    lower = crown(net, box, identity, rounding=1e-5).lower[0].detach().numpy()
+    assert (np.concatenate([want, -want], 1) >= lower).all()
+    again, _ = read_onnx(write_onnx(net, tmp_path / "again.onnx", shape))
+    torch.testing.assert_close(again(x), net(x))
+
+
+def test_residual_images_and_reshapes(tmp_path):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1))
+    net = nn.Sequential(Residual(body), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)).eval()
+    x = torch.randn(1, 2, 5, 5)
+    path = write_onnx(net, tmp_path / "n.onnx", (2, 5, 5))
+    np.testing.assert_allclose(ran(path, x.numpy()), net(x).detach().numpy(), atol=1e-6)
+    torch.testing.assert_close(read_onnx(path)[0](x), net(x))
+    nodes = [("Reshape", ["X", "s"], "a", {}), ("Conv", ["a", "k"], "c", {}), ("Reshape", ["c", "t"], "Y", {})]
+    constants = {"s": np.array([-1, 1, 4, 4]), "k": np.ones((2, 1, 3, 3), np.float32), "t": np.array([0, 4, -1, 1])}
+    path = saved(tmp_path / "r.onnx", nodes, constants, [1, 16])
+    net, x = read_onnx(path)[0], np.random.default_rng(0).random((1, 16), dtype=np.float32)
+    np.testing.assert_allclose(net(torch.from_numpy(x)).detach().numpy(), ran(path, x), atol=1e-6)
+
+
+def test_sums_that_are_not_followed(tmp_path):
+    square = {"w": np.eye(4, dtype=np.float32), "b": np.zeros(4, np.float32)}
+    product = [affine("X", "w", "h"), ("Mul", ["h", "X"], "Y", {})]
+    with pytest.raises(FormatError, match="node 1 \\(Mul\\): expected to read the network's values once"):
+        read_onnx(saved(tmp_path / "n.onnx", product, square, [1, 4]))
+    wide = [("MatMul", ["X", "v"], "h", {}), ("Add", ["h", "X"], "Y", {})]
+    with pytest.raises(FormatError, match=r"two paths of one shape, got \(1, 5\) and \(1, 4\)"):
+        read_onnx(saved(tmp_path / "n.onnx", wide, {"v": np.ones((4, 5), np.float32)}, [1, 4]))
+    deep = [("Add", ["X" if k == 0 else f"y{k - 1}", "X"], f"y{k}", {}) for k in range(3000)]
+    with pytest.raises(FormatError, match=r"within each other|cross so often"):
+        read_onnx(saved(tmp_path / "n.onnx", deep, {}, [1, 4]))
+    crossing = [part for k in range(40) for part in (
+        ("Relu", [f"y{k}"], f"a{k}", {}), ("Add", [f"a{k}", f"y{k}"], f"m{k}", {}), ("Add", [f"m{k}", f"a{k}"], f"y{k + 1}", {}),
+    )]  # fmt: skip
+    crossing = [("Identity", ["X"], "y0", {}), *crossing]
+    started = time.perf_counter()
+    net, _ = read_onnx(saved(tmp_path / "n.onnx", crossing, {}, [1, 4]))
+    assert time.perf_counter() - started < 5
+    np.testing.assert_allclose(net(torch.ones(1, 4)).numpy(), ran(tmp_path / "n.onnx", np.ones((1, 4), np.float32)))

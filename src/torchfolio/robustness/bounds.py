@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 KNOWN = (
-    "Linear", "Conv2d", "ReLU", "Tanh", "Sigmoid", "AvgPool2d", "MaxPool2d", "Flatten", "Identity", "Dropout",
+    "Linear", "Conv2d", "ReLU", "Tanh", "Sigmoid", "AvgPool2d", "MaxPool2d", "Flatten", "Unflatten", "Identity", "Dropout",
     "BatchNorm1d", "BatchNorm2d", "AdaptiveAvgPool2d", "ElementwiseAffine", "Residual", "BasicBlock",
 )  # fmt: skip
 Range = tuple[Tensor, Tensor]
@@ -144,7 +144,7 @@ class Affine:
             constant = A @ layer.bias if layer.bias is not None else A.new_zeros(A.shape[:2])
             return A @ layer.weight, constant
         flat = A.flatten(0, 1)
-        if isinstance(layer, nn.Flatten):
+        if isinstance(layer, nn.Flatten | nn.Unflatten):
             return A.reshape(*A.shape[:2], *shape), A.new_zeros(A.shape[:2])
         if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             # A transposed convolution whose padding of the output restores `shape`.
@@ -224,7 +224,7 @@ class Layers:
 
 Part = Affine | MaxPool | Mark | str
 AFFINE = (
-    nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine,
+    nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine,
     Subsample,
 )  # fmt: skip
 
@@ -254,6 +254,8 @@ def _part(layer: nn.Module) -> Affine | MaxPool | str | None:
     if _is(layer, AFFINE):
         if isinstance(layer, nn.Flatten) and layer.start_dim != 1:
             raise TypeError("interval bounds need nn.Flatten(1), which keeps the batch axis")
+        if isinstance(layer, nn.Unflatten) and layer.dim in (0, "N"):
+            raise TypeError("interval bounds need an nn.Unflatten that keeps the batch axis")
         return Affine(layer)
     if _is(layer, (nn.MaxPool2d,)):
         assert isinstance(layer, nn.MaxPool2d)
