@@ -11,7 +11,7 @@ Sums of two paths (`Residual`, the blocks of `models.ResNetCIFAR`) are known too
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from torchfolio.models.resnet import BasicBlock, Subsample
+from torchfolio.robustness.patch_bounds import Window, average_kernel
 from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.properties import Box, Property
 
@@ -110,6 +111,9 @@ class Affine:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.mixes = isinstance(layer, nn.Linear | nn.Conv2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
+        self.by_windows = isinstance(layer, nn.BatchNorm2d | ElementwiseAffine) or (
+            isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        ) or (isinstance(layer, nn.AvgPool2d) and _plain(layer))  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -137,6 +141,17 @@ class Affine:
         constant = self.forward(torch.zeros_like(low[:1])).abs()
         return self.absolute(torch.maximum(low.abs(), high.abs())) + constant
 
+    def window_backward(self, window: Window, shape: tuple[int, ...]) -> tuple[Window, Tensor]:
+        """As `backward`, of coefficients on windows."""
+        layer = self.layer
+        if isinstance(layer, nn.Conv2d):
+            return window.convolved(layer.weight, layer.bias, layer)
+        if isinstance(layer, nn.AvgPool2d):
+            return window.convolved(average_kernel(layer, shape[0], window.A), None, layer)
+        assert isinstance(layer, nn.BatchNorm2d | ElementwiseAffine)
+        scale, shift = _folded(layer, 4) if isinstance(layer, nn.BatchNorm2d) else (layer.scale, layer.shift)
+        return window.scaled(scale.expand(1, *shape), shift.expand(1, *shape))
+
     def backward(self, A: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Coefficients on the outputs `[B, R, *out]` to those on the inputs `[B, R, *in]`, and what the constant gives."""
         layer = self.layer
@@ -159,6 +174,12 @@ class Affine:
             (back,) = torch.autograd.grad(y, x, flat, create_graph=A.requires_grad)
         constant = (flat * y.detach()).flatten(1).sum(1)
         return back.view(*A.shape[:2], *shape), constant.view(A.shape[:2])
+
+
+def _plain(layer: nn.AvgPool2d) -> bool:
+    """Whether every window of a pool has the same divisor."""
+    padded = layer.padding not in (0, (0, 0)) and not layer.count_include_pad
+    return not (layer.ceil_mode or padded or layer.divisor_override is not None)
 
 
 def _folded(layer: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Range:
@@ -463,18 +484,114 @@ def _tightened(
     if not len(rows):
         return low, high
     tight_low, tight_high = flat_low.clone(), flat_high.clone()
-    widest = max(math.prod(shape) for shape in layers.shapes[: k + 1])
-    for part in rows.split(max(1, ELEMENTS // (2 * len(box) * widest))):
-        eye = torch.zeros(len(part), flat_low.shape[1], dtype=low.dtype, device=low.device)
-        eye[torch.arange(len(part)), part] = 1
-        both = torch.cat([eye, -eye]).view(1, 2 * len(part), *low.shape[1:])
-        bound, _, scale = linear_bounds(layers, k, both, ranges, box, terms=terms)
-        bound = bound - rounding * scale
-        tight_low[:, part] = torch.maximum(flat_low[:, part], bound[:, : len(part)])
-        tight_high[:, part] = torch.minimum(flat_high[:, part], -bound[:, len(part) :])
+    for part, lower, upper in (
+        _by_windows(layers, k, unstable, ranges, box, terms, rounding)
+        if _plan(layers, k)[0] < k
+        else _by_units(layers, k, rows, ranges, box, terms, rounding)
+    ):
+        tight_low[:, part] = torch.maximum(flat_low[:, part], lower)
+        tight_high[:, part] = torch.minimum(flat_high[:, part], upper)
     # Rounding must not make a bound cross the other.
     tight_low = torch.minimum(tight_low, tight_high)
     return tight_low.view_as(low), tight_high.view_as(high)
+
+
+def _by_units(
+    layers: Layers, k: int, rows: Tensor, ranges: dict[int, Range], box: Box, terms: dict[int, Tensor], rounding: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some units of layer `k` at a time, with their bounds `[B, units]`."""
+    shape = layers.shapes[k]
+    widest = max(math.prod(shape) for shape in layers.shapes[: k + 1])
+    for part in rows.split(max(1, ELEMENTS // (2 * len(box) * widest))):
+        eye = torch.zeros(len(part), math.prod(shape), dtype=box.lower.dtype, device=rows.device)
+        eye[torch.arange(len(part)), part] = 1
+        both = torch.cat([eye, -eye]).view(1, 2 * len(part), *shape)
+        bound, _, scale = linear_bounds(layers, k, both, ranges, box, terms=terms)
+        bound = bound - rounding * scale
+        yield part, bound[:, : len(part)], -bound[:, len(part) :]
+
+
+def _by_windows(
+    layers: Layers, k: int, unstable: Tensor, ranges: dict[int, Range], box: Box, terms: dict[int, Tensor],
+    rounding: float,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """As `_by_units`, by the windows of all channels at some positions."""
+    channels, height, width = layers.shapes[k]
+    places = unstable.view(channels, -1).any(0).nonzero()[:, 0]
+    stop, largest = _plan(layers, k)
+    for part in places.split(max(1, ELEMENTS // (2 * channels * len(box) * largest))):
+        window = Window.of_units(channels, part // width, part % width, box.lower)
+        bound, scale = _back_by_windows(layers, k, stop, window, ranges, box, terms)
+        lower, upper = (bound - rounding * scale).view(len(box), len(part), 2, channels).permute(2, 0, 3, 1)
+        units = torch.arange(channels, device=part.device)[:, None] * height * width + part
+        yield units.flatten(), lower.flatten(1), -upper.flatten(1)
+
+
+def _plan(layers: Layers, k: int) -> tuple[int, int]:
+    """The layer down to which windows pay for the units of layer `k`, and the most coefficients that a unit has by then."""
+    if len(layers.shapes[k]) != 3:
+        return k, 0
+    h = w = 1
+    largest, i = layers.shapes[k][0], k
+    while i:
+        part, shape = layers.parts[i - 1], layers.shapes[i - 1]
+        layer = part.layer if isinstance(part, Affine) else None
+        if isinstance(layer, nn.Conv2d | nn.AvgPool2d) and part.by_windows:
+            (kh, kw), (sh, sw), (dh, dw) = _geometry(layer)
+            h, w = (h - 1) * sh + dh * (kh - 1) + 1, (w - 1) * sw + dw * (kw - 1) + 1
+        elif not isinstance(part, str) and not (isinstance(part, Affine) and part.by_windows):
+            break
+        repeats = isinstance(layer, ElementwiseAffine) and shape != layers.shapes[i]
+        if len(shape) != 3 or repeats or 2 * h * w > shape[1] * shape[2]:
+            break
+        largest, i = max(largest, shape[0] * h * w), i - 1
+    if not any(isinstance(part, str) for part in layers.parts[i:k]):
+        return k, 0  # nothing but one matrix would be saved
+    if i:
+        largest = max(largest, *(math.prod(shape) for shape in layers.shapes[: i + 1]))
+    return i, largest
+
+
+def _geometry(layer: nn.Conv2d | nn.AvgPool2d) -> tuple[tuple[int, int], ...]:
+    """Kernel, stride and dilation."""
+    return tuple(
+        v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))
+    )
+
+
+def _back_by_windows(
+    layers: Layers, k: int, stop: int, window: Window, ranges: dict[int, Range], box: Box, terms: dict[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`linear_bounds` of the rows of a window, `[B, P, Q]` or `[B, P Q]`, and their scales."""
+    d: Tensor = window.A.new_zeros(())
+    scale, counted = d, False
+    for i in range(k - 1, stop - 1, -1):
+        part = layers.parts[i]
+        if isinstance(part, str):
+            sizes = None
+            if terms:
+                before = terms.get(i - 1)
+                sizes = torch.maximum(ranges[i][0].abs(), ranges[i][1].abs()) if before is None else before
+                sizes, counted = sizes + (part != "relu"), before is not None
+            window, constant, absolute = window.through(_lines(part, *ranges[i]), sizes)
+            scale = scale if absolute is None else scale + absolute
+        else:
+            assert isinstance(part, Affine)
+            window = window.cleaned(layers.shapes[i + 1])
+            if terms and not counted:
+                scale = scale + window.weighed(terms[i], window.A.abs())
+            window, constant = part.window_backward(window, layers.shapes[i])
+            counted = False
+        d = d + constant
+    if not stop:
+        size = window.A.abs()
+        if terms:
+            scale = scale + window.weighed(torch.maximum(box.lower.abs(), box.upper.abs()), size)
+        return window.weighed(box.center) - window.weighed(box.radius, size) + d, scale
+    A = window.spread(layers.shapes[stop])
+    bound, _, rest = linear_bounds(layers, stop, A, ranges, box, terms=terms, counted=counted)
+    shape = (len(window.top), window.A.shape[2])
+    return bound.view(-1, *shape) + d, rest.view(-1, *shape) + scale
 
 
 def linear_bounds(
@@ -487,17 +604,18 @@ def linear_bounds(
     terms: dict[int, Tensor] | None = None,
     betas: dict[int, Tensor] | None = None,
     behind: dict[int, Tensor] | None = None,
+    counted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower bounds `[B, R]` of rows on the inputs of layer `k`, the coefficients on the network's input, and scales.
 
     With `betas`, multipliers `[B, R, ...]` of the inputs of activations, it is a bound of the rows less those products,
     which bounds the rows themselves where every product is known not to be negative. The coefficients behind each
     activation are put into `behind`. Rows have a batch axis of 1 up to the first activation, as boxes matter only from there on. The scale of a bound is
-    what its sums add up in absolute value, 0 without `terms`.
+    what its sums add up in absolute value, 0 without `terms`; `counted` tells that those of the layer before are in it already,
+    by the activation behind it.
     """
     d = A.new_zeros(A.shape[:2])
     scale = A.new_zeros(A.shape[:2])
-    counted = False  # the sums of the next affine layer, by the activation behind it
     waiting: list[Tensor] = []
     i = k
     while i:
