@@ -202,12 +202,30 @@ def test_one_full_block_is_one_plain_network():
         hidden_layer_sizes=(5,), activation="logistic", solver="lbfgs", alpha=1e-2, max_iter=40, tol=0, random_state=7
     )
     with pytest.warns(UserWarning, match="lbfgs failed to converge"):
-        plain.fit(X, y - y.mean())
+        plain.fit(X, (y - y.mean()) / y.std())
     model = GBNNRegressor(
         5, 5, learning_rate=1, subsample=1, max_iter=40, alpha=1e-2, standardize=False, random_state=7
     ).fit(X, y)
-    np.testing.assert_allclose(model.predict(X), y.mean() + plain.predict(X), rtol=1e-6)
+    np.testing.assert_allclose(model.predict(X), y.mean() + y.std() * plain.predict(X), rtol=1e-6)
     np.testing.assert_allclose(model.coefs_[0], plain.coefs_[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e6])
+def test_the_unit_of_the_target_does_not_matter(unit):
+    X, y = subset(load_diabetes, 200)
+    y = np.stack([y, -3 * y + X[:, 0]], 1)
+    plain, other = (GBNNRegressor(12, 2, max_iter=20, random_state=0).fit(X, y * u) for u in (1.0, unit))
+    assert plain.score(X, y) > 0.3
+    np.testing.assert_allclose(other.predict(X), unit * plain.predict(X), rtol=1e-4)
+
+
+@pytest.mark.parametrize("subsample", [1.0, 0.5])
+def test_swapped_labels_give_the_other_probability(subsample):
+    X, y = subset(load_breast_cancer, 200)
+    plain, swapped = (
+        GBNNClassifier(20, 2, subsample=subsample, random_state=0).fit(X, labels) for labels in (y, 1 - y)
+    )
+    np.testing.assert_allclose(swapped.predict_proba(X)[:, 1], plain.predict_proba(X)[:, 0], atol=1e-6)
 
 
 def test_training_loss_never_rises_for_regression():
@@ -330,6 +348,11 @@ def test_grid_search():
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"max_iter": 0}, "max_iter"),
         ({"alpha": -1.0}, "alpha"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha to be finite"),
+        ({"alpha": float("inf")}, "alpha to be finite"),
+        ({"learning_rate": float("nan")}, "learning_rate to be finite"),
+        ({"subsample": float("nan")}, "subsample to be finite"),
         ({"activation": "gelu"}, "activation"),
         ({"init": "mean"}, "init"),
         ({"validation_fraction": 1.0}, "validation_fraction"),

@@ -19,6 +19,7 @@ from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import nn
 
+from torchfolio.checks import finite
 from torchfolio.efficiency.boosted_block import Activation, Block, activate, fit_block, initial_block
 from torchfolio.efficiency.boosting_losses import Loss
 
@@ -84,7 +85,9 @@ class BoostedNetwork(BaseEstimator):
         check_scalar(self.learning_rate, "learning_rate", Real, min_val=0, include_boundaries="neither")
         check_scalar(self.subsample, "subsample", Real, min_val=0, max_val=1, include_boundaries="right")
         check_scalar(self.max_iter, "max_iter", Integral, min_val=1)
-        check_scalar(self.alpha, "alpha", Real, min_val=0)
+        check_scalar(self.alpha, "alpha", Real, min_val=0, include_boundaries="neither")
+        for name in ("learning_rate", "subsample", "alpha"):  # NaN and infinity pass `check_scalar`
+            finite(name, getattr(self, name))
         if self.activation not in MODULES:
             raise ValueError(f"expected activation to be one of {', '.join(MODULES)}, got {self.activation!r}")
         if self.init not in ("prior", "zero"):
@@ -118,6 +121,7 @@ class BoostedNetwork(BaseEstimator):
         """The boosting loop: residuals, a block fitted to them, a step along it."""
         start = loss.start(Y) if self.init == "prior" else np.zeros(Y.shape[1])
         grown = _Grown(start, [], [], [], [], [])
+        unit = loss.unit(Y)
         F = np.tile(start, (len(Y), 1))
         F_held = None if held is None else np.tile(start, (len(held[1]), 1))
         grown.train_loss.append(loss.value(Y, F))
@@ -127,9 +131,10 @@ class BoostedNetwork(BaseEstimator):
             if n_rows < len(Z):
                 rows = rng.permutation(len(Z))[:n_rows]
             initial = initial_block(rng, Z.shape[1], self.units_per_step, Y.shape[1], self.activation)
-            block, iterations = fit_block(
-                Z[rows], R[rows], initial, alpha=self.alpha, max_iter=self.max_iter, activation=self.activation
-            )
+            if loss.blank:
+                initial = initial._replace(W2=np.zeros_like(initial.W2), b2=np.zeros_like(initial.b2))
+            settings = {"alpha": self.alpha, "max_iter": self.max_iter, "activation": self.activation, "unit": unit}
+            block, iterations = fit_block(Z[rows], R[rows], initial, **settings)
             f = block(Z, self.activation)
             rho = loss.step(Y, F, f)
             if rho is None and grown.blocks:

@@ -18,9 +18,16 @@ class Loss(ABC):
 
     Attributes:
         factor: the logits of the assembled network are $F$ times this.
+        blank: whether the output weights of a block start at 0. Whatever the names or the order of the classes, they are
+            then learned alike: with two classes swapped, $F$ is exactly $-F$.
     """
 
     factor = 1.0
+    blank = True
+
+    def unit(self, y: Array) -> Array:
+        """Unit of each target `[K]`, in which blocks are fitted to residuals; 1 where targets have none."""
+        return np.ones(y.shape[1])
 
     @abstractmethod
     def start(self, y: Array) -> Array:
@@ -40,7 +47,17 @@ class Loss(ABC):
 
 
 class SquaredLoss(Loss):
-    """$\\frac12 \\lVert y - F\\rVert^2$; the block was fitted by least squares already, so $\\rho = 1$."""
+    """$\\frac12 \\lVert y - F\\rVert^2$; the block was fitted by least squares already, so $\\rho = 1$.
+
+    Its unit is the standard deviation of the targets, so that neither the ridge nor the start of a block depends on whether
+    they are metres or miles.
+    """
+
+    blank = False
+
+    def unit(self, y: Array) -> Array:
+        spread = y.std(0)
+        return np.where(spread > 1e-12 * np.abs(y).max(0), spread, 1.0)
 
     def start(self, y: Array) -> Array:
         return y.mean(0)
@@ -61,8 +78,7 @@ class BinaryLoss(Loss):
     factor = 2.0
 
     def start(self, y: Array) -> Array:
-        mean = y.mean(0)
-        return 0.5 * np.log((1 + mean) / (1 - mean))
+        return np.arctanh(y.mean(0))  # half the log odds, to the last bit an odd function
 
     def value(self, y: Array, F: Array) -> float:
         return float(np.logaddexp(0, -2 * y * F).mean())

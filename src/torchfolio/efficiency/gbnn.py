@@ -71,7 +71,7 @@ class GBNNClassifier(ClassifierMixin, BoostedNetwork):
         learning_rate: shrinkage $\\eta$ above 0.
         subsample: share in (0, 1] of the examples that each block is fitted to, drawn without replacement.
         max_iter: L-BFGS iterations for each block.
-        alpha: ridge $\\alpha$ on the weights of a block, not on its biases.
+        alpha: ridge $\\alpha$ above 0 on the weights of a block, not on its biases.
         activation: `"logistic"`, `"tanh"` or `"relu"`.
         init: $F_0$: `"prior"`, the constant of least loss (the log class frequencies), or `"zero"`.
         standardize: fit on features of zero mean and unit variance; folded into the weights, so that the network
@@ -182,10 +182,10 @@ class GBNNRegressor(RegressorMixin, BoostedNetwork):
         learning_rate: shrinkage $\\eta$.
         subsample: share of the examples that each block is fitted to.
         max_iter: L-BFGS iterations for each block.
-        alpha: ridge, against residuals in the units of the target.
+        alpha: ridge above 0, against residuals in standard deviations of the target.
         activation: `"logistic"`, `"tanh"` or `"relu"`.
         init: `"prior"` starts at the mean target, `"zero"` at zero.
-        standardize: of the features; targets are taken as they are.
+        standardize: of the features; targets are measured in their standard deviations in any case.
         n_iter_no_change: stop after so many blocks without a new best on the held-out part.
         validation_fraction: share of the examples to hold out.
         random_state: seed, or a generator.
