@@ -198,3 +198,24 @@ def test_a_name_of_nothing_names_no_set(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHFOLIO_DATA", str(folder_of(tmp_path / "s")))
     with pytest.raises(DataNotFound, match="expected the name of a data set"):
         load(name)
+
+
+def test_what_storage_leaves_behind_is_no_class_and_no_image(tmp_path):
+    for name in ("a/0.png", "a/@eaDir/0.png", "b/0.png", "b/1.png", "a/1.png", "#recycle/x.png", "$RECYCLE.BIN/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    paths, _, classes = list_folder(tmp_path)
+    assert classes == ("a", "b")
+    assert len(paths) == 4
+
+
+def test_one_class_is_none(tmp_path):
+    encoded = io.BytesIO()
+    Image.new("L", (4, 4)).save(encoded, "PNG")
+    for label in (0, "cat"):
+        pq.write_table(
+            pa.table({"image": [{"bytes": encoded.getvalue(), "path": None}] * 6, "label": [label] * 6}),
+            tmp_path / "train.parquet",
+        )
+        with pytest.raises(ValueError, match="for the label of all its examples, expected two classes or more"):
+            load(str(tmp_path))

@@ -309,3 +309,12 @@ def test_bfloat16_and_arrays():
     assert information_plane(net, ["1"], x.numpy(), y.numpy()) == plain
     halved = information_plane(net.bfloat16(), ["1"], x.bfloat16(), y)
     assert abs(halved.i_ty[0] - plain.i_ty[0]) < 0.5
+
+
+def test_estimators_take_arrays():
+    generator = torch.Generator().manual_seed(0)
+    t, y = torch.randn(40, 2, generator=generator).round(), torch.randint(3, (40,), generator=generator)
+    for estimator in (AdaptiveBinning(4), FixedBinning(4, -4, 4), AdaptiveKDE()):
+        assert estimator(t.numpy(), y.numpy()) == estimator(t, y)
+    assert discrete_mi(t.long().numpy(), y.numpy()) == discrete_mi(t.long(), y)
+    assert joint_entropy(t.long().numpy()) == joint_entropy(t.long())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -180,3 +182,27 @@ def test_an_operator_without_a_formula_is_named():
 
     with pytest.warns(UserWarning, match="not counted: fast_linear"):
         count_flops(lambda x, w: fast_linear(x, w), torch.randn(3, 4), torch.randn(4, 5))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.linalg.inv,
+        torch.linalg.svdvals,
+        lambda x: torch.linalg.solve(x, x),
+        torch.fft.fft,
+        torch.linalg.cholesky_ex,
+    ],
+)
+def test_decompositions_and_transforms_are_named(function):
+    with pytest.warns(UserWarning, match="not counted: "):
+        assert count_flops(lambda x: function(x), torch.eye(4)) == 0
+
+
+def test_norms_cost_nothing_and_added_batches_do():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_flops(lambda x: x.norm(dim=1), torch.randn(4, 4)) == 0
+        assert (
+            count_flops(lambda x: torch.addbmm(torch.zeros(4, 6), x, torch.randn(3, 5, 6)), torch.randn(3, 4, 5)) == 720
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchfolio.engine.evaluate import resolve_device
+from torchfolio.engine.devices import resolve_device
 from torchfolio.engine.loader import Data
 from torchfolio.engine.modes import seeded
 from torchfolio.shown import Shown

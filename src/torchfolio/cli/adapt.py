@@ -69,7 +69,7 @@ def adapt(
 
     Example: torchfolio adapt --method average netA/ netB/ --data cifar10 -o merged/
     """
-    from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.engine.devices import resolve_device
 
     way, path = _method(method, len(networks))
     settings, place = parse_settings(setting), resolve_device(device)

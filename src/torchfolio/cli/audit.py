@@ -188,7 +188,7 @@ def _say(text: str) -> None:
 
 
 def _place(device: str) -> Any:
-    from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.engine.devices import resolve_device
 
     return resolve_device(device)
 
@@ -511,7 +511,7 @@ def _try(folder: Path, inputs: Path, allow: list[str], device: str, as_json: boo
     """Score images with a filter."""
     from torchfolio.backdoor.audit import chance, p_values
     from torchfolio.bundle import load_bundle
-    from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.engine.devices import resolve_device
     from torchfolio.json_text import to_json
 
     record = _record(folder)

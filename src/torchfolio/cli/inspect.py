@@ -54,7 +54,7 @@ def inspect(
     from torchfolio.bundle import load_bundle
     from torchfolio.cli import _inside as inside
     from torchfolio.data import Examples
-    from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.engine.devices import resolve_device
     from torchfolio.report.learning import learning_card
     from torchfolio.report.sheet import write_sheet
 

@@ -21,6 +21,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 """Modes of Pillow without colour."""
+LEFT_BEHIND = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""Folders that systems put beside the user's."""
 MOST_ROWS = 50_000_000
 """Rows of a Parquet file, at most."""
 
@@ -226,7 +228,7 @@ def visible(folder: Path, suffixes: set[str]) -> list[Path]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
 def list_folder(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:

@@ -32,11 +32,20 @@ class Counting(NamedTuple):
     def of(cls, criterion: Any) -> Counting:
         """How a criterion counts: the losses of this package, cross-entropy and the negative log likelihood as functions,
         modules and `functools.partial` of the functions; of others, their attributes `ignore_index` and `weight`.
+
+        Raises:
+            ValueError: if it gives sums or single losses, whose scale would follow the size of the batches.
         """
         settings: dict[str, Any] = {}
         while isinstance(criterion, partial):
             settings = {**criterion.keywords, **settings}
             criterion = criterion.func
+        reduction = settings.get("reduction", getattr(criterion, "reduction", None))
+        if reduction in ("sum", "none"):
+            raise ValueError(
+                f"expected a loss that is the mean over a batch, got one with reduction={reduction!r}, which would depend "
+                "on the size of the batches"
+            )
         if criterion in (default_loss, F.cross_entropy, F.nll_loss):
             return cls(settings.get("ignore_index", IGNORED), settings.get("weight"))
         ignored = getattr(criterion, "ignore_index", None)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from torchfolio.data.examples import Examples
-from torchfolio.engine.checks import check_data, check_targets
+from torchfolio.engine.checks import check_data, check_kinds, check_targets
 from torchfolio.engine.counting import Counting
+from torchfolio.engine.devices import resolve_device
 from torchfolio.engine.loader import Data
 from torchfolio.engine.modes import evaluating, undisturbed
-from torchfolio.engine.rules import Backprop, LearningRule, default_loss
+from torchfolio.engine.rules import Backprop, LearningRule, check_loss, default_loss
 from torchfolio.models.stateful import reset_state
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -71,8 +72,12 @@ def evaluate(
         `{"loss": ..., "accuracy": ...}`; no accuracy for other targets than labels.
 
     Raises:
-        ValueError: if there are no examples, or the criterion ignores the targets of all of them.
+        ValueError: if there are no examples, the criterion ignores the targets of all of them or is no mean, or there is
+            no such device.
+        TypeError: if `model` is no network or `rule` no learning rule.
     """
+    check_kinds(model, rule if rule is not None else Backprop())
+    loss = check_loss(loss)
     check_data(data, "data")
     if device is not None:
         model.to(resolve_device(device))
@@ -164,11 +169,3 @@ def add_up(
 def _like(x: Tensor, weight: Tensor) -> Tensor:
     """Inputs on the weights' device; floats in the weights' precision."""
     return x.to(weight.device, weight.dtype if x.is_floating_point() else None, non_blocking=True)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A device by name; `"auto"` takes an accelerator if there is one."""
-    if str(device) != "auto":
-        return torch.device(device)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")

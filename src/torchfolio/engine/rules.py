@@ -99,12 +99,15 @@ class Backprop(LearningRule):
     """The gradient of one loss through the whole network.
 
     Args:
-        loss: criterion on (output, target). `None` takes cross-entropy for integer targets and the mean
-            squared error for others.
+        loss: criterion on (output, target), a mean over the batch. `None` takes cross-entropy for integer targets and
+            the mean squared error for others.
+
+    Raises:
+        TypeError: if the loss cannot be called, or is a class.
     """
 
     def __init__(self, loss: Loss | None = None) -> None:
-        self.loss = loss or default_loss
+        self.loss = check_loss(loss)
         self.model: nn.Module | None = None
 
     def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
@@ -118,6 +121,20 @@ class Backprop(LearningRule):
         loss = self.loss(self.model(*inputs), target)
         backward(loss)
         return {"loss": loss.detach()}
+
+
+def check_loss(loss: Loss | None) -> Loss:
+    """A loss, the default one for `None`.
+
+    Raises:
+        TypeError: if it is no function of outputs and targets, but its name or its class.
+    """
+    if loss is None:
+        return default_loss
+    if isinstance(loss, type) or not callable(loss):
+        example = f"{loss.__name__}()" if isinstance(loss, type) else "nn.CrossEntropyLoss()"
+        raise TypeError(f"expected a loss to call, such as {example}, got {loss!r}")
+    return loss
 
 
 def default_loss(output: Tensor, target: Tensor) -> Tensor:

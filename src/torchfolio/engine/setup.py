@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchfolio.engine.checks import check_model
+from torchfolio.engine.devices import check_device
 from torchfolio.engine.loader import Batches, Data, tensors_of
 from torchfolio.engine.loop import place
 from torchfolio.engine.modes import undisturbed
@@ -70,7 +71,6 @@ def make_fabric(device: str | torch.device = "auto", precision: Any = "32-true",
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import SingleDeviceStrategy
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     device = str(device)
     # Fabric wants the kind of device and the indices apart.
@@ -84,12 +84,9 @@ def make_fabric(device: str | torch.device = "auto", precision: Any = "32-true",
     shared = isinstance(precision, str) and precision != "16-mixed" and not elastic and not loggers
     if shared and (device, precision) in _FABRICS:
         return _FABRICS[device, precision]
-    try:
-        fabric = Fabric(**options)
-    except (RuntimeError, MisconfigurationException) as error:
-        if accelerator in ("cuda", "gpu", "mps", "tpu"):
-            raise ValueError(f"expected a device that this machine has, got {device!r}: {error}") from error
-        raise
+    if accelerator not in ("gpu", "tpu"):  # Fabric's own names
+        check_device(device)
+    fabric = Fabric(**options)
     if shared and isinstance(fabric.strategy, SingleDeviceStrategy):
         _FABRICS[device, precision] = fabric
     return fabric
@@ -146,9 +143,19 @@ def make_scheduler(given: SchedulerFactory | None, optimizer: Optimizer, steps: 
 
     Raises:
         ValueError: if it asks for them and nobody knows.
+        TypeError: if it is no factory, or makes something else.
     """
     if given is None:
         return None
+    if not callable(given):
+        raise TypeError(f"expected a factory of a learning-rate scheduler, got {given!r}")
+    made = _scheduler(given, optimizer, steps)
+    if not callable(getattr(made, "step", None)):
+        raise TypeError(f"expected the scheduler factory to return a scheduler, got {type(made).__name__}")
+    return made
+
+
+def _scheduler(given: SchedulerFactory, optimizer: Optimizer, steps: int | None) -> LRScheduler:
     try:
         asks = "total_steps" in inspect.signature(given).parameters
     except (TypeError, ValueError):  # a callable without a signature

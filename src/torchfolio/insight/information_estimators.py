@@ -56,6 +56,7 @@ def discrete_mi(codes: Tensor, labels: Tensor) -> float:
     The plug-in estimate is too large by up to (symbols - 1)(classes - 1) / (2 N ln 2) bits; see
     `permuted_label_information`.
     """
+    labels = torch.as_tensor(labels)
     if labels.shape != (len(codes),):
         raise ValueError(f"expected a label for each of {len(codes)} rows, got shape {tuple(labels.shape)}")
     symbols = _symbols(codes)
@@ -64,6 +65,7 @@ def discrete_mi(codes: Tensor, labels: Tensor) -> float:
 
 def _symbols(codes: Tensor) -> np.ndarray:
     """A number for every distinct row, `[N]`."""
+    codes = torch.as_tensor(codes)
     if codes.dim() != 2 or codes.is_floating_point() or not len(codes):
         raise ValueError(f"expected integer codes [N, d], got {codes.dtype} of shape {tuple(codes.shape)}")
     columns = codes.detach().cpu().numpy().astype(np.int64)
@@ -108,6 +110,7 @@ class _Discrete(ABC):
             inputs: `[N, ...]`; needed only if some are repeated, to subtract $H(T \\mid X)$ of a layer that is not a
                 function of them.
         """
+        labels = None if labels is None else torch.as_tensor(labels)
         symbols = _symbols(self.codes(checked(activations, labels)))
         entropy = _entropy(symbols)
         if entropy > math.log2(len(symbols)) - SATURATED:
@@ -120,7 +123,8 @@ class _Discrete(ABC):
         i_xt = entropy
         if inputs is not None:
             i_xt -= _conditional(
-                symbols, np.unique(inputs.flatten(1).cpu().numpy(), axis=0, return_inverse=True)[1].ravel()
+                symbols,
+                np.unique(torch.as_tensor(inputs).flatten(1).cpu().numpy(), axis=0, return_inverse=True)[1].ravel(),
             )
         if labels is None:
             return Information(i_xt, math.nan)
@@ -222,6 +226,7 @@ def checked(activations: Tensor, labels: Tensor | None) -> Tensor:
     Raises:
         ValueError: unless they are finite rows of at least 2 inputs, with a whole label for each where there are labels.
     """
+    activations = torch.as_tensor(activations)
     if activations.dim() != 2:
         raise ValueError(f"expected activations [N, d], got shape {tuple(activations.shape)}")
     if len(activations) < 2:

@@ -54,6 +54,7 @@ class AdaptiveKDE:
 
     def __call__(self, activations: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None) -> Information:
         """Information of one layer; see `AdaptiveBinning`. `inputs` are not needed: the noise makes the layer random."""
+        labels = None if labels is None else torch.as_tensor(labels)
         t = checked(activations, labels).double()
         largest = float(t.abs().max())
         if largest == 0:

@@ -20,8 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from torchfolio.measure.untouched import untouched
 
-HEAVY = ("mm", "mv", "linear", "conv", "rnn", "lstm", "gru", "attention", "transformer", "mkldnn", "cudnn", "quantized")
-"""What the names of operators hold that multiply matrices, in torch and in what extends it."""
+HEAVY = (
+    "mm", "mv", "linear", "conv", "rnn", "lstm", "gru", "attention", "transformer", "mkldnn", "cudnn", "quantized", "cdist",
+    "pdist", "fft", "linalg", "cholesky", "solve", "inverse", "svd", "geqrf", "ormqr", "householder", "lstsq",
+)  # fmt: skip
+"""What the names of operators hold that multiply matrices, decompose or transform them, in torch and in what extends it."""
+LIGHT = ("linalg_vector_norm", "linalg_cross", "linalg_diagonal", "linalg_vecdot", "fft_fftfreq", "fft_rfftfreq")
+"""Names that sound so and are not."""
 
 
 class FlopCounter(FlopCounterMode):
@@ -55,7 +60,8 @@ class FlopCounter(FlopCounterMode):
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         name = func_packet.__name__
-        if func_packet not in self.flop_registry and any(word in name for word in HEAVY):
+        heavy = any(word in name for word in HEAVY) and name not in LIGHT
+        if func_packet not in self.flop_registry and heavy:
             self.missed.add(name)
         return super()._count_flops(func_packet, out, args, kwargs)
 
@@ -75,6 +81,9 @@ def _formulas() -> dict[Any, Any]:
     def vector_added(to: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
         return 2 * math.prod(a)
 
+    def batches_added(to: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(a) * b[-1]
+
     def trilinear(a: Any, b: Any, c: Any, *expand: Any, **kwargs: Any) -> int:
         shapes = [list(shape) for shape in (a, b, c)]
         for shape, places in zip(shapes, expand, strict=False):
@@ -93,6 +102,7 @@ def _formulas() -> dict[Any, Any]:
         aten.dot: with_vector,
         aten.vdot: with_vector,
         aten.addmv: vector_added,
+        aten.addbmm: batches_added,
         aten._trilinear: trilinear,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,

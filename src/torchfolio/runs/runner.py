@@ -266,7 +266,7 @@ def _measure(job: Job, seed: int, say: Say) -> Run[Any]:
     import matplotlib
 
     matplotlib.use("agg")
-    from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.engine.devices import resolve_device
 
     module = importlib.import_module(job.module)
     run: Run[Any] = Run(
@@ -285,7 +285,7 @@ def _measure(job: Job, seed: int, say: Say) -> Run[Any]:
 
 def _conclude(job: Job, say: Say) -> Outcome:
     """Run what is left of the seeds, put the outcome together and write it."""
-    from torchfolio.engine.evaluate import resolve_device
+    from torchfolio.engine.devices import resolve_device
 
     module = importlib.import_module(job.module)
     settings = override(module.SCALES[job.scale], job.settings)
