@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from torchfolio.models.resnet import BasicBlock, Subsample
-from torchfolio.robustness.patch_bounds import Window, average_kernel
+from torchfolio.robustness.patch_bounds import Window, average_kernel, pair
 from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.properties import Box, Property
 
@@ -535,11 +535,12 @@ def _plan(layers: Layers, k: int) -> tuple[int, int]:
     largest, i = layers.shapes[k][0], k
     while i:
         part, shape = layers.parts[i - 1], layers.shapes[i - 1]
-        layer = part.layer if isinstance(part, Affine) else None
-        if isinstance(layer, nn.Conv2d | nn.AvgPool2d) and part.by_windows:
-            (kh, kw), (sh, sw), (dh, dw) = _geometry(layer)
-            h, w = (h - 1) * sh + dh * (kh - 1) + 1, (w - 1) * sw + dw * (kw - 1) + 1
-        elif not isinstance(part, str) and not (isinstance(part, Affine) and part.by_windows):
+        layer = part.layer if isinstance(part, Affine) and part.by_windows else None
+        if isinstance(layer, nn.Conv2d | nn.AvgPool2d):
+            kernel, stride, dilation = map(pair, (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1)))
+            h = (h - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1
+            w = (w - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1
+        elif layer is None and not isinstance(part, str):
             break
         repeats = isinstance(layer, ElementwiseAffine) and shape != layers.shapes[i]
         if len(shape) != 3 or repeats or 2 * h * w > shape[1] * shape[2]:
@@ -550,13 +551,6 @@ def _plan(layers: Layers, k: int) -> tuple[int, int]:
     if i:
         largest = max(largest, *(math.prod(shape) for shape in layers.shapes[: i + 1]))
     return i, largest
-
-
-def _geometry(layer: nn.Conv2d | nn.AvgPool2d) -> tuple[tuple[int, int], ...]:
-    """Kernel, stride and dilation."""
-    return tuple(
-        v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))
-    )
 
 
 def _back_by_windows(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Window", "average_kernel", "windows"]
+__all__ = ["Window", "average_kernel", "pair", "windows"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Window:
 
     def convolved(self, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d | nn.AvgPool2d) -> tuple[Window, Tensor]:
         """Before a convolution."""
-        stride, padding = _pair(layer.stride), _pair(layer.padding)
-        dilation = _pair(layer.dilation) if isinstance(layer, nn.Conv2d) else (1, 1)
+        stride, padding = pair(layer.stride), pair(layer.padding)
+        dilation = pair(layer.dilation) if isinstance(layer, nn.Conv2d) else (1, 1)
         groups = layer.groups if isinstance(layer, nn.Conv2d) else weight.shape[0]
         flat = self.A.flatten(0, 2)
         back = F.conv_transpose2d(flat, weight, None, stride, 0, 0, groups, dilation)
@@ -114,11 +114,12 @@ def windows(values: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) ->
 
 def average_kernel(layer: nn.AvgPool2d, channels: int, like: Tensor) -> Tensor:
     """The kernel of an average pool as a convolution of every channel by itself."""
-    h, w = _pair(layer.kernel_size)
+    h, w = pair(layer.kernel_size)
     return torch.full((channels, 1, h, w), 1 / (h * w), dtype=like.dtype, device=like.device)
 
 
-def _pair(value: int | tuple[int, ...] | str) -> tuple[int, int]:
+def pair(value: int | tuple[int, ...] | str) -> tuple[int, int]:
+    """Two numbers, of both axes."""
     if isinstance(value, tuple):
         return value[0], value[1]
     return int(value), int(value)
