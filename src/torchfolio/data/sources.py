@@ -188,7 +188,9 @@ def _raw(name: str, read: dict[str, Part], key: str = "", image_size: int | None
     if not classes:
         classes = _numbered(name, np.unique(np.concatenate([y for _, y in agreed.values()])))
     if len(classes) < 2:
-        raise ValueError(f"{name} has {classes[0]!r} for the label of all its examples, expected two classes or more")
+        raise ValueError(
+            f"{name} has {', '.join(classes)!r} for the label of all its examples, expected two classes or more"
+        )
     if name == "cifar10" and classes == tuple(map(str, range(10))):
         classes = CIFAR10  # files without the features' names keep the usual order
     parts = {k: (_tensor(x), torch.from_numpy(np.array(y, dtype=np.int64))) for k, (x, y) in agreed.items()}

@@ -740,6 +740,9 @@ def _sigmoidal_lines(kind: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tens
 def _tangent_from(f, derivative, end: Tensor, other: Tensor) -> Range:
     """The line through $(e, f(e))$ that touches the function on the other side of 0, or the chord where that lies outside.
 
+    Where the middle of the interval lies beyond the point of touch, the tangent there takes its place: it encloses the
+    function more closely on the whole interval.
+
     The point of touch $p$ solves $f(p) - f(e) = f'(p) (p - e)$: Newton's steps, by halves where they leave the bracket.
     With any $p$ the line of slope $f'(p)$ that clears both $p$ and $e$ lies beyond the function, so that none needs to be
     exact.
@@ -762,7 +765,8 @@ def _tangent_from(f, derivative, end: Tensor, other: Tensor) -> Range:
         newton = p - gap / torch.where(rise > 0, rise, torch.ones_like(rise))
         inside = (rise > 0) & (newton >= near) & (newton <= far)
         p = torch.where(inside, newton, (near + far) / 2)
-    z = sign * p
+    # Tangents at points further out clear the end as well; of those the one in the middle leaves the least area.
+    z = sign * torch.maximum(p, sign * (end + other) / 2)
     slope = derivative(z)
     cuts = f(z) - slope * z, at_end - slope * end
     cut = torch.where(sign > 0, torch.maximum(*cuts), torch.minimum(*cuts))
