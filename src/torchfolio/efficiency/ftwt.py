@@ -31,7 +31,15 @@ from torchfolio.efficiency.compact_conv import CompactConv, compact
 from torchfolio.efficiency.compression import Compression, Phase, own_group
 from torchfolio.efficiency.gate_flops import Flops, choose_r, estimate_flops, gates_open, measure_flops
 from torchfolio.efficiency.gate_placement import attach_gates
-from torchfolio.efficiency.gated_conv import GatedConv, MaskPredictor, Pool, gated_layers, mass_mask, uniform_mask
+from torchfolio.efficiency.gated_conv import (
+    GatedConv,
+    Gates,
+    MaskPredictor,
+    Pool,
+    gated_layers,
+    mass_mask,
+    uniform_mask,
+)
 from torchfolio.engine import LearningRule
 from torchfolio.engine.rules import Batch, Loss, default_loss
 
@@ -41,6 +49,7 @@ __all__ = [
     "DynamicPruning",
     "Flops",
     "GatedConv",
+    "Gates",
     "MaskPredictor",
     "attach_gates",
     "choose_r",
