@@ -128,7 +128,7 @@ def train(run: Run[Settings], text: dict[str, Any], norm: type[nn.Module] | None
         net, pairs, rule=Backprop(F.cross_entropy), optimizer=adam(settings.lr, betas=(0.9, 0.98)),
         scheduler=one_cycle(settings.lr), epochs=1, batch_size=1, callbacks=[losses], seed=run.seed, device=run.device,
     )  # fmt: skip
-    curve = losses.to_frame()["loss"].tolist()
+    curve = losses.to_frame()["loss"].dropna().tolist()  # before the first step there is none
     val = evaluate(net, held, loss=F.cross_entropy, batch_size=100)["loss"]
     last = curve[-min(50, len(curve)) :]
     return {"val": val, "gap": val - sum(last) / len(last), "curve": curve}
