@@ -253,7 +253,7 @@ def test_a_path_around_a_relu_is_one_more_stable_unit(seed):
     assert verdict.status in (milp_verify(chain, box[:1], prop).status, "unknown")
 
 
-def test_a_residual_network_is_bounded_and_what_cannot_be_is_refused():
+def test_a_residual_network_is_bounded_and_paths_of_two_shapes_are_refused():
     torch.manual_seed(0)
     net = ResNetCIFAR(8, (2, 3, 4), num_classes=3, in_channels=1, shortcut="B").double().eval()
     x = inputs((1, 8, 8), 2)
@@ -265,13 +265,6 @@ def test_a_residual_network_is_bounded_and_what_cannot_be_is_refused():
     assert (found.lower >= slack.amin(0) - 2).all()
     with pytest.raises(ValueError, match="paths of one shape"):
         ibp(nn.Sequential(Residual(nn.Linear(4, 3))).double(), Box.ball(inputs((4,)), 0.1))
-    with pytest.raises(TypeError, match="in a chain"):
-        milp_verify(residual(), Box.ball(inputs((2, 6, 6), 1), 0.1), classification(0, 3))
-    with pytest.raises(TypeError, match="a sum of paths"):
-        ReluSplit().decide(
-            nn.Sequential(Residual(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3)), Box.ball(inputs((4,), 1), 0.1),
-            classification(0, 3),
-        )  # fmt: skip
 
 
 def test_crown_verifies_what_intervals_do():
@@ -517,3 +510,32 @@ def test_rows_in_turns_are_bounded_alike(monkeypatch):
     whole = crown(net, box, prop)
     monkeypatch.setattr("torchfolio.robustness.bounds.ELEMENTS", 1)
     torch.testing.assert_close(crown(net, box, prop).lower, whole.lower, rtol=0, atol=1e-12)
+
+
+EXACT = {
+    "a block": lambda: [nn.Linear(3, 5), nn.ReLU(), Residual(nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))),
+                        nn.ReLU(), nn.Linear(5, 3)],
+    "a block in a block": lambda: [
+        Residual(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), Residual(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())),
+                               nn.ReLU(), nn.Linear(4, 3)), nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 3)],
+    "max pools": lambda: [nn.Unflatten(1, (1, 1, 3)), nn.Conv2d(1, 2, 2, padding=1), nn.MaxPool2d(2, 1, 1), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(30, 3)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", EXACT)
+def test_sums_and_max_pools_are_decided_exactly(name, seed):
+    torch.manual_seed(seed)
+    net, x = nn.Sequential(*EXACT[name]()).double().eval(), torch.randn(1, 3).double()
+    prop = classification(int(net(x).argmax()), 3)
+    for eps in (0.1, 0.6):
+        box = Box.ball(x, eps, clip=None)
+        exact = milp_verify(net, box, prop)
+        assert exact.status == CrownSplit().decide(net, box, prop).status
+        assert exact.status in ("verified", "falsified")
+        if name != "max pools":
+            assert exact.status == ReluSplit().decide(net, box, prop).status
+    if name == "max pools":
+        with pytest.raises(TypeError, match="signs can be decided of ReLUs only, got MaxPool2d"):
+            ReluSplit().decide(net, box, prop)

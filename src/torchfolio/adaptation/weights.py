@@ -68,7 +68,7 @@ def merge(
     merged: dict[str, Tensor] = {}
     for name, terms, column in _columns(vectors[0], vectors, factors):
         value = whole[name].detach()
-        merged[name], _ = _added(value, terms, column, subtract=False, mask=None if mask is None else mask[name])
+        merged[name], _ = added(value, terms, column, subtract=False, mask=None if mask is None else mask[name])
     return _complete(base, merged)
 
 
@@ -83,9 +83,9 @@ def task_arithmetic(
     factors = coefficients(weight, len(states), len(base))
     merged: dict[str, Tensor] = {}
     for name, terms, column in _columns(base, states, factors):
-        merged[name], finite = _added(base[name].detach(), terms, column, subtract=True)
+        merged[name], finite = added(base[name].detach(), terms, column, subtract=True)
         if not finite:
-            _check_sum(merged[name], name, {"the pretrained network": base[name]}, terms)
+            check_sum(merged[name], name, {"the pretrained network": base[name]}, terms)
     return _complete(pretrained, merged)
 
 
@@ -103,9 +103,9 @@ def average(finetuned: Sequence[Checkpoint]) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for name in wanted:
         terms = [state[name].detach() for state in states]
-        merged[name], finite = _mean(terms)
+        merged[name], finite = mean(terms)
         if not finite:
-            _check_sum(merged[name], name, {}, terms)
+            check_sum(merged[name], name, {}, terms)
     return _complete(finetuned[0], merged)
 
 
@@ -158,9 +158,9 @@ def checked(
             )
     if look:
         for name, value in base.items():
-            _check_sum(value, name, {"the pretrained network": value}, [])
+            check_sum(value, name, {"the pretrained network": value}, [])
             for state in states:
-                _check_sum(state[name], name, {}, [s[name] for s in states])
+                check_sum(state[name], name, {}, [s[name] for s in states])
     return base, states
 
 
@@ -243,7 +243,7 @@ def _columns(
         yield name, [s[name].detach() for s in states], factors[:, j if factors.shape[1] > 1 else 0].tolist()
 
 
-def _added(
+def added(
     base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], *, subtract: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, bool]:
     """$b + m \\odot \\sum_i \\lambda_i t_i$, or $b + m \\odot \\sum_i \\lambda_i (t_i - b)$, in the base's type.
@@ -265,12 +265,12 @@ def _added(
     return _piecewise(base, [*terms, *held], add, base.dtype)
 
 
-def _mean(terms: Sequence[Tensor]) -> tuple[Tensor, bool]:
+def mean(terms: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """The mean, of numbers of 16 bits in float32; and whether it is finite by a first look."""
     first = terms[0]
     short = first.dtype in (torch.float16, torch.bfloat16)
 
-    def mean(out: Tensor, b: Tensor, parts: Sequence[Tensor], scratch: Tensor, _: Tensor) -> None:
+    def fill(out: Tensor, b: Tensor, parts: Sequence[Tensor], scratch: Tensor, _: Tensor) -> None:
         total = scratch if short else out
         torch.add(b.to(total), parts[0].to(total), out=total)
         for part in parts[1:]:
@@ -279,7 +279,7 @@ def _mean(terms: Sequence[Tensor]) -> tuple[Tensor, bool]:
         if short:
             out.copy_(total)
 
-    return _piecewise(first, terms[1:], mean, torch.float32 if short else first.dtype)
+    return _piecewise(first, terms[1:], fill, torch.float32 if short else first.dtype)
 
 
 def _piecewise(base: Tensor, terms: Sequence[Tensor], f: Callable[..., None], wide: torch.dtype) -> tuple[Tensor, bool]:
@@ -315,7 +315,7 @@ def _finite(value: Tensor) -> bool:
     return _quickly_finite(value) or bool(value.isfinite().all())
 
 
-def _check_sum(total: Tensor, name: str, named: Mapping[str, Tensor], terms: Sequence[Tensor]) -> None:
+def check_sum(total: Tensor, name: str, named: Mapping[str, Tensor], terms: Sequence[Tensor]) -> None:
     """Look for NaN in a sum, and if there is some, say where it came from."""
     if _finite(total):
         return

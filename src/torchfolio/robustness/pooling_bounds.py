@@ -49,6 +49,14 @@ class MaxPool:
         absolute = None if sizes is None else (A.abs() * self.layer(sizes)[:, None]).flatten(2).sum(2)
         return back, constant, absolute
 
+    def members(self, shape: tuple[int, ...]) -> list[list[int]]:
+        """Of every output the places of its inputs in a flat input of a shape `[C, H, W]`."""
+        size = torch.Size(shape).numel()
+        places = self._windows(torch.arange(size, dtype=torch.float64).view(1, *shape))[0]
+        return [
+            [int(place) for place in window.tolist() if place >= 0] for window in places.transpose(1, 2).flatten(0, 1)
+        ]
+
     def _chosen(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each window: the flat place of the input of the largest lower bound, whether none exceeds it, and $\\max u$."""
         lower, upper = self._windows(low.detach()), self._windows(high.detach())

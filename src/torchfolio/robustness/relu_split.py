@@ -29,7 +29,6 @@ from torchfolio.robustness.bounds import (
     Affine,
     Layers,
     Mark,
-    Part,
     Range,
     activation_ranges,
     linear_bounds,
@@ -85,9 +84,9 @@ class ReluSplit(Crown):
     def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
         box = self.shrink(box)
         layers = Layers(model, box.lower.shape[1:])
-        others = {_named(p) for p in layers.parts if not isinstance(p, Affine)} - {"relu"}
-        if others:
-            raise TypeError(f"signs can be decided of ReLUs in a chain only, got {', '.join(sorted(others))}")
+        others = {p if isinstance(p, str) else "MaxPool2d" for p in layers.parts if not isinstance(p, Affine | Mark)}
+        if others - {"relu"}:
+            raise TypeError(f"signs can be decided of ReLUs only, got {', '.join(sorted(others - {'relu'}))}")
         witness = searched(model, box, prop, self.attack_steps) if self.attack_steps else None
         if witness is not None:
             return Verdict("falsified", witness)
@@ -131,10 +130,6 @@ class _Cases:
     def cat(parts: list[_Cases]) -> _Cases:
         fields = ("signs", "alphas", "betas", "lower")
         return _Cases(*(torch.cat([getattr(p, f) for p in parts]) for f in fields))
-
-
-def _named(part: Part) -> str:
-    return part if isinstance(part, str) else "a sum of paths" if isinstance(part, Mark) else "MaxPool2d"
 
 
 class _Search:
@@ -362,7 +357,16 @@ class _Search:
         M, m = np.eye(count), np.zeros(count)
         rows: list[np.ndarray] = []
         offsets: list[np.ndarray] = []
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
         for k, part in enumerate(self.layers.parts):
+            if isinstance(part, Mark):
+                if part.kind != "fork":
+                    before = waiting.pop()
+                    M, m, kept = (M + before[0], m + before[1], None) if part.kind == "join" else (*before, (M, m))
+                else:
+                    kept = M, m
+                waiting += [kept] if kept is not None else []
+                continue
             if isinstance(part, Affine):
                 L, b = matrix_of(part, self.layers.shapes[k], box)
                 M, m = L @ M, L @ m + b

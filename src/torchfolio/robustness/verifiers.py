@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from torchfolio.measure import untouched
 from torchfolio.robustness.attacks import pgd
-from torchfolio.robustness.bounds import Affine, Bounds, Layers, Range, activation_ranges, crown, ibp, matrix_of
+from torchfolio.robustness.bounds import (
+    Affine,
+    Bounds,
+    Layers,
+    Mark,
+    Range,
+    activation_ranges,
+    crown,
+    ibp,
+    matrix_of,
+)
+from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.properties import Box, Property, Verdict, classification
 
 __all__ = ["Crown", "CrownSplit", "Interval", "exact_copy", "milp_verify", "searched"]
@@ -279,7 +290,7 @@ def searched(model: nn.Module, box: Box, prop: Property, steps: int) -> Tensor |
 def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.0) -> Verdict:
     """Decide a property of a ReLU network exactly, by a mixed-integer linear program per row (HiGHS).
 
-    Constants of the "big M" come from CROWN bounds. For about 60 unstable units; rows of one group are asked for together.
+    Sums of two paths are known, and max pools, of which a binary variable says which input is the largest. Constants of the "big M" come from CROWN bounds. For about 60 unstable units; rows of one group are asked for together.
 
     Args:
         model: the network.
@@ -325,12 +336,34 @@ def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.
     return Verdict("verified", seconds=time.perf_counter() - started)
 
 
+_Affine = tuple[np.ndarray, np.ndarray, list[int]]
+"""Values as affine functions of variables: a matrix, a constant, and the variables of its columns."""
+
+
+def _marked(mark: Mark, here: _Affine, waiting: list[_Affine]) -> _Affine:
+    """Past a place where paths part or meet."""
+    if mark.kind == "fork":
+        waiting.append(here)
+        return here
+    if mark.kind == "turn":
+        before = waiting.pop()
+        waiting.append(here)
+        return before
+    (W, c, columns), (V, d, others) = here, waiting.pop()
+    place = {column: j for j, column in enumerate(dict.fromkeys([*columns, *others]))}
+    total = np.zeros((len(W), len(place)))
+    for matrix, names in ((W, columns), (V, others)):
+        total[:, [place[name] for name in names]] += matrix
+    return total, c + d, list(place)
+
+
 class _Program:
     """The constraints of a ReLU network: variables are the input, then every activation's output and binary."""
 
     def __init__(self, layers: Layers, box: Box) -> None:
-        if any(not isinstance(p, Affine) and p != "relu" for p in layers.parts):
-            raise TypeError("the exact verifier is for networks whose activations are ReLUs, in a chain")
+        others = [p for p in layers.parts if isinstance(p, str) and p != "relu"]
+        if others:
+            raise TypeError(f"the exact verifier is for networks whose activations are ReLUs, got {others[0]}")
         ranges, _ = activation_ranges(layers, box, "crown", None, 1e-12)
         if not all(bool(end.isfinite().all()) for ends in ranges.values() for end in ends):
             raise ValueError("the bounds of an activation overflow: the network's numbers are too large")
@@ -339,14 +372,21 @@ class _Program:
         self.integrality: list[int] = [0] * count
         self.rows: list[tuple[dict[int, float], float, float]] = []
         # The current layer's values as affine functions of variables: matrix over `columns`, and a constant.
-        W, c, columns = np.eye(count), np.zeros(count), list(range(count))
+        here: _Affine = np.eye(count), np.zeros(count), list(range(count))
+        waiting: list[_Affine] = []
         for k, part in enumerate(layers.parts):
             if isinstance(part, Affine):
                 L, b = matrix_of(part, layers.shapes[k], box)
-                W, c = L @ W, L @ c + b
-                continue
-            low, high = (t.flatten().numpy() for t in ranges[k])
-            W, c, columns = self._relu(W, c, columns, low, high)
+                here = L @ here[0], L @ here[1] + b, here[2]
+            elif isinstance(part, Mark):
+                here = _marked(part, here, waiting)
+            else:
+                low, high = (t.flatten().numpy() for t in ranges[k])
+                if isinstance(part, MaxPool):
+                    here = self._max_pool(part.members(layers.shapes[k]), here, low, high)
+                else:
+                    here = self._relu(*here, low, high)
+        W, c, columns = here
         self.W, self.c, self.columns = W, c, columns
 
     def _relu(
@@ -374,6 +414,38 @@ class _Program:
                 self.rows.append(({a: 1.0, binary: -float(high[i])}, -np.inf, 0.0))
             outputs.append(a)
         return np.eye(len(outputs)), np.zeros(len(outputs)), outputs
+
+    def _max_pool(self, windows: list[list[int]], here: _Affine, low: np.ndarray, high: np.ndarray) -> _Affine:
+        """New variables $a = \\max_{i \\in w} z_i$, a binary $q_i$ for each input that may be the largest, $\\sum_i q_i = 1$."""
+        W, c, columns = here
+        outputs = []
+        for window in windows:
+            least = max(low[window])
+            window = [i for i in window if high[i] >= least]
+            top = max(high[window])
+            a = self._variable(float(least), float(top), 0)
+            first = len(self.low)
+            for i in window:
+                minus_z = {columns[j]: -float(W[i, j]) for j in range(len(columns)) if W[i, j]}
+                if len(window) == 1:
+                    self.rows.append(({**minus_z, a: 1.0}, float(c[i]), float(c[i])))
+                    continue
+                room = float(top - low[i])
+                q = self._variable(0.0, 1.0, 1)
+                self.rows.append(({**minus_z, a: 1.0}, float(c[i]), np.inf))  # a >= z_i
+                self.rows.append(
+                    ({**minus_z, a: 1.0, q: room}, -np.inf, float(c[i]) + room)
+                )  # a <= z_i + r_i (1 - q_i)
+            if len(window) > 1:
+                self.rows.append((dict.fromkeys(range(first, len(self.low)), 1.0), 1.0, 1.0))
+            outputs.append(a)
+        return np.eye(len(outputs)), np.zeros(len(outputs)), outputs
+
+    def _variable(self, low: float, high: float, integer: int) -> int:
+        self.low.append(low)
+        self.high.append(high)
+        self.integrality.append(integer)
+        return len(self.low) - 1
 
     def objective(self, C: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, tuple[Any, Any, Any]]:
         """Cost and constraints that minimise the largest row of $C z - t$, in one variable more."""
