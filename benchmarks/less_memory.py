@@ -5,7 +5,7 @@ the peak of what a step on one batch keeps for its backward passes; time is the 
 Rules for spiking networks train the same network with neurons in the place of its ReLUs, over four time steps. It writes the
 table and the picture of docs/less_memory.md. Run it with
 
-    python benchmarks/less_memory.py [--data cifar10] [--depths 14 20 32] [--train-size 1500] [--epochs 6] [--output docs]
+    python benchmarks/less_memory.py [--data cifar10] [--depths 14 20 32] [--train-size 1000] [--epochs 5] [--output docs]
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="a named set of images; digits needs no download")
     parser.add_argument("--depths", type=int, nargs="+", default=[14, 20, 32])
-    parser.add_argument("--train-size", type=int, default=1500)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--train-size", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=advice.DOCS, help="a folder like docs/")
     arguments = parser.parse_args()
     given = {"train_size": arguments.train_size, "epochs": arguments.epochs, "data": arguments.data}

@@ -1,10 +1,10 @@
 """One network made smaller by every compression: bytes, operations, accuracy and time, beside rounding without training.
 
-A network of four convolutions on MNIST's first ten thousand digits is trained once; each method gets its own copy, the same data
+A network of four convolutions on the embedded digits is trained once; each method gets its own copy, the same data
 and as many passes over them. Rounding to a number of bits, weight by weight with a scale for each output channel and no training,
 is what anybody can do without a method. It writes the table and the picture of docs/make_smaller.md. Run it with
 
-    python benchmarks/make_smaller.py [--data mnist10k] [--epochs 6] [--output docs]
+    python benchmarks/make_smaller.py [--data digits] [--epochs 20] [--output docs]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import advice
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits, load
@@ -128,6 +129,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
             ax.plot(row[key], row["accuracy, %"], "so"[row["epochs of training"] > 0], color=f"C{k % 10}", ms=7,
                     mfc="none" if k >= 10 else None, label=row["network"])  # fmt: skip
         ax.set(xlabel=key, xscale="log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -136,8 +138,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="mnist10k", help="a named set of images; digits needs no download")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--data", default="digits", help="a named set of images")
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--output", type=Path, default=advice.DOCS, help="a folder like docs/")
     arguments = parser.parse_args()
     rows = []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import logging
 import re
+import zlib
+from html import unescape
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,7 +21,7 @@ RECORDED = Path(__file__).parent / "outcomes"
 EXAMPLES = Path(__file__).parent / "examples"
 SCRIPTS = Path(__file__).parent / "scripts"
 SOURCE = Path(catalog.__file__).parent
-MODULES = (*catalog.FAMILIES, "engine", "measure", "models", "data", "runs", "report")
+MODULES = (*catalog.FAMILIES, "engine", "measure", "models", "data", "diagrams", "runs", "report")
 
 
 def on_files(files: Files, config) -> Files:
@@ -25,9 +29,36 @@ def on_files(files: Files, config) -> Files:
     pages = {"methods/index.md": _index()} | {f"methods/{p.slug}.md": _page(p) for p in catalog.papers().values()}
     named = _named()
     pages |= {f"reference/modules/{package}.md": _reference(package, named) for package in MODULES}
+    pages |= {
+        f"notebooks/{path.stem}.ipynb": notebook(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*.py")
+    }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def notebook(script: str) -> str:
+    """An example as a Jupyter notebook: its sentence, a cell that installs the package, and a cell for each paragraph."""
+    title, _, code = script.partition("\n")
+    code = code.replace("  # fmt: skip", "").strip()
+    cells = [_cell("markdown", title.strip('"'), 0), _cell("code", "%pip install -q torchfolio", 1)]
+    paragraphs: list[str] = []
+    for part in re.split(r"\n\n+(?=\S)", code):
+        try:
+            ast.parse(part)
+            paragraphs.append(part)
+        except SyntaxError:  # a blank line within a block
+            paragraphs[-1:] = [f"{paragraphs[-1]}\n\n{part}" if paragraphs else part]
+    cells += [_cell("code", part, k) for k, part in enumerate(paragraphs, start=2)]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return json.dumps(
+        {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}, indent=1
+    )
+
+
+def _cell(kind: str, text: str, number: int) -> dict[str, object]:
+    code = {"outputs": [], "execution_count": None} if kind == "code" else {}
+    return {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": text.splitlines(keepends=True), **code}
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
@@ -56,7 +87,86 @@ def _measured(name: str) -> str:
     return "\n".join([*lines, "", f"Made by `{found['command']}` with torch {found['torch']}; run it on your machine."])
 
 
+def on_page_content(html: str, page, config, files) -> str:
+    """Formulas as MathML, which browsers draw without a script from anywhere."""
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _formula, html, flags=re.S)
+
+
+def _formula(found: re.Match[str]) -> str:
+    try:
+        from latex2mathml.converter import convert
+    except ModuleNotFoundError:
+        log.info("latex2mathml is not installed: formulas stay as LaTeX")
+        return found[0]
+    tag, body = found.groups()
+    latex = unescape(body).strip()[2:-2].replace(r"\arg\max", r"\operatorname{arg max}")
+    return f'<{tag} class="arithmatex">{convert(latex, display="block" if tag == "div" else "inline")}</{tag}>'
+
+
 OWN = "<!-- own: the table -->"
+
+
+def on_post_build(config) -> None:
+    """Warn, which ends a strict build, of every public name that the reference does not show."""
+    for name in missing_names(documented(Path(config["site_dir"]) / "objects.inv")):
+        log.warning("the reference does not show %s; give it a docstring, or its module a page", name)
+    for address in sorted(_fetched(Path(config["site_dir"]))):
+        log.warning("a page loads %s from the network", address)
+
+
+def _fetched(site: Path) -> set[str]:
+    """What pages would load from elsewhere."""
+    pattern = re.compile(
+        r"""<(?:script|img|iframe)[^>]*\ssrc="?(https?:[^"\s>]+)|<link[^>]*stylesheet[^>]*href="?(https?:[^"\s>]+)"""
+    )
+    return {a or b for page in site.rglob("*.html") for a, b in pattern.findall(page.read_text(encoding="utf-8"))}
+
+
+log = logging.getLogger("mkdocs.hooks.torchfolio")
+INTERNAL = ("cli", "experiments")  # commands show themselves by --help; experiments are run, not called
+
+
+def documented(inventory: Path) -> set[str]:
+    """Full names of all that a built site shows."""
+    head, _, body = inventory.read_bytes().partition(b"zlib.\n")
+    if not head.startswith(b"# Sphinx inventory version 2"):
+        raise ValueError(f"{inventory} is no inventory of version 2")
+    return {line.split(" ")[0] for line in zlib.decompress(body).decode().splitlines()}
+
+
+def public_names() -> dict[str, str]:
+    """The full name of everything public, by the package or module where its name must be found.
+
+    What stands in the `__all__` of a module, and what a paper offers at its family's door.
+    """
+    names = {f"{path.replace(':', '.')}": path.partition(":")[0]
+             for family in catalog.FAMILIES for path in catalog.exports(family).values()}  # fmt: skip
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        if parts[0] in INTERNAL or any(part.startswith("_") and part != "__init__" for part in parts):
+            continue
+        module = ".".join(("torchfolio", *(part for part in parts if part != "__init__")))
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        foreign = {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom)
+                   and not (node.module or "").startswith("torchfolio") for alias in node.names}  # fmt: skip
+        for node in body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                listed = [e.value for e in getattr(node.value, "elts", []) if isinstance(e, ast.Constant)]
+                names |= {f"{module}.{name}": module for name in listed if name not in foreign}
+    return names
+
+
+def missing_names(shown: set[str]) -> list[str]:
+    """Public names that are shown neither where they are public nor in a module below."""
+    by_name: dict[str, list[str]] = {}
+    for full in shown:
+        by_name.setdefault(full.rpartition(".")[2], []).append(full)
+    return sorted(
+        full
+        for full, place in public_names().items()
+        if full not in shown
+        and not any(other.startswith(f"{place}.") for other in by_name.get(full.rpartition(".")[2], []) if "." in other)
+    )
 
 
 def _with_own_network() -> list[str]:
@@ -79,11 +189,17 @@ def _reference(package: str, named: set[str]) -> str:
     lines = [f"# {package}", "", "What stands beside the methods' own pages and the overview of each floor.", ""]
     if package in ("runs", "report"):  # which have no overview of their own
         lines += [f"::: torchfolio.{package}", "    options: { show_root_heading: false }", ""]
-    for path in sorted((SOURCE / package).glob("*.py")):
-        module = f"torchfolio.{package}.{path.stem}"
+    for path in sorted((SOURCE / package).rglob("*.py")):
+        module = ".".join(("torchfolio", *path.relative_to(SOURCE).with_suffix("").parts))
         if path.stem.startswith("_") or module in named or "__all__" not in path.read_text(encoding="utf-8"):
             continue
-        lines += [f"## {path.stem}", "", f"::: {module}", "    options: { show_root_heading: false }", ""]
+        lines += [
+            f"## {module.removeprefix(f'torchfolio.{package}.')}",
+            "",
+            f"::: {module}",
+            "    options: { show_root_heading: false }",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -126,7 +242,8 @@ def _example(paper: catalog.Paper) -> list[str]:
         return []
     title, _, code = path.read_text(encoding="utf-8").partition("\n")
     code = code.replace("  # fmt: skip", "").strip()
-    return ["## Start here", "", title.strip('"'), "", "```python", code, "```", ""]
+    taken = f"[The same as a notebook](../notebooks/{paper.slug}.ipynb)"
+    return ["## Start here", "", title.strip('"'), "", "```python", code, "```", "", taken, ""]
 
 
 def _claims(paper: catalog.Paper) -> list[str]:

@@ -42,3 +42,20 @@ def test_every_measured_table_has_its_script():
             assert (DOCS / "measured" / f"{name}.json").is_file(), page
             assert (DOCS / "assets" / f"{name}.svg").is_file(), page
             assert (DOCS.parent / "benchmarks" / f"{name}.py").is_file(), page
+
+
+def test_examples_become_notebooks(tmp_path):
+    import ast
+    import json
+
+    from tests.test_reference import load_hooks
+
+    hooks = load_hooks()
+    for path in (DOCS / "examples").glob("*.py"):
+        script = path.read_text(encoding="utf-8")
+        made = json.loads(hooks.notebook(script))
+        assert (made["nbformat"], made["cells"][0]["cell_type"]) == (4, "markdown")
+        code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"][1:]
+        written = ast.parse(script.partition("\n")[2].replace("  # fmt: skip", ""))
+        assert ast.dump(ast.parse("\n\n".join(code))) == ast.dump(written), path.stem
+        assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])

@@ -14,6 +14,7 @@ from torchfolio.checks import between, positive
 __all__ = ["Named", "ineffective_drift", "named_parameters", "threshold_for", "zero_smallest"]
 
 Named = nn.Module | Iterable[tuple[str, nn.Parameter]]
+"""A module, or pairs of names and parameters."""
 
 
 def named_parameters(model: Named) -> list[tuple[str, nn.Parameter]]:

@@ -24,9 +24,18 @@ __all__ = [
     "ofdm_demodulate", "ofdm_modulate", "pbch_mask", "pss", "ssb_grid", "sss",
 ]  # fmt: skip
 
-SYMBOLS, CARRIERS, CELLS = 4, 240, 1008
-FFT_SIZE, CYCLIC_PREFIX = 256, 18  # 7.68 MHz at 30 kHz, and the normal prefix of all symbols but a slot's first
-SYNC = slice(56, 183)  # subcarriers of PSS and SSS
+SYMBOLS = 4
+"""Symbols of a block."""
+CARRIERS = 240
+"""Subcarriers of a block."""
+CELLS = 1008
+"""Identities that a cell may have."""
+FFT_SIZE = 256
+"""Samples of a symbol: 7.68 MHz at 30 kHz."""
+CYCLIC_PREFIX = 18
+"""Samples of the normal prefix, that of all symbols but a slot's first."""
+SYNC = slice(56, 183)
+"""Subcarriers of the primary and secondary synchronisation signals."""
 SKIPPED = 1600  # entries of a Gold sequence that are left out
 PAYLOAD = 864  # bits of a PBCH
 

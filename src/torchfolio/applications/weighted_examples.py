@@ -34,6 +34,7 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Ten
 
 @torch.no_grad()
 def weighted_loss(model: nn.Module, data: Any) -> dict[str, float]:
+    """Mean loss of a network over examples, each with its weight."""
     place = next(model.parameters()).device
     tensors = data.tensors if hasattr(data, "tensors") else data
     return {"loss": float(cross_entropy(model, *(t.to(place) for t in tensors)))}

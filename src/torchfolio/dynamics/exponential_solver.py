@@ -147,6 +147,7 @@ METHODS: dict[str, Method] = {
     "rk4": RungeKutta(RK4),
     "ab2": AdamsBashforth2(),
 }
+"""Methods by name."""
 
 
 def _moved(y: State, slopes: Sequence[State], weights: Sequence[float], length: float) -> State:

@@ -11,7 +11,8 @@ import numpy as np
 
 __all__ = ["BINARY", "UNARY", "Expression", "Node", "mutate", "random_expression", "without_one_operator"]
 
-Node = str | int | float  # an operator, the number of a variable, or a constant
+Node = str | int | float
+"""An operator, the number of a variable, or a constant."""
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
@@ -19,7 +20,9 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
 }
+"""Operators of two arguments, by sign."""
 UNARY = ("sin", "cos", "tan", "tanh", "exp", "log", "sqrt", "abs", "square")
+"""Operators of one argument."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torchfolio.shown import Shown
 
 __all__ = ["Carry", "Solver", "Step", "hermite", "shares"]
 
-Carry = tuple[Tensor, ...]  # what a solver hands from one step to the next, besides the state
+Carry = tuple[Tensor, ...]
+"""What a solver hands from one step to the next, besides the state."""
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 Init = Literal["orthogonal", "zero", "copy", "random", "none"]
+"""Ways to start the added half of a layer."""
 JITTER = 0.01  # standard deviation of the noise that sets copied coefficients apart
 
 

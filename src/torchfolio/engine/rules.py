@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchfolio.shown import Shown
 
 Batch = Sequence[Tensor]
+"""Tensors of a batch, the target last."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

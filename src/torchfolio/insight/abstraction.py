@@ -21,7 +21,8 @@ from torchfolio.checks import finite, one_of, same_length
 __all__ = ["EXACT", "ccgp", "condition_means", "decoding_accuracy", "dichotomies", "parallelism_score"]
 
 MOST_SPLITS = 50  # of CCGP; more are drawn at random
-EXACT = 8  # conditions up to which all pairings are tried
+EXACT = 8
+"""Number of conditions up to which all pairings are tried."""
 
 
 def condition_means(Z: Any, conditions: Any) -> Tensor:

@@ -27,7 +27,8 @@ __all__ = [
     "permuted_label_information",
 ]
 
-SATURATED = 0.1  # bits below log2 N from which on an estimate says nothing
+SATURATED = 0.1
+"""Bits below log2 N from which on an estimate says nothing."""
 
 
 class Information(NamedTuple):

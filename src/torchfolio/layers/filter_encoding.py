@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "as_images", "as_labels", "bench", "correlations", "encode", "redundancy"]
 
 Encoder = Literal["linear", "relu", "split", "triangle"]
+"""What is done to the responses of filters."""
 _BATCH = 500
 
 

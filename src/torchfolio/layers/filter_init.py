@@ -19,6 +19,7 @@ from torchfolio.measure import untouched
 __all__ = ["SCHEMES", "init_"]
 
 SCHEMES = ("gaussian", "lecun_1998", "lecun_normal", "xavier", "he", "orthogonal", "delta_orthogonal", "lsuv")
+"""Names of the initialisations."""
 
 
 @torch.no_grad()

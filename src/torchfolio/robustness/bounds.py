@@ -49,6 +49,7 @@ KNOWN = (
     "Linear", "Conv2d", "ReLU", "Tanh", "Sigmoid", "AvgPool2d", "MaxPool2d", "Flatten", "Unflatten", "Identity", "Dropout",
     "BatchNorm1d", "BatchNorm2d", "AdaptiveAvgPool2d", "ElementwiseAffine", "Residual", "BasicBlock",
 )  # fmt: skip
+"""Layers that bounds are known of."""
 Range = tuple[Tensor, Tensor]
 ELEMENTS = 2**25
 """Coefficients that are held at once while the inputs of activations are bounded; more rows are taken in turns."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 __all__ = ["Box", "Property", "Status", "Verdict", "Verifier", "classification"]
 
 Status = Literal["verified", "falsified", "unknown"]
+"""What a verifier answers."""
 
 
 @dataclass(frozen=True)

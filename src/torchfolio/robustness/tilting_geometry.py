@@ -286,6 +286,7 @@ def bias_of(w: Any, b: float) -> float:
 
 
 def angle_between(c: Array, z: Array) -> Array:
+    """Angle in degrees between weights `[..., d]` and a direction `[d]`, both of norm 1; warns above 90."""
     if c.shape[-1] != len(z):
         raise ValueError(f"expected weights of {len(z)} numbers, got {c.shape[-1]}")
     cosine = c @ z

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
@@ -32,6 +32,7 @@ from torchfolio.runs.settings import override
 from torchfolio.runs.store import clear_scratch, write_json
 
 SCALES = ("smoke", "quick", "full")
+"""Names of the scales, from seconds to the strongest evidence."""
 Say = Callable[[str], None]
 
 
@@ -241,7 +242,9 @@ def _measure_on_ray(jobs: Sequence[Job], say: Say) -> None:
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         remote = ray.remote(_measure_quietly)
-        waiting = {remote.remote(job, seed): (job, seed) for job in jobs for seed in job.seeds}
+        # A worker's working directory is another one; the folder is one that all machines share.
+        whole = [replace(job, folder=job.folder.absolute()) for job in jobs]
+        waiting = {remote.remote(job, seed): (job, seed) for job in whole for seed in job.seeds}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             job, seed = waiting.pop(ready)

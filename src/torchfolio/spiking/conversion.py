@@ -20,6 +20,7 @@ RELU_LIKE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
     nn.Hardswish,
 )  # fmt: skip
+"""Activations that neurons take the place of."""
 _FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.hardswish,
     torch.relu, torch.relu_,

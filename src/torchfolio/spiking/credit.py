@@ -19,6 +19,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 __all__ = ["Credit", "WeightLayer", "credit_of", "fan_in", "rows_of", "weight_layers"]
 
 WeightLayer = nn.Linear | nn.Conv2d
+"""Layers whose weights are trained step by step."""
 
 
 def weight_layers(model: nn.Module) -> dict[str, WeightLayer]:

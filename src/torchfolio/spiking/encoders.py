@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["Encode", "encode_input", "frames", "latency", "poisson", "repeat"]
 
 Encode = Literal["repeat", "poisson", "latency"] | Callable[[Tensor, int], Tensor] | None
+"""Name of an encoder, a function `(x, timesteps) -> sequence`, or `None` for sequences."""
 
 
 def repeat(x: Tensor, timesteps: int) -> Tensor:

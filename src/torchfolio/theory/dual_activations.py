@@ -549,6 +549,7 @@ class _Sine:
 
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor] | DualActivation
+"""Name of an activation, a module, a function, or its dual kernel."""
 
 CLOSED: dict[str, Callable[[], DualActivation]] = {
     "relu": RectifierDual,

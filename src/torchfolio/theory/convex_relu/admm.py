@@ -24,6 +24,7 @@ from torchfolio.theory.convex_relu.program import (
 __all__ = ["LinearSolver", "admm"]
 
 LinearSolver = Literal["auto", "woodbury", "dense", "cg", "rbcd"]
+"""Ways to solve the linear system of an iteration."""
 
 LARGEST_FACTOR = 20_000  # a Cholesky factor of this side takes 3.2 GB in float64
 OBJECTIVE_EVERY = 10

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 Loss = Literal["squared", "bce", "hinge"]
+"""Losses that the program is convex for."""
 
 
 @dataclass(frozen=True)

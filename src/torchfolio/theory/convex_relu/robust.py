@@ -15,6 +15,7 @@ from torchfolio.theory.convex_relu.program import Loss, Solution, check_problem,
 __all__ = ["Norm", "conic_program"]
 
 Norm = Literal["inf", "2", "1"]
+"""Norm of the ball around an input."""
 DUAL: dict[str, Any] = {"inf": 1, "2": 2, "1": "inf"}
 
 
