@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,7 +43,8 @@ def bounds() -> Figure:
     radii = np.linspace(0, 0.3, 25)
     ends = Property.rows(torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
     figure, ax = plt.subplots(figsize=SIZE, layout="constrained")
-    for name, method in (("interval bounds", ibp), ("CROWN", crown)):
+    methods: dict[str, Any] = {"interval bounds": ibp, "CROWN": crown}
+    for name, method in methods.items():
         rows = torch.stack([method(net, Box(x - r, x + r), ends).lower[0] for r in radii]).detach()
         ax.fill_between(radii, rows[:, 0], -rows[:, 1], alpha=0.35, label=name)
     seen = [net(x + float(r) * (2 * torch.rand(2000, 4, dtype=torch.float64) - 1)).detach() for r in radii]

@@ -84,6 +84,7 @@ class BiPerLayer(BinaryLayer):
 
 
 def checked_stage(stage: int) -> int:
+    """The stage, 1 or 2, or an error."""
     if stage not in (1, 2):
         raise ValueError(f"expected stage 1 (sine) or 2 (square wave), got {stage!r}")
     return stage
@@ -155,6 +156,7 @@ class BiPerLinear(BiPerLayer, nn.Linear):
 
 
 def biper_layers(model: nn.Module) -> dict[str, BiPerLayer]:
+    """The periodic layers of a network by name; an error where it has none."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, BiPerLayer)}
     if not found:
         raise ValueError("the network has no BiPer layer; convert it with binarize first")

@@ -27,6 +27,7 @@ __all__ = [
 
 
 def unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to norm 1."""
     return F.normalize(x, dim=1)
 
 
@@ -53,6 +54,7 @@ class Learner(ABC):
 
 
 def at_most(K: int, d: int, name: str) -> None:
+    """Refuse more filters than there are directions."""
     if d < K:
         raise ValueError(
             f"expected at most {d} filters of {name}, as many as patches vary in directions, got n_filters={K}"

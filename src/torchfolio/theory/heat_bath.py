@@ -40,6 +40,7 @@ def settled(before: Tensor, h: Tensor, threshold: Tensor | None, later: Effect) 
 
 
 def by_gram(couplings: Tensor) -> Effect:
+    """The effect of changes through the matrix of couplings."""
     upper = couplings.triu(1)
     return lambda change: change @ upper
 

@@ -169,6 +169,7 @@ def check_ternary(x: Tensor, name: str, blank: bool = False) -> Tensor:
 
 
 def check_quality(r: Tensor) -> None:
+    """Refuse qualities outside (0, 1]."""
     if not bool(((r > 0) & (r <= 1)).all()):
         raise ValueError(f"expected quality r in (0, 1], got {r.tolist()}")
 
