@@ -137,22 +137,27 @@ def documented(inventory: Path) -> set[str]:
 def public_names() -> dict[str, str]:
     """The full name of everything public, by the package or module where its name must be found.
 
-    What stands in the `__all__` of a module, and what a paper offers at its family's door.
+    What stands in the `__all__` of a module, and what a paper offers at its family's door: functions and classes. Constants and
+    aliases of types are shown where they have a docstring.
     """
     names = {f"{path.replace(':', '.')}": path.partition(":")[0]
              for family in catalog.FAMILIES for path in catalog.exports(family).values()}  # fmt: skip
-    for path in SOURCE.rglob("*.py"):
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+    made = {
+        node.name for tree in trees.values() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    for path, tree in trees.items():
         parts = path.relative_to(SOURCE).with_suffix("").parts
         if parts[0] in INTERNAL or any(part.startswith("_") and part != "__init__" for part in parts):
             continue
         module = ".".join(("torchfolio", *(part for part in parts if part != "__init__")))
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        foreign = {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom)
+        foreign = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
                    and not (node.module or "").startswith("torchfolio") for alias in node.names}  # fmt: skip
-        for node in body:
+        foreign |= {getattr(node.targets[0], "id", "") for node in tree.body if isinstance(node, ast.Assign)}
+        for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 listed = [e.value for e in getattr(node.value, "elts", []) if isinstance(e, ast.Constant)]
-                names |= {f"{module}.{name}": module for name in listed if name not in foreign}
+                names |= {f"{module}.{name}": module for name in listed if name in made and name not in foreign}
     return names
 
 
