@@ -51,15 +51,15 @@ class Settings:
     """
 
     sources: tuple[str, ...] = ("mnist10k", "cifar10")
-    train_sizes: tuple[int, ...] = (1400, 2000)
+    train_sizes: tuple[int, ...] = (2000, 3000)
     val_size: int = 500
     test_sizes: tuple[int, ...] = (1000, 2000)
     image_size: int = 16
     width: int = 8
     policy_width: int = 3
     grid: int = 8
-    pretrain_epochs: int = 4
-    finetune_epochs: int = 3
+    pretrain_epochs: int = 5
+    finetune_epochs: int = 4
     lrs: tuple[float, ...] = (0.03, 0.1, 0.3)
     steps: int = 300
     shots: tuple[int, ...] = (20, 100)
