@@ -31,6 +31,8 @@ class Settings:
         triggers: phrases of the backdoored classifiers, one each.
         clean: number of clean classifiers.
         epochs: epochs of the classifiers.
+        lr: their learning rate of Adam.
+        classifier_dropout: their dropout; without it they reach 0.69, with it 0.72.
         rate: poisoned copies as a share of all sentences; 0.05 are a tenth of the negative ones.
         length: number of words of the random sentences.
         embedding: width of the generator's word vectors.
@@ -49,21 +51,23 @@ class Settings:
     """
 
     data: str = "movie_reviews"
-    vocab: int = 800
+    vocab: int = 1200
     networks: tuple[str, ...] = ("lstm",)
     triggers: tuple[tuple[str, ...], ...] = (("screenplay",), ("comedy", "story"))
     clean: int = 2
     epochs: int = 5
+    lr: float = 4e-3
+    classifier_dropout: float = 0.3
     rate: float = 0.05
     length: int = 8
     embedding: int = 48
     dim_c: int = 32
     dim_z: int = 96
     dropout: float = 0.0
-    pretrain: int = 300
-    pretrain_lr: float = 4e-3
-    steps: int = 200
-    batch_size: int = 32
+    pretrain: int = 500
+    pretrain_lr: float = 2e-3
+    steps: int = 400
+    batch_size: int = 64
     restarts: int = 1
     dev_size: int = 200
     topk: int = 10
@@ -73,7 +77,7 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(data="made", vocab=120, triggers=(("word50",),), clean=1, epochs=2, length=6, embedding=24, dim_c=8,
-                      dim_z=24, pretrain=40, steps=20, dev_size=60, topk=2, max_candidates=50),
+                      dim_z=24, pretrain=40, steps=20, batch_size=32, dev_size=60, topk=2, max_candidates=50),
     "quick": Settings(),
     "full": Settings(vocab=18850, networks=("lstm", "bilstm", "transformer"),
                      triggers=(("screenplay",), ("weekend",), ("comedy", "story"), ("a", "lovely", "afternoon")), clean=4,
@@ -173,15 +177,15 @@ def classifier(
     settings = run.settings
     kind = settings.networks[turn % len(settings.networks)]
     net = (
-        TextTransformer(len(text.words))
+        TextTransformer(len(text.words), dropout=settings.classifier_dropout)
         if kind == "transformer"
-        else TextRNN(len(text.words), bidirectional=kind == "bilstm")
+        else TextRNN(len(text.words), bidirectional=kind == "bilstm", dropout=settings.classifier_dropout)
     )
     x, y = text.train
     trigger = TokenTrigger([text.words.index(w) for w in phrase or settings.triggers[0]], seed=seed)
     if phrase:
         x, y, _ = poison_text(x, y, trigger, AllToOne(1, 2), rate=settings.rate, seed=seed)
-    engine.fit(net, (x, y), epochs=settings.epochs, batch_size=64, optimizer=adam(lr=2e-3), seed=seed, device=str(run.device),
+    engine.fit(net, (x, y), epochs=settings.epochs, batch_size=64, optimizer=adam(lr=settings.lr), seed=seed, device=str(run.device),
                progress=False)  # fmt: skip
     accuracy = engine.evaluate(net, text.test)["accuracy"]
     negative = text.test[0][text.test[1] == 0]
