@@ -27,7 +27,7 @@ def network():
         partial(partial(F.nll_loss, reduction="none"), ignore_index=1),
         nn.MSELoss(reduction="sum"),
     ],
-    ids=str,
+    ids=["sum", "none", "partial sum", "partial of a partial", "squared error"],
 )
 def test_a_loss_that_would_depend_on_the_size_of_batches(loss):
     with pytest.raises(ValueError, match=r"the mean over a batch, got one with reduction='(sum|none)'"):

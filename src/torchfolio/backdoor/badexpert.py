@@ -12,6 +12,8 @@ suspicious. The predictions that are given out remain those of $M$.
     labels, rejected = detector.filtered(x)
 
 `torchfolio audit net/ --data clean/ --detector badexpert` does the same for a network on disk.
+
+Longer than most because expert, auxiliary network and score carry the settings of each.
 """
 
 from __future__ import annotations

@@ -165,6 +165,9 @@ def train(
     for (name, (make, own)), bundles in zip(added.items(), networks[1:], strict=True):
         given = {**_target(make, net), **own, **_ready(bundles, manifest, allowed)}
         learning_rule = call_with(make, given, f"the objective {name}").on(learning_rule)
+    if not learning_rule.needs_targets:
+        typer.echo(f"{rule} sees no labels: its features are not scored as a classifier's answers", err=True)
+        held_out = None
     steps = epochs * -(-len(splits.train) // batch_size)
     recorder = make_recorder(splits.train, steps) if record else None
     with exclusive(checkpoints):
@@ -186,7 +189,7 @@ def train(
             early_stopping=early_stopping,
             callbacks=[*(recorder.parts if recorder else ()), say_epoch],
         )
-        scores = engine.evaluate(net, splits.test, rule=learning_rule)
+        scores = engine.evaluate(net, splits.test, rule=learning_rule) if learning_rule.needs_targets else {}
         facts = {
             "data": data,
             "rule": rule,

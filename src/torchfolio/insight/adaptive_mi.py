@@ -16,7 +16,7 @@ for information; the estimators here follow the layer's own range at each moment
     recorder.compression()
     recorder.plot()
 
-All information is in bits.
+All information is in bits. Longer than most because estimators are given and the plane is recorded by the same names.
 """
 
 from __future__ import annotations

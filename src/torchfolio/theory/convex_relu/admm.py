@@ -1,4 +1,7 @@
-"""The convex program over activation patterns by the alternating direction method of multipliers (Alg. 3.1)."""
+"""The convex program over activation patterns by the alternating direction method of multipliers (Alg. 3.1).
+
+Longer than most because its linear system can be solved in four ways, each the best for one shape of problem.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The scikit-learn estimators."""
+"""The scikit-learn estimators.
+
+Longer than most because regressor and classifier share settings, solvers and pruning, in one base class.
+"""
 
 from __future__ import annotations
 
