@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -262,3 +263,19 @@ def test_inputs_and_settings_that_say_nothing_are_refused():
     with pytest.raises(TypeError, match="names of convolutions"):
         attach_gates(net, 0.9, skip="0")
     assert compact(attach_gates(net, 0.9))(x[:0]).shape == (0, 2)
+
+
+def test_a_gate_that_shuts_what_carries_the_heat_is_named():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+                        nn.Linear(8, 3))  # fmt: skip
+    x, y = torch.rand(64, 1, 6, 6), torch.arange(64) % 3
+    shut = attach_gates(net, 0.9)
+    for layer in gated_layers(shut).values():
+        nn.init.constant_(next(p for n, p in layer.predictor.named_parameters() if n.endswith("bias")), -50.0)
+    with pytest.warns(UserWarning, match="opens 12% of the filters where .* carry the heat"):
+        fit(shut, (x, y), rule=FTWT(), epochs=2, batch_size=32, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(attach_gates(net, 0.9, softmax=False), (x, y), rule=FTWT(), optimizer=sgd(0.01), epochs=20, batch_size=32,
+            progress=False)  # fmt: skip

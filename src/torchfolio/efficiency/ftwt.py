@@ -19,6 +19,7 @@ No sparsity penalty is tuned, and what is saved can be read off the trained netw
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -81,6 +82,10 @@ class FTWT(LearningRule):
     Raises:
         ValueError: if a setting is out of range.
 
+    Note:
+        Where each filter fires for fewer than half of the inputs, a gate that cannot tell inputs apart shuts them all: a
+        warning names the layer when the gates come to a stand. `softmax=False` then keeps the accuracy.
+
     Reference:
         Elkerdawy et al., CVPR 2022, section 3.
     """
@@ -132,12 +137,27 @@ class FTWT(LearningRule):
             kept = {n: m.last.mask.float().mean() for n, m in self.layers.items() if m.last is not None}
             masks = torch.stack([m.mask_loss() for m in self.layers.values()]).mean() if learning else None
             backward(task if masks is None else task + masks)
+            if self.steps == self.last_step and learning:
+                self._tell_shut_gates()
         finally:
             for layer in self.layers.values():
                 layer.learning = layer.joint = False
                 layer.last = None
         scalars = {"loss": task.detach(), "open": torch.stack(list(kept.values())).mean()}
         return scalars if masks is None else {**scalars, "mask_loss": masks.detach()}
+
+    def _tell_shut_gates(self) -> None:
+        """Warn of gates that now stand still and open far less than their targets ask for."""
+        for name, layer in self.layers.items():
+            if layer.last is None or layer.last.target is None:
+                continue
+            opened, wanted = (float(t.float().mean()) for t in (layer.last.mask, layer.last.target))
+            if opened < wanted / 2:
+                warnings.warn(
+                    f"the gate of {name} opens {opened:.0%} of the filters where {wanted:.0%} carry the heat: it tells "
+                    "inputs too little apart, and accuracy will suffer; try softmax=False, more epochs, or skip the layer",
+                    stacklevel=2,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}
