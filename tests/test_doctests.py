@@ -53,6 +53,7 @@ SETUP = {
     "Logits": "AutoModelForSequenceClassification, name = Downloaded, 'name'; input_ids, attention_mask, labels = words()",
     "MAN": "train = pictures",
     "NAB": "make, x_verified, y_verified = trained, x, y",
+    "NoisyGradients": "net, train = models.resnet20(), pictures",
     "NoiseMaskPretraining": "from torchfolio.training.snapshots import Snapshots, average_checkpoints; fit, train = epoch, data",
     "NoisePrediction": "x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 3",
     "PairStatistics": "batches, features_a, features_b = [x, x + 0.1], lambda x: x.flatten(1)[:, :5], lambda x: x.flatten(1)[:, 5:9]",

@@ -18,8 +18,8 @@ class Shown:
     shape alone.
 
     Example:
-        >>> AugLocal(aux_depth=2)
-        AugLocal(aux_depth=2)
+        >>> AugLocal(aux_depth=3)
+        AugLocal(aux_depth=3)
     """
 
     def __repr__(self) -> str:

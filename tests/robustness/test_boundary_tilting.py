@@ -297,7 +297,7 @@ def test_the_panel_measures_a_linear_network_exactly():
     panel = BoundaryAngles(examples=30).look(net, data=Examples((x, y)))
     assert 2 <= len(panel.record["pairs"]) <= 3
     for row in panel.record["pairs"]:
-        pair = (row["class"], row["next"])
+        pair = (int(row["class"]), int(row["next"]))
         rows = (y == pair[0]) | (y == pair[1])
         assert row["angle, degrees"] == pytest.approx(analyse(net[0], x[rows], y[rows], pair).angle, abs=1e-3)
     assert "degrees from the line" in panel.sentences[0]
