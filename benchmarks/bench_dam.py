@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from torchfolio.adaptation.dam import DefenseAwareMerging, _MaskTraining
+from torchfolio.adaptation.dam import DefenseAwareMerging
+from torchfolio.adaptation.mask_training import MaskTraining
 from torchfolio.adaptation.merging import TaskVectors, entropy, initial_weights, task_vectors
 from torchfolio.measure import alternate
 
@@ -49,7 +50,7 @@ def ours(inputs: list[Tensor]) -> Callable[[], None]:
         alpha=ALPHA, epsilon=EPSILON, mask_lr=RATE, delta_lr=RATE, inner_lr=INNER, weight=WEIGHT
     )
     tasks = TaskVectors(base, tuned, heads=heads)
-    training = _MaskTraining(method, tasks, initial_weights(tasks, WEIGHT, False))
+    training = MaskTraining(method, tasks, initial_weights(tasks, WEIGHT, False))
 
     def step() -> None:
         training.step(inputs, 0)

@@ -265,3 +265,11 @@ def test_all_at_once_is_the_general_form(low, detach):
         results[-1].append(loss(a.detach().requires_grad_(False), b.detach()))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [PairTemperature, ConcatTemperature])
+def test_second_derivatives_are_refused(kind):
+    (a, b), tau = views(), temperature(kind=kind)
+    (slope,) = torch.autograd.grad(AMCLLoss(tau)(a, b), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        slope.square().sum().backward()

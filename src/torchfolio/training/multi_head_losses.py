@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from torchfolio.checks import at_least, finite, one_of, whole
+from torchfolio.engine.first_order import first_order
 from torchfolio.training.pair_softmax import PairSoftmax
 from torchfolio.training.pair_temperature import PairTemperature, temperature_penalty
 
@@ -179,9 +179,9 @@ class _Soft(torch.autograd.Function):
         return terms.mean(1).sum()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> Any:
-        s, inverse, p, index, out = ctx.saved_tensors
+    @first_order("the gradient of the losses over pairs")
+    def backward(ctx: Any, saved: Any, *outer: Tensor) -> Any:
+        s, inverse, p, index, out = saved
         # With respect to s / tau: softmax less the positive.
         g = p.scatter_add(-1, index, p.new_full((1,), -1.0).expand(index.shape)).mul_(outer[0] / s.shape[1])
         g_s = g.mul_(inverse)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from torchfolio.engine.first_order import first_order
 
 __all__ = ["PairSoftmax"]
 
@@ -39,16 +40,16 @@ class PairSoftmax(torch.autograd.Function):
             loss, sums = loss + value, sums + stats
             for whole, part in zip(slopes, slope, strict=True) if needed else ():
                 whole[c] = part  # pyright: ignore[reportOptionalSubscript]
-        ctx.save_for_backward(*slopes)
+        ctx.save_for_backward(z, q, *slopes)  # z and q only so that a second derivative is refused
         ctx.mark_non_differentiable(sums)
         return loss / rows, sums
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor, _: Tensor) -> Any:
-        z, q = ctx.saved_tensors
-        outer = outer / z.shape[1]
-        return z * outer, q * outer, None, None, None
+    @first_order("the gradient of the losses over pairs")
+    def backward(ctx: Any, saved: Any, outer: Tensor, _: Tensor) -> Any:
+        by_z, by_q = saved[2:]
+        outer = outer / by_z.shape[1]
+        return by_z * outer, by_q * outer, None, None, None
 
 
 def _head(z: Tensor, q: Tensor, low: float, high: float, beta: float, needed: bool) -> tuple[Tensor, ...]:
