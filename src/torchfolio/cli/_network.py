@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from torchfolio.cli._objectives import class_at
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable, network_recipe
 
@@ -138,9 +139,6 @@ def find_rule(name: str) -> Callable[..., LearningRule]:
     Raises:
         TorchfolioError: if there is no such rule.
     """
-    import importlib
-    import inspect
-
     from torchfolio import catalog
     from torchfolio.engine import Backprop, LearningRule
 
@@ -148,14 +146,7 @@ def find_rule(name: str) -> Callable[..., LearningRule]:
         return Backprop
     if ":" in name:
         importable([name])
-        module_name, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise TorchfolioError(f"cannot import the rule {name}: {error}") from error
-        if not (inspect.isclass(found) and issubclass(found, LearningRule)):
-            raise TorchfolioError(f"{name} is not a class of torchfolio.engine.LearningRule")
-        return found
+        return class_at(name, LearningRule, "rule")
     return catalog.offered(name, "rule")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torchfolio.engine import Objective
 
+T = TypeVar("T")
+
 
 def find_objective(name: str) -> Callable[..., Objective]:
     """The objective that a paper offers, or one by its import path.
@@ -22,20 +24,34 @@ def find_objective(name: str) -> Callable[..., Objective]:
     Raises:
         TorchfolioError: if there is no such objective.
     """
-    import importlib
-
     from torchfolio import catalog
     from torchfolio.engine import Objective
 
     if ":" not in name:
         return catalog.offered(name, "objective")
-    module, _, attribute = name.partition(":")
+    return class_at(name, Objective, "objective")
+
+
+def class_at(path: str, base: type[T], what: str) -> type[T]:
+    """The class at an import path, `package.module:name`.
+
+    Args:
+        path: import path.
+        base: class of `torchfolio.engine` that it must be a kind of.
+        what: words for it in errors.
+
+    Raises:
+        TorchfolioError: if it cannot be imported, or is none.
+    """
+    import importlib
+
+    module, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise TorchfolioError(f"cannot import the objective {name}: {error}") from error
-    if not (inspect.isclass(found) and issubclass(found, Objective)):
-        raise TorchfolioError(f"{name} is not a class of torchfolio.engine.Objective")
+        raise TorchfolioError(f"cannot import the {what} {path}: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise TorchfolioError(f"{path} is not a class of torchfolio.engine.{base.__name__}")
     return found
 
 

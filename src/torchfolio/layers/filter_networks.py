@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,15 @@ from torchfolio.engine.modes import seeded
 from torchfolio.layers.filter_learning import Learner, at_most, seed_patches, unit_rows
 
 __all__ = ["SOM", "WTA", "Autoencoder", "ConvWTA", "Hebbian", "Rotations", "SoftWTA"]
+
+
+def _batches(n: int, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+    """Indices of batches in random order, epoch by epoch, each with the share of the training that is done."""
+    step, steps = 0, whole("epochs", epochs, 1) * -(-n // batch_size)
+    for _ in range(epochs):
+        for part in torch.randperm(n, generator=generator).split(batch_size):
+            yield part, step / steps
+            step += 1
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,9 @@ class Hebbian(Learner):
         x = x - x.mean(0)
         D = unit_rows(torch.randn(K, x.shape[1], generator=generator))
         lr = positive("lr", self.lr) / x.square().sum(1).mean().clamp(min=1e-12) * x.shape[1] ** 0.5
-        steps, step = self.epochs * -(-len(x) // self.batch_size), 0
-        for _ in range(whole("epochs", self.epochs, 1)):
-            for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                y = x[part] @ D.mT
-                D = D + lr * (1 - step / steps) * (y.mT @ x[part] - (y.mT @ y).tril() @ D) / len(part)
-                step += 1
+        for part, done in _batches(len(x), self.epochs, self.batch_size, generator):
+            y = x[part] @ D.mT
+            D = D + lr * (1 - done) * (y.mT @ x[part] - (y.mT @ y).tril() @ D) / len(part)
         return unit_rows(D)
 
 
@@ -54,18 +61,13 @@ class WTA(Learner):
     def learn(self, x: Tensor, K: int, generator: torch.Generator) -> Tensor:
         D, share = seed_patches(x, K, generator), torch.full((K,), 1 / K)
         units = unit_rows(x)
-        steps, step = self.epochs * -(-len(x) // self.batch_size), 0
-        for _ in range(whole("epochs", self.epochs, 1)):
-            for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                wins = F.one_hot(
-                    (units[part] @ unit_rows(D).mT - self.conscience * (K * share - 1)).argmax(1), K
-                ).float()
-                share = 0.95 * share + 0.05 * wins.mean(0)
-                counts = wins.sum(0)[:, None]
-                # As many small steps as patches that were won.
-                weight = 1 - (1 - positive("lr", self.lr) * (1 - step / steps)) ** counts
-                D = D + weight * (wins.mT @ x[part] / counts.clamp(min=1) - D)
-                step += 1
+        for part, done in _batches(len(x), self.epochs, self.batch_size, generator):
+            wins = F.one_hot((units[part] @ unit_rows(D).mT - self.conscience * (K * share - 1)).argmax(1), K).float()
+            share = 0.95 * share + 0.05 * wins.mean(0)
+            counts = wins.sum(0)[:, None]
+            # As many small steps as patches that were won.
+            weight = 1 - (1 - positive("lr", self.lr) * (1 - done)) ** counts
+            D = D + weight * (wins.mT @ x[part] / counts.clamp(min=1) - D)
         return unit_rows(D)
 
 
@@ -81,15 +83,12 @@ class SoftWTA(Learner):
     def learn(self, x: Tensor, K: int, generator: torch.Generator) -> Tensor:
         D = unit_rows(torch.randn(K, x.shape[1], generator=generator))
         units = unit_rows(x) * x.norm(dim=1).mean()
-        steps, step = self.epochs * -(-len(x) // self.batch_size), 0
-        for _ in range(whole("epochs", self.epochs, 1)):
-            for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                u = units[part] @ D.mT
-                y = (u / positive("temperature", self.temperature)).softmax(1)
-                y = torch.where(F.one_hot(u.argmax(1), K).bool(), y, -y)
-                lr = positive("lr", self.lr) * (1 - step / steps)
-                D = D + lr * (y.mT @ units[part] - (y * u).sum(0)[:, None] * D) / len(part)
-                step += 1
+        for part, done in _batches(len(x), self.epochs, self.batch_size, generator):
+            u = units[part] @ D.mT
+            y = (u / positive("temperature", self.temperature)).softmax(1)
+            y = torch.where(F.one_hot(u.argmax(1), K).bool(), y, -y)
+            lr = positive("lr", self.lr) * (1 - done)
+            D = D + lr * (y.mT @ units[part] - (y * u).sum(0)[:, None] * D) / len(part)
         return unit_rows(D)
 
 
@@ -106,15 +105,11 @@ class SOM(Learner):
         grid = torch.stack([torch.arange(K) // (K // rows), torch.arange(K) % (K // rows)], 1).float()
         far = torch.cdist(grid, grid).square()
         D, first = seed_patches(x, K, generator), max(rows, K // rows) / 2
-        steps, step = self.epochs * -(-len(x) // self.batch_size), 0
-        for _ in range(whole("epochs", self.epochs, 1)):
-            for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                share = step / steps
-                sigma = first * (0.5 / max(first, 0.5)) ** share
-                best = (x[part] @ D.mT - D.square().sum(1) / 2).argmax(1)
-                near = (-far[best] / (2 * sigma**2)).exp() * positive("lr", self.lr) * 0.02**share
-                D = D + (near.mT @ x[part] - near.sum(0)[:, None] * D) / len(part)
-                step += 1
+        for part, done in _batches(len(x), self.epochs, self.batch_size, generator):
+            sigma = first * (0.5 / max(first, 0.5)) ** done
+            best = (x[part] @ D.mT - D.square().sum(1) / 2).argmax(1)
+            near = (-far[best] / (2 * sigma**2)).exp() * positive("lr", self.lr) * 0.02**done
+            D = D + (near.mT @ x[part] - near.sum(0)[:, None] * D) / len(part)
         return unit_rows(D)
 
 
@@ -132,13 +127,12 @@ class Autoencoder(Learner):
         bias, out = torch.zeros(K, requires_grad=True), torch.zeros(x.shape[1], requires_grad=True)
         optimizer = torch.optim.Adam([D, bias, out], positive("lr", self.lr))
         with torch.enable_grad():
-            for _ in range(whole("epochs", self.epochs, 1)):
-                for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                    codes = (x[part] @ D.mT + bias).relu()
-                    loss = (codes @ D + out - x[part]).square().sum(1).mean() / 2 + self.sparsity * codes.sum(1).mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+            for part, _ in _batches(len(x), self.epochs, self.batch_size, generator):
+                codes = (x[part] @ D.mT + bias).relu()
+                loss = (codes @ D + out - x[part]).square().sum(1).mean() / 2 + self.sparsity * codes.sum(1).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         return unit_rows(D.detach())
 
 
@@ -158,14 +152,13 @@ class ConvWTA(Learner):
         weights = [encoder.requires_grad_(), encoder.detach().clone().requires_grad_()]
         optimizer = torch.optim.Adam(weights, positive("lr", self.lr))
         with torch.enable_grad():
-            for _ in range(whole("epochs", self.epochs, 1)):
-                for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                    maps = F.conv2d(x[part], weights[0]).relu()
-                    winners = maps * (maps == maps.amax((2, 3), keepdim=True))
-                    loss = (F.conv_transpose2d(winners, weights[1]) - x[part]).square().mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+            for part, _ in _batches(len(x), self.epochs, self.batch_size, generator):
+                maps = F.conv2d(x[part], weights[0]).relu()
+                winners = maps * (maps == maps.amax((2, 3), keepdim=True))
+                loss = (F.conv_transpose2d(winners, weights[1]) - x[part]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         return weights[0].detach()
 
 
@@ -188,11 +181,10 @@ class Rotations(Learner):
             )  # fmt: skip
             optimizer = torch.optim.Adam(net.parameters(), positive("lr", self.lr))
             x = (x - x.mean()) / x.std().clamp(min=1e-6)
-            for _ in range(whole("epochs", self.epochs, 1)):
-                for part in torch.randperm(len(x), generator=generator).split(self.batch_size):
-                    turned = torch.cat([x[part].rot90(k, (2, 3)) for k in range(4)])
-                    loss = F.cross_entropy(net(turned), torch.arange(4).repeat_interleave(len(part)))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+            for part, _ in _batches(len(x), self.epochs, self.batch_size, generator):
+                turned = torch.cat([x[part].rot90(k, (2, 3)) for k in range(4)])
+                loss = F.cross_entropy(net(turned), torch.arange(4).repeat_interleave(len(part)))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         return first.weight.detach()
