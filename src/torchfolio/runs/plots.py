@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torchfolio.runs.outcome import Results
 
-__all__ = ["axes", "bars", "curves", "grid"]
+__all__ = ["axes", "bars", "curves", "grid", "groups"]
 
 
 def axes(xlabel: str = "", ylabel: str = "", *, width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -74,13 +74,35 @@ def bars(results: Results, scores: Mapping[str, tuple[str, str]], *, ylabel: str
         values = results.values(arm, name)
         ax.bar(k, values.mean(), color=f"C{k % 10}", alpha=0.35, width=0.7)
         ax.plot(np.full(len(values), k), values, "o", color=f"C{k % 10}", markersize=4)
-    ax.set_xticks(
-        range(len(scores)),
-        list(scores),
-        rotation=30 if len(scores) > 4 else 0,
-        ha="right" if len(scores) > 4 else "center",
-    )
+    _name_places(ax, list(scores))
+    return fig
+
+
+def _name_places(ax: Axes, names: Sequence[str]) -> None:
+    """Names under the axis, slanted where there are many."""
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(names) > 4 else {}
+    ax.set_xticks(range(len(names)), names, **slant)
     ax.grid(axis="x", visible=False)
+
+
+def groups(results: Results, series: Mapping[str, Mapping[str, tuple[str, str]]], *, ylabel: str = "") -> Figure:
+    """Bars side by side at each place, one of each series: means, and a dot for every seed.
+
+    Args:
+        results: of all seeds.
+        series: `(arm, value)` by place, by label of the series; every value is a number. A series may leave places out.
+        ylabel: text beside the axis.
+    """
+    places = list(dict.fromkeys(place for scores in series.values() for place in scores))
+    width = 0.8 / len(series)
+    fig, ax = axes(ylabel=ylabel, width=max(5.0, 1.0 + 0.8 * len(places)))
+    for k, (label, scores) in enumerate(series.items()):
+        at = np.array([places.index(place) for place in scores]) + (k - (len(series) - 1) / 2) * width
+        values = np.stack([results.values(arm, name) for arm, name in scores.values()], 1)
+        ax.bar(at, values.mean(0), width, color=f"C{k % 10}", alpha=0.35, label=label)
+        ax.plot(np.tile(at, len(values)), values.ravel(), ".", color=f"C{k % 10}")
+    _name_places(ax, places)
+    ax.legend()
     return fig
 
 
