@@ -21,13 +21,13 @@ from torchfolio.engine.checks import (
     may_be_uneven,
 )
 from torchfolio.engine.evaluate import check_validation
+from torchfolio.engine.fingerprint import fingerprint, settings_of
 from torchfolio.engine.history import FitResult
 from torchfolio.engine.loader import Data, as_batches
 from torchfolio.engine.loop import Evaluate, Options, Training
 from torchfolio.engine.modes import seed_all, seeded
-from torchfolio.engine.resume import Keeper, fingerprint, settings_of
+from torchfolio.engine.resume import Checkpoints
 from torchfolio.engine.rules import Backprop, LearningRule
-from torchfolio.engine.scalars import Scalars
 from torchfolio.engine.setup import OptimizerFactory, SchedulerFactory, launch, prepare, scheduled_steps
 from torchfolio.engine.state import Callback, EarlyStopping
 from torchfolio.engine.sync import data_rank
@@ -97,7 +97,7 @@ def fit(
         clip_norm: largest norm of all gradients together.
         accumulate: batches whose mean gradient makes one step.
         precision: of Fabric: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"64-true"`. The
-            `true` ones other than 32 bits convert the model for good.
+            `true` ones other than 32 bits convert the model permanently.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or a `torch.device`.
         fabric: a Fabric of your own, in place of `precision` and `device`: it holds what concerns several devices
             (`devices`, `num_nodes`, `strategy`) and `loggers`. Under `torchrun` none is needed: its processes are taken.
@@ -163,17 +163,16 @@ def fit(
         epochs = 1 if epochs is None and max_steps is None else epochs
         steps = scheduled_steps(schedule, epochs, max_steps, batches.count, accumulate)
         total = scheduled_steps("step", epochs, max_steps, batches.count, accumulate)
-        state = prepare(fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps, total)
+        state = prepare(
+            fabric, model, train, batches, rule, optimizer, scheduler, epochs, steps, total, stopper, callbacks
+        )
         settings = fingerprint(
             arguments, state.optimizer, state.scheduler, seed=seed, batch_size=batch_size,
             accumulate=accumulate, clip_norm=clip_norm, schedule=schedule, processes=fabric.world_size,
             precision=str(fabric.strategy.precision.precision), batches=batches.count,
             threads=torch.get_num_threads() if fabric.device.type == "cpu" else None,
         )  # fmt: skip
-        keeper = Keeper(
-            Path(checkpoint) if checkpoint is not None else None, fabric, state, batches,
-            Scalars(fabric.device, fabric.world_size), stopper, tuple(callbacks), settings,
-        )  # fmt: skip
+        checkpoints = Checkpoints(Path(checkpoint) if checkpoint is not None else None, state, settings)
         options = Options(
             val, augment, clip_norm, accumulate, max_steps, batch_size, schedule == "epoch", evaluate,
             log_every, checkpoint_every, may_be_uneven(state.rule, train),
@@ -185,9 +184,9 @@ def fit(
             if val is not None and evaluate is None:
                 with fabric.autocast():
                     check_validation(state.model, val, state.rule)
-            with keeper.alone():
-                keeper.restore(resume)
-                Training(fabric, keeper, options).run(progress)
+            with checkpoints.alone():
+                checkpoints.restore(resume)
+                Training(state, checkpoints, options).run(progress)
         finally:
             state.rule.release()
     return FitResult(model, state.module, state.rule, state.history, state.step, state.epoch, state.stopped)

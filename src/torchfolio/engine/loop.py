@@ -17,15 +17,10 @@ from torchfolio.engine.interrupt import SIGNALS, interruptible, leave
 from torchfolio.engine.loader import Data, Share
 from torchfolio.engine.modes import evaluating, random_state, set_random_state, undisturbed
 from torchfolio.engine.progress import Progress
-from torchfolio.engine.resume import Keeper
+from torchfolio.engine.resume import Checkpoints
 from torchfolio.engine.rules import Backprop
-from torchfolio.engine.sync import (
-    add_over_processes,
-    average_buffers,
-    average_gradients,
-    data_rank,
-    is_sharded,
-)
+from torchfolio.engine.sync import add_over_processes, average_buffers, average_gradients, data_rank, is_sharded
+from torchfolio.engine.training_state import TrainingState
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,21 +50,21 @@ class Training:
     """One training under way.
 
     Args:
-        fabric: launched.
-        keeper: holds what checkpoints hold: the state, the batches, the sums of the epoch.
+        state: what has been reached, and all that the rest depends on.
+        checkpoints: where it is kept.
         options: see `Options`.
     """
 
-    def __init__(self, fabric: Fabric, keeper: Keeper, options: Options) -> None:
-        self.fabric, self.keeper, self.options = fabric, keeper, options
-        self.state, self.scalars, self.batches = keeper.state, keeper.scalars, keeper.batches
+    def __init__(self, state: TrainingState, checkpoints: Checkpoints, options: Options) -> None:
+        self.state, self.checkpoints, self.options = state, checkpoints, options
+        self.fabric = fabric = state.fabric
         self.optimizer = cast("_FabricOptimizer", fabric.setup_optimizers(self.state.optimizer))
         self.trained = [p for p in self.state.module.parameters() if p.requires_grad]
         self.sharded = is_sharded(fabric)
         self.rank, self.shares = data_rank(fabric)
         # A plateau is one of epochs' scores, whatever the schedule.
         self.by_epoch = options.by_epoch or isinstance(self.state.scheduler, ReduceLROnPlateau)
-        if keeper.stopper is not None and keeper.stopper.restore_best and self.sharded:
+        if state.stopper is not None and state.stopper.restore_best and self.sharded:
             raise ValueError("restore_best needs whole weights, which a sharded module does not hold")
         self.counting = Counting.of(getattr(self.state.rule, "loss", None))
         self.uneven = options.uneven
@@ -80,26 +75,26 @@ class Training:
 
     def run(self, progress: bool | None) -> None:
         """Train until the last epoch, the last step or a reason to stop."""
-        state, stopper = self.state, self.keeper.stopper
-        if stopper is not None and stopper.exhausted:
-            state.stop(stopper.reason)
+        state = self.state
+        if state.stopper is not None and state.stopper.exhausted:
+            state.stop(state.stopper.reason)
             self.stopping = True
         if state.step == 0:
-            for callback in self.keeper.callbacks:
+            for callback in state.callbacks:
                 if getattr(callback, "from_start", False):
                     callback(state)
         show = progress if self.fabric.is_global_zero else False
-        with interruptible(self.keeper.folder is not None) as self.signals:
+        with interruptible(self.checkpoints.folder is not None) as self.signals:
             with Progress(self._total(), state.step, show) as self.bar:
                 while not self._finished():
                     self._epoch()
-            self.scalars.read()
-            self.keeper.save()
+            state.sums.read()
+            self.checkpoints.save()
         self._close()
 
     def _total(self) -> int | None:
         """Optimizer steps in all, where that is known."""
-        state, count = self.state, self.batches.count
+        state, count = self.state, self.state.batches.count
         bounds = [self.options.max_steps] if self.options.max_steps is not None else []
         if count is not None and state.epochs is not None:
             bounds.append(-(-count // self.options.accumulate) * state.epochs)
@@ -112,12 +107,12 @@ class Training:
 
     def _close(self) -> None:
         """A row for an epoch that was not finished, the best weights, the loggers' last words."""
-        state, stopper = self.state, self.keeper.stopper
-        if self.scalars.sums:
+        state = self.state
+        if state.sums.sums:
             # It is no part of the checkpoint: a training that goes on writes the whole epoch's row.
             state.history.append(self._row(state.epoch + 1))
-        if stopper is not None and stopper.weights is not None:
-            state.module.load_state_dict(stopper.weights)
+        if state.stopper is not None and state.stopper.weights is not None:
+            state.module.load_state_dict(state.stopper.weights)
         for logger in self.fabric.loggers:
             logger.save()
         state.module.eval()
@@ -132,58 +127,58 @@ class Training:
         while group := list(islice(drawn, self.options.accumulate)):
             stepped = self._step(group)
             now = time.perf_counter()
-            self.keeper.seconds += now - started
+            state.seconds += now - started
             started = now
             if not stepped:
                 continue
             self._after_step()
-            if self._finished() and state.position != self.batches.count:
+            if self._finished() and state.position != state.batches.count:
                 return
         self._end_epoch()
 
     def _draw(self) -> Iterator[Share]:
         """The batches of the epoch that are left, with the generators where they were after the last step."""
-        state, keeper = self.state, self.keeper
+        state = self.state
         if not state.position:
-            keeper.epoch_random = random_state()
-            return self.batches.epoch(state.epoch)
+            state.epoch_random = random_state()
+            return state.batches.epoch(state.epoch)
         # Passing over batches draws random numbers as it did the first time.
         now = random_state()
-        set_random_state(keeper.epoch_random)
-        drawn = self.batches.epoch(state.epoch, state.position)
+        set_random_state(state.epoch_random)
+        drawn = state.batches.epoch(state.epoch, state.position)
         set_random_state(now)
         return drawn
 
     def _end_epoch(self) -> None:
-        state, stopper = self.state, self.keeper.stopper
+        state = self.state
         self._read()
-        if not self.scalars.sums:
+        if not state.sums.sums:
             raise ValueError("no batch of the epoch holds a target that the loss does not ignore")
         state.epoch += 1
         state.position = 0
         row = self._row(state.epoch)
         state.history.append(row)
         self._log_row(row)
-        self.scalars.clear()
-        self.keeper.seconds = 0.0
+        state.sums.clear()
+        state.seconds = 0.0
         if state.scheduler is not None and self.by_epoch:
             plateau = isinstance(state.scheduler, ReduceLROnPlateau)
             state.scheduler.step(*([row.get("val_loss", row["loss"])] if plateau else []))
-        if stopper is not None and stopper.update(row, state.module):
-            state.stop(stopper.reason)
+        if state.stopper is not None and state.stopper.update(row, state.module):
+            state.stop(state.stopper.reason)
             self.stopping = True
         state.epoch_end = True
         self._call_back()
         if self.options.checkpoint_every is None:
-            self.keeper.save()
+            self.checkpoints.save()
 
     def _row(self, epoch: int) -> dict[str, Any]:
         state = self.state
         row: dict[str, Any] = {"epoch": epoch, "step": state.step, "lr": self._lr()}
-        row |= self.scalars.means()
+        row |= state.sums.means()
         if self.options.val is not None or self.options.evaluate is not None:
             row |= {f"val_{name}": value for name, value in self._evaluate().items()}
-        return row | {"seconds": self.keeper.seconds}
+        return row | {"seconds": state.seconds}
 
     def _evaluate(self) -> dict[str, float]:
         """Scores on the validation data, the same on all processes."""
@@ -262,32 +257,32 @@ class Training:
 
     def _after_step(self) -> None:
         state, options = self.state, self.options
-        self.scalars.add(state.step, state.scalars)
+        state.sums.add(state.step, state.scalars)
         saving = options.checkpoint_every is not None and state.step % options.checkpoint_every == 0
         logging = bool(self.fabric.loggers) and state.step % options.log_every == 0
-        if self.scalars.due(state.step) or saving or logging:
+        if state.sums.due(state.step) or saving or logging:
             self._read()
         if logging:
-            self.fabric.log_dict(self.scalars.latest | {"lr": self._lr()}, step=state.step)
+            self.fabric.log_dict(state.sums.latest | {"lr": self._lr()}, step=state.step)
         self.bar.update(state.step, self._description())
         state.epoch_end = False
         self._call_back()
         if saving:
-            self.keeper.save()
+            self.checkpoints.save()
         if any(self.leaving):
-            self.keeper.save()
+            self.checkpoints.save()
             leave(self.leaving)
 
     def _read(self) -> None:
         """Read the scalars; processes learn whether one of them was asked to stop."""
         state = self.state
-        stop, *self.leaving = self.scalars.read([state.stopped is not None, *(s in self.signals for s in SIGNALS)])
+        stop, *self.leaving = state.sums.read([state.stopped is not None, *(s in self.signals for s in SIGNALS)])
         self.stopping = self.stopping or stop
         if self.stopping and state.stopped is None:
             state.stop("another process asked for it")
 
     def _call_back(self) -> None:
-        for callback in self.keeper.callbacks:
+        for callback in self.state.callbacks:
             callback(self.state)
         if self.fabric.world_size == 1:
             self.stopping = self.state.stopped is not None
@@ -298,7 +293,7 @@ class Training:
 
     def _description(self) -> str:
         epochs = f"/{self.state.epochs}" if self.state.epochs is not None else ""
-        loss = f"  loss {self.scalars.latest['loss']:.4g}" if "loss" in self.scalars.latest else ""
+        loss = f"  loss {self.state.sums.latest['loss']:.4g}" if "loss" in self.state.sums.latest else ""
         return f"epoch {self.state.epoch + 1}{epochs}{loss}"
 
     def _log_row(self, row: Mapping[str, Any]) -> None:

@@ -19,8 +19,10 @@ from torchfolio.engine.loader import Batches, Data, tensors_of
 from torchfolio.engine.loop import place
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.rules import Batch, LearningRule
-from torchfolio.engine.state import FitState
+from torchfolio.engine.scalars import Scalars
+from torchfolio.engine.state import Callback, EarlyStopping
 from torchfolio.engine.sync import broadcast_module, is_sharded
+from torchfolio.engine.training_state import TrainingState
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -102,13 +104,15 @@ def prepare(
     scheduler: SchedulerFactory | None,
     epochs: int | None,
     steps: int | None,
-    total_steps: int | None = None,
-) -> FitState:
+    total_steps: int | None,
+    stopper: EarlyStopping | None,
+    callbacks: Sequence[Callback],
+) -> TrainingState:
     """Move the model, let the rule build around it, share the weights, make optimizer and scheduler.
 
     Args:
-        steps: that the scheduler will make in all; `None` where nobody knows.
-        total_steps: likewise of the optimizer.
+        steps: number of steps of the scheduler; `None` where nobody knows.
+        total_steps: number of steps of the optimizer, likewise.
     """
     convert = fabric.strategy.precision.convert_module
     example = place(fabric, _example(train, batches))
@@ -123,7 +127,12 @@ def prepare(
         broadcast_module(module)
     made = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
     rule.configure(made, total_steps)
-    return FitState(model, module, rule, made, epochs, make_scheduler(scheduler, made, steps))
+    if stopper is not None:
+        stopper.restart()
+    return TrainingState(
+        model, module, rule, made, epochs, make_scheduler(scheduler, made, steps), fabric=fabric, batches=batches,
+        sums=Scalars(fabric.device, fabric.world_size), stopper=stopper, callbacks=tuple(callbacks),
+    )  # fmt: skip
 
 
 def scheduled_steps(
