@@ -33,3 +33,35 @@ def test_groups_stand_side_by_side_at_their_places():
     dots = ax.lines[0].get_xydata()
     assert dots == pytest.approx(np.array([[-0.2, 0.9], [0.8, 0.8], [-0.2, 0.7], [0.8, 0.6]]))
     plt.close(fig)
+
+
+@pytest.fixture
+def results():
+    """Two seeds of two arms."""
+    one = {"a": {"score": 1.0, "cost": 10.0, "curve": [1.0, 2.0]}, "b": {"score": 3.0, "cost": 20.0}}
+    two = {"a": {"score": 3.0, "cost": 12.0, "curve": [3.0, 4.0]}, "b": {"score": 5.0, "cost": 22.0}}
+    yield Results(None, (0, 1), (one, two))
+    plt.close("all")
+
+
+def test_a_line_is_one_value_or_a_number_of_every_arm(results):
+    fig = plots.curves(
+        results,
+        {"one": ("a", "curve"), "arms": [("a", "score"), ("b", "score")]},
+        x=[5, 7],
+        levels={"b": ("b", "cost")},
+    )
+    one, arms, level = fig.axes[0].lines
+    assert one.get_ydata().tolist() == [2.0, 3.0]
+    assert arms.get_xdata().tolist() == [5.0, 7.0]
+    assert arms.get_ydata().tolist() == [2.0, 4.0]
+    assert list(level.get_ydata()) == [21.0, 21.0]
+    legend = fig.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "arms", "b"]
+
+
+def test_scatter_shows_seeds_and_their_mean(results):
+    ax = plots.scatter(results, {"a": (("a", "cost"), ("a", "score"))}).axes[0]
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[10.0, 12.0], [11.0]]
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1.0, 3.0], [2.0]]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torchfolio.errors import TorchfolioError
 from torchfolio.measure import Alternation, alternate
 from torchfolio.runs.environment import threads
 from torchfolio.runs.runner import Say, experiment
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from torchfolio.engine import LearningRule
+    from torchfolio.engine.recipes import OptimizerFactory
 
 
 class Bench:
@@ -39,6 +47,40 @@ class Bench:
             work: {name: times.ratio(name) for name in times.seconds if name != times.reference}
             for work, times in self.times.items()
         }
+
+
+def training_step(
+    net: nn.Module,
+    batch: Sequence[Tensor],
+    rule: LearningRule | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
+) -> Callable[[], None]:
+    """A step of training on one batch, as a function to time.
+
+    Args:
+        net: network, trained in place.
+        batch: inputs and targets.
+        rule: learning rule; backprop by default.
+        optimizer: optimizer, or what makes one from the trained parameters; SGD with momentum by default.
+    """
+    from torch import Tensor
+
+    from torchfolio.engine import Backprop
+    from torchfolio.engine.recipes import sgd
+    from torchfolio.engine.setup import make_optimizer
+
+    rule = Backprop() if rule is None else rule
+    module = rule.prepare(net, batch).train()
+    factory = sgd(1e-3, nesterov=False) if optimizer is None else optimizer
+    made = make_optimizer(factory, {name: p for name, p in module.named_parameters() if p.requires_grad})
+    rule.configure(made, None)
+
+    def step() -> None:
+        made.zero_grad()
+        rule.step(batch, Tensor.backward)
+        made.step()
+
+    return step
 
 
 def bench(slug: str, *, num_threads: int = 1, say: Say = lambda text: None) -> Bench:

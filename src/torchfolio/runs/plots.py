@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
     from torchfolio.runs.outcome import Results
 
-__all__ = ["axes", "bars", "curves", "grid", "groups"]
+__all__ = ["axes", "bars", "curves", "grid", "groups", "scatter"]
+
+Value = tuple[str, str]
+"""An arm, and the name of one of its values."""
 
 
 def axes(xlabel: str = "", ylabel: str = "", *, width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -28,9 +31,10 @@ def axes(xlabel: str = "", ylabel: str = "", *, width: float = 6.0, height: floa
 
 def curves(
     results: Results,
-    lines: Mapping[str, tuple[str, str]],
+    lines: Mapping[str, Value | Sequence[Value]],
     *,
     x: Sequence[float] | np.ndarray | None = None,
+    levels: Mapping[str, Value] | None = None,
     xlabel: str = "",
     ylabel: str = "",
     logx: bool = False,
@@ -40,19 +44,23 @@ def curves(
 
     Args:
         results: of all seeds.
-        lines: `(arm, value)` by label; every value is a list or array `[N]`.
+        lines: by label `(arm, value)`, where the value is a list or array `[N]`, or N such pairs, whose values are
+            numbers.
         x: places `[N]`; 1 to N by default.
+        levels: `(arm, value)` by label; each is a number, drawn as a dashed line at its mean over seeds.
         xlabel: text under the axis.
         ylabel: text beside the axis.
         logx: whether x is logarithmic.
         logy: whether y is logarithmic.
     """
     fig, ax = axes(xlabel, ylabel)
-    for label, (arm, name) in lines.items():
-        values = results.values(arm, name)
+    for label, line in lines.items():
+        values = _values(results, line)
         places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x, dtype=float)
         ax.plot(places, values.mean(0), label=label, marker="." if values.shape[1] <= 20 else None)
         ax.fill_between(places, values.min(0), values.max(0), alpha=0.2, linewidth=0)
+    for k, (label, value) in enumerate((levels or {}).items(), start=len(lines)):
+        ax.axhline(results.values(*value).mean(), linestyle="--", color=f"C{k % 10}", label=label)
     if logx:
         ax.set_xscale("log")
     if logy:
@@ -61,7 +69,34 @@ def curves(
     return fig
 
 
-def bars(results: Results, scores: Mapping[str, tuple[str, str]], *, ylabel: str = "") -> Figure:
+def _values(results: Results, line: Value | Sequence[Value]) -> np.ndarray:
+    """A line over seeds, `[seeds, N]`."""
+    if isinstance(line[0], str):
+        return results.values(*line)  # pyright: ignore[reportArgumentType]
+    return np.stack([results.values(*pair) for pair in line], axis=1)
+
+
+def scatter(
+    results: Results, points: Mapping[str, tuple[Value, Value]], *, xlabel: str = "", ylabel: str = ""
+) -> Figure:
+    """One score against another: a dot for every seed, and a larger one at the mean.
+
+    Args:
+        results: of all seeds.
+        points: two pairs `(arm, value)` by label, across and up; every value is a number.
+        xlabel: text under the axis.
+        ylabel: text beside the axis.
+    """
+    fig, ax = axes(xlabel, ylabel)
+    for k, (label, (across, up)) in enumerate(points.items()):
+        x, y = results.values(*across), results.values(*up)
+        ax.plot(x, y, ".", color=f"C{k % 10}", alpha=0.5)
+        ax.plot(x.mean(), y.mean(), "o^sDv"[k // 10 % 5], color=f"C{k % 10}", markersize=8, label=label)
+    ax.legend()
+    return fig
+
+
+def bars(results: Results, scores: Mapping[str, Value], *, ylabel: str = "") -> Figure:
     """One place for each score: its mean with the spread over seeds, and a dot for every seed.
 
     Args:
@@ -85,7 +120,7 @@ def _name_places(ax: Axes, names: Sequence[str]) -> None:
     ax.grid(axis="x", visible=False)
 
 
-def groups(results: Results, series: Mapping[str, Mapping[str, tuple[str, str]]], *, ylabel: str = "") -> Figure:
+def groups(results: Results, series: Mapping[str, Mapping[str, Value]], *, ylabel: str = "") -> Figure:
     """Bars side by side at each place, one of each series: means, and a dot for every seed.
 
     Args:

@@ -20,7 +20,7 @@ from torchfolio.engine.recipes import one_cycle, sgd
 from torchfolio.fitting import fitting_network
 from torchfolio.runs.run import Run
 
-__all__ = ["SMOKE", "OwnNetwork", "Task", "load", "own_network", "train"]
+__all__ = ["SMOKE", "Images", "OwnNetwork", "Task", "accuracy", "load", "own_network", "train"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def own_network(settings: OwnNetwork, data: DataSplits, make: Callable[[], nn.Mo
 
 
 @dataclass(frozen=True)
-class Task:
-    """Data and budget.
+class Images:
+    """Data alone.
 
     Attributes:
         data: name of the data set.
@@ -49,6 +49,20 @@ class Task:
         test_size: test examples; `None` takes all.
         val_size: examples held out of the training part.
         image_size: images are box-downsampled to this side; `None` keeps them.
+    """
+
+    data: str = "cifar10"
+    train_size: int | None = 6000
+    test_size: int | None = 2000
+    val_size: int = 1000
+    image_size: int | None = 16
+
+
+@dataclass(frozen=True)
+class Task(Images):
+    """Data and budget.
+
+    Attributes:
         epochs: passes over the training examples.
         batch_size: examples of a batch.
         lr: peak of the one-cycle learning rate.
@@ -57,11 +71,6 @@ class Task:
         crop: pixels of padding before a random crop; flips are always on for photographs.
     """
 
-    data: str = "cifar10"
-    train_size: int | None = 6000
-    test_size: int | None = 2000
-    val_size: int = 1000
-    image_size: int | None = 16
     epochs: int = 8
     batch_size: int = 128
     lr: float = 0.1
@@ -76,9 +85,20 @@ SMOKE: dict[str, Any] = {"data": "digits", "train_size": 512, "test_size": None,
 
 def load(run: Run[Any], **changes: Any) -> DataSplits:
     """The task's data, with `changes` to the arguments of `torchfolio.data.load`."""
-    task: Task = run.settings
+    task: Images = run.settings
     own = {"train_size": task.train_size, "test_size": task.test_size, "val": task.val_size}
     return run.data(task.data, **{**own, "image_size": task.image_size, **changes})
+
+
+def accuracy(net: nn.Module, data: Any, rule: LearningRule | None = None) -> float:
+    """Accuracy in percent.
+
+    Args:
+        net: the network.
+        data: examples with labels, as `torchfolio.engine.evaluate` takes them.
+        rule: learning rule, where the network answers in a way of its own.
+    """
+    return 100 * evaluate(net, data, rule=rule)["accuracy"]
 
 
 def train(
