@@ -9,15 +9,9 @@ import torch
 from torch import nn
 
 from torchfolio.models import BasicBlock, ResNetCIFAR
+from torchfolio.robustness.activation_lines import _sigmoidal_lines
 from torchfolio.robustness.attacks import pgd
-from torchfolio.robustness.bounds import (
-    Bounds,
-    ElementwiseAffine,
-    Residual,
-    _sigmoidal_lines,
-    crown,
-    ibp,
-)
+from torchfolio.robustness.bounds import Bounds, ElementwiseAffine, Residual, crown, ibp
 from torchfolio.robustness.properties import Box, Property, Verifier, classification
 from torchfolio.robustness.relu_split import ReluSplit
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval, milp_verify
@@ -508,7 +502,7 @@ def test_rows_in_turns_are_bounded_alike(monkeypatch):
     x = torch.rand(4, 5, dtype=torch.float64)
     box, prop = Box(x - 0.2, x + 0.2), classification(0, 3)
     whole = crown(net, box, prop)
-    monkeypatch.setattr("torchfolio.robustness.bounds.ELEMENTS", 1)
+    monkeypatch.setattr("torchfolio.robustness.preactivation_bounds.ELEMENTS", 1)
     torch.testing.assert_close(crown(net, box, prop).lower, whole.lower, rtol=0, atol=1e-12)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness import bounds
-from torchfolio.robustness.bounds import ElementwiseAffine, Layers, Residual
+from torchfolio.robustness import preactivation_bounds
+from torchfolio.robustness.bounds import ElementwiseAffine, Layers, Residual, activation_ranges, linear_bounds
 from torchfolio.robustness.properties import Box
 
 
@@ -49,15 +49,15 @@ def test_windows_bound_as_whole_layers_do(name, rounding):
     layers = Layers(net, shape)
     x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1)).double()
     box = Box.ball(x, 0.05)
-    ranges, terms = bounds.activation_ranges(layers, box, "crown", None, rounding)
+    ranges, terms = activation_ranges(layers, box, "crown", rounding=rounding)
     compared = 0
     for k in ranges:
-        if bounds._plan(layers, k)[0] == k:
+        if preactivation_bounds._plan(layers, k)[0] == k:
             continue
         everything = torch.ones(math.prod(layers.shapes[k]), dtype=torch.bool)
         arguments = (ranges, box, terms, rounding)
-        by_units = list(bounds._by_units(layers, k, everything.nonzero()[:, 0], *arguments))
-        by_windows = list(bounds._by_windows(layers, k, everything, *arguments))
+        by_units = list(preactivation_bounds._by_units(layers, k, everything.nonzero()[:, 0], *arguments))
+        by_windows = list(preactivation_bounds._by_windows(layers, k, everything, *arguments))
         for end in (1, 2):
             units, windows = (torch.cat([part[end] for part in parts], 1) for parts in (by_units, by_windows))
             order = torch.cat([part[0] for part in by_windows]).argsort()
@@ -74,5 +74,5 @@ def test_windows_bound_as_whole_layers_do(name, rounding):
 def layers_ends(layers: Layers, box: Box, ranges: dict) -> tuple[Tensor, Tensor]:
     count = math.prod(layers.outputs)
     rows = torch.cat([torch.eye(count), -torch.eye(count)]).double().view(1, 2 * count, *layers.outputs)
-    bound, _, _ = bounds.linear_bounds(layers, len(layers.parts), rows, ranges, box)
+    bound, _, _ = linear_bounds(layers, len(layers.parts), rows, ranges, box)
     return bound[:, :count], -bound[:, count:]

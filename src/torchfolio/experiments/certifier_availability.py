@@ -304,7 +304,7 @@ def figures(results: Results) -> dict[str, Figure]:
 def peers(bench: Any) -> None:
     """Margins of a batch beside bounds label by label, and smoothing beside a loop over inputs."""
     from torchfolio.robustness import Box, classification
-    from torchfolio.robustness.bounds import ibp
+    from torchfolio.robustness.interval_bounds import ibp
     from torchfolio.robustness.margins import interval_margins
 
     torch.manual_seed(0)

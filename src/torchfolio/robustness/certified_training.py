@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from torchfolio import checks
 from torchfolio.engine import Backprop, Batch, LearningRule
-from torchfolio.robustness.bounds import Layers
+from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.margins import interval_margins
 from torchfolio.robustness.properties import Box
 

@@ -29,7 +29,6 @@ from torchfolio import checks
 from torchfolio.engine import Batch, Objective
 from torchfolio.measure import untouched
 from torchfolio.robustness.attacks import pgd
-from torchfolio.robustness.bounds import Layers
 from torchfolio.robustness.certified_training import CertifiedIBP, GaussianNoise, in_full_precision, labelled
 from torchfolio.robustness.certifiers import (
     AbstainingClassifier,
@@ -53,6 +52,7 @@ from torchfolio.robustness.label_conflicts import (
     stamped_by,
     whole_examples,
 )
+from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.margins import interval_margins
 from torchfolio.robustness.properties import Box
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchfolio import checks
 from torchfolio.data import Examples
 from torchfolio.measure import outputs, untouched
-from torchfolio.robustness.bounds import Layers
+from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.margins import crown_margins, interval_margins
 from torchfolio.robustness.properties import Box
 from torchfolio.robustness.verifiers import exact_copy

@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import Affine, Layers, activation_ranges, intervals, linear_bounds
+from torchfolio.robustness.affine_layers import Affine
+from torchfolio.robustness.backward_bounds import linear_bounds
+from torchfolio.robustness.interval_bounds import intervals
+from torchfolio.robustness.layer_list import Layers
+from torchfolio.robustness.preactivation_bounds import activation_ranges
 from torchfolio.robustness.properties import Box
 
 __all__ = ["crown_margins", "interval_margins"]
@@ -85,7 +89,7 @@ def crown_margins(
         `[B, K]`, 0 at the label.
     """
     layers = model if isinstance(model, Layers) else Layers(model, box.lower.shape[1:])
-    ranges, terms = activation_ranges(layers, box, intermediate, None, rounding)
+    ranges, terms = activation_ranges(layers, box, intermediate, rounding=rounding)
     eye = torch.eye(layers.outputs[0], dtype=box.lower.dtype, device=box.lower.device)
     lower, _, scale = linear_bounds(layers, len(layers.parts), eye[labels][:, None] - eye, ranges, box, terms=terms)
     cut = interval_margins(layers, box, labels, rounding=rounding)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from torchfolio.robustness.bounds import ElementwiseAffine, Residual
+from torchfolio.robustness.affine_layers import ElementwiseAffine, Residual
 from torchfolio.robustness.onnx_constants import ATTRIBUTES, LARGEST, first_line, onnx_package
 from torchfolio.robustness.onnx_layers import FLOATS, LayerReader
 from torchfolio.robustness.onnx_write import write_onnx
@@ -38,7 +38,7 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
     Of constants: Identity, Cast, Transpose, Reshape, Squeeze, Unsqueeze, Neg, Add, Sub, Mul, Div. A network of doubles
     stays one.
 
-    A sum of two paths becomes a `torchfolio.robustness.bounds.Residual` from the place where they part. Where paths cross,
+    A sum of two paths becomes a `torchfolio.robustness.affine_layers.Residual` from the place where they part. Where paths cross,
     a layer that lies on several is computed on each.
 
     Args:

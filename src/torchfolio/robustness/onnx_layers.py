@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import ElementwiseAffine
+from torchfolio.robustness.affine_layers import ElementwiseAffine
 from torchfolio.robustness.onnx_constants import LARGEST, Constants, first_line
 from torchfolio.robustness.vnnlib import FormatError
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import AFFINE, ElementwiseAffine, Residual, _flat, _is
+from torchfolio.robustness.affine_layers import ElementwiseAffine, Residual
+from torchfolio.robustness.layer_list import AFFINE, flat_layers, is_exactly
 from torchfolio.robustness.onnx_constants import onnx_package
 from torchfolio.robustness.onnx_layers import pair
 
@@ -55,7 +56,7 @@ class _Writer:
 
     def append(self, model: nn.Module, x: Tensor, current: str) -> tuple[Tensor, str]:
         """Write a network on the values of a name; what it makes of an input, and the name of that."""
-        for layer in _flat(model):
+        for layer in flat_layers(model):
             if isinstance(layer, Residual):
                 body, first = self.append(layer.body, x, current)
                 shortcut, second = self.append(layer.shortcut, x, current)
@@ -89,9 +90,9 @@ def _operator(layer: nn.Module, name: str, constant: Any) -> tuple[str, list[str
     simple = {nn.ReLU: "Relu", nn.Sigmoid: "Sigmoid", nn.Tanh: "Tanh"}
     if type(layer) in simple:
         return simple[type(layer)], [], {}
-    if _is(layer, (nn.MaxPool2d,)):
+    if is_exactly(layer, (nn.MaxPool2d,)):
         return "MaxPool", [], _max_pool(layer)
-    if not _is(layer, AFFINE):
+    if not is_exactly(layer, AFFINE):
         raise TypeError(f"{type(layer).__name__} cannot be written to ONNX here")
     if isinstance(layer, nn.Flatten):
         if (layer.start_dim, layer.end_dim) != (1, -1):

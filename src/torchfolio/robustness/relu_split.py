@@ -25,16 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.bounds import (
-    Affine,
-    Layers,
-    Mark,
-    Range,
-    activation_ranges,
-    linear_bounds,
-    matrix_of,
-    row_bounds,
-)
+from torchfolio.robustness.affine_layers import Affine, matrix_of
+from torchfolio.robustness.backward_bounds import linear_bounds
+from torchfolio.robustness.bounds import row_bounds
+from torchfolio.robustness.interval_bounds import Range
+from torchfolio.robustness.layer_list import Layers, Mark
+from torchfolio.robustness.preactivation_bounds import activation_ranges
 from torchfolio.robustness.properties import Box, Property, Verdict
 from torchfolio.robustness.verifiers import Crown, searched
 
@@ -91,7 +87,7 @@ class ReluSplit(Crown):
         if witness is not None:
             return Verdict("falsified", witness)
         with torch.no_grad():
-            ranges, terms = activation_ranges(layers, box, self.intermediate, self, self.rounding)
+            ranges, terms = activation_ranges(layers, box, self.intermediate, self.adjust, self.rounding)
         seen = 1
         lower = row_bounds(layers, box, prop, ranges, terms, self.alpha_steps, self.rounding).lower
         values = prop.by_group(lower)[0]
@@ -368,7 +364,7 @@ class _Search:
                 waiting += [kept] if kept is not None else []
                 continue
             if isinstance(part, Affine):
-                L, b = matrix_of(part, self.layers.shapes[k], box)
+                L, b = matrix_of(part, self.layers.shapes[k])
                 M, m = L @ M, L @ m + b
                 continue
             at = self.places[k][1]

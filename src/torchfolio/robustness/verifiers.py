@@ -17,19 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.measure import untouched
+from torchfolio.robustness.affine_layers import Affine, matrix_of
 from torchfolio.robustness.attacks import pgd
-from torchfolio.robustness.bounds import (
-    Affine,
-    Bounds,
-    Layers,
-    Mark,
-    Range,
-    activation_ranges,
-    crown,
-    ibp,
-    matrix_of,
-)
+from torchfolio.robustness.bounds import crown
+from torchfolio.robustness.interval_bounds import Bounds, Range, ibp
+from torchfolio.robustness.layer_list import Layers, Mark
 from torchfolio.robustness.pooling_bounds import MaxPool
+from torchfolio.robustness.preactivation_bounds import activation_ranges
 from torchfolio.robustness.properties import Box, Property, Verdict, classification
 
 __all__ = ["Crown", "CrownSplit", "Interval", "exact_copy", "milp_verify", "searched"]
@@ -122,7 +116,7 @@ class Crown(Interval):
     def bounds(self, layers: Layers, box: Box, prop: Property) -> Bounds:
         with torch.no_grad():
             return crown(
-                layers, box, prop, intermediate=self.intermediate, alpha_steps=self.alpha_steps, verifier=self,
+                layers, box, prop, intermediate=self.intermediate, alpha_steps=self.alpha_steps, adjust=self.adjust,
                 rounding=self.rounding,
             )  # fmt: skip
 
@@ -364,7 +358,7 @@ class _Program:
         others = [p for p in layers.parts if isinstance(p, str) and p != "relu"]
         if others:
             raise TypeError(f"the exact verifier is for networks whose activations are ReLUs, got {others[0]}")
-        ranges, _ = activation_ranges(layers, box, "crown", None, 1e-12)
+        ranges, _ = activation_ranges(layers, box, "crown", rounding=1e-12)
         if not all(bool(end.isfinite().all()) for ends in ranges.values() for end in ends):
             raise ValueError("the bounds of an activation overflow: the network's numbers are too large")
         count = box.lower[0].numel()
@@ -376,7 +370,7 @@ class _Program:
         waiting: list[_Affine] = []
         for k, part in enumerate(layers.parts):
             if isinstance(part, Affine):
-                L, b = matrix_of(part, layers.shapes[k], box)
+                L, b = matrix_of(part, layers.shapes[k])
                 here = L @ here[0], L @ here[1] + b, here[2]
             elif isinstance(part, Mark):
                 here = _marked(part, here, waiting)
