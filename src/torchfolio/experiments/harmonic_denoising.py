@@ -42,6 +42,7 @@ class Settings:
         steps: of each training.
         lr: learning rate.
         sigmas: noise levels of the tests.
+        draws: draws of the noise over which SURE is averaged.
         samples: images drawn from both denoisers.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     steps: int = 400
     lr: float = 4e-3
     sigmas: tuple[float, ...] = (0.1, 0.25, 0.5)
+    draws: int = 8
     samples: int = 8
 
 
@@ -98,6 +100,17 @@ def errors_of_homogeneity(net: nn.Module, y: Tensor) -> dict[str, float]:
     return {"scaling": max(scaled), "jacobian": float((product - denoised).norm() / denoised.norm())}
 
 
+def error_of_sure(net: nn.Module, test: Tensor, sigma: float, draws: int, seed: int) -> float:
+    """Relative error of SURE averaged over images and draws of the noise, whose own spread exceeds the error of one."""
+    generator = torch.Generator().manual_seed(seed)
+    estimate, true = 0.0, 0.0
+    for draw in range(draws):
+        y = test + sigma * torch.randn(test.shape, generator=generator)
+        estimate += float(sure(net, y, sigma, probes=4, seed=seed + draw).mean())
+        true += float((denoise(net, y) - test).square().flatten(1).sum(1).mean())
+    return abs(estimate / true - 1)
+
+
 def regimes(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, Any]:
     """Two denoisers on disjoint images for each number of them, and what the best one does inside."""
     result = generalization_test(
@@ -116,8 +129,7 @@ def regimes(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict
     values |= errors_of_homogeneity(net, test + 0.25 * noise)
     for sigma in settings.sigmas:
         y = test + sigma * noise
-        true = (denoise(net, y) - test).square().flatten(1).sum(1).mean()
-        values[f"sure_{sigma}"] = abs(float(sure(net, y, sigma, probes=4, seed=seed).mean() / true) - 1)
+        values[f"sure_{sigma}"] = error_of_sure(net, test, sigma, settings.draws, seed)
         basis = harmonic_basis(net, y[0])
         values[f"trace_{sigma}"] = sigma**2 * basis.trace / float((denoise(net, y[:1]) - test[0]).square().sum())
     sigma = settings.sigmas[1]
