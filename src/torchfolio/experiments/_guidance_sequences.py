@@ -7,9 +7,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from torchfolio.engine import Backprop, fit
+from torchfolio.engine.recipes import adam
+from torchfolio.runs import Run
+from torchfolio.training.guidance import Guidance, GuidedRule
+
+__all__ = ["TASKS", "learn_sequences"]
 
 BLANK, COPY, END, SYMBOLS = 0, 11, 12, 10  # of the copying task; blank is no target
 PAD = 2  # of the parity task
@@ -84,3 +94,39 @@ def token_accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percent of right tokens at the positions that have a target."""
     right = model.eval()(x).argmax(-1) == y
     return 100 * (right if y.dim() == 1 else right[y != BLANK]).float().mean().item()
+
+
+TASKS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "copying": (
+        copying,
+        lambda: RecurrentNet(SYMBOLS + 3, SYMBOLS + 3, last=False),
+        lambda: AttentionNet(SYMBOLS + 3, SYMBOLS + 3, last=False),
+    ),
+    "parity": (parity, lambda: AttentionNet(PAD + 1, 2, last=True), lambda: RecurrentNet(PAD + 1, 2, last=True)),
+}
+"""Examples, target and guide of each task."""
+
+
+def learn_sequences(run: Run[Any], name: str, kind: str) -> dict[str, float]:
+    """Train the target of a task: plainly, or under an untrained or a trained guide.
+
+    Args:
+        run: run whose settings have `sequence_examples`, `sequence_epochs`, `lengths`, `lr` and `batch_size`.
+        name: one of `TASKS`.
+        kind: `"plain"`, `"untrained"` or `"trained"`.
+    """
+    settings, (draw, make, make_guide) = run.settings, TASKS[name]
+    generator = torch.Generator().manual_seed(run.seed)
+    train = draw(settings.sequence_examples, *settings.lengths, generator)
+    test = draw(2000, *settings.lengths, generator)
+    net, guide = make(), make_guide()
+
+    def learn(model: nn.Module, rule: Any) -> float:
+        fit(model, train, rule=rule, optimizer=adam(settings.lr), epochs=settings.sequence_epochs,
+            batch_size=settings.batch_size, drop_last=True, seed=run.seed, device=run.device, clip_norm=1.0)  # fmt: skip
+        return token_accuracy(model, *(t.to(run.device) for t in test))
+
+    task_rule = Backprop(token_loss)
+    outcome = {"guide_accuracy": learn(guide, task_rule)} if kind == "trained" else {}
+    rule = GuidedRule(Guidance(net, guide, reduction="mean"), task_rule) if kind != "plain" else task_rule
+    return {"accuracy": learn(net, rule), **outcome}
