@@ -1,7 +1,4 @@
-"""Measures ForwardGNN on Cora: its algorithms against tuned backprop, memory by depth, links, controls.
-
-Five algorithms, a baseline trained end to end for nodes and for links, and memory and time make it longer than most.
-"""
+"""Measures ForwardGNN on Cora: its algorithms against tuned backprop, memory by depth, links, controls."""
 
 from __future__ import annotations
 
@@ -12,25 +9,16 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from torchfolio.checks import one_of
 from torchfolio.data.graphs import Graph, planetoid
-from torchfolio.engine import seeded
+from torchfolio.experiments._forwardgnn_peers import peers
+from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
-from torchfolio.local.graph_layers import (
-    Aggregated,
-    FrozenLayer,
-    adjacency_of,
-    aggregate_once,
-    make_conv,
-    normalize_rows,
-    tensors_of,
-)
-from torchfolio.local.graph_training import LayerStep, adam, train_locally
-from torchfolio.measure import auroc
 from torchfolio.runs import Results, Run, plots
+
+__all__ = ["SCALES", "Settings", "figures", "peers", "run"]
 
 
 @dataclass(frozen=True)
@@ -94,15 +82,19 @@ class EqualNegatives(ForwardGNNClassifier):
         return [y]
 
 
+def options(settings: Settings, seed: int, **changed: Any) -> dict[str, Any]:
+    """Arguments of an estimator of forward learning."""
+    own = {"hidden": settings.hidden, "layers": settings.layers, "lr": settings.lr, "epochs": settings.epochs}
+    return {**own, "val_every": settings.val_every, "patience": settings.patience, "seed": seed, **changed}
+
+
 def run(run: Run[Settings]) -> None:
     """Node classification by all algorithms, backprop, memory, links and controls."""
     settings = run.settings
-    graph, test = _load(settings, run.seed, run.device)
+    graph, test = load_graph(settings.graph, run.seed, run.device)
 
     def fit(kind: type[ForwardGNNClassifier] = ForwardGNNClassifier, **changed: Any) -> dict[str, Any]:
-        options = {"hidden": settings.hidden, "layers": settings.layers, "lr": settings.lr, "epochs": settings.epochs}
-        options |= {"val_every": settings.val_every, "patience": settings.patience, "seed": run.seed}
-        model = kind(**(options | changed)).fit(graph)
+        model = kind(**options(settings, run.seed, **changed)).fit(graph)
         accuracy = float((model.predict()[test] == graph.y[test]).double().mean())
         lowest = min(min(losses) for losses in model.losses_)
         return {"accuracy": accuracy, "by_depth": model.layer_scores_, "lowest_loss": lowest}
@@ -120,40 +112,35 @@ def run(run: Run[Settings]) -> None:
         "equal": lambda: fit(EqualNegatives, algorithm="ff-la", layers=1),
         # A layer that has not moved: its goodness already says which labels the neighbours have.
         "untrained": lambda: fit(algorithm="ff-la", layers=1, epochs=1, lr=1e-12),
-        "backprop": lambda: _backprop(settings, graph, test, run.seed),
+        "backprop": lambda: backprop_nodes(settings, graph, test, run.seed),
         "memory": lambda: _memory(settings, graph),
         "time": lambda: _step_times(settings, graph),
         "links": lambda: _links(settings, graph, run.seed),
     }
-    names = run.progress(list(arms), "arms")
-    got = {name: run.arm(name, arms[name]) for name in names}
+    got = {name: run.arm(name, arms[name]) for name in run.progress(arms, "arms")}
     accuracy = {name: arm["accuracy"] for name, arm in got.items() if "accuracy" in arm}
     run.values("node_classification", gcn=accuracy["sf_gcn"], sage=accuracy["sf_sage"], backprop=accuracy["backprop"])
-    run.values("memory", **{name: got["memory"][name] for name in ("ratio", "growth", "backprop_growth")})
-    run.values(
-        "forward_forward",
-        labels=accuracy["ff_la"],
-        virtual_nodes=accuracy["ff_vn"],
-        time_ratio=got["time"]["sf"] / got["time"]["ff-la"],
-    )
-    run.values("link_prediction", forward=got["links"]["forward"], backprop=got["links"]["backprop"])
-    run.values("top_down", **{name: accuracy[key] for name, key in TOP_DOWN.items()})
+    run.values("memory", {name: got["memory"][name] for name in ("ratio", "growth", "backprop_growth")})
+    ratio = got["time"]["sf"] / got["time"]["ff-la"]
+    run.values("forward_forward", labels=accuracy["ff_la"], virtual_nodes=accuracy["ff_vn"], time_ratio=ratio)
+    run.values("link_prediction", got["links"])
+    run.values("top_down", sf=accuracy["sf_gcn"], top2input=accuracy["top2input"], top2loss=accuracy["top2loss"])
     run.values("control_wrong_class", shifted=accuracy["shifted"], random=accuracy["random"])
+    run.values("control_equal_negatives", lowest_loss=got["equal"]["lowest_loss"] / LOSS_BOUND)
     largest = float(torch.bincount(graph.y[test]).max() / int(test.sum()))
-    bound = 2 * float(torch.log(torch.tensor(2.0)))
-    run.values("control_equal_negatives", lowest_loss=got["equal"]["lowest_loss"] / bound)
     run.values(
         "control_equal_accuracy", equal=accuracy["equal"], untrained=accuracy["untrained"], largest_class=largest
     )
 
 
-TOP_DOWN = {"sf": "sf_gcn", "top2input": "top2input", "top2loss": "top2loss"}
+LOSS_BOUND = 2 * float(torch.tensor(2.0).log())
+"""Least loss of forward-forward where negatives are positives, a logit of 0 for both; in float32, as losses are."""
 
 
-def _load(settings: Settings, seed: int, device: Any) -> tuple[Graph, Tensor]:
+def load_graph(name: str, seed: int, device: Any) -> tuple[Graph, Tensor]:
     """The graph with a random split: 64 % to train, 16 % to validate, 20 % to test."""
-    one_of("graph", settings.graph, ("cora", "citeseer", "synthetic"))
-    graph = planetoid(settings.graph) if settings.graph != "synthetic" else _synthetic()
+    one_of("graph", name, ("cora", "citeseer", "synthetic"))
+    graph = planetoid(name) if name != "synthetic" else _synthetic()
     order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(seed)) / graph.num_nodes
     masks = [order < 0.64, (order >= 0.64) & (order < 0.8), order >= 0.8]
     tensors = [t.to(device) for t in (graph.x, graph.edge_index, graph.y, *masks)]
@@ -168,95 +155,21 @@ def _synthetic(n: int = 150, classes: int = 3) -> Graph:
     return Graph(x.float(), (upper | upper.T).nonzero().T, y, none, none, none)
 
 
-class _Stack(nn.Module):
-    """GCN layers trained end to end; the graph is normalised and the features are aggregated once, too."""
-
-    def __init__(self, graph: Graph, widths: list[int]) -> None:
-        super().__init__()
-        widths = [graph.x.shape[1], *widths]
-        self.convs = nn.ModuleList(make_conv("gcn", i, o) for i, o in zip(widths, widths[1:], strict=False))
-        self.to(graph.x.device)
-        self.adjacency = adjacency_of(self.convs[0], graph.x, graph.edge_index)
-        self.first: Aggregated = aggregate_once(self.convs[0], normalize_rows(graph.x), self.adjacency)
-
-    def forward(self) -> Tensor:
-        h: Any = self.convs[0].transform(self.first.operand)  # pyright: ignore[reportCallIssue]
-        for conv in list(self.convs)[1:]:
-            h = conv.transform(self.adjacency @ F.relu(h))  # pyright: ignore[reportCallIssue, reportOptionalOperand]
-        return h
-
-
-def _best(settings: Settings, make: Callable[[], _Stack], loss: Any, score: Any, report: Any, seed: int) -> Any:
-    """Train end to end at each learning rate; the report of the one that validates best."""
-    results = []
-    for lr in settings.lrs:
-        with seeded(seed):
-            net = make()
-            step = LayerStep(net, lambda net=net: loss(net()), adam(net, lr, 5e-4))
-            _, best = train_locally(
-                net, step, lambda net=net: score(net()), epochs=2 * settings.epochs,
-                val_every=settings.val_every, patience=settings.patience,
-            )  # fmt: skip
-        with torch.no_grad():
-            results.append((best, report(net())))
-    return max(results)
-
-
-def _backprop(settings: Settings, graph: Graph, test: Tensor, seed: int) -> dict[str, Any]:
-    def accuracy(mask: Tensor) -> Callable[[Tensor], float]:
-        return lambda z: float((z.argmax(1) == graph.y)[mask].double().mean())
-
-    found = {}
-    for depth in (2, 3):
-        widths = [settings.hidden] * (depth - 1) + [graph.num_classes]
-        loss = lambda z: F.cross_entropy(z[graph.train_mask], graph.y[graph.train_mask])  # noqa: E731
-        make = lambda widths=widths: _Stack(graph, widths)  # noqa: E731
-        _, found[f"depth_{depth}"] = _best(settings, make, loss, accuracy(graph.val_mask), accuracy(test), seed)
-    return found | {"accuracy": max(found.values())}
-
-
 def _links(settings: Settings, graph: Graph, seed: int) -> dict[str, float]:
     split = link_split(graph.edge_index, graph.num_nodes, seed=seed)
-    options = {"hidden": settings.hidden, "layers": settings.short, "lr": settings.lr, "epochs": settings.epochs}
-    options |= {"val_every": settings.val_every, "patience": settings.patience, "seed": seed}
-    forward = ForwardGNNLinkPredictor(**options).fit(graph, split)
-    sparse = Graph(graph.x, split.edge_index, *(graph.y, *[graph.train_mask] * 3))
-
-    def logits(z: Tensor, pairs: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.cat([pairs, negatives], 1)
-        logit = (z.index_select(0, both[0]) * z.index_select(0, both[1])).sum(1)
-        return logit, (torch.arange(len(logit), device=z.device) < pairs.shape[1]).to(z)
-
-    loss = lambda z: F.binary_cross_entropy_with_logits(*logits(z, *split[1:3]))  # noqa: E731
-    score, report = (lambda z, of=of: float(auroc(*logits(z, *split[of : of + 2]))) for of in (3, 5))
-    make = lambda: _Stack(sparse, [settings.hidden] * settings.short)  # noqa: E731
-    _, backprop = _best(settings, make, loss, score, report, seed)
+    forward = ForwardGNNLinkPredictor(**options(settings, seed, layers=settings.short)).fit(graph, split)
+    backprop = backprop_links(settings, graph, split, seed)
     return {"forward": forward.score(split.test, split.test_negative), "backprop": backprop}
 
 
 def _memory(settings: Settings, graph: Graph) -> dict[str, Any]:
     """Most bytes held in a step, features and parameters excluded, by depth."""
-    forward, backprop = [], []
-    for depth in settings.depths:
-        model = ForwardGNNClassifier(hidden=settings.hidden, layers=depth, epochs=1).fit(graph)
-        net = _Stack(graph, [settings.hidden] * (depth - 1) + [graph.num_classes])
-        step = LayerStep(
-            net,
-            lambda net=net: F.cross_entropy(net()[graph.train_mask], graph.y[graph.train_mask]),
-            adam(net, 1e-3, 0.0),
-            tensors_of(net.first),
-        )
-        step()
-        forward.append(model.peak_saved_bytes_)
-        backprop.append(step.peak)
+    models = [ForwardGNNClassifier(hidden=settings.hidden, layers=d, epochs=1).fit(graph) for d in settings.depths]
+    forward = [model.peak_saved_bytes_ for model in models]
+    backprop = [backprop_peak(graph, settings.hidden, depth) for depth in settings.depths]
     four, eight = settings.depths.index(4), settings.depths.index(8)
-    return {
-        "forward": forward,
-        "backprop": backprop,
-        "ratio": forward[four] / backprop[four],
-        "growth": forward[eight] / forward[0],
-        "backprop_growth": backprop[eight] / backprop[0],
-    }
+    return {"forward": forward, "backprop": backprop, "ratio": forward[four] / backprop[four],
+            "growth": forward[eight] / forward[0], "backprop_growth": backprop[eight] / backprop[0]}  # fmt: skip
 
 
 def _step_times(settings: Settings, graph: Graph) -> dict[str, float]:
@@ -276,57 +189,13 @@ def _step_times(settings: Settings, graph: Graph) -> dict[str, float]:
 
 def figures(results: Results) -> dict[str, Figure]:
     """Accuracy of all arms, and memory by depth."""
-    names = [
-        "sf_gcn",
-        "sf_sage",
-        "ff_la",
-        "ff_vn",
-        "top2input",
-        "top2loss",
-        "backprop",
-        "random",
-        "shifted",
-        "equal",
-        "untrained",
-    ]
-    memory = {name: ("memory", name.replace(" ", "_")) for name in ("forward", "backprop")}
+    names = ("sf_gcn", "sf_sage", "ff_la", "ff_vn", "top2input", "top2loss", "backprop", "random", "shifted", "equal",
+             "untrained")  # fmt: skip
+    memory = {name: ("memory", name) for name in ("forward", "backprop")}
+    by_depth = {name: (name, "by_depth") for name in ("sf_gcn", "sf_sage")}
     return {
         "accuracy": plots.bars(results, {name: (name, "accuracy") for name in names}, ylabel="test accuracy"),
-        "memory": plots.curves(
-            results, memory, x=results.settings.depths, xlabel="layers", ylabel="peak saved bytes", logy=True
-        ),
-        "depth": plots.curves(
-            results,
-            {name: (name, "by_depth") for name in ("sf_gcn", "sf_sage")},
-            xlabel="layers trained",
-            ylabel="validation accuracy",
-        ),
-    }
-
-
-def peers(bench: Any) -> None:
-    """A step of every layer on Cora: ours, and torch_geometric's layer called anew each time."""
-    graph, _ = _load(SCALES["quick"], 0, "cpu")
-    bench.compare("layer-epoch, GCN, Cora, three layers", **_layer_epochs(graph))
-
-
-def _layer_epochs(graph: Graph) -> dict[str, Callable[[], Any]]:
-    """A step of single forward's three layers on Cora with virtual nodes, aggregated once or by torch_geometric."""
-    from torch_geometric.nn import GCNConv
-
-    from torchfolio.local.forwardgnn import augment_with_virtual_nodes
-
-    c, n = graph.num_classes, graph.num_nodes
-    v = augment_with_virtual_nodes(graph.x, graph.edge_index, graph.y, graph.train_mask, c)
-    train = graph.train_mask.nonzero().flatten()
-    rows, y = torch.cat([train, torch.arange(n, n + c)]), graph.y[train]
-    steps: dict[str, list[LayerStep]] = {"ours": [], "pyg": []}
-    for l in range(3):
-        h = normalize_rows(v.x if not l else torch.rand(n + c, 128))
-        layer, peer = make_conv("gcn", h.shape[1], 128), GCNConv(h.shape[1], 128)
-        part = FrozenLayer(layer, [h], v.edge_index, dense_rows=0 if l else c)[rows]
-        whole = lambda peer=peer, h=h: F.relu(peer(h, v.edge_index)).index_select(0, rows)  # noqa: E731
-        for name, module, output in (("ours", layer, part), ("pyg", peer, whole)):
-            loss = lambda f=output: (lambda z: F.cross_entropy(z[:-c] @ z[-c:].T, y))(f())  # noqa: E731
-            steps[name].append(LayerStep(module, loss, adam(module, 0.01, 5e-4)))
-    return {name: lambda all_=all_: [step() for step in all_] for name, all_ in steps.items()}
+        "memory": plots.curves(results, memory, x=results.settings.depths, xlabel="layers", ylabel="peak saved bytes",
+                               logy=True),
+        "depth": plots.curves(results, by_depth, xlabel="layers trained", ylabel="validation accuracy"),
+    }  # fmt: skip
