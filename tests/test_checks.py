@@ -58,6 +58,8 @@ def test_values_come_back_as_given():
 def test_ranges():
     with pytest.raises(ValueError, match="expected a of at least 2, got 1"):
         checks.at_least("a", 1, 2)
+    with pytest.raises(ValueError, match="expected a of at least 2 and finite, got inf"):
+        checks.at_least("a", math.inf, 2)
     with pytest.raises(ValueError, match="positive and finite, got 0"):
         checks.positive("a", 0)
     with pytest.raises(ValueError, match="positive and finite, got inf"):

@@ -48,14 +48,16 @@ def number(name: str, value: Any) -> Any:
 
 
 def at_least(name: str, value: T, low: float) -> T:
-    """Refuse a number below `low`.
+    """Refuse a number below `low`, or an infinite one.
 
     Raises:
         TypeError: if the value is no number.
-        ValueError: if it is smaller, or NaN.
+        ValueError: if it is smaller, infinite or NaN.
     """
-    if not _real(name, value, f"a number of at least {low}") >= low:
-        raise ValueError(f"expected {name} of at least {low}, got {_shown(value)}")
+    number = _real(name, value, f"a number of at least {low}")
+    if not low <= number < math.inf:
+        finite_too = " and finite" if number == math.inf else ""
+        raise ValueError(f"expected {name} of at least {low}{finite_too}, got {_shown(value)}")
     return value
 
 

@@ -288,7 +288,7 @@ def test_saved_sets_come_back_to_the_bit(tmp_path, name):
         ({}, "exactly one"),
         ({"rate": 0.1, "count": 3}, "exactly one"),
         ({"rate": 0.9}, "at most 150"),
-        ({"rate": 1.5}, "between 0 and 1"),
+        ({"rate": 1.5}, "rate in"),
         ({"rate": 0.1, "mode": "swap"}, "swap"),
         ({"rate": 0.1, "cover_rate": 0.95}, "covers"),
     ],

@@ -242,7 +242,7 @@ def test_maps_need_to_be_reduced():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: AdaptiveBinning(1), "2 bins"),
+        (lambda: AdaptiveBinning(1), "n_bins to be a whole number of at least 2"),
         (lambda: FixedBinning(4, 1, 0), "low < high"),
         (lambda: AdaptiveKDE(0), "positive"),
         (lambda: AdaptiveKDE(bound="middle"), "middle"),  # pyright: ignore
@@ -318,3 +318,13 @@ def test_estimators_take_arrays():
         assert estimator(t.numpy(), y.numpy()) == estimator(t, y)
     assert discrete_mi(t.long().numpy(), y.numpy()) == discrete_mi(t.long(), y)
     assert joint_entropy(t.long().numpy()) == joint_entropy(t.long())
+    wanted = kde_information(t, 0.1)
+    assert 0 < wanted == kde_information(t.numpy(), 0.1) == kde_information(t.bfloat16(), 0.1)  # whole numbers
+    assert permuted_label_information(AdaptiveKDE(), t.numpy(), y.numpy(), 2) == permuted_label_information(
+        AdaptiveKDE(), t, y, 2
+    )
+    for bad in (t[0], t[:1], t * torch.nan):
+        with pytest.raises(ValueError, match=r"expected|NaN"):
+            kde_information(bad, 0.1)
+    with pytest.raises(ValueError, match="bound"):
+        kde_information(t, 0.1, "both")  # pyright: ignore[reportArgumentType]

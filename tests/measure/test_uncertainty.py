@@ -50,7 +50,7 @@ def test_errors() -> None:
         standard_error([1.0])
     with pytest.raises(ValueError, match="not all finite"):
         standard_error([1.0, float("nan")])
-    with pytest.raises(ValueError, match="level between 0 and 1, got 95"):
+    with pytest.raises(ValueError, match=r"level in \(0, 1\), got 95"):
         confidence_interval([1.0, 2.0], level=95)
 
 

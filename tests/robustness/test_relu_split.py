@@ -93,9 +93,12 @@ def test_it_gives_up_and_says_so():
     found = ReluSplit(attack_steps=0, max_cases=2, root_steps=0, steps=1).decide(net, box, prop)
     assert found.status == "unknown"
     assert CrownSplit(attack_steps=0, max_boxes=10**6).decide(net, box, prop, timeout=60).status != "unknown"
-    with pytest.raises(TypeError, match="only, got tanh"):
+    with pytest.raises(TypeError, match=r"ReLUs, .*got one with tanh; CrownSplit halves"):
         ReluSplit().decide(
             nn.Sequential(nn.Linear(2, 2), nn.Tanh()), Box(torch.zeros(1, 2), torch.ones(1, 2)), classification(0, 2)
         )
-    with pytest.raises(ValueError, match="steps of at least 1"):
+    pooled = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1, 2))
+    with pytest.raises(TypeError, match=r"ReLUs, .*got one with max pools; CrownSplit halves"):
+        ReluSplit().decide(pooled, Box(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)), classification(0, 2))
+    with pytest.raises(ValueError, match="steps to be a whole number of at least 1"):
         ReluSplit(steps=0)

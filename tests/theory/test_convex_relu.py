@@ -293,10 +293,10 @@ def test_single_precision_is_kept():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta": 0.0}, "beta above 0"),
+        ({"beta": 0.0}, "beta to be positive"),
         ({"loss": "hinge"}, "smooth loss"),
         ({"loss": "cubic"}, "expected loss"),
-        ({"rho": -1.0}, "rho and gamma above 0"),
+        ({"rho": -1.0}, "rho to be positive"),
         ({"linear_solver": "qr"}, "expected linear_solver"),
         ({"loss": "bce", "linear_solver": "dense"}, "squared loss"),
         ({"max_iter": 0}, "max_iter"),
@@ -554,15 +554,19 @@ def test_robust_estimator():
         ({"epsilon": 0.1}, "needs solver='cvxpy'"),
         ({"epsilon": -0.1}, "expected epsilon"),
         ({"beta": 0}, "expected beta"),
+        ({"beta": float("inf")}, "expected beta"),
+        ({"norm": "3"}, "expected norm"),
+        ({"linear_solver": "qr"}, "expected linear_solver"),
         ({"solver": "sgd"}, "expected solver"),
         ({"loss": "l1"}, "expected loss"),
         ({"n_patterns": 0}, "expected n_patterns"),
         ({"solver": "scp", "n_patterns": "all"}, "expected n_patterns"),
+        ({"n_patterns": True}, "expected n_patterns"),
     ],
 )
 def test_estimators_refuse_bad_settings(settings, message):
     X, y = sine()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         ConvexReLUClassifier(**settings).fit(X, y > 0)
     if "loss" not in settings:
         with pytest.raises(ValueError, match="squared loss for regression"):

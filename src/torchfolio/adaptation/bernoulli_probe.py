@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from torchfolio.adaptation.class_sums import ClassSums
-from torchfolio.checks import number, positive
+from torchfolio.checks import finite, number, positive
 
 __all__ = ["BernoulliProbe"]
 
@@ -65,7 +65,7 @@ class BernoulliProbe(ClassSums):
     def _check_settings(self) -> None:
         positive("alpha", self.alpha)
         if self.binarize is not None:
-            number("binarize", self.binarize)
+            finite("binarize", number("binarize", self.binarize))
 
     def _binary(self, rows: Tensor) -> Tensor:
         if self.binarize is not None:

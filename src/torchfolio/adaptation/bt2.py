@@ -214,8 +214,14 @@ class BT2Adapter(Adapter):
         lambda_new: float = 10.0,
         batch_size: int = 128,
     ) -> None:
-        self.epochs, self.lr, self.batch_size = whole("epochs", epochs, 1), positive("lr", lr), batch_size
-        self.new_dim, self.extra_dim, self.scale, self.lambda_new = new_dim, extra_dim, scale, lambda_new
+        self.epochs, self.lr, self.batch_size = (
+            whole("epochs", epochs, 1),
+            positive("lr", lr),
+            whole("batch_size", batch_size, 1),
+        )
+        self.new_dim = None if new_dim is None else whole("new_dim", new_dim, 1)
+        self.extra_dim, self.scale = whole("extra_dim", extra_dim, 0), positive("scale", scale)
+        self.lambda_new = at_least("lambda_new", lambda_new, 0)
         self.built: dict[str, int | float] = {}
 
     def _adapt(self, model: nn.Module, data: Any, run: Adapting) -> Adapted:

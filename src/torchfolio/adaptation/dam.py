@@ -16,7 +16,7 @@ from typing import Literal
 from torchfolio.adaptation.mask_training import Bound, MaskTraining, warn_of_collapse
 from torchfolio.adaptation.merge import Merge, MergeResult, Merging
 from torchfolio.adaptation.merging import Stream, TaskVectors, adapt_weights, initial_weights
-from torchfolio.checks import at_least, one_of, positive, whole
+from torchfolio.checks import at_least, finite, number, one_of, positive, whole
 
 __all__ = ["ConcreteMerging", "DefenseAwareMerging"]
 
@@ -118,6 +118,8 @@ class DefenseAwareMerging(Merge):
         ):
             whole(name, value, least)
         whole("batch_size", batch_size, 1)
+        whole("seed", seed)
+        finite("weight", number("weight", weight))
         positive("temperature", temperature)
         self.safety, self.masks, self.alpha, self.epsilon = safety, masks, alpha, epsilon
         self.temperature, self.weight, self.layerwise, self.inner_lr = temperature, weight, layerwise, inner_lr

@@ -33,6 +33,7 @@ from torchfolio.adaptation.weights import (
     task_arithmetic,
     task_vectors,
 )
+from torchfolio.checks import finite, number, positive, whole
 
 __all__ = ["AdaMerging", "MergeResult", "TaskVectors", "average", "entropy", "merge", "task_arithmetic", "task_vectors"]
 
@@ -190,10 +191,9 @@ class AdaMerging(Merge):
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
-        self.weight, self.layerwise, self.lr, self.steps = weight, layerwise, lr, steps
-        self.batch_size, self.seed = batch_size, seed
-        if steps < 0:
-            raise ValueError(f"expected steps >= 0, got {steps}")
+        self.weight, self.layerwise = finite("weight", number("weight", weight)), layerwise
+        self.lr, self.steps = positive("lr", lr), whole("steps", steps, 0)
+        self.batch_size, self.seed = whole("batch_size", batch_size, 1), whole("seed", seed)
 
     def _merge(self, run: Merging) -> MergeResult:
         tasks = TaskVectors(run.pretrained, run.finetuned, heads=run.heads, forward=run.forward, buffers=run.buffers)

@@ -32,7 +32,7 @@ from torchfolio.adaptation.learning_curves import (
     samples_to_reach,
 )
 from torchfolio.adaptation.naive_bayes import NaiveBayesProbe
-from torchfolio.checks import one_of
+from torchfolio.checks import at_least, one_of, whole
 from torchfolio.measure.batches import Data, batches
 from torchfolio.measure.untouched import untouched
 from torchfolio.models.surgery import take_features
@@ -144,7 +144,8 @@ class NaiveBayesHead(Adapter):
         prior: Literal["empirical", "uniform"] | Sequence[float] = "empirical",
         batch_size: int = 256,
     ) -> None:
-        self.epsilon, self.var_smoothing, self.prior, self.batch_size = epsilon, var_smoothing, prior, batch_size
+        self.epsilon, self.var_smoothing = at_least("epsilon", epsilon, 0), at_least("var_smoothing", var_smoothing, 0)
+        self.prior, self.batch_size = prior, whole("batch_size", batch_size, 1)
         self._width: int | None = None
 
     def _adapt(self, model: nn.Module, data: Data, run: Adapting) -> Adapted:

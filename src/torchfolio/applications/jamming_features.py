@@ -157,7 +157,8 @@ class SSBFeatures(TransformerMixin, BaseEstimator):
         self.spacing = spacing
 
     def fit(self, X: Any = None, y: Any = None) -> SSBFeatures:
-        """Nothing is learned."""
+        """Nothing is learned; the settings are checked."""
+        self._check_settings()
         return self
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -191,8 +192,14 @@ class SSBFeatures(TransformerMixin, BaseEstimator):
         table = torch.cat([*wavelet(window, self.level)[:2], rest, logs, logs - sync.clamp_min(1e-30).log()], 1)
         return table.double().numpy()
 
-    def _checked(self, X: Any) -> Tensor:
+    def _check_settings(self) -> None:
         checks.whole("window", self.window, 16)
+        checks.whole("level", self.level, 1)
+        checks.positive("sample_rate", self.sample_rate)
+        checks.positive("spacing", self.spacing)
+
+    def _checked(self, X: Any) -> Tensor:
+        self._check_settings()
         if not math.isclose(self.sample_rate, nr.FFT_SIZE * self.spacing, rel_tol=1e-6):
             raise ValueError(
                 f"expected {nr.FFT_SIZE * self.spacing:g} samples a second for a spacing of {self.spacing:g} Hz, got "

@@ -72,6 +72,9 @@ class Tones(Jammer):
 
     tones: int = 1
 
+    def __post_init__(self) -> None:
+        checks.whole("tones", self.tones, 1)
+
     def signal(self, count: int, generator: torch.Generator) -> Tensor:
         places = torch.rand(count, self.tones, 1, generator=generator) - 0.5
         angles = torch.rand(count, self.tones, 1, generator=generator)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchfolio import measure
 from torchfolio.backdoor.metrics import labels_of
 from torchfolio.backdoor.suspects import Pair, checked_classes, collected, device_of, fingerprint, finite_rows, private
+from torchfolio.checks import between, whole
 from torchfolio.engine.modes import seeded
 from torchfolio.measure import untouched
 from torchfolio.shown import Shown
@@ -82,8 +83,8 @@ class InputDetector(Shown, ABC):
         self, *, fpr: float = 0.01, calib_frac: float = 0.3, seed: int = 0, device: str | torch.device | None = None
     ) -> None:
         for name, value in {"fpr": fpr, "calib_frac": calib_frac}.items():
-            if not (isinstance(value, int | float) and 0 < value < 1):
-                raise ValueError(f"expected {name} between 0 and 1, got {value!r}")
+            between(name, value, 0, 1, inclusive=False)
+        whole("seed", seed)
         self.fpr, self.calib_frac, self.seed, self.device = fpr, calib_frac, seed, device
 
     @abstractmethod

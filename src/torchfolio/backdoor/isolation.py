@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchfolio import checks
 from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import seeded
 from torchfolio.engine.rules import Backprop
@@ -112,17 +113,14 @@ class LGAIsolator:
         ratio: float = 0.05,
         device: str | torch.device = "auto",
     ) -> None:
-        for name, value in (("epochs", epochs), ("looks", looks), ("restarts", restarts)):
-            if value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
-        if not gamma >= 0:
-            raise ValueError(f"expected gamma of at least 0, got {gamma}")
-        if not 0 < ratio <= 0.5:
-            raise ValueError(f"expected a ratio between 0 and 0.5, got {ratio}")
-        if choose not in ("log_gap", "gap", "last"):
-            raise ValueError(f"expected choose to be 'log_gap', 'gap' or 'last', got {choose!r}")
-        if statistics not in ("batch", "running"):
-            raise ValueError(f"expected statistics 'batch' or 'running', got {statistics!r}")
+        for name, value in {"epochs": epochs, "looks": looks, "restarts": restarts, "batch_size": batch_size}.items():
+            checks.whole(name, value, 1)
+        checks.positive("lr", lr)
+        for name, value in {"gamma": gamma, "weight_decay": weight_decay}.items():
+            checks.at_least(name, value, 0)
+        checks.between("ratio", ratio, 0, 0.5, inclusive=(False, True))
+        checks.one_of("choose", choose, ("log_gap", "gap", "last"))
+        checks.one_of("statistics", statistics, ("batch", "running"))
         self.model_fn, self.gamma, self.epochs, self.lr = model_fn, gamma, epochs, lr
         self.choose, self.looks, self.statistics, self.restarts = choose, looks, statistics, restarts
         self.batch_size, self.weight_decay, self.ratio, self.device = batch_size, weight_decay, ratio, device

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from torchfolio import checks
 from torchfolio.backdoor.defenses import TrainingDefense
 from torchfolio.backdoor.isolation import LGAIsolator, PrecomputedIsolator, cosine_tail, flooding
 from torchfolio.backdoor.metrics import labels_of
@@ -185,10 +186,8 @@ class NAB(TrainingDefense):
         stamp_clean_fraction: float = 0.0,
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if not 0 < ratio < 1:
-            raise ValueError(f"expected a ratio between 0 and 1, got {ratio}")
-        if not 0 <= stamp_clean_fraction < 1:
-            raise ValueError(f"expected stamp_clean_fraction in [0, 1), got {stamp_clean_fraction}")
+        checks.between("ratio", ratio, 0, 1, inclusive=False)
+        checks.between("stamp_clean_fraction", stamp_clean_fraction, 0, 1, inclusive=(True, False))
         self.isolator, self.relabeler, self.ratio = isolator, relabeler, ratio
         self._given = stamp if stamp is not None else Stamp()
         self.stamp = self._given

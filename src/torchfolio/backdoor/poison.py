@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from torchfolio import checks
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.triggers import Trigger
 from torchfolio.data.examples import whole_tensors
@@ -433,13 +434,8 @@ def _wanted(rate: float | None, count: int | None, total: int) -> int:
     if (rate is None) == (count is None):
         raise ValueError("expected exactly one of rate and count")
     if rate is not None:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"expected a rate between 0 and 1, got {rate}")
-        return round(rate * total)
-    assert count is not None
-    if count < 0:
-        raise ValueError(f"expected a count of at least 0, got {count}")
-    return count
+        return round(checks.between("rate", rate, 0, 1) * total)
+    return checks.whole("count", count, 0)
 
 
 def _eligible(y: np.ndarray, label_map: LabelMap, include_target: bool) -> list[np.ndarray]:

@@ -133,7 +133,7 @@ class SmoothInv(TriggerInverter, ModelDetector):
         )
         self.patience = None if patience is None else checks.whole("patience", patience, 1)
         self.pool, self.images = checks.whole("pool", pool, 1), checks.whole("images", images, 1)
-        self.denoiser, self.seed = denoiser, seed
+        self.denoiser, self.seed = denoiser, checks.whole("seed", seed)
 
     # From one image
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchfolio import checks
+
 __all__ = ["Stamp"]
 
 Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
@@ -39,8 +41,7 @@ class Stamp(nn.Module):
         value: float | Sequence[float] | Tensor | Literal["mean"] = "mean",
     ) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"expected a stamp of at least one pixel, got {size}")
+        checks.whole("size", size, 1)
         if corner not in ("top-left", "top-right", "bottom-left", "bottom-right"):
             raise ValueError(f"expected corner to be top-left, top-right, bottom-left or bottom-right, got {corner!r}")
         if isinstance(value, str) and value != "mean":

@@ -199,6 +199,7 @@ class TMiner(ModelDetector):
                  "aux_size": aux_size, "pretrain_steps": pretrain_steps}  # fmt: skip
         for name, value in sizes.items():
             whole(name, value, 1)
+        whole("pad", pad, 0)
         positive("lr", lr)
         between("alpha", alpha, 0, 1)
         between("quantile", quantile, 0, 1)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio import checks
+
 __all__ = [
     "AdditiveTrigger",
     "BlendTrigger",
@@ -310,7 +312,7 @@ class SinusoidTrigger(Trigger):
     def __init__(self, delta: float = 40 / 255, freq: float = 6.0) -> None:
         super().__init__()
         _check_unit("delta", torch.tensor(delta))
-        self.delta, self.freq = delta, freq
+        self.delta, self.freq = delta, checks.finite("freq", checks.number("freq", freq))
 
     def change(self, x: Tensor, index: Tensor) -> Tensor:
         j = torch.arange(x.shape[3], device=x.device, dtype=x.dtype)
@@ -347,8 +349,10 @@ class WarpTrigger(Trigger):
         field: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if k < 2:
-            raise ValueError(f"expected a field of at least 2x2 points, got k={k}")
+        checks.whole("k", k, 2)
+        checks.whole("seed", seed)
+        for name, value in (("s", s), ("grid_rescale", grid_rescale)):
+            checks.finite(name, checks.number(name, value))
         if field is None:
             drawn = 2 * torch.rand(2, k, k, generator=torch.Generator().manual_seed(seed)) - 1
             field = drawn / drawn.abs().mean()
@@ -384,9 +388,7 @@ class GeneratorTrigger(Trigger):
 
     def __init__(self, net: nn.Module, eps: float = 8 / 255) -> None:
         super().__init__()
-        if not eps >= 0:
-            raise ValueError(f"expected eps of at least 0, got {eps}")
-        self.net, self.eps = net, eps
+        self.net, self.eps = net, checks.at_least("eps", eps, 0)
 
     def change(self, x: Tensor, index: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(self.net(x), x - self.eps), x + self.eps)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.checks import positive, whole
+from torchfolio.checks import finite, number, positive, whole
 from torchfolio.engine import evaluating
 
 __all__ = ["BiasFreeBatchNorm2d", "BiasFreeCNN", "BiasFreeUNet", "homogeneity", "make_bias_free"]
@@ -58,6 +58,7 @@ class BiasFreeBatchNorm2d(nn.Module):
     def __init__(self, channels: int, gain: float = 0.5, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.momentum, self.eps = momentum, positive("eps", eps)
+        finite("gain", number("gain", gain))
         self.weight = nn.Parameter(torch.full((whole("channels", channels, 1),), float(gain)))
         self.register_buffer("running_sd", torch.ones(channels))
 
@@ -92,7 +93,7 @@ class BiasFreeUNet(nn.Module):
     def __init__(self, channels: int = 1, base: int = 64, blocks: int = 3, gain: float = 0.5) -> None:
         super().__init__()
         widths = [whole("base", base, 1) * 2**b for b in range(whole("blocks", blocks, 1) + 1)]
-        first = nn.Conv2d(channels, base, 3, padding=1, bias=False)
+        first = nn.Conv2d(whole("channels", channels, 1), base, 3, padding=1, bias=False)
         self.down = nn.ModuleList([nn.Sequential(first, nn.ReLU(), *_unit(base, base, gain))])
         self.down.extend(_pair(a, b, gain) for a, b in zip(widths, widths[1:-1], strict=False))
         self.middle = _pair(widths[-2], widths[-1], gain)
@@ -135,7 +136,10 @@ class BiasFreeCNN(nn.Sequential):
     """
 
     def __init__(self, channels: int = 1, width: int = 64, depth: int = 21, gain: float = 0.5) -> None:
-        inner = [part for _ in range(whole("depth", depth, 3) - 2) for part in _unit(width, width, gain)]
+        inner = [
+            part for _ in range(whole("depth", depth, 3) - 2) for part in _unit(whole("width", width, 1), width, gain)
+        ]
+        whole("channels", channels, 1)
         first, last = (nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in ((channels, width), (width, channels)))
         super().__init__(first, nn.ReLU(), *inner, last)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -125,6 +125,7 @@ class BiPer(Compression):
         layers: Sequence[str] | None = None,
     ) -> None:
         checks.at_least("sine_decay", sine_decay, 0)
+        checks.positive("frequency", frequency)
         self.frequency, self.binary_input, self.match = frequency, binary_input, match
         self.sine_decay, self.layers = sine_decay, layers
 

@@ -26,7 +26,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 from torch import Tensor, nn
 
-from torchfolio.checks import at_least, finite, one_of, positive, whole
+from torchfolio.checks import at_least, one_of, positive, whole
 from torchfolio.insight.capacity import Peak, SweepResult, capacity_sweep, compare, peak, plot_comparison
 from torchfolio.insight.gradient_path import Decomposition, Path, gradient_descent_path
 
@@ -249,7 +249,7 @@ class RandomFeatureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             positive("learning_rate", self.learning_rate)
         if self.batch_size is not None:
             whole("batch_size", self.batch_size, 1)
-        finite("init_scale", at_least("init_scale", self.init_scale, 0))
+        at_least("init_scale", self.init_scale, 0)
 
     def _features(self, X: np.ndarray) -> Tensor:
         X = (X - self._mean) / self._std if self.normalize else X

@@ -136,7 +136,7 @@ class Decomposition:
     ) -> Path:
         """Full-batch gradient descent; see `gradient_descent_path`."""
         between("momentum", momentum, 0, 1, inclusive=(True, False))
-        finite("l2", at_least("l2", l2, 0))
+        at_least("l2", l2, 0)
         limit = self.limit(momentum, l2)
         if lr is None:
             lr = self.limit(0.0, l2) / 2 if math.isfinite(limit) else 1.0

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchfolio.checks import finite, number, whole
+
 __all__ = [
     "SATURATED",
     "AdaptiveBinning",
@@ -157,9 +159,12 @@ class AdaptiveBinning(_Discrete):
         per_neuron: bool = False,
         official_top_bin: bool = False,
     ) -> None:
-        if n_bins < 2:
-            raise ValueError(f"expected at least 2 bins, got {n_bins}")
-        self.n_bins, self.atom, self.per_neuron, self.official_top_bin = n_bins, atom, per_neuron, official_top_bin
+        self.n_bins, self.atom, self.per_neuron, self.official_top_bin = (
+            whole("n_bins", n_bins, 2),
+            atom,
+            per_neuron,
+            official_top_bin,
+        )
 
     def codes(self, activations: Tensor) -> Tensor:
         values = checked(activations, None).cpu().numpy() + 0.0  # -0.0 and 0.0 are one value
@@ -195,9 +200,10 @@ class FixedBinning(_Discrete):
     """
 
     def __init__(self, n_bins: int = 30, low: float = -1.0, high: float = 1.0) -> None:
-        if n_bins < 2 or not low < high:
-            raise ValueError(f"expected at least 2 bins and low < high, got {n_bins}, {low}, {high}")
-        self.n_bins, self.low, self.high = n_bins, low, high
+        self.n_bins = whole("n_bins", n_bins, 2)
+        if not finite("low", number("low", low)) < finite("high", number("high", high)):
+            raise ValueError(f"expected low < high, got {low} and {high}")
+        self.low, self.high = low, high
 
     def codes(self, activations: Tensor) -> Tensor:
         place = (checked(activations, None).double() - self.low) / (self.high - self.low)
@@ -211,7 +217,7 @@ def permuted_label_information(
     estimator: Estimator, activations: Tensor, labels: Tensor, repeats: int = 20, seed: int = 0
 ) -> tuple[float, float]:
     """What an estimator finds of $I(T;Y)$ where there is none: mean and deviation over shuffled labels."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, labels = torch.Generator().manual_seed(seed), torch.as_tensor(labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         found = [

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchfolio.checks import finite
+from torchfolio.checks import one_of, positive, whole
 from torchfolio.insight.information_estimators import Information, checked
 
 __all__ = ["AdaptiveKDE", "kde_information"]
@@ -43,14 +43,9 @@ class AdaptiveKDE:
         scaling: Literal["max", "variance", "none"] = "max",
         bound: Literal["upper", "lower"] = "upper",
     ) -> None:
-        if not noise_variance > 0:
-            raise ValueError(f"expected a positive noise_variance, got {noise_variance}")
-        if scaling not in ("max", "variance", "none") or bound not in ("upper", "lower"):
-            raise ValueError(
-                f"expected scaling max, variance or none and bound upper or lower, got {scaling!r}, {bound!r}"
-            )
-        self.noise_variance, self.scaling = noise_variance, scaling
-        self.bound: Literal["upper", "lower"] = bound
+        self.noise_variance = positive("noise_variance", noise_variance)
+        self.scaling = one_of("scaling", scaling, ("max", "variance", "none"))
+        self.bound: Literal["upper", "lower"] = one_of("bound", bound, ("upper", "lower"))
 
     def __call__(self, activations: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None) -> Information:
         """Information of one layer; see `AdaptiveBinning`. `inputs` are not needed: the noise makes the layer random."""
@@ -64,13 +59,13 @@ class AdaptiveKDE:
             t = t / largest
         elif self.scaling == "variance":
             variance *= largest
-        i_xt = kde_information(t, variance, self.bound)
+        i_xt = _pairwise(t, variance, self.bound)
         if labels is None:
             return Information(i_xt, math.nan)
         within = 0.0
         for y in labels.unique():
             rows = labels == y
-            within += float(rows.double().mean()) * kde_information(t[rows], variance, self.bound)
+            within += float(rows.double().mean()) * _pairwise(t[rows], variance, self.bound)
         return Information(i_xt, max(0.0, i_xt - within))
 
     def __repr__(self) -> str:
@@ -89,9 +84,13 @@ def kde_information(T: Tensor, variance: float, bound: Literal["upper", "lower"]
         bound: which one; lower <= upper <= $\\log_2 N$.
         chunk: rows at a time.
     """
-    if not variance > 0:
-        raise ValueError(f"expected a positive variance, got {variance}")
-    t = finite("T", T).double()
+    whole("chunk", chunk, 1)
+    positive("variance", variance)
+    one_of("bound", bound, ("upper", "lower"))
+    return _pairwise(checked(T, None).double(), variance, bound, chunk)
+
+
+def _pairwise(t: Tensor, variance: float, bound: Literal["upper", "lower"], chunk: int = 512) -> float:
     # |t_i - t_j|^2 / (c sigma^2) = h_i + h_j - u_i u_j by one product of matrices, where it loses nothing by rounding.
     u = (t - t.mean(0)) * math.sqrt(2 / ((2 if bound == "upper" else 8) * variance))
     h = u.square().sum(1) / 2

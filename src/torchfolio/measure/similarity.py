@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torchfolio import checks
+
 _ROUNDING = 32  # what is left of constant features after centring, in units of the rounding error
 
 
@@ -100,8 +102,7 @@ def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 0.5, unbiased: bool = Fa
     Reference:
         Kornblith et al., ICML 2019.
     """
-    if not bandwidth > 0:
-        raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
+    checks.positive("bandwidth", bandwidth)
     a, b = _rows(x, y, 4 if unbiased else 2)
     with torch.autocast(a.device.type, enabled=False):
         a, b = _Centred(a), _Centred(b)

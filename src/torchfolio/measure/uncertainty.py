@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from torchfolio.checks import between
+
 
 class Interval(NamedTuple):
     """A confidence interval.
@@ -94,9 +96,7 @@ def bootstrap_interval(
 
 
 def _level(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"expected a level between 0 and 1, got {level}")
-    return level
+    return between("level", level, 0, 1, inclusive=False)
 
 
 def _sample(values: ArrayLike | Sequence[float]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from torchfolio import checks
 from torchfolio.measure import untouched
 from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.properties import Box
@@ -121,12 +122,11 @@ def draw_pairs(
         ValueError: on settings out of range, or if the centres do not fit apart (at least $2 \\varepsilon$ in
             $L_\\infty$) in 10,000 draws.
     """
-    if not 0 < eps < 1:
-        raise ValueError(f"expected eps between 0 and 1, relative to the data range, got {eps}")
-    if not data_range > 0 or n < 1 or not 0 <= r <= 1:
-        raise ValueError(f"expected data_range > 0, n >= 1 and r in [0, 1], got {data_range}, {n}, {r}")
-    if placement not in ("face", "corner"):
-        raise ValueError(f"expected placement face or corner, got {placement!r}")
+    checks.between("eps, relative to the data range,", eps, 0, 1, inclusive=False)
+    checks.positive("data_range", data_range)
+    checks.whole("n", n, 1)
+    checks.between("r", r, 0, 1)
+    checks.one_of("placement", placement, ("face", "corner"))
     radius = eps * data_range
     drawn: list[Tensor] = []
     taken: list[Tensor] = []

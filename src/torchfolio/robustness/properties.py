@@ -9,6 +9,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from torchfolio import checks
+
 __all__ = ["Box", "Property", "Status", "Verdict", "Verifier", "classification"]
 
 Status = Literal["verified", "falsified", "unknown"]
@@ -38,8 +40,7 @@ class Box:
     @classmethod
     def ball(cls, x: Tensor, eps: float, clip: tuple[float, float] | None = (0.0, 1.0)) -> Box:
         """The $L_\\infty$ balls around inputs `[B, *shape]`, cut to `clip`."""
-        if not eps >= 0:
-            raise ValueError(f"expected eps of at least 0, got {eps}")
+        checks.at_least("eps", eps, 0)
         lower, upper = x - eps, x + eps
         return cls(lower, upper) if clip is None else cls(lower.clamp(*clip), upper.clamp(*clip))
 

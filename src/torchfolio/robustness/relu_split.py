@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchfolio.checks import whole
 from torchfolio.robustness.affine_layers import Affine, matrix_of
 from torchfolio.robustness.backward_bounds import linear_bounds
 from torchfolio.robustness.bounds import row_bounds
 from torchfolio.robustness.interval_bounds import Range
 from torchfolio.robustness.layer_list import Layers, Mark
+from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.preactivation_bounds import activation_ranges
 from torchfolio.robustness.properties import Box, Property, Verdict
 from torchfolio.robustness.verifiers import Crown, searched
@@ -54,7 +56,7 @@ class ReluSplit(Crown):
         dtype: see `Interval`.
 
     Raises:
-        TypeError: when asked about a network that has other activations.
+        TypeError: when asked about a network that has other activations, or max pools.
     """
 
     name = "crown+relu"
@@ -70,19 +72,22 @@ class ReluSplit(Crown):
         intermediate: str = "crown",
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        super().__init__(intermediate, root_steps, dtype)
-        for name, value in (("batch", batch), ("steps", steps), ("candidates", candidates)):
-            if value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
-        self.batch, self.max_cases, self.steps, self.candidates = batch, max_cases, steps, candidates
-        self.attack_steps = attack_steps
+        super().__init__(intermediate, whole("root_steps", root_steps, 0), dtype)
+        self.batch, self.steps = whole("batch", batch, 1), whole("steps", steps, 1)
+        self.candidates, self.attack_steps = whole("candidates", candidates, 1), whole("attack_steps", attack_steps, 0)
+        self.max_cases = None if max_cases is None else whole("max_cases", max_cases, 0)
 
     def _decide(self, model: nn.Module, box: Box, prop: Property, deadline: float) -> Verdict:
         box = self.shrink(box)
         layers = Layers(model, box.lower.shape[1:])
-        others = {p if isinstance(p, str) else "MaxPool2d" for p in layers.parts if not isinstance(p, Affine | Mark)}
+        others = {
+            "max pools" if isinstance(p, MaxPool) else p for p in layers.parts if not isinstance(p, Affine | Mark)
+        }
         if others - {"relu"}:
-            raise TypeError(f"signs can be decided of ReLUs only, got {', '.join(sorted(others - {'relu'}))}")
+            raise TypeError(
+                f"expected a network whose only activations are ReLUs, whose signs are decided, got one with "
+                f"{' and '.join(sorted(map(str, others - {'relu'})))}; CrownSplit halves the box instead"
+            )
         witness = searched(model, box, prop, self.attack_steps) if self.attack_steps else None
         if witness is not None:
             return Verdict("falsified", witness)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchfolio import checks
 from torchfolio.engine.fit import fit
 from torchfolio.engine.rules import LearningRule
 from torchfolio.engine.state import FitState
@@ -111,8 +112,8 @@ class HiddenCounterexamples(LearningRule):
         attack: PgdSettings | None = PgdSettings(),
         generator: torch.Generator | None = None,
     ) -> None:
-        if window < 1:
-            raise ValueError(f"expected a window of at least 1, got {window}")
+        checks.whole("window", window, 1)
+        checks.at_least("margin", margin, 0)
         self.pairs, self.window, self.margin, self.attack, self.generator = pairs, window, margin, attack, generator
         self.count = 0
         self.model: nn.Module | None = None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchfolio.checks import whole
 from torchfolio.measure import untouched
 from torchfolio.robustness.affine_layers import Affine, matrix_of
 from torchfolio.robustness.attacks import pgd
@@ -103,7 +104,7 @@ class Crown(Interval):
 
     def __init__(self, intermediate: str = "crown", alpha_steps: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(dtype)
-        self.intermediate, self.alpha_steps = intermediate, alpha_steps
+        self.intermediate, self.alpha_steps = intermediate, whole("alpha_steps", alpha_steps, 0)
 
     def shrink(self, box: Box) -> Box:
         """The box that is looked at in the place of the one that was asked for."""
@@ -152,7 +153,8 @@ class CrownSplit(Crown):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__(intermediate, alpha_steps, dtype)
-        self.batch, self.max_boxes, self.attack_steps = batch, max_boxes, attack_steps
+        self.batch, self.attack_steps = whole("batch", batch, 1), whole("attack_steps", attack_steps, 0)
+        self.max_boxes = None if max_boxes is None else whole("max_boxes", max_boxes, 0)
 
     def keep(self, boxes: Box) -> Tensor:
         """Which of the halves are looked at further, bool `[B]`."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.checks import between, finite, number
+
 __all__ = ["SLTTLoss"]
 
 
@@ -38,8 +40,8 @@ class SLTTLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.05, target: Literal["ones", "one_hot"] = "ones", mean: float = 1.0) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"expected alpha between 0 and 1, got {alpha!r}")
+        between("alpha", alpha, 0, 1)
+        finite("mean", number("mean", mean))
         if target not in ("ones", "one_hot"):
             raise ValueError(f"expected target to be 'ones' or 'one_hot', got {target!r}")
         self.alpha, self.target, self.mean = alpha, target, mean

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from torchfolio.checks import positive
 from torchfolio.spiking.state import Stateful, state_modules
 from torchfolio.spiking.surrogates import Surrogate, Triangle
 
@@ -63,8 +64,7 @@ class LIF(Stateful):
         super().__init__()
         if not tau >= 1:
             raise ValueError(f"expected tau of at least 1, got {tau!r}")
-        if not v_threshold > 0:
-            raise ValueError(f"expected a positive v_threshold, got {v_threshold!r}")
+        positive("v_threshold", v_threshold)
         if v_reset is not None and not v_reset < v_threshold:
             raise ValueError(f"expected v_reset below the threshold {v_threshold!r}, got {v_reset!r}")
         if decay_input and math.isinf(tau):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchfolio.checks import positive
 from torchfolio.shown import Shown
 
 __all__ = ["ATan", "Rectangle", "Sigmoid", "Surrogate", "Triangle"]
@@ -74,7 +75,7 @@ class Rectangle(Surrogate):
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("width", self.width)
+        positive("width", self.width)
 
     def keep(self, x: Tensor) -> Tensor:
         return x.abs() <= self.width / 2
@@ -94,7 +95,7 @@ class Triangle(Surrogate):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("alpha", self.alpha)
+        positive("alpha", self.alpha)
 
     def slope(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
         return (self.alpha - self.alpha**2 * kept.to(dtype).abs()).clamp_min(0)
@@ -111,7 +112,7 @@ class Sigmoid(Surrogate):
     alpha: float = 4.0
 
     def __post_init__(self) -> None:
-        _check_positive("alpha", self.alpha)
+        positive("alpha", self.alpha)
 
     def slope(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
         p = torch.sigmoid(self.alpha * kept.to(dtype))
@@ -129,12 +130,7 @@ class ATan(Surrogate):
     alpha: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_positive("alpha", self.alpha)
+        positive("alpha", self.alpha)
 
     def slope(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
         return self.alpha / 2 / (1 + (math.pi * self.alpha / 2 * kept.to(dtype)) ** 2)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"expected {name} to be positive, got {value!r}")

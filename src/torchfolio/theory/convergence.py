@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 
+from torchfolio.checks import at_least, whole
+
 __all__ = ["Convergence"]
 
 
@@ -43,13 +45,9 @@ class Convergence:
     """
 
     def __init__(self, solver: str, *, tol: float, max_iter: int, advice: Mapping[str, str] | None = None) -> None:
-        if not tol >= 0:
-            raise ValueError(f"expected tol to be at least 0, got {tol!r}")
-        if max_iter < 1:
-            raise ValueError(f"expected max_iter to be at least 1, got {max_iter!r}")
         self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
+        self.tol = at_least("tol", tol, 0)
+        self.max_iter = whole("max_iter", max_iter, 1)
         self.converged = False
         self.rows: list[dict[str, float]] = []
         self.advice = advice or {}

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchfolio.checks import at_least, between, finite, one_of, whole
+from torchfolio.checks import at_least, between, one_of, whole
 
 __all__ = ["XORClusters", "draw_seed", "normal_blocks", "xor_clusters"]
 
@@ -123,7 +123,7 @@ def xor_clusters(
     """
     whole("n", n, 1)
     whole("p", p, 2)
-    finite("mu", at_least("mu", mu, 0))
+    at_least("mu", mu, 0)
     between("noise_rate", noise_rate, 0, 0.5, inclusive=(True, False))
     one_of("dtype", dtype, (torch.float32, torch.float64))
     if balanced and n % 4:

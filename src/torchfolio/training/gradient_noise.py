@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import LBFGS, Optimizer
 
-from torchfolio.checks import at_least, finite, whole
+from torchfolio.checks import at_least, whole
 from torchfolio.engine import Added, Batch, LearningRule, Objective
 from torchfolio.training.flat_noise import add_normal_
 
@@ -55,7 +55,7 @@ def gradient_noise_std(step: int, eta: float = 0.01, gamma: float = 0.55) -> flo
     """
     whole("step", step, 0)
     for name, value in (("eta", eta), ("gamma", gamma)):
-        finite(name, at_least(name, value, 0))
+        at_least(name, value, 0)
     return math.sqrt(eta) * (1 + step) ** (-gamma / 2)
 
 

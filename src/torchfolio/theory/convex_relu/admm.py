@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchfolio.checks import between
+from torchfolio.checks import between, positive
 from torchfolio.theory.convergence import Convergence
 from torchfolio.theory.convex_relu.program import (
     Loss,
@@ -109,8 +109,9 @@ def admm(
     X, y = check_problem(X, y, beta, loss, D)
     if loss == "hinge":
         raise ValueError("ADMM needs a smooth loss, squared or bce, got hinge; use the solver cvxpy")
-    if not rho > 0 or (gamma is not None and not gamma > 0):
-        raise ValueError(f"expected rho and gamma above 0, got {rho!r} and {gamma!r}")
+    positive("rho", rho)
+    if gamma is not None:
+        positive("gamma", gamma)
     between("relaxation", relaxation, 1, 2, inclusive=(True, False))
     if relaxation != 1 and gamma is not None:
         raise ValueError(f"expected relaxation=1 with a gamma of its own, got {relaxation!r}")

@@ -6,7 +6,6 @@ Longer than most because regressor and classifier share settings, solvers and pr
 from __future__ import annotations
 
 import warnings
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 from torch import Tensor, nn
 
+from torchfolio.checks import at_least, one_of, positive, whole
 from torchfolio.theory.convex_relu.admm import LinearSolver, admm
 from torchfolio.theory.convex_relu.patterns import activation_patterns
 from torchfolio.theory.convex_relu.program import Loss, Solution, nonconvex_objective
@@ -76,19 +76,20 @@ class _ConvexReLU(BaseEstimator):
         self.random_state = random_state
 
     def _check_parameters(self) -> None:
-        if self.solver not in get_args(SolverName):
-            raise ValueError(f"expected solver to be one of {', '.join(get_args(SolverName))}, got {self.solver!r}")
-        if self.loss not in get_args(Loss):
-            raise ValueError(f"expected loss to be one of {', '.join(get_args(Loss))}, got {self.loss!r}")
-        whole = isinstance(self.n_patterns, Integral) and int(self.n_patterns) >= 1
-        if not whole and (self.n_patterns != "all" or self.solver == "scp"):
-            raise ValueError(f"expected n_patterns to be a whole number of at least 1, got {self.n_patterns!r}")
+        one_of("solver", self.solver, get_args(SolverName))
+        one_of("loss", self.loss, get_args(Loss))
+        one_of("norm", self.norm, get_args(Norm))
+        one_of("linear_solver", self.linear_solver, get_args(LinearSolver))
+        if self.n_patterns == "all":
+            one_of("n_patterns='all' with solver", self.solver, ("admm", "cvxpy"))
+        else:
+            whole("n_patterns", self.n_patterns, 1)
+        whole("max_iter", self.max_iter, 1)
+        if self.gamma is not None:
+            positive("gamma", self.gamma)
         for name in ("beta", "rho", "tol"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not float(value) > 0:
-                raise ValueError(f"expected {name} above 0, got {value!r}")
-        if not isinstance(self.epsilon, Real) or not float(self.epsilon) >= 0:
-            raise ValueError(f"expected epsilon of at least 0, got {self.epsilon!r}")
+            positive(name, getattr(self, name))
+        at_least("epsilon", self.epsilon, 0)
         if self.epsilon > 0 and self.solver != "cvxpy":
             raise ValueError(
                 f"robust training, epsilon={self.epsilon!r}, needs solver='cvxpy', got solver={self.solver!r}"

@@ -11,6 +11,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from torchfolio.checks import between, whole
+
 __all__ = ["activation_patterns", "pattern_count_bound", "patterns_needed"]
 
 MOST_ENUMERATED = 5_000  # the enumeration solves a linear program for each pattern and example
@@ -42,10 +44,9 @@ def patterns_needed(psi: float, xi: float, n: int) -> int:
     Raises:
         ValueError: on values out of range.
     """
-    if not (0 < psi < 1 and 0 < xi < 1):
-        raise ValueError(f"expected psi and xi between 0 and 1, got {psi!r} and {xi!r}")
-    if n < 1:
-        raise ValueError(f"expected at least one example, got n={n}")
+    for name, value in (("psi", psi), ("xi", xi)):
+        between(name, value, 0, 1, inclusive=False)
+    whole("n", n, 1)
     return math.ceil(min((n + 1) / (psi * xi) - 1, 2 / xi * (n + 1 - math.log(psi))))
 
 

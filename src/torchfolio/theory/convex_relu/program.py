@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchfolio.checks import positive
 from torchfolio.theory.convergence import Convergence
 
 __all__ = [
@@ -130,8 +131,7 @@ def check_problem(X: Tensor, y: Tensor, beta: float, loss: str, D: Tensor | None
         raise ValueError("expected finite X and y, got NaN or infinity in them")
     if loss not in get_args(Loss):
         raise ValueError(f"expected loss to be one of {', '.join(get_args(Loss))}, got {loss!r}")
-    if not beta > 0:
-        raise ValueError(f"expected beta above 0, got {beta!r}")
+    positive("beta", beta)
     if loss != "squared" and not (y.abs() == 1).all():
         got = ", ".join(f"{v:g}" for v in y.unique()[:5].tolist())
         raise ValueError(f"the {loss} loss is for two classes labelled -1 and +1, got labels {got}")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchfolio.checks import at_least
 from torchfolio.errors import require
 from torchfolio.theory.convergence import Convergence
 from torchfolio.theory.convex_relu.program import Loss, Solution, check_problem, network_from_blocks
@@ -76,8 +77,7 @@ def conic_program(
         Bai et al., section 5 and Alg. 5.1.
     """
     X, y = check_problem(X, y, beta, loss, D)
-    if not epsilon >= 0:
-        raise ValueError(f"expected epsilon of at least 0, got {epsilon!r}")
+    at_least("epsilon", epsilon, 0)
     if norm not in get_args(Norm):
         raise ValueError(f"expected norm to be one of {', '.join(get_args(Norm))}, got {norm!r}")
     cp = require("cvxpy", "convex")
