@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from torchfolio.bundle import load_bundle
 from torchfolio.cli import app
+from torchfolio.cli._network import fitting_splits
+from torchfolio.errors import TorchfolioError
 
 runner = CliRunner()
 
@@ -59,6 +65,51 @@ def test_eval_refuses_a_split_that_is_no_longer_known(noise, tmp_path):
     done = call("eval", "net", "--data", noise)
     assert done.exit_code == 2
     assert "held other examples" in done.stderr
+
+
+def test_examples_are_known_again_under_any_name(noise, capsys):
+    """Another cut of the same images, by another name of a file or of the folder, would score what was trained on."""
+    assert call(*TRAIN, "--data", noise, "--seed", 1, "-o", "net").exit_code == 0
+    shutil.copytree("noise", "copy")
+    same = json.loads(call("eval", "net", "--data", "copy/", "--json").stdout)
+    assert same["accuracy"] == json.loads(call("eval", "net", "--data", noise, "--json").stdout)["accuracy"]
+    Path("copy/a/0.png").rename("copy/a/z.png")
+    shutil.copytree("noise", "parts/train")
+    shutil.copytree("noise", "parts/test")
+    for data in ("copy/", "parts/"):
+        for command in (("eval", "net"), ("compress", "net", "--method", "biper", "-o", "out"), ("inspect", "net")):
+            done = call(*command, "--data", data)
+            assert done.exit_code == 2, (command, done.output)
+            assert f"examples of {data}, which stood under other names" in done.stderr
+    manifest = load_bundle("net").manifest
+    fitting_splits(manifest, "net", "copy/", scored=False)
+    assert "net was trained on" in capsys.readouterr().err, "worth a word where nothing is scored"
+    # Another set in the folder that was trained on is one that it was not trained on.
+    with pytest.raises(TorchfolioError, match="held other examples"):
+        fitting_splits(replace(manifest, training={**manifest.training, "data": "copy/"}), "net", "copy/")
+    done = call(*TRAIN, "--data", noise, "-o", "other", "--val", "copy/")
+    assert done.exit_code == 2
+    assert "copy/ holds examples that are trained on" in done.stderr
+
+
+def test_what_is_trained_further_knows_all_it_has_seen(noise, tmp_path):
+    assert call(*TRAIN, "--data", noise, "-o", "net").exit_code == 0
+    rng = np.random.default_rng(3)
+    for name in ("a", "b"):
+        (tmp_path / "new" / name).mkdir(parents=True)
+        for k in range(60):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "new" / name / f"{k}.png")
+    assert call("train", "--start", "net", "--data", "new/", "--epochs", 1, "-o", "further").exit_code == 0
+    arguments = ("--method", "average", "-o", "merged")
+    assert call("adapt", "net", "further", *arguments).exit_code == 0, call(
+        "adapt", "net", "further", *arguments
+    ).output
+    for old in ("noise/", "new/"):
+        shutil.copytree(old, "copy")
+        Path("copy/a/0.png").rename("copy/a/z.png")
+        for network in ("further", "merged"):
+            assert "was trained on" in call("eval", network, "--data", "copy/").stderr
+        shutil.rmtree("copy")
 
 
 def test_spiking_networks_train_and_are_read_back(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torchfolio.data.seen import is_sketch
 from torchfolio.errors import TorchfolioError
 
 FORMAT = 2
@@ -76,8 +77,8 @@ def _is_finite(value: Any) -> bool:
 def _is_record(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_finite(value):
         return False
-    size = value.get("image_size")
-    return size is None or _is_size(size)
+    size, seen = value.get("image_size"), value.get("seen", "")
+    return (size is None or _is_size(size)) and isinstance(seen, str) and is_sketch(seen)
 
 
 def _are_arguments(value: Any) -> bool:
@@ -106,7 +107,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (_list_of(_is_text, 1_000_000), "a list of names"),
     "mean": (_list_of(_is_number, 1_000_000), "a list of finite numbers"),
     "std": (_list_of(lambda v: _is_number(v) and v > 0, 1_000_000), "a list of positive finite numbers"),
-    "training": (_is_record, "a record with finite numbers, image_size a positive whole one"),
+    "training": (_is_record, "a record with finite numbers, image_size a positive whole one, seen hexadecimal"),
     "tied": (lambda v: isinstance(v, dict) and all(map(_is_text, v.values())), "names by name"),
     "format": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
     "version": (lambda v: isinstance(v, str) and 0 < len(v) <= 100, "a version of torchfolio"),

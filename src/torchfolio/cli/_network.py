@@ -42,7 +42,7 @@ def predictor_of(bundle: Bundle, allow: Sequence[str] = ()) -> nn.Module:
 
 
 def fitting_splits(
-    manifest: Manifest, name: str, data: str, *, image_size: int | None = None, further: bool = False, **options: Any
+    manifest: Manifest, name: str, data: str, *, image_size: int | None = None, scored: bool = True, **options: Any
 ) -> DataSplits:
     """The data for a bundle, not normalised yet, with a sentence where they do not fit it.
 
@@ -51,32 +51,53 @@ def fitting_splits(
         name: of the bundle, for messages.
         data: name of the data set.
         image_size: side of the images; as in training by default.
-        further: whether the bundle is trained further, where held-out examples that it may have seen are no error but
-            worth a word.
+        scored: whether the bundle is scored on what is held out; else held-out examples that it was trained on are no
+            error but worth a word.
         **options: of `torchfolio.data.load`.
     """
     from torchfolio.data import load
 
     size = image_size or manifest.training.get("image_size")
     splits = load(data, image_size=size, normalize=False, **options)
-    trained = manifest.training
-    if (
-        trained.get("data") == data
-        and splits.split_digest
-        and trained.get("split", "") not in ("", splits.split_digest)
-    ):
-        sentence = (
-            f"{name} was trained when {data} held other examples, so that those held out now may be among those it was "
-            "trained on; put back what was there, or give the new examples a folder test/ beside train/"
-        )
-        if not further:
-            raise TorchfolioError(sentence)
+    sentence = _seen(manifest, name, data, splits)
+    if sentence and scored:
+        raise TorchfolioError(sentence)
+    if sentence:
         typer.echo(f"torchfolio: {sentence}", err=True)
     if splits.shape != manifest.input_shape:
         raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {data} has {splits.shape}")
     if splits.classes and manifest.classes and len(splits.classes) != len(manifest.classes):
         raise TorchfolioError(f"{name} tells {len(manifest.classes)} classes apart, {data} has {len(splits.classes)}")
     return splits
+
+
+def _seen(manifest: Manifest, name: str, data: str, splits: DataSplits) -> str | None:
+    """What to say where a network may have been trained on what is held out of the data now."""
+    from torchfolio.data.seen import are_seen
+
+    trained = manifest.training
+    now, then, same = splits.split_digest, trained.get("split", ""), trained.get("data") == data
+    if now == then and (now or same):
+        return None  # the cut of the training
+    if same and now and then:
+        return (
+            f"{name} was trained when {data} held other examples, so that those held out now may be among those it was "
+            "trained on; put back what was there, or give the new examples a folder test/ beside train/"
+        )
+    for part, marks in zip(("validation", "test"), splits.marks[1:], strict=False):
+        if are_seen(trained.get("seen", ""), marks):
+            return (
+                f"{name} was trained on {part} examples of {data}, which stood under other names then; name the data as "
+                "in training, or others"
+            )
+    return None
+
+
+def seen_so_far(manifest: Manifest, splits: DataSplits) -> str:
+    """What the training examples are known by, with those that the network was trained on before."""
+    from torchfolio.data.seen import kept_in, sketch
+
+    return sketch([*kept_in(manifest.training.get("seen", "")), *splits.marks[0].tolist()])
 
 
 def normalized_splits(splits: DataSplits, mean: Sequence[float], std: Sequence[float]) -> DataSplits:
@@ -159,6 +180,8 @@ def open_network(
     data: str,
     image_size: int | None,
     sizes: dict[str, Any],
+    *,
+    scored: bool = True,
 ) -> tuple[Bundle, DataSplits]:
     """The network that a command is given, as a bundle or by `--model` and `--weights`; its data, not normalised yet.
 
@@ -171,12 +194,14 @@ def open_network(
         data: name of the data set.
         image_size: side of the images.
         sizes: seed and sizes, of `torchfolio.data.load`.
+        scored: as in `fitting_splits`.
     """
     from torchfolio.bundle import load_bundle
 
     if bundle is not None and model is None and weights is None:
         source = load_bundle(bundle, allow=allow)
-        return source, fitting_splits(source.manifest, str(bundle), data, image_size=image_size, **sizes)
+        given = {**sizes, "image_size": image_size, "scored": scored}
+        return source, fitting_splits(source.manifest, str(bundle), data, **given)
     if bundle is None and model is not None and weights is not None:
         return _from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
     raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")

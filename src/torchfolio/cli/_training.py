@@ -87,14 +87,21 @@ def validation_set(
     Raises:
         TorchfolioError: if they do not fit the training data, or are the training data.
     """
+    import torch
+
     from torchfolio.cli._network import normalized
     from torchfolio.data import load_whole
+    from torchfolio.data.seen import are_seen, marks_of, sketch
 
     if name == data or (Path(name).is_dir() and Path(name).resolve() == Path(data).resolve()):
         raise TorchfolioError(f"--val names the training data, {data}; its validation part is taken without --val")
     size = image_size or manifest.training.get("image_size")
     examples = load_whole(name, like=splits, image_size=size)
-    return normalized(examples, manifest.mean, manifest.std)
+    examples = normalized(examples, manifest.mean, manifest.std)
+    known, there = (marks_of(x, torch.arange(len(x))) for x in (splits.train.tensors[0], examples.tensors[0]))
+    if are_seen(sketch(known.tolist()), there):
+        raise TorchfolioError(f"{name} holds examples that are trained on; expected others for --val")
+    return examples
 
 
 def make_logger(kind: str | None, output: Path) -> list[Any]:

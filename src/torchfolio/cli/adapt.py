@@ -15,6 +15,7 @@ from torchfolio.cli._network import (
     normalized,
     parse_settings,
     predictor_of,
+    seen_so_far,
     show_result,
 )
 from torchfolio.cli._options import ALLOW_HELP, MOST_SEED, Device, Force, TestSize, TrainSize, check_output, named
@@ -159,7 +160,7 @@ def _adapt_one(
     )  # fmt: skip
     recipe = method.recipe({"build": manifest.build, "arguments": manifest.arguments})
     record = {"adapted": str(folder), "method": name, "settings": settings, "data": source, **dict(done.report)}
-    record |= {"split": splits.split_digest} if splits.split_digest else {}
+    record |= {"split": splits.split_digest, "seen": seen_so_far(manifest, splits)}
     classes = manifest.classes if same else splits.classes
     made = replace(manifest, **recipe, classes=tuple(classes), training={**_lasting(manifest), **record}, tied={})
     save_bundle(done.model, output, made)
@@ -301,8 +302,10 @@ def _write(
     from dataclasses import replace
 
     from torchfolio.bundle import save_bundle
+    from torchfolio.data.seen import kept_in, sketch
 
-    record = {"merged": [str(name) for name in names], **how}
+    seen = sketch(mark for bundle in bundles for mark in kept_in(bundle.manifest.training.get("seen", "")))
+    record = {"merged": [str(name) for name in names], **how, "seen": seen}
 
     def save(bundle: Bundle, folder: Path) -> Path:
         bundle.model.load_state_dict(state, strict=keep is None)

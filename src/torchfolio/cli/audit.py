@@ -116,7 +116,8 @@ def audit(
     if data is None:
         source, splits = _alone(folder, allowed), None
     else:
-        source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed})
+        source, splits = open_network(folder, model, weights, model_set, allowed, data, image_size, {"seed": seed},
+                                      scored=False)  # fmt: skip
     own["words"] = _words(vocabulary, source.manifest)
     methods = _methods(slugs, setting or [], own)
     if model is not None and not normalize:

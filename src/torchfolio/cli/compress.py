@@ -16,6 +16,7 @@ from torchfolio.cli._network import (
     open_network,
     parse_settings,
     predictor_of,
+    seen_so_far,
     show_result,
 )
 from torchfolio.cli._options import (
@@ -156,7 +157,7 @@ def _compressed(
         say=lambda text: typer.echo(text, err=True), **training, **fitting,
     )  # fmt: skip
     record = {**record, "epochs": made.epochs}
-    save_bundle(made.model, output, _manifest(source.manifest, compression, record))
+    save_bundle(made.model, output, _manifest(source.manifest, compression, splits, record))
     written = load_bundle(output, allow=allow)
     figures = _measure(written, splits, str(fitting["device"]), allow)
     return written.model, figures | compression.operations(written.model.cpu(), example[:1])
@@ -194,11 +195,12 @@ def _compare(output: Path, rows: dict[str, dict[str, Any]], failed: dict[str, st
     typer.echo(f"page: {page}")
 
 
-def _manifest(source: Manifest, compression: Compression, record: dict[str, Any]) -> Manifest:
+def _manifest(source: Manifest, compression: Compression, splits: DataSplits, record: dict[str, Any]) -> Manifest:
     from dataclasses import replace
 
     recipe = compression.recipe({"build": source.build, "arguments": source.arguments})
-    return replace(source, **recipe, training={**source.training, "compressed": record}, tied={})
+    training = {**source.training, "seen": seen_so_far(source, splits), "compressed": record}
+    return replace(source, **recipe, training=training, tied={})
 
 
 def _measure(bundle: Bundle, splits: DataSplits, device: str, allow: list[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torchfolio.cli._network import (
     normalized_splits,
     parse_settings,
     predictor_of,
+    seen_so_far,
     show_result,
 )
 from torchfolio.cli._objectives import find_objective, named_networks, renormalized, settings_by_name
@@ -204,6 +205,7 @@ def train(
             "seed": seed,
             "image_size": image_size or manifest.training.get("image_size"),
             "split": splits.split_digest,
+            "seen": seen_so_far(manifest, splits),
             "predictor": type(host).predictor is not engine.LearningRule.predictor,
             "start": str(start) if start else None,
             "steps": result.steps,
@@ -265,7 +267,7 @@ def _started(
             old, net = net.state_dict(), build(manifest.build, manifest.arguments, allow=allow)
         fitting = {k: v for k, v in old.items() if v.shape == net.state_dict()[k].shape}
         net.load_state_dict(fitting, strict=False)
-    splits = fitting_splits(manifest, str(folder), data, further=True, **sizes)
+    splits = fitting_splits(manifest, str(folder), data, scored=False, **sizes)
     return net, manifest, normalized_splits(splits, manifest.mean, manifest.std)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from torchfolio.data.seen import marks_of
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -51,6 +53,7 @@ class DataSplits:
         normalized: whether x has been normalised with them.
         split_digest: tells which examples are held out of a set without a test part of its own; empty for others.
         vocabulary: tokens by number of a set of text, whose x is int64 `[N, length]` and has no mean; empty for others.
+        marks: of train, val and test: a number for every example that its content has in whatever set it stands.
     """
 
     name: str
@@ -64,6 +67,7 @@ class DataSplits:
     normalized: bool
     split_digest: str = ""
     vocabulary: tuple[str, ...] = ()
+    marks: tuple[Tensor, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -117,6 +121,7 @@ def split(
     train = _first(train, train_size, "train_size")
     test = _first(cut if raw.test is None else _constant_order(len(raw.test[1])), test_size, "test_size")
     sources = ((raw.train, train), (raw.val or raw.train, held), (raw.test or raw.train, test))
+    marks = tuple(marks_of(x, rows) for (x, _), rows in sources)
     if raw.vocabulary:
         if image_size is not None:
             raise ValueError(f"image_size is for images, {raw.name} is a set of text")
@@ -142,6 +147,7 @@ def split(
         normalized=normalize,
         split_digest=_digest(raw, cut) if raw.test is None else "",
         vocabulary=raw.vocabulary,
+        marks=marks,
     )
 
 
