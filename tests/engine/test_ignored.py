@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchfolio.engine import Backprop, evaluate, fit
 from torchfolio.local import AugLocal
+from torchfolio.local.heads import PredSimHead
 
 LABELS = torch.tensor([0, 1, 0, 1, -100, -100, -100, 1])
 WEIGHT = torch.tensor([1.0, 5.0, 0.5])
@@ -23,6 +24,7 @@ LOSSES = [
     nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1),
     partial(F.cross_entropy, weight=WEIGHT),
     nn.CrossEntropyLoss(ignore_index=1),
+    lambda output, target: F.cross_entropy(output, target, label_smoothing=0.1),
 ]
 
 
@@ -68,7 +70,7 @@ def step(net, data, loss, accumulate, batch_size, rule=None):
     return net.state_dict()
 
 
-@pytest.mark.parametrize("loss", LOSSES[:5])
+@pytest.mark.parametrize("loss", [*LOSSES[:5], LOSSES[6]])
 @pytest.mark.parametrize("loader", [False, True])
 def test_accumulated_batches_step_like_one(loss, loader):
     data = inputs(), LABELS
@@ -108,6 +110,41 @@ def test_positions_of_dense_targets_count():
     y[:3, 1:] = -100
     expected = float(F.cross_entropy(net(x), y).detach())
     assert evaluate(net, (x, y), batch_size=4)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_similarity_of_predsim_is_among_those_that_have_a_label():
+    head = PredSimHead((4,), 3)
+    h, y = inputs(8, 4), LABELS
+    whole, counted = head.loss(h, h, y), head.loss(h[y >= 0], h, y[y >= 0])
+    torch.testing.assert_close(whole, counted)
+
+
+def test_numbers_that_are_no_labels_count_all():
+    """-100 is a target like any other for a loss of torch's that knows no labels."""
+    x, y = inputs(8, 1), LABELS[:, None]
+    expected = float(F.l1_loss(x, y))
+    for loss in (nn.L1Loss(), F.l1_loss, partial(F.l1_loss)):
+        assert evaluate(nn.Identity(), (x, y), loss=loss, batch_size=3)["loss"] == pytest.approx(expected)
+
+
+def test_labels_that_do_not_fit_are_told():
+    pixels = torch.randn(6, 1, 4, 4)
+    net = nn.Conv2d(1, 3, 1)
+    for y, message in ((torch.full((6, 4, 4), 255), "from 0 to 2, the model's 3 outputs, got 255 to 255"),
+                       (torch.zeros(6, 2, 2).long(), r"of shape \[N, 4, 4\] for outputs \[N, 3, 4, 4\]")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            fit(net, (pixels, y), progress=False)
+        with pytest.raises(ValueError, match=message):
+            evaluate(net, (pixels, y))
+    with pytest.raises(TypeError, match="int64"):
+        evaluate(network(), (inputs(), LABELS.int()))
+    with pytest.raises(ValueError, match="got 0 to 7"):
+        evaluate(network(), DataLoader(TensorDataset(inputs(), torch.arange(8)), 8))
+
+
+def test_outputs_of_nan_name_no_class():
+    scores = evaluate(nn.Identity(), DataLoader(TensorDataset(torch.full((4, 3), float("nan")), torch.zeros(4).long())))
+    assert scores["accuracy"] == 0
 
 
 def test_cross_entropy_of_one_output_is_refused():

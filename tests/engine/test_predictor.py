@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from torchfolio import measure
 from torchfolio.engine import LearningRule, evaluate, fit
+from torchfolio.insight import information_plane
 from torchfolio.models import collect_features
+from torchfolio.robustness import pgd
 from torchfolio.spiking import LIF, SLTT, Unrolled, frames
 from torchfolio.spiking.bptt import BPTT
 from torchfolio.spiking.nets import SpikingConvNet
@@ -52,6 +57,38 @@ def test_features_of_stateful_networks_are_those_of_single_batches():
     whole = collect_features(net, x, ["layer2"], batch_size=23)["layer2"]
     parts = collect_features(net, x, ["layer2"], batch_size=10)["layer2"]
     torch.testing.assert_close(whole, parts)
+
+
+def curvature(net, data, size):
+    return measure.Hessian(net, F.cross_entropy, data, batch_size=size)(
+        torch.ones(sum(p.numel() for p in net.parameters()))
+    )
+
+
+MEASURES = {
+    "losses": lambda net, data, size: measure.per_example_losses(net, F.cross_entropy, data, batch_size=size),
+    "gradients": lambda net, data, size: measure.loss_gradients(net, F.cross_entropy, data, batch_size=size)["head.1.bias"],
+    "per example": lambda net, data, size: measure.per_example_gradients(net, F.cross_entropy, data, batch_size=size)["head.1.bias"],
+    "curvature": curvature,
+    "outputs": lambda net, data, size: measure.outputs(net, data, batch_size=size),
+    "attack": lambda net, data, size: pgd(net, *data, eps=0.1, alpha=0.05, steps=3, start="zero", max_batch=size).x_adv,
+    "information": lambda net, data, size: torch.tensor(information_plane(net, ["layer1"], *data, reduce="mean", batch_size=size).to_frame().iloc[:, 1:].to_numpy(float)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_start_every_batch_afresh(name):
+    net, data = spiking().eval(), examples(12)
+    net(data[0][:5])  # a sequence that somebody has left unfinished
+    whole, parts = (MEASURES[name](net, data, size) for size in (12, 4))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    assert all(m.v is None for m in state_modules(net))
+
+
+def test_any_rule_starts_every_batch_afresh():
+    losses = [fit(spiking(), examples(30), batch_size=size, epochs=2, progress=False).history.rows[-1]["loss"]
+              for size in (30, 10, 8)]  # fmt: skip
+    assert all(map(math.isfinite, losses))
 
 
 def test_recordings_train():

@@ -16,6 +16,7 @@ from torch import nn
 from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.diagrams.rules import call, nodes_of, rule_of
 from torchfolio.errors import TorchfolioError
+from torchfolio.models.stateful import fresh
 
 AUTOMATIC = {1: "b", 2: "b m", 3: "b x m", 4: "b c h w", 5: "b c t h w"}
 """Names of the axes of an input by their number."""
@@ -75,7 +76,7 @@ def trace(
         for own, example in zip(words, args, strict=True)
     )
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), fresh(module):
             warnings.simplefilter("ignore")
             # One tensor that is given twice, or a weight that is given, would be traced as one.
             own = tuple(example.detach().clone() for example in args)

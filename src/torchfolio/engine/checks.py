@@ -124,11 +124,12 @@ def check_targets(output: Any, target: Tensor, data: Data, criterion: Any, name:
         return
     if target.dtype != torch.int64:
         raise TypeError(f"expected {labels_of} of type int64 (torch.long), got {target.dtype}; y.long() converts them")
-    if output.dim() != 2:
+    if output.dim() < 2:
         return
-    if target.dim() != 1:
+    if target.shape != (output.shape[0], *output.shape[2:]):
+        outputs, expected = (", ".join(["N", *map(str, shape)]) for shape in (output.shape[1:], output.shape[2:]))
         raise ValueError(
-            f"expected {labels_of} of shape [N] for outputs [N, {output.shape[1]}], got {tuple(target.shape)}; "
+            f"expected {labels_of} of shape [{expected}] for outputs [{outputs}], got {tuple(target.shape)}; "
             "float targets are regressed"
         )
     tensors = tensors_of(data)

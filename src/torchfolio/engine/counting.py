@@ -31,7 +31,8 @@ class Counting(NamedTuple):
     @classmethod
     def of(cls, criterion: Any) -> Counting:
         """How a criterion counts: the losses of this package, cross-entropy and the negative log likelihood as functions,
-        modules and `functools.partial` of the functions; of others, their attributes `ignore_index` and `weight`.
+        modules and `functools.partial` of the functions; of others, their attributes `ignore_index` and `weight`. A
+        function of the user's own has no such attribute, but no class has the number -100 either.
 
         Raises:
             ValueError: if it gives sums or single losses, whose scale would follow the size of the batches.
@@ -48,7 +49,9 @@ class Counting(NamedTuple):
             )
         if criterion in (default_loss, F.cross_entropy, F.nll_loss):
             return cls(settings.get("ignore_index", IGNORED), settings.get("weight"))
-        ignored = getattr(criterion, "ignore_index", None)
+        home = getattr(criterion, "__module__", type(criterion).__module__) or ""
+        unsaid = None if criterion is None or home.startswith("torch.nn.") else IGNORED
+        ignored = getattr(criterion, "ignore_index", unsaid)
         weight = getattr(criterion, "weight", None) if isinstance(criterion, nn.Module) else None
         by_class = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
         return cls(ignored if isinstance(ignored, int) else None, weight if by_class else None)

@@ -121,13 +121,26 @@ def check_validation(model: nn.Module, val: Data, rule: LearningRule, example: i
             reset_state(model)
         if not target.is_floating_point():
             check_targets(output, target, looked_at, criterion or default_loss, "val")
-        try:
-            (criterion or default_loss)(output, target)
-        except Exception as error:
-            raise ValueError(
-                f"the loss cannot compare outputs {tuple(output.shape)} with the targets of val, {tuple(target.shape)} "
-                f"{target.dtype}: {type(error).__name__}: {error}"
-            ) from error
+        _compared(criterion or default_loss, output, target, "val")
+
+
+def _compared(loss: Loss, output: Any, target: Tensor, name: str) -> Tensor:
+    """A loss, with a sentence where it cannot compare output and target.
+
+    Raises:
+        ValueError: if it cannot.
+        TypeError: if labels have another type than int64.
+    """
+    try:
+        return loss(output, target)
+    except Exception as error:
+        if not target.is_floating_point():
+            check_targets(output, target, (output, target), loss, name)
+        shape = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"of type {type(output).__name__}"
+        raise ValueError(
+            f"the loss cannot compare outputs {shape} with the targets of {name}, {tuple(target.shape)} "
+            f"{target.dtype}: {type(error).__name__}: {error}"
+        ) from error
 
 
 @torch.no_grad()
@@ -154,12 +167,13 @@ def add_up(
             reset_state(model)
             output = model(*(_like(x, weight) for x in inputs))
             mass = counting.mass(target)
-            value = (loss or default_loss)(output, target).to(exact)
+            value = _compared(loss or default_loss, output, target, "the data").to(exact)
             # The mean over a batch of ignored targets alone is 0 / 0; they count for nothing.
             sums[0] += torch.where(mass > 0, value * mass, 0)
             sums[1] += mass
             if output.dim() == 2 and target.dim() == 1 and not target.is_floating_point():
-                sums[2] += (output.argmax(1) == target).sum()
+                # An output of NaN names no class, whatever `argmax` says.
+                sums[2] += ((output.argmax(1) == target) & ~output.isnan().any(1)).sum()
                 sums[3] += len(target) if counting.ignored is None else (target != counting.ignored).sum()
     reset_state(model)
     total, count, correct, labelled = sums.tolist()

@@ -21,6 +21,7 @@ from torchfolio.engine.resume import Checkpoints
 from torchfolio.engine.rules import Backprop
 from torchfolio.engine.sync import add_over_processes, average_buffers, average_gradients, data_rank, is_sharded
 from torchfolio.engine.training_state import TrainingState
+from torchfolio.models.stateful import state_modules
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -66,6 +67,7 @@ class Training:
         self.by_epoch = options.by_epoch or isinstance(self.state.scheduler, ReduceLROnPlateau)
         if state.stopper is not None and state.stopper.restore_best and self.sharded:
             raise ValueError("restore_best needs whole weights, which a sharded module does not hold")
+        self.stateful = state_modules(self.state.module)
         self.counting = Counting.of(getattr(self.state.rule, "loss", None))
         self.uneven = options.uneven
         # Where there are several processes, they leave the loop together.
@@ -215,6 +217,8 @@ class Training:
             batch = self._prepared(share.batch)
             if self.uneven and weight == 0:
                 batch = [*batch[:-1], batch[-1].clamp_min(0)]  # its mean would be 0 / 0, and 0 times that no number
+            for part in self.stateful:
+                part.reset()  # pyright: ignore[reportCallIssue]
             with self.fabric.autocast():
                 parts.append((weight, state.rule.step(batch, self._backward(weight))))
             state.position += 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.engine import default_loss
+from torchfolio.engine.counting import IGNORED
 from torchfolio.local.local_model import (
     ClassifierHead,
     GlobalPool,
@@ -123,8 +124,9 @@ class PredSimHead(LocalHead):
         return self.predict(features)
 
     def loss(self, features: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        target = similarity_matrix(F.one_hot(y, self.classes).to(features.dtype))
-        similarity = F.mse_loss(similarity_matrix(self.project(features)), target)
+        counted = y != IGNORED  # the others resemble nobody
+        target = similarity_matrix(F.one_hot(y[counted], self.classes).to(features.dtype))
+        similarity = F.mse_loss(similarity_matrix(self.project(features)[counted]), target)
         a = self.similarity_weight
         return a * similarity + (1 - a) * F.cross_entropy(self.predict(features), y)
 

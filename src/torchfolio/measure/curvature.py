@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchfolio.measure.batches import Data, batches
+from torchfolio.models.stateful import fresh
 
 Product = Callable[[Tensor], Tensor]
 Which = Literal["largest", "smallest", "magnitude", "both"]
@@ -187,7 +188,8 @@ class Hessian:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
-        return self.loss(functional_call(self.model, buffers, (x,)), y)
+        with fresh(self.model):
+            return self.loss(functional_call(self.model, buffers, (x,)), y)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector `[n]` as tensors by parameter name."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from torchfolio.measure.batches import Data, batches
+from torchfolio.models.stateful import fresh
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,7 +63,8 @@ def per_example_gradients(
     fixed = {n: p.detach() for n, p in model.named_parameters() if n not in trained} | dict(model.named_buffers())
 
     def example_loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(model, (values, fixed), (x[None],)), y[None]).reshape(())
+        with fresh(model):
+            return loss(functional_call(model, (values, fixed), (x[None],)), y[None]).reshape(())
 
     gradients = vmap(grad(example_loss), in_dims=(None, 0, 0), randomness="different")
     parts = [gradients(trained, x, y) for x, y in batches(data, batch_size, _device(model))]
@@ -102,7 +104,8 @@ def gradient_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _forward(model: nn.Module, x: Tensor) -> Tensor:
-    return functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, (x,))
+    with fresh(model):
+        return functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, (x,))
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

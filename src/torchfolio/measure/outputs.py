@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from torchfolio.data.examples import Examples
 from torchfolio.measure.untouched import untouched
-from torchfolio.models.stateful import reset_state
 
 
 @torch.no_grad()
@@ -39,15 +38,11 @@ def outputs(model: nn.Module, data: Any, *, batch_size: int = 512) -> Tensor:
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     parts: list[Tensor] = []
     with untouched(model, training=False):
-        try:
-            for row in examples.batches(batch_size):
-                reset_state(model)
-                answer = model(*(_like(x, weight) for x in row[given]))
-                if not isinstance(answer, Tensor):
-                    raise TypeError(f"expected {type(model).__name__} to return a tensor, got {type(answer).__name__}")
-                parts.append(answer.cpu())
-        finally:
-            reset_state(model)
+        for row in examples.batches(batch_size):
+            answer = model(*(_like(x, weight) for x in row[given]))
+            if not isinstance(answer, Tensor):
+                raise TypeError(f"expected {type(model).__name__} to return a tensor, got {type(answer).__name__}")
+            parts.append(answer.cpu())
     return torch.cat(parts)
 
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from torchfolio.models.stateful import reset_state, state_modules
+
 
 @contextmanager
 def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
     """Restore buffers (running statistics, counters), the mode of every submodule and the `requires_grad` of every
-    parameter on leaving, also after an error.
+    parameter on leaving, also after an error. Modules with state (spiking neurons) start every call of the network afresh.
 
     Args:
         model: the network.
@@ -27,9 +29,13 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
     ]
     if training is not None:
         model.train(training)
+    hooks = [model.register_forward_pre_hook(_afresh)] if state_modules(model) else []
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
+            reset_state(model)
         for module, mode in modes:
             module.training = mode
         for p, flag in flags:
@@ -39,3 +45,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
             for module, name, buffer, before in buffers:
                 buffer.copy_(before)
                 setattr(module, name, buffer)  # a module may have put another tensor in its place
+
+
+def _afresh(module: nn.Module, inputs: object) -> None:
+    reset_state(module)

@@ -6,11 +6,13 @@ network over several batches resets it between them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Stateful", "cut", "detach_state", "reset_state", "state_modules"]
+__all__ = ["Stateful", "cut", "detach_state", "fresh", "reset_state", "state_modules"]
 
 
 class Stateful(nn.Module):
@@ -67,6 +69,16 @@ def reset_state(module: nn.Module) -> None:
     """Forget every state; call it before each new batch of sequences."""
     for part in state_modules(module):
         part.reset()  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def fresh(module: nn.Module) -> Iterator[None]:
+    """No state of before inside, and none of inside afterwards."""
+    reset_state(module)
+    try:
+        yield
+    finally:
+        reset_state(module)
 
 
 def detach_state(module: nn.Module) -> None:
