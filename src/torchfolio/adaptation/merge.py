@@ -128,10 +128,22 @@ class Merge(Shown, ABC):
 
 
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a network with other values, in evaluation mode; what is tied or frozen stays so."""
-    net = copy.deepcopy(model)
+    """A copy of a network with other values, in evaluation mode; what is tied or frozen stays so.
+
+    Tensors of `state` become those of the copy where types agree: nobody else may hold them.
+    """
+    taken: dict[int, Any] = {}
+    for name, old in model.state_dict(keep_vars=True).items():
+        new = state.get(name)
+        if new is not None and type(old) in (Tensor, nn.Parameter) and _alike(new, old):
+            taken[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    net = copy.deepcopy(model, taken)
     net.load_state_dict(dict(state))
     return net.eval()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
 
 
 class Average(Merge):

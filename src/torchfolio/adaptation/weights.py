@@ -13,7 +13,7 @@ Reference: G. Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ __all__ = ["average", "merge", "task_arithmetic", "task_vectors"]
 State = Mapping[str, Tensor]
 Checkpoint = nn.Module | State
 Weights = float | Sequence[float] | Tensor
-CHUNK = 1 << 15  # elements that stay in a core's cache while the checkpoints are added up
+CHUNK = 1 << 18  # elements that stay in the cache while the checkpoints are added up
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -251,59 +251,49 @@ def added(
     Returns:
         The sum, and whether it is finite by a first look.
     """
-
-    def add(out: Tensor, b: Tensor, parts: Sequence[Tensor], scratch: Tensor, change: Tensor) -> None:
-        for k, (part, factor) in enumerate(zip(parts, factors, strict=False)):
-            term = torch.sub(part.to(b), b, out=scratch) if subtract else part.to(b)
-            if k:
-                change.add_(term, alpha=factor)
-            else:
-                torch.mul(term, factor, out=change)
-        torch.add(b, change if mask is None else change.mul_(parts[-1]), out=out)
-
+    # The largest coefficient multiplies the whole sum at the end: where all are equal, terms are added as they are.
+    order = sorted(range(len(terms)), key=lambda i: -abs(factors[i]))
+    largest = factors[order[0]]
+    shares = [factors[i] / largest if largest else 0.0 for i in order]
     held = [] if mask is None else [mask.to(base).expand_as(base)]
-    return _piecewise(base, [*terms, *held], add, base.dtype)
+    merged, finite = torch.empty_like(base), True
+    for out, b, *parts in _pieces(merged, base, *(terms[i] for i in order), *held):
+        for k, (part, share) in enumerate(zip(parts, shares, strict=False)):
+            if k:
+                out.add_(part.to(b) - b if subtract else part.to(b), alpha=share)
+            elif subtract:
+                torch.sub(part.to(b), b, out=out)
+            else:
+                out.copy_(part)
+        torch.add(b, out if mask is None else out.mul_(parts[-1]), alpha=largest, out=out)
+        finite = finite and _quickly_finite(out)
+    return merged, finite
 
 
 def mean(terms: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """The mean, of numbers of 16 bits in float32; and whether it is finite by a first look."""
-    first = terms[0]
-    short = first.dtype in (torch.float16, torch.bfloat16)
-
-    def fill(out: Tensor, b: Tensor, parts: Sequence[Tensor], scratch: Tensor, _: Tensor) -> None:
-        total = scratch if short else out
-        torch.add(b.to(total), parts[0].to(total), out=total)
-        for part in parts[1:]:
-            total.add_(part.to(total))
-        total.div_(1 + len(parts))
+    short = terms[0].dtype in (torch.float16, torch.bfloat16)
+    merged, finite = torch.empty_like(terms[0]), True
+    for out, first, *parts in _pieces(merged, *terms):
+        total = first.float() if short else first
+        # Of k numbers the mean is that of k - 1, moved towards the last by 1 / k: one pass for each.
+        for k, part in enumerate(parts, 2):
+            total = torch.lerp(total, part.to(total), 1 / k, out=None if short else out)
         if short:
             out.copy_(total)
+        finite = finite and _quickly_finite(out)
+    if not finite:  # a difference of the largest numbers may overflow where their mean does not
+        parts = [t.to(torch.float32 if short else terms[0].dtype) / len(terms) for t in terms]
+        finite = _quickly_finite(merged.copy_(sum(parts[1:], parts[0])))
+    return merged, finite
 
-    return _piecewise(first, terms[1:], fill, torch.float32 if short else first.dtype)
 
-
-def _piecewise(base: Tensor, terms: Sequence[Tensor], f: Callable[..., None], wide: torch.dtype) -> tuple[Tensor, bool]:
-    """A tensor like `base` that is filled piece by piece: what is added up stays in the cache, nothing large is held beside it.
-
-    Args:
-        base: what it is like.
-        terms: of the same shape.
-        f: fills a piece, `(out, base, terms, scratch, scratch)`.
-        wide: type of the scratch space.
-    """
-    out = torch.empty_like(base)
-    whole = out.device.type != "cpu" or not all(t.is_contiguous() for t in (out, base, *terms))
-    size = out.numel() if whole else min(CHUNK, out.numel())
-    scratch = [torch.empty_like(out, dtype=wide) if whole else torch.empty(size, dtype=wide) for _ in range(2)]
-    if whole:
-        f(out, base, terms, *scratch)
-        return out, _quickly_finite(out)
-    finite = True
-    for pieces in zip(*(t.view(-1).split(CHUNK) for t in (out, base, *terms)), strict=True):
-        space = scratch if len(pieces[0]) == size else [t[: len(pieces[0])] for t in scratch]
-        f(pieces[0], pieces[1], pieces[2:], *space)
-        finite = finite and _quickly_finite(pieces[0])
-    return out, finite
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape piece by piece, so that what is added up stays in the cache; whole where they are no plain memory."""
+    if tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
+        yield tensors
+    else:
+        yield from zip(*(t.view(-1).split(CHUNK) for t in tensors), strict=True)
 
 
 def _quickly_finite(value: Tensor) -> bool:
