@@ -1,8 +1,4 @@
-"""Measures masks from a policy: whether the policy learns, and whether the classifier gains, on digits beside photographs.
-
-Longer than most because there are a policy beside a frozen classifier, five ways to train of equal length, and classes
-that are not trained on.
-"""
+"""Measures masks from a policy: whether the policy learns, and whether the classifier gains, on digits beside photographs."""
 
 from __future__ import annotations
 
@@ -19,15 +15,16 @@ from torch import Tensor, nn
 
 from torchfolio.data import CropFlip
 from torchfolio.engine import Backprop, LearningRule, fit
-from torchfolio.engine.recipes import adam, cosine, sgd
+from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.experiments._digits_and_photographs import Part, load_joint
+from torchfolio.experiments._noise_mask_peers import official_step
+from torchfolio.experiments._policy_alone import GRID, ShuffledRewards, train_alone
 from torchfolio.measure import linear_probe, outputs
 from torchfolio.models import ConvNet
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.training.noise_mask import BetaMaskPolicy, NoiseMaskPretraining, Reinforce, average_checkpoints
 from torchfolio.training.snapshots import Snapshots
-
-Part = tuple[Tensor, Tensor]  # images, labels: digits 0 to 9, photographs 10 to 19
 
 
 @dataclass(frozen=True)
@@ -78,29 +75,6 @@ SCALES = {
 }  # fmt: skip
 
 
-class _Shuffled(Reinforce):
-    """The control: rewards of other images."""
-
-    def __call__(self, losses: Tensor, log_p: Tensor, baseline: Tensor | float) -> Tensor:
-        return super().__call__(losses[torch.randperm(len(losses), device=losses.device)], log_p, baseline)
-
-
-def data(run: Run[Settings]) -> dict[str, Part]:
-    """Both sets as grey images in one problem with one normalisation, by split."""
-    s = run.settings
-    parts: dict[str, list[Part]] = {"train": [], "val": [], "test": []}
-    for k, (name, size, test_size) in enumerate(zip(s.sources, s.train_sizes, s.test_sizes, strict=True)):
-        splits = run.data(
-            name, train_size=size, val=s.val_size, test_size=test_size, image_size=s.image_size, normalize=False
-        )
-        for split, sets in parts.items():
-            x, y = getattr(splits, split).tensors
-            sets.append((x.mean(1, keepdim=True), y + 10 * k))
-    joint = {name: (torch.cat([x for x, _ in p]), torch.cat([y for _, y in p])) for name, p in parts.items()}
-    std, mean = torch.std_mean(joint["train"][0])
-    return {name: ((x - mean) / std, y) for name, (x, y) in joint.items()}
-
-
 def classifier(s: Settings) -> nn.Module:
     """Three convolutions; 20 outputs whichever classes are trained on."""
     return ConvNet(20, 1, (s.width, 2 * s.width, 4 * s.width))
@@ -109,8 +83,7 @@ def classifier(s: Settings) -> nn.Module:
 def policy(s: Settings) -> BetaMaskPolicy:
     """The light network beside it."""
     w = s.policy_width
-    features = ConvNet(4 * w, 1, (w, 2 * w, 4 * w))
-    return BetaMaskPolicy(features, 4 * w, s.grid)
+    return BetaMaskPolicy(ConvNet(4 * w, 1, (w, 2 * w, 4 * w)), 4 * w, s.grid)
 
 
 def fixed_policy(s: Settings) -> BetaMaskPolicy:
@@ -215,52 +188,17 @@ def unseen(run: Run[Settings], parts: dict[str, Part], name: str, lr: float) -> 
     return found
 
 
-class _LeftHalf(nn.Module):
-    """A linear classifier that looks at the left half of the image alone."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.width, self.read = side // 2, nn.Linear(side * (side // 2), 20)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.read(x[..., : self.width].flatten(1))
-
-
-def mechanism(run: Run[Settings], parts: dict[str, Part], objective: Reinforce) -> dict[str, Any]:
-    """Train a policy alone, beside a frozen classifier of the left half; expected masks and loss before and after."""
-    s, (x, y) = replace(run.settings, grid=POLICY_GRID), parts["val"]
-    net = _LeftHalf(x.shape[-1])
-    fit(net, parts["train"], optimizer=adam(3e-3), epochs=5, batch_size=64, seed=run.seed, device=run.device)
-    net.requires_grad_(False)
-    rule = masked(s, objective=objective)
-    rule.prepare(net, (x[:8].to(run.device), y[:8].to(run.device)))
-    before = _expected_loss(net, rule, x.to(run.device), y.to(run.device))
-    fit(net, parts["train"], rule=rule, optimizer=sgd(POLICY_LR), max_steps=s.steps, batch_size=256, seed=run.seed,
-        drop_last=True, device=run.device)  # fmt: skip
-    net.eval()
-    mask, half = rule.masks(x.to(run.device), expected=True), x.shape[-1] // 2
-    return {
-        "difference": float(mask[..., :half].mean() - mask[..., half:].mean()),
-        "before": before,
-        "after": _expected_loss(net, rule, x.to(run.device), y.to(run.device)),
-        "mask": mask[:8].cpu(),
-    }
-
-
-POLICY_LR, POLICY_GRID = 3.0, 4
-"""Of the policy alone: the credit is a mean over cells, so that few cells learn faster and with less noise."""
-
-
-def _expected_loss(net: nn.Module, rule: NoiseMaskPretraining, x: Tensor, y: Tensor, draws: int = 8) -> float:
-    losses = [nn.functional.cross_entropy(net(x * rule.masks(x)), y) for _ in range(draws)]
-    return float(torch.stack(losses).mean())
-
-
 def run(run: Run[Settings]) -> None:
     """Mechanism first, then every arm at its best rate, then classes that were not trained on."""
-    parts = data(run)
-    learned = run.arm("policy_alone", mechanism, run, parts, Reinforce())
-    shuffled = run.arm("shuffled_rewards", mechanism, run, parts, _Shuffled())
+    s, parts = run.settings, load_joint(run)
+
+    def alone(objective: Reinforce) -> dict[str, Any]:
+        few = replace(s, grid=GRID)
+        return train_alone(parts["train"], parts["val"], lambda: masked(few, objective=objective), steps=s.steps,
+                           seed=run.seed, device=run.device)  # fmt: skip
+
+    learned = run.arm("policy_alone", alone, Reinforce())
+    shuffled = run.arm("shuffled_rewards", alone, ShuffledRewards())
     run.values("policy_learns", difference=learned["difference"], fall=1 - learned["after"] / learned["before"])
     run.values("negative_control", difference=shuffled["difference"])
     arms = {name: run.arm(name, arm, run, parts, name) for name in RULES}
@@ -268,17 +206,17 @@ def run(run: Run[Settings]) -> None:
     ours = arms["reinforce"]
     run.values("image_conditional", accuracy=ours["modality"], untrained=ours["modality_untrained"])
     run.values("accuracy", after)
-    run.values(
-        "harmless", reinforce=after["reinforce"], conventional=after["conventional"], policy_calls=ours["policy_calls"]
-    )
+    names = ("reinforce", "conventional")
+    run.values("harmless", {name: after[name] for name in names}, policy_calls=ours["policy_calls"])
     run.values("fine_tuning", before=ours["before"], after=ours["after"])
-    names = ("conventional", "random", "lse", "reinforce")
-    held = {n: run.arm(f"unseen_{n}", unseen, run, parts, n, arms[n]["lr"]) for n in names}
-    few, many = run.settings.shots
-    probed = {f"{n}_few": held[n][f"shots_{few}"] for n in names} | {
-        f"{n}_many": held[n][f"shots_{many}"] for n in names
-    }
+    held = {n: run.arm(f"unseen_{n}", unseen, run, parts, n, arms[n]["lr"]) for n in UNSEEN}
+    sizes = dict(zip(("few", "many"), s.shots, strict=True))
+    probed = {f"{n}_{size}": held[n][f"shots_{shots}"] for size, shots in sizes.items() for n in UNSEEN}
     run.values("unseen_concepts", probed)
+
+
+UNSEEN = ("conventional", "random", "lse", "reinforce")
+"""Ways to train that are compared on classes they were not trained on."""
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -296,7 +234,6 @@ def peers(bench: Bench) -> None:
     x, y = torch.randn(64, 1, 16, 16), torch.randint(20, (64,))
     net, rule = classifier(s), masked(s)
     pair = rule.prepare(net, (x, y))
-    loop = _Official(masked(s), classifier(s), x, y)
 
     def ours() -> None:
         pair.zero_grad()
@@ -306,26 +243,6 @@ def peers(bench: Bench) -> None:
         net.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
 
-    bench.compare("forward and backward, 64 images of 16x16, 64 cells", repeats=15, ours=ours, official_loop=loop, classifier_alone=plain)  # fmt: skip
-
-
-class _Official:
-    """The step as the authors compute it: features and heads twice, upsampling, a blur in two dimensions."""
-
-    def __init__(self, rule: NoiseMaskPretraining, net: nn.Module, x: Tensor, y: Tensor) -> None:
-        self.pair, self.x, self.y = rule.prepare(net, (x, y)), x, y
-        line = torch.softmax(-0.5 * torch.arange(-1.0, 2.0) ** 2, 0)
-        self.kernel = (line[:, None] * line)[None, None]
-
-    def __call__(self) -> None:
-        self.pair.zero_grad()
-        judged: Any = self.pair.policy
-        judged(self.x)  # the base
-        beta = judged(self.x)
-        cells = beta.sample().clamp(1e-6, 1 - 1e-6)
-        mask = nn.functional.interpolate(cells.view(-1, 1, 8, 8), size=(16, 16))
-        mask = nn.functional.conv2d(nn.functional.pad(mask, (1, 1, 1, 1), mode="reflect"), self.kernel)
-        net: Any = self.pair.classifier
-        losses = nn.functional.cross_entropy(net(self.x * mask), self.y, reduction="none")
-        log_p = beta.log_prob(cells)
-        Reinforce()(losses, log_p, losses.mean()).backward()
+    loop = official_step(masked(s).prepare(classifier(s), (x, y)), x, y)
+    work = "forward and backward, 64 images of 16x16, 64 cells"
+    bench.compare(work, repeats=15, ours=ours, official_loop=loop, classifier_alone=plain)
