@@ -1,7 +1,4 @@
-"""Measures concatenated features of several trainings: on digits that were not trained on, beside wider networks.
-
-Longer than most because the paper has five uses of the features and three kinds of wider network to compare with.
-"""
+"""Measures concatenated features of several trainings: on digits that were not trained on, beside wider networks."""
 
 from __future__ import annotations
 
@@ -12,19 +9,18 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
-from torchfolio.engine import evaluate, fit
+from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
-from torchfolio.measure import accuracy, linear_probe, outputs
+from torchfolio.experiments._new_classes import finetune, probe, ridge_gap, split_classes
+from torchfolio.measure import accuracy, outputs
 from torchfolio.models import MLP
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.training.episodes import fit_episodes, train_episodes
-from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head, two_stage_finetune
+from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head
 from torchfolio.training.snapshots import Snapshots
-
-Part = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,18 +66,6 @@ SCALES = {
 }  # fmt: skip
 
 
-def split(run: Run[Settings]) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Source and target classes, each numbered from 0, by part."""
-    s = run.settings
-    splits = run.data(s.data, image_size=s.image_size, train_size=s.train_size, val=s.val_size)
-    source, target = {}, {}
-    for name in ("train", "val", "test"):
-        x, y = getattr(splits, name).tensors
-        old = y < s.source
-        source[name], target[name] = (x[old], y[old]), (x[~old], y[~old] - s.source)
-    return source, target
-
-
 def trunk(channels: int, width: int) -> nn.Module:
     """Three convolutions with batch norm, the pooled features of the last."""
     layers: list[nn.Module] = []
@@ -101,7 +85,9 @@ class Study:
 
     def __init__(self, run: Run[Settings]) -> None:
         self.run, self.settings = run, run.settings
-        self.source, self.target = split(run)
+        s = run.settings
+        data = run.data(s.data, image_size=s.image_size, train_size=s.train_size, val=s.val_size)
+        self.source, self.target = split_classes(data, s.source)
         self.channels = self.source["train"][0].shape[1]
 
     def build(self, width: int | None = None) -> nn.Module:
@@ -115,22 +101,16 @@ class Study:
         fit(net, self.source["train"], epochs=epochs or self.settings.epochs, seed=seed, **{**own, **options})
 
     def probe(self, features: nn.Module) -> dict[str, float]:
-        """Logistic regression on the new classes, with all labels and with 5 for each class, in percent."""
-        (x, y), (x_test, y_test) = self.target["train"], self.target["test"]
-        read, read_test = outputs(features, x), outputs(features, x_test)
-        full = linear_probe(read, y, read_test, y_test, max_iter=500)
-        generator = torch.Generator().manual_seed(self.run.seed)
-        draws = []
-        for _ in range(self.settings.draws):
-            rows = few(y, 5, generator)
-            draws.append(linear_probe(read[rows], y[rows], read_test, y_test, max_iter=500))
-        return {"full": 100 * full, "few": 100 * sum(draws) / len(draws)}
+        """Accuracy on the new classes by features."""
+        return probe(features, self.target, draws=self.settings.draws, seed=self.run.seed)
+
+    def episodes(self) -> list[nn.Module]:
+        """The networks of all episodes."""
+        return train_episodes(self.build, self.train, [1000 * self.run.seed + k for k in range(self.settings.episodes)])
 
     def single(self) -> dict[str, Any]:
         """The episodes, alone and together; they are kept for the arms that follow."""
-        s = self.settings
-        seeds = [1000 * self.run.seed + k for k in range(s.episodes)]
-        self.models = train_episodes(self.build, self.train, seeds)
+        self.models = self.episodes()
         trunks = [split_head(net)[0] for net in self.models]
         alone = [self.probe(t) for t in trunks]
         logits = torch.stack([outputs(net, self.source["test"]) for net in self.models])
@@ -140,7 +120,7 @@ class Study:
         return {
             "full": sum(a["full"] for a in alone) / len(alone), "best": max(a["full"] for a in alone),
             "few": sum(a["few"] for a in alone) / len(alone), "cat": joint["full"], "cat_few": joint["few"],
-            "copies": copies["full"], "one": alone[0]["full"], "ridge": ridge_gap(trunks[0], self.target, s.episodes),
+            "copies": copies["full"], "one": alone[0]["full"], "ridge": ridge_gap(trunks[0], self.target, len(trunks)),
             "source": 100 * sum(accuracy(z, y) for z in logits) / len(logits),
             "cat_source": 100 * accuracy(logits.mean(0), y),
         }  # fmt: skip
@@ -181,66 +161,19 @@ class Study:
         return self.probe(split_head(net)[0])
 
     def finetuned(self, labels: int) -> dict[str, float]:
-        """Fine-tuning on few labels at every rate: each network, the concatenation as a whole, and in two stages."""
-        s, classes = self.settings, int(self.target["train"][1].max()) + 1
-        rows = few(self.target["train"][1], labels, torch.Generator().manual_seed(self.run.seed))
-        data = (self.target["train"][0][rows], self.target["train"][1][rows])
+        """Fine-tuning on few labels: each network, the concatenation as a whole, and in two stages."""
+        s, bodies = self.settings, [split_head(net)[0] for net in self.models]
         epochs = max(1, round(s.finetune_epochs * 20 / labels))
-        starts = [network(split_head(net)[0], 2 * s.width, classes) for net in self.models]
-        scores: dict[str, list[tuple[float, float]]] = {"single": [], "naive": [], "two_stage": []}
-        for lr in s.lrs:
-            tuned: list[nn.Module] = []
-
-            def finetune(net: nn.Module, seed: int, lr: float = lr, tuned: list[nn.Module] = tuned) -> None:
-                fit(net, data, optimizer=sgd(lr, 0.9, 1e-4), scheduler=cosine(), epochs=epochs, batch_size=32, seed=seed,
-                    device=self.run.device)  # fmt: skip
-                tuned.append(net)
-
-            both = two_stage_finetune(starts, finetune, data, seed=self.run.seed)
-            singles = [self.scored(net) for net in tuned]
-            scores["single"].append(
-                (sum(v for v, _ in singles) / len(singles), sum(t for _, t in singles) / len(singles))
-            )
-            scores["two_stage"].append(self.scored(both))
-            bodies = Concatenated([copy.deepcopy(split_head(net)[0]) for net in self.models], frozen=False)
-            naive = network(bodies, 2 * s.width * s.episodes, classes)
-            finetune(naive, self.run.seed)
-            scores["naive"].append(self.scored(naive))
-        found = {name: max(pairs)[1] for name, pairs in scores.items()}
-        return {**found, **{f"{name}_low": pairs[0][1] for name, pairs in scores.items()}}
-
-    def scored(self, net: nn.Module) -> tuple[float, float]:
-        """Validation and test accuracy on the new classes in percent."""
-        val, test = (100 * evaluate(net, self.target[k])["accuracy"] for k in ("val", "test"))
-        return val, test
-
-
-def few(y: Tensor, labels: int, generator: torch.Generator) -> Tensor:
-    """Rows of so many random examples for each class."""
-    order = torch.randperm(len(y), generator=generator)
-    return torch.cat([order[y[order] == c][:labels] for c in y.unique()])
-
-
-def ridge_gap(body: nn.Module, target: dict[str, Part], n: int, penalty: float = 1.0) -> float:
-    """Largest difference of ridge predictions: n copies with a penalty, one copy with an n-th of it."""
-    f = outputs(body, target["train"][0][:500]).double()
-    y = nn.functional.one_hot(target["train"][1][:500]).double()
-
-    def predict(z: Tensor, strength: float) -> Tensor:
-        gram = z @ z.T
-        return gram @ torch.linalg.solve(gram + strength * torch.eye(len(z), dtype=z.dtype), y)
-
-    return float((predict(f.repeat(1, n), penalty) - predict(f, penalty / n)).abs().max())
+        return finetune(bodies, 2 * s.width, network, self.target, labels=labels, lrs=s.lrs, epochs=epochs,
+                        seed=self.run.seed, device=self.run.device)  # fmt: skip
 
 
 def run(run: Run[Settings]) -> None:
     """Episodes first; then what is compared with them."""
     s, study = run.settings, Study(run)
-    episodes = study.single  # runs again where an interrupted run needs the networks
-    base = run.arm("episodes", episodes)
-    if not hasattr(study, "models"):
-        seeds = [1000 * run.seed + k for k in range(s.episodes)]
-        study.models = train_episodes(study.build, study.train, seeds)
+    base = run.arm("episodes", study.single)
+    if not hasattr(study, "models"):  # a resumed run has the arm, but not the networks
+        study.models = study.episodes()
     wide = run.arm("wide_parameters", study.wider, round(s.width * s.episodes**0.5))
     run.arm("wide_features", study.wider, s.width * s.episodes)
     run.arm("joint", study.joint)
@@ -259,7 +192,15 @@ def run(run: Run[Settings]) -> None:
     run.values("two_stage", {**measured, **low})
 
 
-ARMS = {"one network": ("episodes", "full"), "five concatenated": ("episodes", "cat"), "as many parameters": ("wide_parameters", "full"), "as many features": ("wide_features", "full"), "trained jointly": ("joint", "full"), "snapshots": ("snapshots", "full"), "distilled": ("distilled", "full")}  # fmt: skip
+ARMS = {
+    "one network": ("episodes", "full"),
+    "five concatenated": ("episodes", "cat"),
+    "as many parameters": ("wide_parameters", "full"),
+    "as many features": ("wide_features", "full"),
+    "trained jointly": ("joint", "full"),
+    "snapshots": ("snapshots", "full"),
+    "distilled": ("distilled", "full"),
+}
 
 
 def figures(results: Results) -> dict[str, Figure]:
