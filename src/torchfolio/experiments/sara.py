@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -23,9 +22,11 @@ from torchfolio.adaptation.sara import (
     threshold_for,
     zero_smallest,
 )
-from torchfolio.dynamics.diffusion import MLPDenoiser, NoisePrediction, noise_prediction_loss, train_diffusion
+from torchfolio.dynamics.diffusion import MLPDenoiser, noise_prediction_loss, train_diffusion
 from torchfolio.dynamics.noise_schedules import DiscreteSchedule
 from torchfolio.engine.recipes import adamw
+from torchfolio.experiments._half_denoisers import half, held_out_losses, pretrained
+from torchfolio.experiments._lora import with_lora
 from torchfolio.runs import Results, Run, plots
 
 
@@ -72,7 +73,12 @@ SCALES = {
     "full": Settings(data="mnist10k", hidden=1024, depth=6, pretrain_size=4000, pretrain_steps=20000, tune_size=1000,
                      tune_steps=4000, batch_size=128, repeats=4),
 }  # fmt: skip
-SCHEDULES = (1e-4, 0.05)
+WAYS = ("sara", "no_progressive", "no_rank", "no_rank_no_progressive", "random_mask", "lora", "full")
+
+
+def schedule(steps: int) -> DiscreteSchedule:
+    """The diffusion's noise: variances that rise in a line."""
+    return DiscreteSchedule.linear(steps, 1e-4, 0.05)
 
 
 class RandomMask(SaRA):
@@ -86,47 +92,24 @@ class RandomMask(SaRA):
         return torch.rand(param.shape, generator=self.mask_draws) < self.share
 
 
-class LoRA(nn.Module):
-    """A linear layer beside a trained low-rank one, $Wx + b + BAx$; B begins at 0."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
-def with_lora(model: nn.Module, rank: int) -> nn.Module:
-    """A network with LoRA on all linear layers but those of the time; all else is frozen."""
-    net = copy.deepcopy(model).requires_grad_(False)
-    for name, layer in list(net.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "time":
-            net.set_submodule(name, LoRA(layer, rank))
-    return net
-
-
 def run(run: Run[Settings]) -> None:
     """Pretrain, set weights to zero, and fine-tune in every way."""
     settings = run.settings
     data = run.data(settings.data, normalize=False, val=0)
-    first, second = (_digits(data, low) for low in (0, 5))
+    first, second = half(data, 0), half(data, 5)
     torch.manual_seed(run.seed)
     net = MLPDenoiser(tuple(data.shape), settings.hidden, settings.depth)
-    state = run.arm("pretrained", pretrain, settings, net, first[0], run.seed)["state"]
-    net.load_state_dict(_unpacked(state))
+    x = first[0][: settings.pretrain_size]
+    state = run.arm("pretrained", pretrained, net, x, schedule(settings.noise_steps), steps=settings.pretrain_steps,
+                    batch_size=settings.batch_size, seed=run.seed)["state"]  # fmt: skip
+    net.load_state_dict({name: torch.as_tensor(value) for name, value in state.items()})
     held = (first[1], second[1])
-    zeroed = run.arm("zeroed", zero, settings, net, held, run.seed)
-    found = {
-        way: run.arm(way, tune, settings, net, second[0], held, run.seed, way)
-        for way in run.progress(WAYS, "fine-tuning")
-    }
-    before, sara, lora, full = zeroed, found["sara"], found["lora"], found["full"]
+    before = run.arm("zeroed", zero, settings, net, held, run.seed)
+    ways = run.progress(WAYS, "fine-tuning")
+    found = {way: run.arm(way, tune, settings, net, second[0], held, run.seed, way) for way in ways}
+    sara, lora, full = found["sara"], found["lora"], found["full"]
     run.values(
-        "ineffective_weights", smallest=zeroed["smallest"], random=zeroed["random"], smallest_fifth=zeroed["fifth"]
+        "ineffective_weights", smallest=before["smallest"], random=before["random"], smallest_fifth=before["fifth"]
     )
     rise = {k: v["prior"] - before["prior"] for k, v in found.items()}
     gain = {k: before["target"] - v["target"] for k, v in found.items()}
@@ -138,46 +121,14 @@ def run(run: Run[Settings]) -> None:
     run.values(
         "low_rank", with_term=found["no_progressive"]["nuclear"], without=found["no_rank_no_progressive"]["nuclear"]
     )
-    run.values(
-        "frozen", changed=max(found[k]["changed"] for k in WAYS if "changed" in found[k]), full_changed=full["moved"]
-    )
-    run.values("memory", **{k: sara[k] for k in ("held", "allowed", "left", "stored", "reloaded")})
-
-
-WAYS = ("sara", "no_progressive", "no_rank", "no_rank_no_progressive", "random_mask", "lora", "full")
-
-
-def _digits(data: Any, low: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out images of five classes, in [-1, 1]."""
-    parts = []
-    for part in (data.train, data.test):
-        x, y = part.tensors
-        parts.append(2 * x[(y >= low) & (y < low + 5)] - 1)
-    return parts[0], parts[1]
-
-
-def schedule(settings: Settings) -> DiscreteSchedule:
-    return DiscreteSchedule.linear(settings.noise_steps, *SCHEDULES)
-
-
-def _unpacked(state: Any) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(np.asarray(value)) for name, value in state.items()}
-
-
-def pretrain(settings: Settings, net: nn.Module, x: Tensor, seed: int) -> dict[str, Any]:
-    """The denoiser learns the first classes."""
-    net = copy.deepcopy(net)
-    train_diffusion(net, x[: settings.pretrain_size], schedule=schedule(settings), steps=settings.pretrain_steps,
-                    batch_size=settings.batch_size, lr=2e-3, seed=seed, progress=False)  # fmt: skip
-    return {"state": {name: value.clone() for name, value in net.state_dict().items()}}
+    changed = max(arm["changed"] for arm in found.values() if "changed" in arm)
+    run.values("frozen", changed=changed, full_changed=full["moved"])
+    run.values("memory", {k: sara[k] for k in ("held", "allowed", "left", "stored", "reloaded")})
 
 
 def losses(settings: Settings, net: nn.Module, held: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Held-out losses on the first and on the other classes, at fixed times and noise."""
-    rule = NoisePrediction(schedule(settings))
-    prior, target = (
-        rule.evaluate(net, (x, torch.zeros(len(x))), repeats=settings.repeats, seed=7)["loss"] for x in held
-    )
+    """Held-out losses on the first and on the other classes."""
+    prior, target = (held_out_losses(net, x, schedule(settings.noise_steps), settings.repeats) for x in held)
     return prior, target
 
 
@@ -211,21 +162,17 @@ def tune(
     trained = optimizer.trainable_count if optimizer else sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = memory(settings, model, optimizer, x) if way == "sara" and optimizer else {}
     masks = {name: optimizer.mask(name) for name, _ in model.named_parameters()} if optimizer else {}
-    train_diffusion(model, x, schedule=schedule(settings), steps=settings.tune_steps, batch_size=settings.batch_size,
+    train_diffusion(model, x, schedule=schedule(settings.noise_steps), steps=settings.tune_steps, batch_size=settings.batch_size,
                     lr=settings.lr, optimizer=optimizer or adamw(settings.lr), seed=seed, progress=False)  # fmt: skip
     prior, target = losses(settings, model, held)
     result |= {"prior": prior, "target": target, "trained": trained}
     if way == "full":
         result["moved"] = ineffective_drift(net, model, threshold_for(net, settings.fraction))["left"]
     if optimizer is not None:
-        pairs = [
-            (masks[n], p.detach(), q.detach())
-            for (n, p), q in zip(net.named_parameters(), model.parameters(), strict=True)
-        ]
-        result["changed"] = sum(int((p[~m] != q[~m]).sum()) for m, p, q in pairs)
-        result["nuclear"] = sum(
-            float(torch.linalg.matrix_norm(q * m, "nuc")) for m, _, q in pairs if q.dim() == 2 and min(q.shape) > 64
-        )
+        before, after = (dict(each.named_parameters()) for each in (net, model))
+        result["changed"] = sum(int((before[n][~m] != after[n][~m]).sum()) for n, m in masks.items())
+        large = [after[n].detach() * m for n, m in masks.items() if m.dim() == 2 and min(m.shape) > 64]
+        result["nuclear"] = sum(float(torch.linalg.matrix_norm(matrix, "nuc")) for matrix in large)
         result["still_trained"] = optimizer.trainable_count
     if way == "sara" and optimizer is not None:
         result |= on_disk(net, model, optimizer)
@@ -234,7 +181,7 @@ def tune(
 
 def memory(settings: Settings, model: nn.Module, optimizer: SaRA, x: Tensor) -> dict[str, float]:
     """Bytes of gradients and state between backward and step."""
-    noise_prediction_loss(model, schedule(settings), x[: settings.batch_size]).mean().backward()
+    noise_prediction_loss(model, schedule(settings.noise_steps), x[: settings.batch_size]).mean().backward()
     held = [p.grad for p in model.parameters() if p.grad is not None]
     optimizer.zero_grad()
     largest = max(p.numel() for p in model.parameters())
@@ -269,17 +216,14 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def peers(bench: Any) -> None:
     """Steps of fine-tuning, against AdamW and LoRA; and the subgradient of the nuclear norm against autograd's."""
-    x, plan = torch.randn(64, 1, 8, 8), DiscreteSchedule.linear(200, *SCHEDULES)
+    x, plan = torch.randn(64, 1, 8, 8), schedule(200)
 
     def steps(way: str) -> Any:
         torch.manual_seed(0)
         net = MLPDenoiser((1, 8, 8), 192, 4)
         net = with_lora(net, 8) if way == "lora" else net
-        optimizer: torch.optim.Optimizer = (
-            SaRA(net, fraction=0.1, lr=1e-3)
-            if way == "sara"
-            else torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
-        )
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = SaRA(net, fraction=0.1, lr=1e-3) if way == "sara" else torch.optim.AdamW(trained)
 
         def go() -> None:
             for _ in range(20):
