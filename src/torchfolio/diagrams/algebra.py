@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchfolio.diagrams.compile import attribute, function_of, source_of
 from torchfolio.diagrams.equality import same_graph
 from torchfolio.diagrams.graph import Graph, Value
+from torchfolio.diagrams.windows import window_text
 
 if TYPE_CHECKING:
     from torchfolio.diagrams.drawing import BackwardDrawing, Drawing
@@ -436,26 +437,16 @@ class Convolution(Operation):
         inner, outer = ([batch, *(b.axis(a) for a in axes)] for axes in (core, new))
         if len(extra) != 1:
             value = b.graph.add("reshape" if extra else "view", [value], [Value(inner)], [batch, *map(b.axis, extra)])
-        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        sides = {k: list(v) for k, v in how.items()}
-        name = f"F.conv{'_transpose' if self.transposed else ''}{len(self.kernel)}d"
+        geometry = {"stride": list(self.stride), "padding": list(self.padding), "dilation": list(self.dilation), "groups": self.groups}  # fmt: skip
         bias = "{w1}" if self.bias is not None else "None"
-        more = (
-            f"{[0] * len(self.kernel)}, {self.groups}, {sides['dilation']}"
-            if self.transposed
-            else f"{sides['dilation']}, {self.groups}"
-        )
-        code = f"{name}({{0}}, {{w0}}, {bias}, {sides['stride']}, {sides['padding']}, {more})"
-        kernel, stride = (str(v[0]) if len(set(v)) == 1 else "×".join(map(str, v)) for v in (self.kernel, self.stride))
-        strided = stride != "1" or self.transposed
+        rest = [[0] * len(self.kernel), self.groups, list(self.dilation)] if self.transposed else [list(self.dilation), self.groups]  # fmt: skip
+        rest = ", ".join(map(str, [list(self.stride), list(self.padding), *rest]))
+        code = f"F.conv{'_transpose' if self.transposed else ''}{len(self.kernel)}d({{0}}, {{w0}}, {bias}, {rest})"
         spaces = [b.axis(a) for a in (*core[1:], *new[1:])]
         weights = [b.weight(self.weight), *([] if self.bias is None else [b.weight(self.bias)])]
         value = b.graph.add(
             "conv", [value], [Value(outer)], [*inner[1:], *outer[1:]], code=code, weights=weights, learned=True,
-            bias=self.bias is not None, transposed=self.transposed, spatial=spaces, window=math.prod(self.kernel),
-            groups=self.groups, geometry={**sides, "groups": self.groups}, note=f"groups {self.groups}" if self.groups > 1 else "",
-            kernel_text=f"{kernel}²" if strided and len(self.kernel) == 2 and "×" not in kernel else kernel,
-            **({"stride_text": stride} if strided else {}),
+            bias=self.bias is not None, spatial=spaces, **window_text(list(self.kernel), geometry, self.transposed),
         )  # fmt: skip
         if len(extra) != 1:
             value = b.graph.add(

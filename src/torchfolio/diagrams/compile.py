@@ -250,10 +250,11 @@ def _einsum(w: _Writer, step: Draft) -> str | None:
 def _linear(w: _Writer, step: Draft) -> str | None:
     if step.code:
         return None
-    product = w.einsum([step.inputs[0], step.weights[0]], step.outputs[0])
-    if product is None or len(step.weights) < 2:
+    factors = step.weights[:-1] if step.params.get("bias") else step.weights
+    product = w.einsum([*step.inputs, *factors], step.outputs[0])
+    if product is None or len(factors) == len(step.weights):
         return product
-    return f"{product} + {_aligned(w, step.weights[1], step.outputs[0])}"
+    return f"{product} + {_aligned(w, step.weights[-1], step.outputs[0])}"
 
 
 def _transpose(w: _Writer, step: Draft) -> str | None:

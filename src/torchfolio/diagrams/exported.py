@@ -14,7 +14,8 @@ from torch import Tensor as TorchTensor
 from torch import nn
 
 from torchfolio.diagrams.graph import Draft, Graph, Value
-from torchfolio.diagrams.rules import call, nodes_of, rule_of
+from torchfolio.diagrams.rules import FILLED, read_node
+from torchfolio.diagrams.writing import call, nodes_of
 from torchfolio.errors import TorchfolioError
 from torchfolio.models.stateful import fresh
 
@@ -91,9 +92,38 @@ def trace(
             f"{type(module).__name__} cannot be traced by torch.export: {first}; control flow that depends on values "
             "must be written with torch.where or torch.cond, or the part drawn by itself"
         ) from error
+    _measure(program, own)
     if free and dynamic is not True:
         _check_free(program, words, free, type(module).__name__)
     return program
+
+
+class _Measured(torch.fx.Interpreter):
+    """Runs a traced module on the example to see lengths that depend on values, as the number of entries of a mask."""
+
+    def run_node(self, n: Any) -> Any:
+        made, meant = super().run_node(n), n.meta.get("val")
+        if isinstance(meant, TorchTensor) and isinstance(made, TorchTensor):
+            for size, length in zip(meant.shape, made.shape, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.hint is None and size.node.expr.is_Symbol:
+                    size.node.shape_env.set_real_tensor_prop_unbacked_vals(size.node.expr, length)
+        return made
+
+
+def _measure(program: Any, args: Sequence[TorchTensor]) -> None:
+    values = [n.meta.get("val") for n in program.graph.nodes]
+    sizes = [s for v in values if isinstance(v, TorchTensor) for s in v.shape]
+    if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
+        signature, state = program.graph_signature, {**program.state_dict, **program.constants}
+        held = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        given = iter(args)
+        names = [n.name for n in program.graph.nodes if n.op == "placeholder"]
+        with torch.no_grad():
+            _Measured(program.graph_module).run(*(state[held[n]].clone() if n in held else next(given) for n in names))
 
 
 def _check_free(program: Any, words: list[list[str]], free: set[str], what: str) -> None:
@@ -115,9 +145,9 @@ VIEWS = ("view", "reshape", "slice", "select", "transpose", "permute", "unsqueez
          "contiguous", "to", "type_as", "real", "imag", "as_strided", "tensor_split", "ravel", "atleast_1d", "identity")  # fmt: skip
 
 
-MADE_OF_OTHERS = {"movedim", "moveaxis", "swapaxes", "swapdims", "mT", "numpy_T", "narrow", "glu", "hstack",
-                  "vstack", "outer", "ger", "addmm", "addmv", "baddbmm", "addbmm", "tensordot", "inner", "kron",
-                  "tile", "cdist", "lerp", "addcmul", "addcdiv"}  # fmt: skip
+MADE_OF_OTHERS = {"movedim", "moveaxis", "swapaxes", "swapdims", "mT", "mH", "adjoint", "numpy_T", "narrow", "glu", "hstack",
+                  "vstack", "dstack", "outer", "ger", "addr", "addmm", "addmv", "baddbmm", "addbmm", "kron", "tile", "meshgrid",
+                  "type_as", "broadcast_to", "tensor_split", "hsplit", "vsplit", "lerp", "addcmul", "addcdiv"}  # fmt: skip
 """Operations that are read as the simpler ones that they are made of."""
 
 
@@ -248,10 +278,10 @@ class Reader(Graph):
                 if isinstance(known.get(node.args[0]), list):
                     known[node] = known[node.args[0]][node.args[1]]
             return
-        if not any(isinstance(self.values.get(a), Value) for a in nodes_of(node)):
+        if name in FILLED or not any(isinstance(self.values.get(a), Value) for a in nodes_of(node)):
             self._constant(node)
             return
-        made = self.values[node] = rule_of(name)(self, node, name)
+        made = self.values[node] = read_node(self, node, name)
         results = node.meta.get("val")
         several = isinstance(results, list | tuple)
         for value, result in zip(
@@ -272,6 +302,15 @@ class Reader(Graph):
         if not shapes:
             return
         outputs = [Value([self.axis("", s) for s in shape]) for shape in shapes]
+        if _short(node) in FILLED and isinstance(made, TorchTensor):
+            value = {"zeros": 0, "ones": 1, "empty": 0}.get(
+                _short(node).replace("new_", "").replace("_like", ""), node.args[-1]
+            )
+            how = {"dtype": made.dtype, "device": made.device}
+            writing = call(self, node, "torch.full", [list(made.shape), value], **how)
+            self.constants.append(Draft("constant", [], outputs, **writing))
+            self.fixed[node] = outputs[0]
+            return
         # What changes a weight, as the count of batches, is done as it stands there.
         changed = self.fixed.get(node.args[0]) if _in_place(node) else None
         target = f"torch.ops.{node.target.name().replace('::', '.')}" if changed is not None else ""

@@ -303,8 +303,10 @@ class Graph:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A length as a number: of one that can vary, that of the example."""
+    """A length as a number: of one that can vary, or depends on values, that of the example."""
     if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return int(known if known is not None else size)
+        node = size.node
+        return int(
+            node.hint if node.hint is not None else node.expr.xreplace(node.shape_env.real_tensor_prop_unbacked_vals)
+        )
     return int(size)

@@ -204,8 +204,9 @@ def learned_spans(letter: str, *, bias: bool = False, name: str = "") -> list[Sp
 
 
 def linear(step: Step) -> Plan:
-    """**L**, with a plus where it has a bias and its name as a superscript."""
+    """**L**, with a plus where it has a bias and its name as a superscript; in italics where it is not learned."""
     spans = learned_spans("L", bias=bool(step.params.get("bias")), name=str(step.params.get("name") or ""))
+    spans[0] = spans[0] if step.learned else italic("L")
     return boxed(spans, size=17, fill=FACE, half=10.5)(step)
 
 

@@ -290,6 +290,8 @@ def _einsum(c: _Chain, step: Draft, found: list[Value]) -> None:
 
 
 def _linear(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
+    if len(step.inputs) > 1 or len(step.weights) > 1 + bool(step.params.get("bias")):
+        return False
     (source,), (made,), (weight, *bias) = step.inputs, found, step.weights
     if len(set(c.find(weight.axes))) < len(weight.axes):
         # A map of an axis to itself, as where a residual connection says that they are one: here they are two.
@@ -298,7 +300,7 @@ def _linear(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
         new = c.graph.twin(weight.axes[0])
         made = Value([*made.axes[:-1], new], made)
         weight, bias = Value([new, weight.axes[1]], weight), [Value([new], b) for b in bias]
-    core = list(weight.axes)
+    core = step.core
     if not source.root.whole:
         back = c.add("linear", [made], source.axes, core, weights=[Value(list(weight.axes), weight)], learned=True,
                      name=f"{step.params.get('name', '')}T")  # fmt: skip
@@ -343,9 +345,10 @@ def _elementwise(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
 
 
 def _binary(c: _Chain, step: Draft, found: list[Value]) -> bool | None:
-    (left, right), (made,), what = step.inputs, found, step.params.get("what")
+    what = step.params.get("what")
     if step.params.get("other") or what not in ("add", "sub", "mul"):
         return False
+    (left, right), (made,) = step.inputs, found
     for one, other, second in ((left, right, False), (right, left, True)):
         if one.root.whole:
             continue
