@@ -472,3 +472,15 @@ def test_what_cannot_be_meant_is_refused():
                  lambda: quantization_error(torch.zeros(0), 20.0)):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             call()
+
+
+@pytest.mark.parametrize("named", ["1", "3"])
+def test_a_layer_under_two_names_becomes_one_binary_layer(named):
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), shared, nn.Hardtanh(), shared)
+    x = torch.randn(2, 1, 8, 8)
+    before = net(x)
+    binarize(net, where=[named], match=True, binary_input=False)
+    assert isinstance(net[1], BiPerConv2d)
+    assert net[3] is net[1]
+    torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)

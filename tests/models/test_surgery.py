@@ -179,3 +179,12 @@ def test_a_network_that_is_listened_to_can_be_pickled_and_copied():
             other(torch.randn(7, 3))
             assert features["0"] is seen
             torch.testing.assert_close(other(x), net(x))
+
+
+def test_a_module_under_two_names_is_replaced_by_either():
+    for named in ("1", "3"):
+        shared = nn.Linear(2, 2)
+        net = nn.Sequential(nn.Linear(2, 2), shared, nn.ReLU(), shared)
+        replace_layers(net, lambda name, module, named=named: name == named, lambda old: nn.Identity())
+        assert isinstance(net[1], nn.Identity)
+        assert net[3] is net[1]

@@ -86,10 +86,10 @@ def choose_layers(model: nn.Module, where: Where | None) -> set[str]:
     elif callable(where):
         chosen = {n for n, m in modules.items() if _weighs(m) and where(n, m)}
     else:
-        chosen = set(where)
-        unknown = sorted(chosen - set(modules))
-        if unknown:
+        firsts = _first_names(model)
+        if unknown := sorted(set(where) - set(firsts)):
             raise ValueError(f"the network has no module {unknown[0]!r}; expected names of its layers")
+        chosen = {firsts[name] for name in where}
     _refuse_inside_attention(modules, chosen)
     if not chosen:
         kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
@@ -98,6 +98,12 @@ def choose_layers(model: nn.Module, where: Where | None) -> set[str]:
             "after the first, larger than 1x1; name others by where= of binarize, or layers= of BiPer"
         )
     return chosen
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """For every name of a module, the first one: a module may be registered under several."""
+    firsts = {id(m): name for name, m in model.named_modules()}
+    return {name: firsts[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
 
 
 def _weighs(module: nn.Module) -> bool:
@@ -117,8 +123,9 @@ def _refuse_inside_attention(modules: dict[str, nn.Module], chosen: set[str]) ->
 def _refuse_half_tied(model: nn.Module, chosen: set[str]) -> None:
     """Matched weights are others than the old ones, which a layer that stays real cannot share."""
     places: dict[nn.Parameter, set[str]] = {}
+    firsts = _first_names(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(parameter, set()).add(name.rpartition(".")[0])
+        places.setdefault(parameter, set()).add(firsts[name.rpartition(".")[0]])
     for owners in places.values():
         if owners & chosen and owners - chosen:
             raise ValueError(

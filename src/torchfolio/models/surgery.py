@@ -54,7 +54,7 @@ def replace_layers(
     Example:
         >>> replace_layers(net, nn.ReLU, lambda old: nn.GELU())
     """
-    matches = _matcher(predicate)
+    matches = _by_any_name(model, _matcher(predicate))
     made: dict[int, nn.Module] = {}
     if matches("", model):
         return _make(factory, model, made, [])
@@ -64,6 +64,14 @@ def replace_layers(
         raise ValueError(f"no module matches the predicate; the network has {', '.join(kinds)}")
     _guard_fast_paths(model, {id(m) for m in made.values()})
     return model
+
+
+def _by_any_name(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> Callable[[str, nn.Module], bool]:
+    """A module that is registered under several names matches everywhere if it does under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return lambda path, module: any(matches(name, module) for name in names.get(id(module), [path]))
 
 
 def _replace_below(
