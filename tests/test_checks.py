@@ -137,6 +137,20 @@ def test_labels_empty_or_no_array():
         checks.labels([0, 1])
 
 
+def test_networks():
+    net = torch.nn.Linear(2, 2)
+    net.register_buffer("mask", torch.tensor([0, -math.inf]))
+    assert checks.network(net) is net
+    checks.network(torch.nn.Linear(1, 1).half().requires_grad_(False).apply(lambda m: m.weight.fill_(6e4)))
+    net.get_buffer("mask")[0] = NAN
+    with pytest.raises(ValueError, match="the network holds NaN or infinity in mask"):
+        checks.network(net)
+    with torch.no_grad():
+        net.bias[0] = math.inf
+    with pytest.raises(ValueError, match="the teacher holds NaN or infinity in bias"):
+        checks.network(net, "the teacher")
+
+
 def test_images():
     x = torch.rand(2, 3, 4, 4)
     assert checks.images(x, unit=True) is x

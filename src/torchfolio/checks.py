@@ -18,6 +18,7 @@ __all__ = [
     "finite",
     "images",
     "labels",
+    "network",
     "number",
     "one_of",
     "positive",
@@ -165,6 +166,27 @@ def finite(name: str, value: T) -> T:
         what = f"got {_shown(value)}" if size == 1 else f"{bad} of {size} entries are NaN or infinite"
         raise ValueError(f"expected {name} to be finite, {what}")
     return value
+
+
+def network(model: T, name: str = "the network") -> T:
+    """Refuse a network that holds NaN, or infinity in a parameter; a buffer may hold it, as masks of attention do.
+
+    Args:
+        model: an `nn.Module`.
+        name: word for it in the message.
+
+    Raises:
+        ValueError: naming the first such tensor.
+    """
+    given: Any = model
+    parameters = dict(given.named_parameters())
+    for key, tensor in [*parameters.items(), *given.named_buffers()]:
+        values = tensor.detach()
+        if not (values.is_floating_point() or values.is_complex()) or bool(values.sum().isfinite()):
+            continue  # a sum is finite only if its terms are
+        if bool(values.isnan().any()) or (key in parameters and not bool(values.isfinite().all())):
+            raise ValueError(f"{name} holds NaN or infinity in {key}")
+    return model
 
 
 def labels(y: T, num_classes: int | None = None, *, name: str = "y", ignore_index: int | None = None) -> T:

@@ -173,6 +173,14 @@ def test_a_bare_linear_layer_is_updated_from_its_inputs():
     assert done.report["agreement_with_old"] > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_precision_of_the_network_is_kept(dtype):
+    x, y = task()
+    done = BT2Adapter(epochs=1, extra_dim=3).adapt(MLP(6, 2, (12, 8)).to(dtype), (x.to(dtype), y), num_classes=4)
+    assert {p.dtype for p in done.model.parameters()} == {dtype}
+    assert done.model(x.to(dtype)).isfinite().all()
+
+
 def test_from_a_convolution_to_a_transformer_of_somebody_else():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

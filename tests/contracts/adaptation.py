@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contracts.detectors import Left
+from tests.contracts.detectors import Left, broken
 from torchfolio.adaptation.adapter import Adapted, Adapter
 from torchfolio.adaptation.merge import Merge, MergeResult
 from torchfolio.bundle import Manifest, load_bundle, save_bundle
@@ -80,6 +80,8 @@ def check_adapter(
     assert all(isinstance(v, int | float) for v in done.report.values())
     again = make().adapt(model, data, num_classes=num_classes, seed=1, device="cpu").model.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in done.model.state_dict().items())
+    with pytest.raises(ValueError, match="the network holds NaN or infinity in "):
+        make().adapt(broken(model), data, num_classes=num_classes)
     recipe = adapter.recipe(dict(network))
     save_bundle(done.model, folder / "net", Manifest(recipe["build"], recipe["arguments"], tuple(x.shape[1:])))
     read = load_bundle(folder / "net", allow=list(allow)).model

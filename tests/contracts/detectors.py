@@ -54,6 +54,14 @@ def _odd(model: nn.Module) -> nn.Module:
     return net
 
 
+def broken(model: nn.Module) -> nn.Module:
+    """The network with NaN in its first parameter."""
+    net = copy.deepcopy(model)
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] = torch.nan
+    return net
+
+
 def check_input_detector(
     make: Callable[[], InputDetector], model: nn.Module, clean: tuple[Tensor, Tensor], folder: Path
 ) -> InputDetector:
@@ -84,6 +92,8 @@ def check_input_detector(
         torch.testing.assert_close(made.score(bad)[others], scores[others], rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="NaN"):
             make().fit(net, (clean[0] * torch.nan, clean[1]))
+    with pytest.raises(ValueError, match="the network holds NaN"):
+        make().fit(broken(net), clean)
     with pytest.raises(ValueError, match="expected inputs"):
         made.score(x[:, :1] if x.dim() > 1 and x.shape[1] > 1 else x[..., :1])
     again = make().fit(net, clean)
@@ -124,5 +134,7 @@ def check_model_detector(
     if isinstance(clean, tuple) and clean[0].is_floating_point():
         with pytest.raises(ValueError, match="NaN"):
             make().scan(net, (clean[0] * torch.nan, clean[1]))
+    with pytest.raises(ValueError, match="the network holds NaN"):
+        make().scan(broken(net), clean)
     left.check()
     return verdict

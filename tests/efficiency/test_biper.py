@@ -376,6 +376,10 @@ def test_compress_learns_reproducibly_and_leaves_the_network_alone():
     assert tensor_bytes(model) < tensor_bytes(net)
     again, _ = small()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match="the network holds NaN"):
+        small()
     counted = BiPer().operations(model, x[:1])
     assert counted["sign_operations"] == 2 * 8 * 8 * 9 * 16
 

@@ -192,6 +192,7 @@ def test_an_operator_without_a_formula_is_named():
         lambda x: torch.linalg.solve(x, x),
         torch.fft.fft,
         torch.linalg.cholesky_ex,
+        lambda x: torch.cdist(x.repeat(10, 1), x),  # many rows go another way than few
     ],
 )
 def test_decompositions_and_transforms_are_named(function):

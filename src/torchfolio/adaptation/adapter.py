@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchfolio import checks
 from torchfolio.engine.devices import resolve_device
 from torchfolio.engine.loader import Data
 from torchfolio.engine.modes import seeded
@@ -102,8 +103,12 @@ class Adapter(Shown, ABC):
 
         Returns:
             The adapted network and its figures.
+
+        Raises:
+            ValueError: if the network holds NaN.
         """
         place = resolve_device(device)
+        checks.network(model)
         net = copy.deepcopy(model).to(place)
         with seeded(seed):
             done = self._adapt(net, data, Adapting(seed, place, num_classes, val, say))

@@ -225,7 +225,8 @@ class BT2Adapter(Adapter):
         self.built: dict[str, int | float] = {}
 
     def _adapt(self, model: nn.Module, data: Any, run: Adapting) -> Adapted:
-        name, _ = _classifier(model)
+        name, last = _classifier(model)
+        like = {"device": run.device, "dtype": last.weight.dtype}
         examples = Examples(data)
         x, y = torch.cat([b[0] for b in examples.batches()]), examples.labels
         if y is None:
@@ -238,11 +239,11 @@ class BT2Adapter(Adapter):
         self.built = {"new_dim": n, "old_dim": dim, "num_classes": classes, "extra_dim": min(self.extra_dim, dim),
                       "scale": self.scale}  # fmt: skip
         run.say("training the independent network")
-        alone = Embedder(_fresh(model, name, n), n, classes).to(run.device)
+        alone = Embedder(_fresh(model, name, n), n, classes).to(**like)
         self._train(alone, (x, y), run)
         new = outputs(Embed(alone), x)
         run.say("training the compatible network")
-        net = updated(_fresh(model, name, n), **self.built).to(run.device)  # pyright: ignore[reportArgumentType]
+        net = updated(_fresh(model, name, n), **self.built).to(**like)  # pyright: ignore[reportArgumentType]
         rule = BT2(BT2Loss(class_prototypes(old, y, classes), lambda_new=self.lambda_new))
         self._train(net, (x, y, old, new), run, rule)
         agreement = F.cosine_similarity(outputs(Embed(net), x)[:, :dim], old).mean()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfolio import checks
 from torchfolio.measure.batches import gathered
 
 __all__ = ["Pair", "checked_classes", "collected", "device_of", "fingerprint", "finite_rows", "private"]
@@ -17,9 +18,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 def private(model: nn.Module, device: str | torch.device | None) -> nn.Module:
-    """A copy of a network that a method may do anything to: in evaluation mode, its parameters frozen."""
+    """A copy of a network that a method may do anything to: in evaluation mode, its parameters frozen.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if it holds NaN.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a network, got {type(model).__name__}")
+    checks.network(model)
     net = copy.deepcopy(model).eval().requires_grad_(False)
     return net if device is None else net.to(device)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from torchfolio import checks
 from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.loader import Data
 from torchfolio.measure import count_flops
@@ -138,10 +139,10 @@ def compress(
         The finished network and how long each phase was.
 
     Raises:
-        ValueError: if there are no epochs, or the method cannot convert the network.
+        ValueError: if there are no epochs, the network holds NaN, or the method cannot convert the network.
     """
-    if epochs < 1:
-        raise ValueError(f"expected at least one epoch, got {epochs}")
+    checks.whole("epochs", epochs, 1)
+    checks.network(model)
     with seeded(seed):
         net = method.convert(copy.deepcopy(model), example)
     done: dict[str, int] = {}

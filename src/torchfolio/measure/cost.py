@@ -22,7 +22,7 @@ from torchfolio.measure.untouched import untouched
 
 HEAVY = (
     "mm", "mv", "linear", "conv", "rnn", "lstm", "gru", "attention", "transformer", "mkldnn", "cudnn", "quantized", "cdist",
-    "pdist", "fft", "linalg", "cholesky", "solve", "inverse", "svd", "geqrf", "ormqr", "householder", "lstsq",
+    "pdist", "euclidean", "fft", "linalg", "cholesky", "solve", "inverse", "svd", "geqrf", "ormqr", "householder", "lstsq",
 )  # fmt: skip
 """What the names of operators hold that multiply matrices, decompose or transform them, in torch and in what extends it."""
 LIGHT = ("linalg_vector_norm", "linalg_cross", "linalg_diagonal", "linalg_vecdot", "fft_fftfreq", "fft_rfftfreq")
