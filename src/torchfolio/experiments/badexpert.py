@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,18 +12,18 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from torchfolio.backdoor import poison, poisoned_test
 from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
 from torchfolio.backdoor.evaluation import evaluate_input_detector
-from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, auroc, labels_of
+from torchfolio.backdoor.metrics import attack_metrics, auroc, labels_of
 from torchfolio.backdoor.zoo import SmallConvNet, fit_classifier
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.engine import StepRecorder, fit
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
-from torchfolio.measure import outputs
-from torchfolio.runs import Results, Run
+from torchfolio.experiments._expert_controls import step_by_step, without_forgetting
+from torchfolio.experiments._strip import strip
+from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.tasks import OwnNetwork
 
 
@@ -84,53 +82,32 @@ SCALES = {
 
 def run(run: Run[Settings]) -> None:
     """Train a victim of every attack and a clean network, fit the detector, and try it on triggered images."""
-    settings = run.settings
-    data = run.data(settings.data, normalize=False, val=0)
-    trusted, test = divide(data.test.tensors, settings.clean_size, run.seed)
-    found = {name: run.arm(name, lambda name=name: judged(run, data, trusted, test, name)) for name in settings.attacks}
-    found["clean"] = run.arm("clean", lambda: judged(run, data, trusted, test, "badnets", rate=0.0))
-    badnets, blend = found["badnets"], found["blend"]
-    run.values(
-        "expert", {"accuracy": badnets["expert_acc"], "attack_success": badnets["expert_asr"],
-                   "never_poisoned": found["clean"]["asr"]},
-    )  # fmt: skip
-    run.values(
-        "detection",
-        {"badnets": badnets["auroc_triangle"], "blend": blend["auroc_triangle"], "badnets_tpr": badnets["tpr"],
-         "badnets_fpr": badnets["fpr"]},
-    )  # fmt: skip
-    run.values(
-        "ensemble",
-        {"ensemble": badnets["auroc_triangle"], "auxiliary": badnets["auroc_auxiliary"]},
-    )
-    run.values(
-        "filtering",
-        {"filtered": badnets["filtered_asr"], "unfiltered": badnets["asr"], "accuracy": badnets["filtered_acc"],
-         "unfiltered_accuracy": badnets["acc"]},
-    )  # fmt: skip
-    run.values(
-        "negative_control", {"right_labels": badnets["auroc_control"], "own_confidence": badnets["auroc_network"]}
-    )
+    data = run.data(run.settings.data, normalize=False, val=0)
+    trusted, test = divide(data.test.tensors, run.settings.clean_size, run.seed)
+    arms = {name: run.arm(name, judged, run, data, trusted, test, name) for name in run.settings.attacks}
+    clean = run.arm("clean", judged, run, data, trusted, test, "badnets", rate=0.0)
+    badnets, blend = arms["badnets"], arms["blend"]
+    expert = {"accuracy": badnets["expert_acc"], "attack_success": badnets["expert_asr"]}
+    run.values("expert", expert, never_poisoned=clean["asr"])
+    aurocs = {"badnets": badnets["auroc_triangle"], "blend": blend["auroc_triangle"]}
+    run.values("detection", aurocs, badnets_tpr=badnets["tpr"], badnets_fpr=badnets["fpr"])
+    run.values("ensemble", ensemble=badnets["auroc_triangle"], auxiliary=badnets["auroc_auxiliary"])
+    filtered = {"filtered": badnets["filtered_asr"], "accuracy": badnets["filtered_acc"]}
+    run.values("filtering", filtered, unfiltered=badnets["asr"], unfiltered_accuracy=badnets["acc"])
+    run.values("negative_control", right_labels=badnets["auroc_control"], own_confidence=badnets["auroc_network"])
 
 
 def judged(
     run: Run[Settings], data: DataSplits, trusted: Pair, test: Pair, name: str, rate: float | None = None
 ) -> dict[str, Any]:
     """One victim and its detector; with a rate of 0, a network that was never poisoned."""
-    settings = run.settings
-    trigger, labels = attack(name, data)
-    poisoned = poison(
-        data.train.tensors,
-        trigger,
-        labels,
-        rate=settings.rate if rate is None else rate,
-        seed=run.seed,  # pyright: ignore[reportArgumentType]
-    )
-    flip = CropFlip(padding=0) if settings.flip else None
+    settings, (trigger, labels) = run.settings, attack(name, data)
+    images: Any = data.train.tensors
+    poisoned = poison(images, trigger, labels, rate=settings.rate if rate is None else rate, seed=run.seed)
     net = victim(data, settings.model or settings.network, settings.width, run.seed)
     fit_classifier(
-        net, poisoned, settings.epochs, settings.lr, augment=flip, batch_size=settings.batch_size, seed=run.seed,
-        device=run.device,
+        net, poisoned, settings.epochs, settings.lr, augment=CropFlip(padding=0) if settings.flip else None,
+        batch_size=settings.batch_size, seed=run.seed, device=run.device,
     )  # fmt: skip
     attacked = poisoned_test(test, trigger, labels)
     started = time.perf_counter()
@@ -156,14 +133,14 @@ def judged(
         **before.as_dict(), "expert_acc": expert.acc, "expert_asr": expert.asr, **aurocs, "tpr": report.tpr_held_out,
         "fpr": report.fpr_held_out, "filtered_asr": report.filter.filtered_asr, "filtered_acc": report.filter.psr,
         "auroc_strip": auroc(strip(net, test[0][right], trusted[0]), strip(net, triggered[reached], trusted[0])),
-        "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "unlearn_lr": detector.unlearn_lr_, "fit_seconds": seconds,
-        "score_seconds_per_1000": scoring,
-        "points": np.stack([np.r_[b[right][:400], b_bad[reached][:400]], np.r_[m[right][:400], m_bad[reached][:400]]]).tolist(),
+        "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "unlearn_lr": detector.unlearn_lr_,
+        "fit_seconds": seconds, "score_seconds_per_1000": scoring,
+        "points": [torch.cat([good[right][:400], bad[reached][:400]]).tolist() for good, bad in ((b, b_bad), (m, m_bad))],
         "clean_points": int(min(400, right.sum())),
     }  # fmt: skip
     if name == "badnets" and rate is None:
-        found |= control(run, net, trusted, test, attacked, detector)
-        found |= trace(run, net, trusted, test, attacked, detector.unlearn_lr_)
+        found |= without_forgetting(run, net, trusted, test, attacked, detector)
+        found |= step_by_step(run, net, trusted, test, attacked, detector.unlearn_lr_)
     return found
 
 
@@ -181,72 +158,20 @@ def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) ->
         return BaDExpert(**chosen).fit(net, trusted)
 
 
-def control(
-    run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, expert: BaDExpert
-) -> dict[str, float]:
-    """As many steps at the same rate on right labels, and none: confidence of those networks in the label as a score.
-
-    A network is surer of its trigger than of most clean inputs, and gentle finetuning on clean examples widens that whatever
-    their labels are, so a high AUROC here says that this score owes little to the forgetting.
-    """
-    finetuned = copy.deepcopy(net)
-    fit(
-        finetuned, trusted, optimizer=partial(torch.optim.Adam, lr=expert.unlearn_lr_), max_steps=expert.history_[-1][0],
-        batch_size=run.settings.unlearn_batch, seed=run.seed, device=str(run.device), progress=False,
-    )  # fmt: skip
-    triggered, target = attacked.tensors()
-    said, said_bad = labels_of(net, test[0]), labels_of(net, triggered)
-    clean, bad = (
-        (test[0][said == test[1]], said[said == test[1]]),
-        (triggered[said_bad == target], target[said_bad == target]),
-    )
-
-    def confidence(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-        if not len(x):  # no attack that succeeds, and an AUROC of NaN
-            return torch.zeros(0)
-        return outputs(model, x).double().softmax(1).gather(1, labels[:, None])[:, 0]
-
-    return {f"auroc_{name}": auroc(confidence(model, *clean), confidence(model, *bad))
-            for name, model in (("control", finetuned), ("network", net))}  # fmt: skip
-
-
-def trace(
-    run: Run[Settings], net: nn.Module, trusted: Pair, test: Pair, attacked: Any, lr: float
-) -> dict[str, list[float]]:
-    """Accuracy and attack success of the expert, step by step, without a stop."""
-    settings = run.settings
-    x, y = (t[: settings.traced] for t in test)
-    bad, target = (t[: settings.traced] for t in attacked.tensors())
-    trace = StepRecorder(
-        {
-            "acc": lambda state: accuracy_of(state.model, x, y),
-            "asr": lambda state: accuracy_of(state.model, bad, target),
-        },
-        every=1,
-    )
-    wrong = (trusted[1] + 1) % int(outputs(net, x[:1]).shape[1])
-    fit(
-        copy.deepcopy(net), (trusted[0], wrong), optimizer=partial(torch.optim.Adam, lr=lr), epochs=2,
-        batch_size=settings.unlearn_batch, callbacks=[trace], seed=run.seed, device=str(run.device), progress=False,
-    )  # fmt: skip
-    return {f"trace_{name}": [row[name] for row in trace.rows] for name in ("acc", "asr")}
-
-
-def strip(net: nn.Module, x: Tensor, clean: Tensor, blends: int = 16) -> Tensor:
-    """The baseline: predictions of triggered images survive being blended with others, so their entropy is low.
-
-    Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019.
-    """
-    total = torch.zeros(len(x), dtype=torch.float64)
-    for other in clean[:blends] if len(x) else ():  # there may be no attack that succeeds
-        p = outputs(net, 0.5 * (x + other)).double().softmax(1)
-        total += -(p * p.clamp_min(1e-12).log()).sum(1)
-    return -total / blends
-
-
 def figures(results: Results) -> dict[str, Figure]:
     """The plane of the two confidences, how well every score ranks, and the course of unlearning."""
-    return {"confidences": _plane(results), "auroc": _aurocs(results), "unlearning": _unlearning(results)}
+    scores = {score: f"auroc_{score}" for score in SCORES} | {"STRIP": "auroc_strip"}
+    series = {name: {k: (name, value) for k, value in scores.items()} for name in results.settings.attacks}
+    course = {"accuracy on clean images": ("badnets", "trace_acc"), "attack success": ("badnets", "trace_asr")}
+    steps = np.arange(results.values("badnets", "trace_acc").shape[1])
+    unlearning = plots.curves(results, course, x=steps, xlabel="step on wrong labels", ylabel="share")
+    for step in results.values("badnets", "stopped_at"):
+        unlearning.axes[0].axvline(step, c="k", ls=":", lw=1)  # where unlearning stopped
+    return {
+        "confidences": _plane(results),
+        "auroc": plots.groups(results, series, ylabel="AUROC"),
+        "unlearning": unlearning,
+    }
 
 
 def _plane(results: Results) -> Figure:
@@ -276,36 +201,6 @@ def _rays(ax: Axes, a: float, kappa: float) -> None:
         ax.plot(m, np.minimum(a * kappa * m, 2), "k-", lw=1, label="threshold")
     below = m[m <= kappa]
     ax.plot(1 - a * (kappa - below), below, "k--", lw=1)
-
-
-def _aurocs(results: Results) -> Figure:
-    names = results.settings.attacks
-    shown = [*SCORES, "strip"]
-    fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        values = np.stack([results.values(name, f"auroc_{score}") for score in shown], 1)
-        place = np.arange(len(shown)) + (k - (len(names) - 1) / 2) * width
-        ax.bar(place, values.mean(0), width, yerr=values.std(0), label=name.replace("_", " "), capsize=2)
-    ax.axhline(0.5, c="grey", ls=":")
-    ax.set_xticks(range(len(shown)), [*SCORES, "STRIP"])
-    ax.set(ylabel="AUROC", ylim=(0, 1.02))
-    ax.legend(loc="lower left", ncols=len(names), framealpha=0.9)
-    return fig
-
-
-def _unlearning(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for value, label in (("trace_acc", "accuracy on clean images"), ("trace_asr", "attack success")):
-        curves = results.values("badnets", value)
-        ax.plot(np.arange(curves.shape[1]), curves.mean(0), label=label)
-        ax.fill_between(np.arange(curves.shape[1]), curves.min(0), curves.max(0), alpha=0.2)
-    for k, step in enumerate(results.values("badnets", "stopped_at")):
-        ax.axvline(step, c="k", ls=":", lw=1, label="unlearning stopped" if k == 0 else None)
-    ax.set(xlabel="step on wrong labels", ylabel="share", ylim=(0, 1.02))
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
 
 
 def peers(bench: Any) -> None:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-import weakref
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import sympy
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchfolio.diagrams import Drawing, Expression, check_svg, draw, ncd, op
+from torchfolio.diagrams import Expression, draw, ncd, op
 from torchfolio.diagrams.algebra import SignatureError
-from torchfolio.diagrams.graph import Graph
 from torchfolio.errors import TorchfolioError
+from torchfolio.experiments._circuit_gallery import EXPRESSIONS, MODULES, SIZES, Branching, SelfAttention
+from torchfolio.experiments._drawing_checks import DERIVATIVES, as_drawn, backward, there_and_back
+from torchfolio.experiments._live_bytes import working_memory
 from torchfolio.measure import count_flops
-from torchfolio.models import MLP, BasicBlock, ConvNet, UNet, ViT
-from torchfolio.runs import Results, Run
-
-SIZES = {"b": 2, "y": 5, "x": 7, "m": 32, "k": 8, "h": 4, "n": 32, "a": 3, "c": 6, "p": 8, "q": 6}
-DERIVATIVES = ("linear", "elementwise", "softmax", "einsum", "conv", "add", "copy", "concat")
+from torchfolio.runs import Results, Run, plots
 
 
 @dataclass(frozen=True)
@@ -41,149 +35,6 @@ class Settings:
     modules: tuple[str, ...] = ()
     repeats: int = 3
 
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of one sequence to another."""
-
-    def __init__(self, m: int = 32, k: int = 8, h: int = 4) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(m, m) for _ in range(4))
-        self.shape = (k, h)
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        q, k, v = (layer(t).unflatten(-1, self.shape) for layer, t in ((self.q, y), (self.k, x), (self.v, x)))
-        score = torch.einsum("ykh,xkh->yxh", q, k) / self.shape[0] ** 0.5
-        return self.o(torch.einsum("yxh,xkh->ykh", score.softmax(1), v).flatten(-2))
-
-
-class SelfAttention(nn.Module):
-    """Attention of a sequence to itself, for a batch."""
-
-    def __init__(self, m: int = 16) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(m, m) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        score = torch.einsum("byc,bxc->byx", self.q(x), self.k(x)).softmax(-1)
-        return torch.einsum("byx,bxc->byc", score, self.v(x))
-
-
-class Branching(nn.Module):
-    """Control flow that depends on values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-
-def _convolutions() -> nn.Module:
-    depthwise, dilated = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 3, dilation=2)
-    return nn.Sequential(depthwise, dilated, nn.ReLU(), nn.ConvTranspose2d(6, 3, 2, 2))
-
-
-class Attention(nn.Module):
-    """Scaled dot-product attention."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(q, k, v)
-
-
-class Recurrent(nn.Module):
-    """A gated cell, run over three steps: half of what it remembers is kept, half comes from the input."""
-
-    def __init__(self, m: int = 6, n: int = 8) -> None:
-        super().__init__()
-        self.gate, self.new = nn.Linear(m + n, n), nn.Linear(m + n, n)
-
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        for word in x.unbind(1):
-            both = torch.cat([word, state], -1)
-            gate = self.gate(both).sigmoid()
-            state = gate * state + (1 - gate) * self.new(both).tanh()
-        return state
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A module of the gallery.
-
-    Attributes:
-        make: the module.
-        inputs: names of the axes of each input.
-        sizes: of the axes.
-        other: other sizes of those axes that may vary.
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: tuple[str, ...]
-    sizes: dict[str, int]
-    other: dict[str, int]
-
-    def tensors(self, **sizes: int) -> tuple[Tensor, ...]:
-        """Random inputs."""
-        known = {**self.sizes, **sizes}
-        return tuple(torch.randn([known[a] for a in axes.split()]) for axes in self.inputs)
-
-    def varied(self) -> list[dict[str, int]]:
-        """No other size, each one by itself, and all."""
-        return [{}, *({a: n} for a, n in self.other.items()), self.other]
-
-
-def _encoder() -> nn.Module:
-    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True).train()
-
-
-IMAGE = {"b": 3, "h": 12, "w": 16}
-MODULES: dict[str, Piece] = {
-    "mlp": Piece(lambda: MLP(64, 10, (32, 16)), ("b m",), {"b": 4, "m": 64}, {"b": 7}),
-    "attention": Piece(Attention, ("b y k", "b x k", "b x k"), {"b": 2, "y": 5, "x": 7, "k": 8},
-                       {"b": 3, "y": 6, "x": 4, "k": 5}),
-    "cross attention": Piece(CrossAttention, ("y m", "x m"), {"y": 5, "x": 7, "m": 32}, {"y": 6, "x": 3}),
-    "self attention": Piece(SelfAttention, ("b x m",), {"b": 2, "x": 5, "m": 16}, {"b": 3, "x": 9}),
-    "encoder layer": Piece(_encoder, ("b x m",), {"b": 2, "x": 5, "m": 16}, {"b": 3, "x": 7}),
-    "convolutions": Piece(_convolutions, ("b c h w",), {"b": 2, "c": 4, "h": 12, "w": 12}, {"b": 3, "h": 16, "w": 14}),
-    "conv net": Piece(lambda: ConvNet(10, 1, (8, 16)).eval(), ("b c h w",), {"b": 2, "c": 1, "h": 8, "w": 8}, {"b": 3}),
-    "residual block": Piece(lambda: BasicBlock(8, 8).train(), ("b c h w",), {"b": 2, "c": 8, "h": 8, "w": 8}, IMAGE),
-    "u-net": Piece(lambda: UNet(1, widths=(4, 8)).eval(), ("b c h w",), {"b": 2, "c": 1, "h": 8, "w": 8}, IMAGE),
-    "vit": Piece(lambda: ViT(8, 4, 10, 1, dim=16, depth=1, heads=2).eval(), ("b c h w",),
-                 {"b": 2, "c": 1, "h": 8, "w": 8}, {"b": 3}),
-    "recurrent cell": Piece(Recurrent, ("b t m", "b n"), {"b": 2, "t": 3, "m": 6, "n": 8}, {"b": 5}),
-}  # fmt: skip
-
-
-def _attention() -> Expression:
-    scores = ncd("y k h, x k h -> y x h") @ op.scale(8**-0.5) @ op.softmax("x")
-    return scores * op.identity("x k h") @ ncd("y x h, x k h -> y k h")
-
-
-def _heads() -> Expression:
-    own = {"m": 32, "k": 8, "h": 4}
-    query = op.identity("y m") @ op.linear("m -> k h", name="Q", **own)
-    both = op.linear("m -> k h", name="K", **own) * op.linear("m -> k h", name="V", **own)
-    context = op.identity("x m") @ op.copy() @ both
-    return query * context @ _attention() @ op.linear("k h -> n", bias=True, name="O", k=8, h=4, n=32)
-
-
-def _branches() -> Expression:
-    down = op.conv("c p q -> n i j", kernel=3, stride=2, padding=1, bias=True, c=6, n=4)
-    back = op.conv("n i j -> e p q", kernel=4, stride=2, padding=1, transposed=True, n=4, e=2)
-    same = op.conv("c p q -> d p q", kernel=3, padding=1, groups=2, c=6, d=2)
-    both = (op.identity("c p q") @ down @ back) * (op.identity("c p q") @ same)
-    return op.identity("c p q") @ op.copy() @ both @ op.concat("e, d -> f") @ op.elementwise("tanh")
-
-
-def _residual() -> Expression:
-    hidden = op.identity("a m") @ op.linear("m -> c", bias=True, m=32, c=6) @ op.elementwise("tanh")
-    inner = hidden @ op.linear("c -> m", c=6, m=32) @ ncd("a m -> m a")
-    return op.identity("a m") @ op.copy() @ (inner * op.identity("a m")) @ op.add()
-
-
-EXPRESSIONS: dict[str, Callable[[], Expression]] = {
-    "attention": _attention,
-    "batched attention": lambda: _attention() >> "b",
-    "cross attention": _heads,
-    "residual": _residual,
-    "branches": lambda: _branches() >> "b",
-}
 
 SCALES = {
     "smoke": Settings(modules=("mlp", "cross attention", "residual block"), repeats=1),
@@ -203,43 +54,31 @@ def run(run: Run[Settings]) -> None:
     diagonal = run.arm("diagonal", derivative_of_a_map)
     wrong = run.arm("wrong", wrong_diagrams)
     every = [*drawn, *composed]
+
+    def all_of(key: str) -> list[float]:
+        return [arm[key] for arm in every]
+
     run.values(
         "round_trip",
-        {"largest_difference": max(a["round_trip"] for a in every), "other_sizes": max(a["other_sizes"] for a in every),
-         "source": max(a["source"] for a in every)},
-    )  # fmt: skip
+        largest_difference=max(all_of("round_trip")),
+        other_sizes=max(all_of("other_sizes")),
+        source=max(all_of("source")),
+    )
     run.values(
         "counting",
-        {"wrong_columns": sum(a["wrong_columns"] for a in every), "overlaps": sum(a["overlaps"] for a in every),
-         "least_clear": min(a["clear"] for a in every), "other_bytes": sum(a["other_bytes"] for a in every)},
-    )  # fmt: skip
-    attention = next((a["flops"] for n, a in zip(chosen, drawn, strict=True) if n == "cross attention"), 53_632)
-    run.values(
-        "cost",
-        {
-            "largest_difference": max(abs(a["flops"] - a["counted"]) for a in drawn),
-            "cross_attention": attention,
-            **memory,
-        },
+        wrong_columns=sum(all_of("wrong_columns")),
+        overlaps=sum(all_of("overlaps")),
+        least_clear=min(all_of("clear")),
+        other_bytes=sum(all_of("other_bytes")),
     )
+    difference = max(abs(arm["flops"] - arm["counted"]) for arm in drawn)
+    attention = run.arms.get("cross attention", {"flops": math.nan})["flops"]
+    run.values("cost", memory, largest_difference=difference, cross_attention=attention)
     run.values("axis_identity", apart)
-    ruled = {kind for kind in DERIVATIVES if any(a[f"rule: {kind}"] for a in every)}
-    run.values(
-        "backward",
-        {"largest_difference": max(a["backward"] for a in every), "operations": len(ruled), "wanted": len(DERIVATIVES),
-         **diagonal},
-    )  # fmt: skip
+    ruled = [kind for kind in DERIVATIVES if any(all_of(f"rule: {kind}"))]
+    largest = max(all_of("backward"))
+    run.values("backward", diagonal, largest_difference=largest, operations=len(ruled), wanted=len(DERIVATIVES))
     run.values("negative_control", wrong)
-
-
-def _drawing_checked(drawing: Drawing, again: Drawing) -> dict[str, Any]:
-    document = drawing.svg()
-    found = check_svg(document)
-    return {
-        "wrong_columns": sum(not c.agrees for c in found.columns), "overlaps": len(found.overlaps),
-        "clear": 1 - len(found.through) / max(1, found.wires), "other_bytes": int(document != again.svg()),
-        "columns": len(drawing.sheet.columns),
-    }  # fmt: skip
 
 
 def module(run: Run[Settings], name: str) -> dict[str, Any]:
@@ -250,14 +89,14 @@ def module(run: Run[Settings], name: str) -> dict[str, Any]:
     drawing = draw(net, args, level="full", names=piece.inputs)
     drawing.svg()
     seconds = time.perf_counter() - started
-    found = _drawing_checked(drawing, draw(net, args, level="full", names=piece.inputs))
+    found = as_drawn(drawing, draw(net, args, level="full", names=piece.inputs))
     counted = count_flops(net, *args)
     varying = draw(net, args, names=piece.inputs, dynamic=list(piece.other))
     inputs = [[piece.tensors(**sizes) for sizes in piece.varied()] for _ in range(run.settings.repeats)]
-    found |= _round_trip(net, varying, inputs)
+    found |= there_and_back(net, varying, inputs)
     exact = net.double()
     doubled = [[tuple(t.double() for t in given) for given in row] for row in inputs]
-    found |= _backward(exact, draw(exact, doubled[0][0], names=piece.inputs, dynamic=list(piece.other)), doubled)
+    found |= backward(exact, draw(exact, doubled[0][0], names=piece.inputs, dynamic=list(piece.other)), doubled)
     return {**found, "flops": drawing.cost().total(), "counted": counted, "seconds": seconds}
 
 
@@ -271,57 +110,12 @@ def expression(run: Run[Settings], name: str) -> dict[str, Any]:
             [tuple(torch.randn([s[a] for a in axes], dtype=torch.float64) for axes in net.inputs) for s in sizes]
         )
     drawing = net.drawing(**_sizes(net))
-    found = _drawing_checked(drawing, net.drawing(**_sizes(net)))
-    return found | _round_trip(net, drawing, inputs) | _backward(net, drawing, inputs)
+    found = as_drawn(drawing, net.drawing(**_sizes(net)))
+    return found | there_and_back(net, drawing, inputs) | backward(net, drawing, inputs)
 
 
 def _sizes(net: Expression) -> dict[str, int]:
     return {a: SIZES[a] for axes in net.inputs for a in axes}
-
-
-def _round_trip(net: nn.Module, drawing: Drawing, inputs: Sequence[Sequence[tuple[Tensor, ...]]]) -> dict[str, float]:
-    """Largest differences of a module and what was made of its drawing: of the first sizes, of others, and of the source."""
-    back, space = drawing.to_module(), dict[str, Any]()
-    exec(drawing.to_source("f"), space)
-    weights = {"weights": net.state_dict()} if "weights[" in back.source else {}
-    same = other = source = 0.0
-    with torch.no_grad():
-        for row in inputs:
-            for k, given in enumerate(row):
-                wanted = net(*given)
-                difference = float((back(*given) - wanted).abs().max())
-                same, other = (max(same, difference), other) if k == 0 else (same, max(other, difference))
-                source = max(source, float((space["f"](*given, **weights) - wanted).abs().max()))
-    return {"round_trip": same, "other_sizes": other, "source": source}
-
-
-def _backward(net: nn.Module, drawing: Drawing, inputs: Sequence[Sequence[tuple[Tensor, ...]]]) -> dict[str, Any]:
-    """Largest difference of the gradients of the backward drawing and those of autograd; operations with a rule of their own."""
-    backward, largest = drawing.backward(), 0.0
-    for given in (given for row in inputs for given in row):
-        leaves = [x.clone().requires_grad_() for x in given]
-        output = net(*leaves)
-        cotangent = torch.randn_like(output)
-        weights = dict(net.named_parameters())
-        wanted = torch.autograd.grad(output, [*leaves, *weights.values()], cotangent)
-        found, own = backward.gradients(given, [cotangent])
-        pairs = zip([*found, *(own[k] for k in weights)], wanted, strict=True)
-        largest = max(largest, *(float((a - b).abs().max()) for a, b in pairs if a is not None))
-    return {"backward": largest, **_ruled(drawing.graph, {s.kind for s in backward.graph.steps})}
-
-
-def _ruled(graph: Graph, kinds: set[str]) -> dict[str, bool]:
-    """Which operations a graph has whose backward pass is not a plain box."""
-    steps = graph.alive()
-    uses = Counter(id(v.root) for v in [*(v for s in steps for v in s.inputs), *graph.outputs])
-    has = {s.kind for s in steps if f"{s.kind}′" not in kinds}
-    has |= (
-        {"add"}
-        if any(s.kind == "binary" and s.params.get("what") == "add" for s in steps) and "binary" in has
-        else set()
-    )
-    has |= {"copy"} if max(uses.values(), default=0) > 1 else set()
-    return {f"rule: {kind}": kind in has for kind in DERIVATIVES}
 
 
 def derivative_of_a_map() -> dict[str, int]:
@@ -330,49 +124,6 @@ def derivative_of_a_map() -> dict[str, int]:
     there, back = (sum(d.cost().operations, sympy.Integer(0)) for d in (drawing, drawing.backward()))
     difference = sympy.expand(there - back)
     return {"cross_terms": 0 if difference == 0 else len(sympy.Add.make_args(difference))}
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of an input and of the results that are alive, and their peak; views and weights do not count."""
-
-    def __init__(self, x: Tensor, weights: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = x.nbytes
-        self.known = {t.untyped_storage()._cdata for t in (x, *weights)}
-        weakref.finalize(x, self._gone, x.nbytes, x.untyped_storage()._cdata)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self.known:
-            storage = made.untyped_storage()
-            size, key = storage.nbytes(), storage._cdata
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(made, self._gone, size, key)
-        return made
-
-    def _gone(self, size: int, key: int) -> None:
-        self.now -= size
-        self.known.discard(key)
-
-
-def working_memory() -> dict[str, float]:
-    """Peak of a chain of layers, as read and as it is."""
-    net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 200), nn.Tanh(), nn.Linear(200, 10))
-    weights = [p.detach() for p in net.parameters()]
-    x = torch.rand(32, 64)
-    with torch.no_grad(), _Live(x, weights) as live:
-        y = nn.functional.linear(x, weights[0], weights[1])
-        del x
-        y = torch.relu(y)
-        y = nn.functional.linear(y, weights[2], weights[3])
-        y = torch.tanh(y)
-        y = nn.functional.linear(y, weights[4], weights[5])
-    return {
-        "memory_read": 4.0 * draw(net, torch.rand(32, 64)).cost().working_peak(),
-        "memory_measured": float(live.peak),
-    }
 
 
 def axes_apart() -> dict[str, int]:
@@ -423,14 +174,9 @@ def wrong_diagrams() -> dict[str, int]:
 def figures(results: Results) -> dict[str, Figure]:
     """Time to a drawing, and columns of the gallery."""
     names = results.settings.modules or tuple(MODULES)
-    seconds = [results.values(name, "seconds").mean() for name in names]
-    columns = [results.values(name, "columns")[0] for name in names]
-    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    place = np.arange(len(names))
-    ax.barh(place, seconds)
-    for y, s, c in zip(place.tolist(), seconds, columns, strict=True):
-        ax.text(float(s), y, f" {int(c)} columns", va="center", fontsize=8)
-    ax.set_yticks(place, names)
-    ax.invert_yaxis()
-    ax.set(xlabel="seconds to trace, lay out and draw", xlim=(0, 1.25 * max(seconds)))
-    return {"gallery": fig}
+    return {
+        "time": plots.bars(
+            results, {name: (name, "seconds") for name in names}, ylabel="seconds to trace, lay out and draw"
+        ),
+        "columns": plots.bars(results, {name: (name, "columns") for name in names}, ylabel="columns"),
+    }

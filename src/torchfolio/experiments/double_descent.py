@@ -6,7 +6,7 @@ Longer than most, since every axis of optimisation is a fit of its own kind.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,22 +16,19 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from torchfolio.experiments._capacity_sweeps import closed_forms, networks, one_setting, readouts, tuned_ridge
+from torchfolio.experiments._noisy_labels import noisy_problem
 from torchfolio.insight.double_descent import (
-    Decomposition,
-    RandomFeatures,
     SweepResult,
-    capacity_sweep,
     compare,
     gradient_descent_path,
     peak,
     plot_comparison,
     sgd_rate,
-    train_nested,
 )
-from torchfolio.runs import Results, Run
+from torchfolio.runs import Results, Run, plots
 
 INF = math.inf
 # Closed-form settings on the same features: steps, rate as a share of the default, momentum, scale of initial weights.
@@ -84,174 +81,35 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Inputs and targets `[N, K]` of the three splits."""
-
-    inputs: tuple[Tensor, Tensor, Tensor]
-    targets: tuple[Tensor, Tensor, Tensor]
-    labels: tuple[Tensor, Tensor, Tensor]
-    seed: int
-
-    def features(self, count: int, scale: float = 1.0, standardize: str = "") -> tuple[Tensor, ...]:
-        """Random features of the splits, nested by their number."""
-        inputs = _standardized(self.inputs) if standardize == "inputs" else self.inputs
-        generator = torch.Generator().manual_seed(self.seed)
-        random = RandomFeatures(inputs[0].shape[1], count, torch.tanh, scale, generator, torch.float64)
-        features = tuple(random(x) for x in inputs)
-        return _standardized(features) if standardize == "features" else features
-
-
-def _standardized(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    mean, std = parts[0].mean(0), parts[0].std(0)
-    return tuple((part - mean) / torch.where(std > 0, std, 1.0) for part in parts)
-
-
 def run(run: Run[Settings]) -> None:
     """Sweep the number of features, then the width of networks."""
-    settings, problem = run.settings, load(run)
-    n = settings.train_size
+    s, problem = run.settings, noisy_problem(run)
+    n = s.train_size
+    sizes, widths = ([round(share * n) for share in shares] for shares in (s.sizes, s.iterated))
+    closed = run.arm("closed_form", closed_forms, problem, sizes, CLOSED)
     arms: dict[str, dict[str, Any]] = {}
-    closed = run.arm("closed_form", closed_forms, problem, sizes_of(settings.sizes, n))
     for name in CLOSED:
         arms[name] = {column: closed[f"{name}/{column}"] for column in ("train_loss", "test_loss", "test_error")}
         arms[name]["capacity"] = closed["capacity"]
     variants: dict[str, dict[str, Any]] = {
         "small inputs": {"scale": 0.2},
         "standardized inputs": {"standardize": "inputs"},
+        "standardized features": {"standardize": "features"},
+        "standardized features, minimum": {"standardize": "features", "steps": INF},
     }
-    variants["standardized features"] = {"standardize": "features"}
-    variants["standardized features, minimum"] = {"standardize": "features", "steps": INF}
     for name, changes in variants.items():
-        arms[name] = run.arm(name, one_setting, problem, sizes_of(settings.sizes, n), **changes)
-    adam = partial(torch.optim.Adam, lr=1e-2)
+        arms[name] = run.arm(name, one_setting, problem, sizes, **changes)
+    adam, sgd = partial(torch.optim.Adam, lr=1e-2), partial(torch.optim.SGD, lr=0.05)
     iterated: dict[str, Any] = {f"batch {n // share}": {"batch_size": n // share} for share in (4, 20)}
     iterated["Adam"] = {"optimizer": adam, "batch_size": n}
     for name, how in iterated.items():
-        widths = sizes_of(settings.iterated, n)
-        arms[name] = run.arm(name, readouts, problem, widths, epochs=settings.epochs, **how)
-    ridge = run.arm("ridge", tuned_ridge, problem, sizes_of(settings.sizes, n))
-    networks = {name: run.arm(f"network {name}", network_sweep, run, problem, name) for name in ("adam", "sgd")}
-    _claims(run, arms, closed["condition_number"], ridge, networks)
-
-
-def sizes_of(shares: tuple[float, ...], n: int) -> list[int]:
-    """Whole numbers of features."""
-    return [round(share * n) for share in shares]
-
-
-def load(run: Run[Settings]) -> Problem:
-    """Centred inputs, and targets of which the training's are noisy."""
-    settings = run.settings
-    splits = run.data(settings.data, train_size=settings.train_size, val=400, normalize=False)
-    parts = [part.tensors for part in (splits.train, splits.val, splits.test)]
-    mean = parts[0][0].double().mean(0)
-    inputs = [settings.scale * (x.double() - mean).flatten(1) for x, _ in parts]
-    generator, classes = torch.Generator().manual_seed(run.seed), splits.num_classes
-    labels = [y for _, y in parts]
-    redrawn = torch.rand(len(labels[0]), generator=generator) < settings.noise_rate
-    labels[0] = torch.where(redrawn, torch.randint(classes, labels[0].shape, generator=generator), labels[0])
-    targets = [F.one_hot(y, classes).double() for y in labels]
-    return Problem(tuple(inputs), tuple(targets), tuple(labels), run.seed)  # pyright: ignore[reportArgumentType]
-
-
-def _columns(rows: list[tuple[float, ...]], *more: str) -> dict[str, Any]:
-    """Columns of a sweep from its rows, a row for each size."""
-    names = ("capacity", "train_loss", "test_loss", "test_error", *more)
-    return dict(zip(names, np.array(rows, dtype=float).T, strict=True))
-
-
-def _scores(problem: Problem, output: Tensor, split: int = 2) -> tuple[float, float]:
-    loss = float((output - problem.targets[split]).square().mean())
-    return loss, float((output.argmax(1) != problem.labels[split]).double().mean())
-
-
-def closed_forms(problem: Problem, sizes: list[int]) -> dict[str, Any]:
-    """Every closed-form setting, from one decomposition for each size."""
-    Z, _, Z_test = problem.features(max(sizes))
-    Y = problem.targets[0]
-    start = torch.randn(max(sizes), Y.shape[1], generator=torch.Generator().manual_seed(problem.seed)).double()
-    rows: dict[str, list[float]] = {"capacity": [float(p) for p in sizes], "condition_number": []}
-    for p in sizes:
-        taken_apart = Decomposition(Z[:, :p], Y)
-        points, default = taken_apart.project(Z_test[:, :p]), taken_apart.limit() / 2
-        rows["condition_number"].append(taken_apart.condition_number)
-        for name, (steps, share, momentum, omega) in CLOSED.items():
-            init = omega / math.sqrt(p) * start[:p]
-            path = taken_apart.path(steps, lr=share * default, momentum=momentum, init=init)
-            values = (float(path.train_loss), *_scores(problem, path.predict(points)[0]))
-            for column, value in zip(("train_loss", "test_loss", "test_error"), values, strict=True):
-                rows.setdefault(f"{name}/{column}", []).append(value)
-    return {name: np.array(values) for name, values in rows.items()}
-
-
-def one_setting(problem: Problem, sizes: list[int], steps: float = 1e4, **changes: Any) -> dict[str, Any]:
-    """Plain gradient descent on other features."""
-    Z, _, Z_test = problem.features(max(sizes), **changes)
-    rows = []
-    for p in sizes:
-        path = gradient_descent_path(Z[:, :p], problem.targets[0], steps)
-        sigma = path.decomposition.singular_values
-        spread = float(sigma[0] / sigma[sigma > 0][-1])  # centred features of P = N always have one zero
-        rows.append((p, float(path.train_loss), *_scores(problem, path.predict(Z_test[:, :p])[0]), spread))
-    return _columns(rows, "condition_number")
-
-
-def readouts(
-    problem: Problem, sizes: list[int], *, epochs: int, batch_size: int, optimizer: Callable[..., Any] | None = None
-) -> dict[str, Any]:
-    """Readouts trained by iteration, all sizes at once: SGD at the stable rate of each size, or another optimizer."""
-    Z, _, Z_test = problem.features(max(sizes))
-    Y = problem.targets[0]
-    rates = None if optimizer else [sgd_rate(Z[:, :p], batch_size) for p in sizes]
-    own = {"epochs": epochs, "batch_size": batch_size, "rates": rates}
-    generator = torch.Generator().manual_seed(problem.seed)
-    weights = train_nested(Z, Y, sizes, optimizer or partial(torch.optim.SGD, lr=1.0), generator=generator, **own)
-    scores = [
-        (p, float((Z @ w - Y).square().mean()), *_scores(problem, Z_test @ w))
-        for p, w in zip(sizes, weights, strict=True)
-    ]
-    return _columns(scores)
-
-
-def tuned_ridge(problem: Problem, sizes: list[int]) -> dict[str, Any]:
-    """Ridge regression, its penalty chosen for each size on held-out data."""
-    Z, Z_val, Z_test = problem.features(max(sizes))
-    rows = []
-    for p in sizes:
-        taken_apart = Decomposition(Z[:, :p], problem.targets[0])
-        val, test = (taken_apart.project(z[:, :p]) for z in (Z_val, Z_test))
-        paths = [taken_apart.path(l2=10.0**power) for power in np.linspace(-6, 1, 15)]
-        best = min(paths, key=lambda path: _scores(problem, path.predict(val)[0], 1)[0])
-        rows.append((p, float(best.train_loss), *_scores(problem, best.predict(test)[0]), best.l2))
-    return _columns(rows, "l2")
-
-
-def network_sweep(run: Run[Settings], problem: Problem, optimizer: str) -> dict[str, Any]:
-    """Networks with one hidden layer, all of it trained by full-batch Adam or SGD."""
-    make = {"adam": partial(torch.optim.Adam, lr=1e-2), "sgd": partial(torch.optim.SGD, lr=0.05)}[optimizer]
-
-    def build(width: int, generator: torch.Generator) -> nn.Module:
-        first = nn.Linear(problem.inputs[0].shape[1], width)
-        last = nn.Linear(width, problem.targets[0].shape[1], bias=False)
-        with torch.no_grad():
-            for layer in (first, last):
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
-            first.bias.zero_()
-        return nn.Sequential(first, nn.ReLU(), last)
-
-    def fit(model: nn.Module, train: Any) -> float:
-        steps, target = make(model.parameters()), F.one_hot(train[1], problem.targets[0].shape[1]).float()
-        for _ in range(run.settings.network_steps):
-            steps.zero_grad()
-            F.mse_loss(model(train[0]), target).backward()
-            steps.step()
-        with torch.no_grad():
-            return float(F.mse_loss(model(train[0]), target))
-
-    train, test = ((problem.inputs[k].float(), problem.labels[k]) for k in (0, 2))
-    swept = capacity_sweep(build, run.settings.widths, fit, train, test, seed=run.seed)
-    return {str(name): column.to_numpy(dtype=float) for name, column in swept.frame.items()}
+        arms[name] = run.arm(name, readouts, problem, widths, epochs=s.epochs, **how)
+    ridge = run.arm("ridge", tuned_ridge, problem, sizes)
+    trained = {
+        name: run.arm(f"network {name}", networks, problem, s.widths, s.network_steps, make)
+        for name, make in (("adam", adam), ("sgd", sgd))
+    }
+    _claims(run, arms, closed["condition_number"], ridge, trained)
 
 
 def result(arm: Mapping[str, Any]) -> SweepResult:
@@ -305,8 +163,6 @@ def _claims(
 
 def figures(results: Results) -> dict[str, Figure]:
     """The unified view of the first seed, and test losses of the closed forms."""
-    from torchfolio.runs import plots
-
     first = results.arms[0]
     columns = ("train_loss", "test_loss", "test_error")
     arms = {name: {c: first["closed_form"][f"{name}/{c}"] for c in columns} for name in CLOSED if name not in APART}
@@ -324,7 +180,7 @@ def figures(results: Results) -> dict[str, Figure]:
 
 
 def peers(bench: Any) -> None:
-    """Gradient descent in closed form against the loop, and many settings from one decomposition against one each."""
+    """Gradient descent in closed form against the loop."""
     generator = torch.Generator().manual_seed(0)
     for p in (200, 1600):
         Z = torch.randn(200, p, generator=generator, dtype=torch.float64)
