@@ -1,4 +1,4 @@
-"""Two-layer ReLU networks under attack: by the robust convex program, by the standard one, and trained on PGD's examples."""
+"""Two-layer ReLU networks under attack: by the robust convex program, by the standard one, and by PGD training."""
 
 from __future__ import annotations
 

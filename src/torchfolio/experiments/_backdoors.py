@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +28,11 @@ Pair = tuple[Tensor, Tensor]
 def attack(name: str, data: DataSplits) -> tuple[Trigger, LabelMap]:
     """Trigger and labels of an attack by name; the target is class 0."""
     classes, shape = data.num_classes, data.shape
-    side = min(shape[1:])
-    patch = PatchTrigger.checkerboard(shape, size=3, margin=1) if side >= 16 else _small_patch(shape)
     attacks: dict[str, tuple[Trigger, LabelMap]] = {
-        "badnets": (patch, AllToOne(0, classes)),
+        "badnets": (patch(shape), AllToOne(0, classes)),
         "blend": (BlendTrigger.noise(shape, alpha=0.2), AllToOne(0, classes)),
         # A shift by one would be the very map that wrong labels are often made by.
-        "all_to_all": (patch, AllToAll(classes, shift=3)),
+        "all_to_all": (patch(shape), AllToAll(classes, shift=3)),
         "warp": (WarpTrigger(), AllToOne(0, classes)),
         "sinusoid": (SinusoidTrigger(), CleanLabel(0, classes)),
     }
@@ -41,8 +41,18 @@ def attack(name: str, data: DataSplits) -> tuple[Trigger, LabelMap]:
     return attacks[name]
 
 
-def _small_patch(shape: tuple[int, ...]) -> Trigger:
-    return PatchTrigger.checkerboard(shape, size=2, margin=0)
+def patch(shape: tuple[int, ...]) -> Trigger:
+    """A checkerboard at the corner of small images, and near that of others."""
+    small = min(shape[1:]) < 16
+    return PatchTrigger.checkerboard(shape, size=2 if small else 3, margin=0 if small else 1)
+
+
+def perceptron(data: DataSplits) -> nn.Module:
+    """A network without convolutions."""
+    front = Normalize([0.5] * data.shape[0], [0.5] * data.shape[0])
+    return nn.Sequential(
+        front, nn.Flatten(), nn.Linear(math.prod(data.shape), 64), nn.ReLU(), nn.Linear(64, data.num_classes)
+    )
 
 
 def victim(data: DataSplits, network: str, width: int, seed: int) -> nn.Module:

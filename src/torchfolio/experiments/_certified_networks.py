@@ -73,7 +73,7 @@ class CertifiedNetworks:
 
 
 def decayed(optimizer: Optimizer, total_steps: int) -> MultiStepLR:
-    """A tenth of the rate from 10/16 of the training, and a hundredth from 13/16: certified training decays after its ramp.
+    """A tenth of the rate from 10/16 of the training, a hundredth from 13/16: certified training decays after its ramp.
 
     Without it the last few labels of the poison decide which way triggered inputs lean.
     """

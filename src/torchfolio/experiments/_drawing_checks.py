@@ -28,7 +28,7 @@ def as_drawn(drawing: Drawing, again: Drawing) -> dict[str, Any]:
 def there_and_back(
     net: nn.Module, drawing: Drawing, inputs: Sequence[Sequence[tuple[Tensor, ...]]]
 ) -> dict[str, float]:
-    """Largest differences of a module and what was made of its drawing: of the first sizes, of others, and of the source."""
+    """Largest differences of a module and what its drawing gives: of the first sizes, of others, and of the source."""
     back, space = drawing.to_module(), dict[str, Any]()
     exec(drawing.to_source("f"), space)
     weights = {"weights": net.state_dict()} if "weights[" in back.source else {}
@@ -44,7 +44,7 @@ def there_and_back(
 
 
 def backward(net: nn.Module, drawing: Drawing, inputs: Sequence[Sequence[tuple[Tensor, ...]]]) -> dict[str, Any]:
-    """Largest difference of the gradients of the backward drawing and those of autograd; operations with a rule of their own."""
+    """Largest difference of the backward drawing's gradients and autograd's; operations with a rule of their own."""
     pass_back, largest = drawing.backward(), 0.0
     for given in (given for row in inputs for given in row):
         leaves = [x.clone().requires_grad_() for x in given]

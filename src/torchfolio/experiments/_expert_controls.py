@@ -22,8 +22,8 @@ def without_forgetting(
 ) -> dict[str, float]:
     """As many steps at the same rate on right labels, and none: confidence of those networks in the label as a score.
 
-    A network is surer of its trigger than of most clean inputs, and gentle finetuning on clean examples widens that whatever
-    their labels are, so a high AUROC here says that this score owes little to the forgetting.
+    A network is surer of its trigger than of most clean inputs, and gentle finetuning on clean examples widens that
+    whatever their labels are, so a high AUROC here says that this score owes little to the forgetting.
     """
     finetuned = copy.deepcopy(net)
     fit(

@@ -1,4 +1,4 @@
-"""Small regression problems, noisy sines with a bias, whose global optimum is known: solved exactly, sampled, by Adam."""
+"""Small regression problems whose global optimum is known, noisy sines: solved exactly, sampled, and by Adam."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torchfolio.measure import outputs
 
 
 def strip(net: nn.Module, x: Tensor, clean: Tensor, blends: int = 16) -> Tensor:
-    """Scores, larger for triggered images: their predictions survive being blended with others, so their entropy is low.
+    """Scores, larger for triggered images: their predictions survive being blended with others, at low entropy.
 
     Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019.
     """

@@ -1,7 +1,7 @@
 """Guided poison against random, patch and blended triggers, for attackers who hold little of the data.
 
-No weights of CLIP are needed: the guide is a small network with a cosine head, trained by the attacker on images that the
-victim never sees; its prototypes play the class names. It shows the mechanism, not the generality of CLIP.
+No weights of CLIP are needed: the guide is a small network with a cosine head, trained by the attacker on images that
+the victim never sees; its prototypes play the class names. It shows the mechanism, not the generality of CLIP.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.backdoor import AdditiveTrigger, BlendTrigger, PatchTrigger, Trigger, evaluate_attack, poisoned_test
-from torchfolio.backdoor.clip_backdoor import CLIPGuidedAttack, DataConstraint, clean_feature_erase, universal_trigger
+from torchfolio.backdoor import Trigger, evaluate_attack, poisoned_test
+from torchfolio.backdoor.clip_backdoor import clean_feature_erase
 from torchfolio.backdoor.image_text import PrototypeEncoder
 from torchfolio.backdoor.metrics import labels_of, stealth
-from torchfolio.backdoor.zoo import Normalize, SmallConvNet, fit_classifier
-from torchfolio.data import CropFlip
+from torchfolio.backdoor.zoo import SmallConvNet
 from torchfolio.experiments._backdoors import victim
+from torchfolio.experiments._guided_attacker import GuidedAttacker
 from torchfolio.measure import outputs
 from torchfolio.runs import Results, Run, plots
 
@@ -88,85 +86,21 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        data="digits", image_size=None, own=300, train_size=300, test_size=None, erased_size=50, width=4, epochs=1, guide_width=4,
-        rate=0.1, trigger_images=200, trigger_epochs=2, erase_steps=2, arms=ARMS[:5],
+        data="digits", image_size=None, own=300, train_size=300, test_size=None, erased_size=50, width=4, epochs=1,
+        guide_width=4, rate=0.1, trigger_images=200, trigger_epochs=2, erase_steps=2, arms=ARMS[:5],
     ),
     "quick": Settings(),
     "full": Settings(
         image_size=None, own=10_000, train_size=40_000, test_size=None, erased_size=2000, network="resnet18", width=64,
-        epochs=30, guide_width=64, eps=8 / 255, trigger_epochs=300, trigger_step=0.3 / 8, erase_steps=50, erase_step=1 / 8,
+        epochs=30, guide_width=64, eps=8 / 255, trigger_epochs=300, trigger_step=0.3 / 8, erase_steps=50,
+        erase_step=1 / 8,
         arms=tuple((c, t, e) for c in CONSTRAINTS for t in TRIGGERS for e in (False, True)),
     ),
 }  # fmt: skip
 
 
-class CosineHead(nn.Module):
-    """Scores by cosine with a prototype of each class."""
-
-    def __init__(self, backbone: nn.Module, width: int, classes: int, scale: float) -> None:
-        super().__init__()
-        self.backbone, self.scale = backbone, scale
-        self.prototypes = nn.Parameter(torch.randn(classes, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.normalize(self.backbone(x), dim=1) @ F.normalize(self.prototypes, dim=1).T
-
-
-class Scene:
-    """Attacker and victim, each with images of their own, and a test set."""
-
-    def __init__(self, run: Run[Settings]) -> None:
-        self.run, self.settings = run, run.settings
-        s = self.settings
-        self.data = run.data(
-            s.data,
-            normalize=False,
-            val=0,
-            train_size=s.own + s.train_size,
-            test_size=s.test_size,
-            image_size=s.image_size,
-        )
-        x, y = self.data.train.tensors
-        self.own, self.theirs = (x[: s.own], y[: s.own]), (x[s.own :], y[s.own :])
-        x, y = self.data.test.tensors
-        self.test = x, y
-        self.flip = CropFlip(padding=0) if self.data.shape[0] == 3 else None
-
-    def fit(self, net: nn.Module, data: Any) -> nn.Module:
-        fit_classifier(net, data, self.settings.epochs, augment=self.flip, seed=self.run.seed, device=self.run.device)
-        return net
-
-    @cached_property
-    def guide(self) -> PrototypeEncoder:
-        s = self.settings
-        torch.manual_seed(1000 + self.run.seed)
-        layers = list(SmallConvNet(self.data.shape[0], self.data.num_classes, s.guide_width).children())[:-1]
-        normalize = Normalize(self.data.mean.flatten().tolist(), self.data.std.flatten().tolist())
-        net = CosineHead(nn.Sequential(normalize, *layers), 4 * s.guide_width, self.data.num_classes, s.scale)
-        self.fit(net, self.own)
-        return PrototypeEncoder(net.backbone, net.prototypes.detach(), s.scale)
-
-    @cached_property
-    def triggers(self) -> dict[str, Trigger]:
-        s, shape = self.settings, self.data.shape
-        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(self.run.seed)) * 2.0 - 1
-        made: dict[str, Trigger] = {
-            "random": AdditiveTrigger(s.eps * signs),
-            "badnets": PatchTrigger.checkerboard(shape, size=2, margin=0),
-            "blend": BlendTrigger.noise(shape, 0.15),
-        }
-        for objective in ("uap", "cfa"):
-            made[objective] = universal_trigger(
-                self.guide, self.own[0][: s.trigger_images], objective, target=0, eps=s.eps, epochs=s.trigger_epochs,
-                step=s.trigger_step * s.eps, seed=self.run.seed,
-            )  # fmt: skip
-        return made
-
-    def erase(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        s = self.settings
-        return clean_feature_erase(
-            self.guide, x, s.eps, s.erase_steps, s.erase_step * s.eps, index=index, seed=self.run.seed
-        )
+class Scene(GuidedAttacker):
+    """What the attacker does to the guide and to victims."""
 
     @cached_property
     def erased(self) -> tuple[Tensor, Tensor]:
@@ -180,12 +114,13 @@ class Scene:
         few = x[: len(self.erased[0])], y[: len(self.erased[0])]
         h, h_erased = (outputs(self.guide, part).softmax(1) for part in (few[0], self.erased[0]))
         right, right_erased = (float((p.argmax(1) == few[1]).double().mean()) for p in (h, h_erased))
+        examples = [few[0], self.erased[0], *(self.triggers[t](few[0][:6]) for t in ("blend", "uap", "cfa"))]
         shown = {"clean": x} | {name: self.triggers[name](x) for name in ("random", "uap", "cfa")}
         result: dict[str, Any] = {
             "confidence_fall": 1 - float(h_erased.amax(1).mean() / h.amax(1).mean()),
             "accuracy": right, "accuracy_fall": right - right_erased,
             "largest_change": float((self.erased[0].double() - few[0].double()).abs().max()),
-            "examples": torch.cat([few[0][:6], self.erased[0][:6], *(self.triggers[t](few[0][:6]) for t in ("blend", "uap", "cfa"))]),
+            "examples": torch.cat([part[:6] for part in examples]),
         }  # fmt: skip
         for name, images in shown.items():
             f = F.normalize(outputs(self.guide.backbone, images).double(), dim=1)
@@ -207,20 +142,6 @@ class Scene:
         right = float((labels_of(net, self.erased[0]) == self.erased[1]).double().mean())
         return {f"{t}_{key}": value for t, part in judged.items() for key, value in part.items()} | {"on_erased": right}
 
-    def attack(self, trigger: str, constraint: str, erase: bool) -> CLIPGuidedAttack:
-        s = self.settings
-        constraints = {
-            "number": lambda: DataConstraint.number(s.rate),
-            "target_class": lambda: DataConstraint.classes([0], s.class_rate),
-            # Another domain: negatives in grey.
-            "domain": lambda: DataConstraint.domain((1 - self.own[0].mean(1, keepdim=True).expand_as(self.own[0]), self.own[1]), s.rate),
-        }  # fmt: skip
-        attack = CLIPGuidedAttack(
-            self.guide, 0, trigger=self.triggers[trigger], constraint=constraints[constraint](), suppress=erase, eps=s.eps,
-            erase_steps=s.erase_steps, erase_step=s.erase_step * s.eps,
-        )  # fmt: skip
-        return attack.fit(self.own[0])
-
     def attacked(self, constraint: str, trigger: str, erase: bool) -> dict[str, float]:
         attack = self.attack(trigger, constraint, erase)
         started = time.perf_counter()
@@ -238,51 +159,35 @@ def name_of(constraint: str, trigger: str, erase: bool) -> str:
 
 def run(run: Run[Settings]) -> None:
     """Train the guide, make triggers, and poison victims under each constraint, next to one never poisoned."""
-    scene, arms = Scene(run), run.settings.arms
+    scene = Scene(run)
     guide = run.arm("encoder", scene.encoder)
     clean = run.arm("never_poisoned", scene.never_poisoned)
-    found = {arm: run.arm(name_of(*arm), scene.attacked, *arm) for arm in run.progress(arms, "victims")}
-    run.values(
-        "feature_erasing",
-        {k: guide[k] for k in ("confidence_fall", "accuracy_fall", "largest_change")}
-        | {"largest_allowed": run.settings.eps},
-    )
+    arms = {a: run.arm(name_of(*a), scene.attacked, *a) for a in run.progress(run.settings.arms, "victims")}
+    falls = {k: guide[k] for k in ("confidence_fall", "accuracy_fall", "largest_change")}
+    run.values("feature_erasing", falls, largest_allowed=run.settings.eps)
     run.values("trigger_encoder", {k: guide[k] for k in guide if k.endswith(("_cosine", "_target_rate"))})
-    plain = {t: found["number", t, False] for t in ("random", "blend", "uap", "cfa")}
-    erased = found["number", "cfa", True]
-    run.values(
-        "victim",
-        {t: v["asr"] for t, v in plain.items()}
-        | {f"{t}_accuracy": plain[t]["accuracy"] for t in ("uap", "cfa")}
-        | {"clean_accuracy": clean["uap_accuracy"]},
-    )
-    run.values(
-        "erasing_helps",
-        plain=plain["cfa"]["asr"],
-        erased=erased["asr"],
-        erased_tested_on_erased=erased["asr_erased_test"],
-        clean_victim_on_erased=clean["on_erased"],
-    )
-    run.values(
-        "negative_control",
-        {t: v["asr"] for t, v in plain.items()} | {f"{t}_never_poisoned": clean[f"{t}_asr"] for t in plain},
-    )
+    plain = {t: arms["number", t, False] for t in ("random", "blend", "uap", "cfa")}
+    success = {t: arm["asr"] for t, arm in plain.items()}
+    accuracy = {f"{t}_accuracy": plain[t]["accuracy"] for t in ("uap", "cfa")}
+    run.values("victim", success | accuracy, clean_accuracy=clean["uap_accuracy"])
+    erased = arms["number", "cfa", True]
+    on_erased = {"erased_tested_on_erased": erased["asr_erased_test"], "clean_victim_on_erased": clean["on_erased"]}
+    run.values("erasing_helps", on_erased, plain=plain["cfa"]["asr"], erased=erased["asr"])
+    run.values("negative_control", success, **{f"{t}_never_poisoned": clean[f"{t}_asr"] for t in plain})
 
 
 def figures(results: Results) -> dict[str, Figure]:
     """Attack success of every arm beside that without poison, and what images look like."""
-    arms = results.settings.arms
-    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
-    for k, arm in enumerate(arms):
-        control = results.values("never_poisoned", f"{arm[1]}_asr")
-        for offset, values, color in ((-0.2, results.values(name_of(*arm), "asr"), "C3"), (0.2, control, "C7")):
-            ax.bar(k + offset, values.mean(), 0.4, color=color, alpha=0.6)
-            ax.plot(np.full(len(values), k + offset), values, "k.", ms=4)
-    ax.set_xticks(range(len(arms)), [name_of(*arm).replace("_", " ") for arm in arms], rotation=35, ha="right")
-    ax.set(ylabel="attack success; grey: never poisoned", ylim=(0, 1.02))
-    rows = ["original", "erased", "blend", "UAP", "CFA"]
-    titles = [row if not k else "" for row in rows for k in range(6)]
-    return {"success": fig, "images": plots.grid(results.values("encoder", "examples")[0], titles, columns=6)}
+    names = {name_of(*arm).replace("_", " "): arm for arm in results.settings.arms}
+    series = {
+        "poisoned": {label: (name_of(*arm), "asr") for label, arm in names.items()},
+        "never poisoned": {label: ("never_poisoned", f"{arm[1]}_asr") for label, arm in names.items()},
+    }
+    titles = [row if not k else "" for row in ("original", "erased", "blend", "UAP", "CFA") for k in range(6)]
+    return {
+        "success": plots.groups(results, series, ylabel="attack success"),
+        "images": plots.grid(results.values("encoder", "examples")[0], titles, columns=6),
+    }
 
 
 def peers(bench: Any) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import evaluate, fit, seeded
+from torchfolio.engine.recipes import adam
+from torchfolio.experiments._permuted_networks import permuted_copy
 from torchfolio.insight.activations import unit_rows
 from torchfolio.insight.convergent_learning import (
     ConvergenceReport,
@@ -26,7 +26,7 @@ from torchfolio.insight.convergent_learning import (
     sparse_prediction,
 )
 from torchfolio.models import collect_features
-from torchfolio.runs import Results, Run, threads
+from torchfolio.runs import Results, Run, plots, threads
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,36 @@ KEPT = ("bipartite", "semi", "one_to_one_loss", "dense_loss", "sparse_loss", "sp
 GROUPS = ("mixed_clusters", "contrast", "random_contrast")
 
 
+Net = Callable[[int], nn.Sequential]
+
+
+def run(run: Run[Settings]) -> None:
+    """Compare trained networks with each other, with untrained ones, with a permuted copy, and shuffled."""
+    layers = run.settings.layers
+    # Raw pixels: standardised ones leave fewer units dead and make untrained first layers alike.
+    data = run.data(run.settings.data, test_size=run.settings.probe, normalize=False)
+    probe = data.test.tensors[0]
+    net = cache(partial(trained, run, data))
+    with threads(1):
+        pair = run.arm("trained", _trained, run, data, probe, net)
+        untrained = run.arm("untrained", _untrained, run, data, probe, net)
+        copied = run.arm("permuted", _permuted, run, probe, net)
+        shuffled = run.arm("shuffled", _shuffled, run, probe, net)
+    run.values("permuted_copy", copied)
+    matched = {layer: pair[f"{layer}_bipartite"] for layer in layers}
+    run.values("shared_features", matched, **{f"{layer}_untrained": untrained[layer] for layer in layers})
+    run.values("not_one_to_one", {f"{layer}_gap": pair[f"{layer}_gap"] for layer in layers})
+    few = {}
+    for layer in layers[:-1]:
+        alone = pair[f"{layer}_one_to_one_loss"]  # that of a unit's match
+        few[f"{layer}_dense"] = pair[f"{layer}_dense_loss"] / alone
+        few[f"{layer}_few"] = pair[f"{layer}_sparse_loss"] / alone
+        few[f"{layer}_units"] = pair[f"{layer}_sparse_units"]
+    run.values("few_to_one", few)
+    run.values("clusters", {f"{layer}_{key}": pair[f"{layer}_{key}"] for layer in layers for key in GROUPS})
+    run.values("negative_control", {key: shuffled[key] for key in ("largest_match", "least_loss", "largest_loss")})
+
+
 def network(settings: Settings, data: DataSplits) -> nn.Sequential:
     """Convolutions, a fully connected layer and a classifier; every child ends in its ReLU."""
     net = nn.Sequential()
@@ -108,81 +138,10 @@ def fresh(run: Run[Settings], data: DataSplits, index: int) -> nn.Sequential:
 
 
 def trained(run: Run[Settings], data: DataSplits, index: int) -> nn.Sequential:
-    net, settings = fresh(run, data, index), run.settings
-    fit(
-        net,
-        data.train,
-        optimizer=partial(torch.optim.Adam, lr=settings.lr),
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=1000 * run.seed + index,
-        device=run.device,
-        progress=False,
-    )
+    net, s, seed = fresh(run, data, index), run.settings, 1000 * run.seed + index
+    budget = {"epochs": s.epochs, "batch_size": s.batch_size, "seed": seed, "device": run.device}
+    fit(net, data.train, optimizer=adam(s.lr), progress=False, **budget)
     return net
-
-
-def permuted_copy(net: nn.Sequential, generator: torch.Generator) -> tuple[nn.Sequential, list[Tensor]]:
-    """The same function with the units of every hidden layer in another order, and those orders."""
-    other = copy.deepcopy(net)
-    weighted: list[Any] = [m for m in other.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    orders: list[Tensor] = []
-    with torch.no_grad():
-        for layer, following in pairwise(weighted):
-            order = torch.randperm(len(layer.weight), generator=generator)
-            layer.weight.copy_(layer.weight[order])
-            layer.bias.copy_(layer.bias[order])
-            # A linear layer on flattened maps has all positions of one channel side by side.
-            w = following.weight
-            grouped = w.view(len(w), len(order), -1)
-            following.weight.copy_(grouped[:, order].reshape(w.shape))
-            orders.append(order)
-    return other, orders
-
-
-def run(run: Run[Settings]) -> None:
-    """Compare trained networks with each other, with untrained ones, with a permuted copy, and shuffled."""
-    with threads(1):
-        _run(run)
-
-
-def _run(run: Run[Settings]) -> None:
-    settings, layers = run.settings, run.settings.layers
-    # Raw pixels: standardised ones leave fewer units dead and make untrained first layers alike.
-    data = run.data(settings.data, test_size=settings.probe, normalize=False)
-    probe = data.test.tensors[0]
-    net = cache(partial(trained, run, data))
-    pair = run.arm("trained", _trained, run, data, probe, net)
-    untrained = run.arm("untrained", _untrained, run, data, probe, net)
-    copied = run.arm("permuted", _permuted, run, probe, net)
-    shuffled = run.arm("shuffled", _shuffled, run, probe, net)
-
-    run.values("permuted_copy", copied)
-    matched = {layer: pair[f"{layer}_bipartite"] for layer in layers}
-    values = {**matched, **{f"{layer}_untrained": untrained[layer] for layer in layers}}
-    run.values("shared_features", values)
-    gaps = {f"{layer}_gap": pair[f"{layer}_gap"] for layer in layers}
-    run.values("not_one_to_one", gaps)
-    _claim_few(run, pair)
-    clusters = {f"{layer}_{key}": pair[f"{layer}_{key}"] for layer in layers for key in GROUPS}
-    run.values("clusters", clusters)
-    run.values(
-        "negative_control",
-        {key: shuffled[key] for key in ("largest_match", "least_loss", "largest_loss")},
-    )
-
-
-def _claim_few(run: Run[Settings], pair: dict[str, Any]) -> None:
-    values = {}
-    for layer in run.settings.layers[:-1]:
-        alone = pair[f"{layer}_one_to_one_loss"]
-        values[f"{layer}_dense"] = pair[f"{layer}_dense_loss"] / alone
-        values[f"{layer}_few"] = pair[f"{layer}_sparse_loss"] / alone
-        values[f"{layer}_units"] = pair[f"{layer}_sparse_units"]
-    run.values("few_to_one", values)
-
-
-Net = Callable[[int], nn.Sequential]
 
 
 def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, Any]:
@@ -196,7 +155,9 @@ def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> d
             first, second = (net(k).get_parameter("conv1.0.weight") for k in (a, b))
             pairs = plot_filter_pairs(first, second, report["conv1"].match)
             run.figure("filters", pairs, "Filters of the first layer above their matches")
-    result: dict[str, Any] = {"accuracy": float(np.mean([_accuracy(net(k), data) for k in range(run.settings.nets)]))}
+    result: dict[str, Any] = {
+        "accuracy": np.mean([evaluate(net(k), data.test)["accuracy"] for k in range(run.settings.nets)])
+    }
     for k, layer in enumerate(run.settings.layers):
         for key in (*KEPT, *GROUPS, "dead_a", "dead_b"):
             result[f"{layer}_{key}"] = float(np.mean([r.layers[k].summary()[key] for r in reports]))
@@ -204,10 +165,6 @@ def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> d
         curves = [r.layers[k].prediction.curve() for r in reports]
         result[f"{layer}_curve"] = np.mean([c.to_numpy() for c in curves], axis=0)
     return result
-
-
-def _accuracy(net: nn.Module, data: DataSplits) -> float:
-    return float(evaluate(net, data.test)["accuracy"])
 
 
 def _gap(report: ConvergenceReport, layer: int) -> float:
@@ -260,37 +217,21 @@ def _shuffled(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
 
 def figures(results: Results) -> dict[str, Figure]:
     """Matching by layer, and prediction by the number of units."""
-    return {"matching by layer": _matching(results), "prediction by units": _prediction(results)}
-
-
-def _matching(results: Results) -> Figure:
     layers = results.settings.layers
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    bars = {
-        "best partner": [results.values("trained", f"{layer}_semi") for layer in layers],
-        "one to one": [results.values("trained", f"{layer}_bipartite") for layer in layers],
-        "with an untrained net": [results.values("untrained", layer) for layer in layers],
-        "shuffled samples": [results.values("shuffled", f"{layer}_match") for layer in layers],
+    series = {
+        "best partner": {layer: ("trained", f"{layer}_semi") for layer in layers},
+        "one to one": {layer: ("trained", f"{layer}_bipartite") for layer in layers},
+        "with an untrained net": {layer: ("untrained", layer) for layer in layers},
+        "shuffled samples": {layer: ("shuffled", f"{layer}_match") for layer in layers},
     }
-    for k, (label, values) in enumerate(bars.items()):
-        position = np.arange(len(layers)) + (k - 1.5) * 0.2
-        ax.bar(position, [v.mean() for v in values], 0.2, yerr=[v.std() for v in values], capsize=2, label=label)
-    ax.set(ylabel="mean correlation of matched units", ylim=(0, 1))
-    ax.set_xticks(range(len(layers)), layers)
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3, axis="y")
-    return fig
-
-
-def _prediction(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for k, layer in enumerate(results.settings.layers):
+    prediction, ax = plots.axes("units used for one prediction", "held-out loss (0.5: its mean alone; star: its match)")
+    for k, layer in enumerate(layers):
         _, loss, units = results.values("trained", f"{layer}_curve").mean(0).T
         ax.plot(units, loss, "o-", c=f"C{k}", label=layer)
         ax.plot([1], [results.values("trained", f"{layer}_one_to_one_loss").mean()], "*", c=f"C{k}", ms=11)
-    ax.plot([], [], "*", c="grey", ms=11, label="its match alone")
-    ax.axhline(0.5, ls="--", c="grey", lw=1, label="its mean alone")
-    ax.set(xlabel="units used for one prediction", ylabel="held-out loss", xscale="log", ylim=(0, None))
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
-    return fig
+    ax.set(xscale="log", ylim=(0, None))
+    ax.legend()
+    return {
+        "matching by layer": plots.groups(results, series, ylabel="mean correlation of matched units"),
+        "prediction by units": prediction,
+    }

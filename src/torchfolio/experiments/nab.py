@@ -47,7 +47,10 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        digits=Task(data="digits", clean_size=120, epochs=3, isolation_epochs=1, isolation_lr=0.1, restarts=2, looks=2, verified_epochs=5),
+        digits=Task(
+            data="digits", clean_size=120, epochs=3, isolation_epochs=1, isolation_lr=0.1, restarts=2, looks=2,
+            verified_epochs=5,
+        ),
         photos=None,
     ),
     "quick": Settings(),

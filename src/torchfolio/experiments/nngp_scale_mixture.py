@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
-from torch import Tensor, nn
-from torch.distributions import InverseGamma
+from torch import Tensor
 
+from torchfolio.experiments._evidence_of_processes import by_gpytorch, plainly
+from torchfolio.experiments._wide_networks import at_random_weights, last_layer_trained
 from torchfolio.runs import Results, Run, plots
 from torchfolio.theory.infinite_kernels import nngp
 from torchfolio.theory.mixture_process import cholesky
@@ -21,12 +20,9 @@ from torchfolio.theory.nngp_scale_mixture import (
     NNGPKernel,
     SparseStudentTClassifier,
     StudentTProcessRegressor,
-    sample_prior,
-    scale_mixture_init_,
     t_evidence,
 )
 
-PRIOR = InverseGamma(torch.tensor(2.0), torch.tensor(2.0))
 PROCESSES: dict[str, dict[str, Any]] = {
     "t": {},
     "gp": {"prior": "fixed"},
@@ -81,7 +77,7 @@ SCALES = {
 def run(run: Run[Settings]) -> None:
     """The limit of random networks, regression with and without outliers, classification, the trained last layer."""
     settings = run.settings
-    run.values("student_t_limit", **run.arm("random_networks", _random_networks, settings))
+    run.values("student_t_limit", run.arm("random_networks", at_random_weights, settings.draws, settings.width))
     share = settings.outlier_share
     nll = {
         name: {key: np.asarray(v) for key, v in run.arm(name, _regression, run, *outliers).items()}
@@ -113,24 +109,8 @@ def run(run: Run[Settings]) -> None:
     )
     ours, twin = (run.arm(name, _classify, run, prior) for name, prior in (("svtp", (2.0, 2.0)), ("svgp", "fixed")))
     run.values("classification", {**ours, **{f"gp_{name}": value for name, value in twin.items()}})
-    run.values("last_layer_training", **run.arm("last_layer", _last_layer, settings))
-
-
-def _random_networks(settings: Settings) -> dict[str, float]:
-    """Kolmogorov-Smirnov tests of the outputs at 3 inputs: the least p against t, the largest against the normal."""
-    x = torch.randn(3, 5)
-
-    def network() -> nn.Module:
-        hidden, last = nn.Linear(5, settings.width, bias=False), nn.Linear(settings.width, 1, bias=False)
-        nn.init.normal_(hidden.weight, 0, math.sqrt(2 / 5))
-        scale_mixture_init_(last, PRIOR)
-        return nn.Sequential(hidden, nn.ReLU(), last)
-
-    outputs = sample_prior(network, x, settings.draws)[..., 0].double().numpy()
-    standard = outputs / nngp(x, None, "relu", 1, weight_var=2.0).diagonal().sqrt().numpy()
-    t_p = [stats.kstest(column, stats.t(4).cdf).pvalue for column in standard.T]
-    normal_p = [stats.kstest(column, stats.norm(0, math.sqrt(2)).cdf).pvalue for column in standard.T]
-    return {"t_p": min(t_p), "normal_p": max(normal_p)}
+    trained = settings.nets, settings.net_width, settings.net_points
+    run.values("last_layer_training", run.arm("last_layer", last_layer_trained, *trained))
 
 
 def _regression(run: Run[Settings], train_share: float, test_share: float) -> dict[str, list[float]]:
@@ -144,7 +124,7 @@ def _regression(run: Run[Settings], train_share: float, test_share: float) -> di
     parts = [part.tensors for part in (splits.train, splits.test)]
     X, y = (torch.cat([part[k] for part in parts]).double().numpy() for k in (0, 1))
     y = y.reshape(len(X))
-    generator = np.random.default_rng(torch.initial_seed())
+    generator = np.random.default_rng(torch.initial_seed())  # the run's seed, equal for all arms
     totals = {name: np.zeros(len(settings.sizes)) for name in PROCESSES}
     for _ in run.progress(range(settings.splits), "splits"):
         order = generator.permutation(len(X))
@@ -194,49 +174,14 @@ def _classify(run: Run[Settings], prior: Any) -> dict[str, float]:
     return scores
 
 
-def _last_layer(settings: Settings) -> dict[str, float]:
-    """Gradient flow on the last layer ends at the interpolation nearest to its start; that is solved for.
-
-    Targets are small, so that the posterior, whose scale follows them, differs from the start by more than its tails: 300
-    networks would not tell tails of 4 and 14 degrees of freedom apart.
-    """
-    n, width = settings.net_points, settings.net_width
-    x = torch.randn(n + 1, 5, dtype=torch.float64)
-    y = 0.3 * torch.sin(2 * x[:n, 0])
-    K = nngp(x, None, "relu", 1, weight_var=2.0)
-    solved = torch.linalg.solve(K[:n, :n], K[:n, n])
-    location, rest = solved @ y, K[n, n] - solved @ K[:n, n]
-    ends = []
-    for _ in range(settings.nets):
-        last = nn.Linear(width, 1, bias=False, dtype=torch.float64)
-        scale_mixture_init_(last, PRIOR)
-        phi = torch.relu(x @ torch.randn(5, width, dtype=torch.float64) * math.sqrt(2 / 5))
-        start = last.weight[0].detach()
-        v = start + torch.linalg.lstsq(phi[:n], (y - phi[:n] @ start)[:, None], driver="gelsd").solution[:, 0]
-        ends.append(float(phi[n] @ v))
-    residuals = (np.asarray(ends) - float(location)) / float(rest.sqrt())
-    quadratic = float(y @ torch.linalg.solve(K[:n, :n], y))
-    posterior = stats.t(4 + n, scale=math.sqrt((4 + quadratic) / (4 + n)))
-    return {
-        "prior_p": float(stats.kstest(residuals, stats.t(4).cdf).pvalue),
-        "posterior_p": float(stats.kstest(residuals, posterior.cdf).pvalue),
-    }
-
-
 def figures(results: Results) -> dict[str, Figure]:
     """Negative log likelihood by the number of training points, clean and with outliers; accuracy under corruption."""
     labels = {"Student t": "t", "Gaussian": "gp", "Gaussian, fitted scale": "gp_scaled"}
-    drawn = {
-        f"regression, {arm}": plots.curves(
-            results,
-            {label: (arm, name) for label, name in labels.items()},
-            x=results.settings.sizes,
-            xlabel="training points",
-            ylabel="negative log likelihood",
-            logx=True,
-        )
-        for arm in ("clean", "outliers")
-    }
+    axes = {"xlabel": "training points", "ylabel": "negative log likelihood", "logx": True}
+    drawn = {}
+    for arm in ("clean", "outliers"):
+        lines = {label: (arm, name) for label, name in labels.items()}
+        drawn[f"regression, {arm}"] = plots.curves(results, lines, x=results.settings.sizes, **axes)
     scores = {f"{arm} {name}": (arm, f"{name}_nll") for name in CORRUPTIONS for arm in ("svtp", "svgp")}
     return {**drawn, "digits": plots.bars(results, scores, ylabel="negative log likelihood")}
 
@@ -251,49 +196,7 @@ def peers(bench: Any) -> None:
         with torch.no_grad():
             return t_evidence(y, cholesky(nngp(x, None, "relu", 4, weight_var=2.0, bias_var=0.01), 0.1), a, b)
 
-    def plain() -> Tensor:
-        K = 2 * x @ x.T / 10 + 0.01
-        for layer in range(4):
-            norm = K.diagonal().sqrt()
-            scale = torch.outer(norm, norm)
-            theta = torch.acos((K / scale).clamp(-1, 1))
-            K = scale * (torch.sin(theta) + (math.pi - theta) * torch.cos(theta)) / (2 * math.pi)
-            K = 2 * K + 0.01 if layer < 3 else K
-        C = K + 0.1 * torch.eye(1000, dtype=torch.float64)
-        factor = torch.linalg.cholesky(C)
-        quadratic = y @ torch.cholesky_solve(y[:, None], factor)[:, 0]
-        gammas = torch.lgamma(a + 500) - torch.lgamma(a) - 500 * torch.log(2 * math.pi * b)
-        return gammas - factor.diagonal().log().sum() - (a + 500) * torch.log1p(quadratic / (2 * b))
-
-    rivals = {"plain": plain}
+    rivals = {"plain": lambda: plainly(x, y, a, b)}
     if importlib.util.find_spec("gpytorch") is not None:
-        rivals["gpytorch"] = _gpytorch(x, y)
+        rivals["gpytorch"] = by_gpytorch(x, y)
     bench.compare("kernel and evidence, 1,000 points, 4 layers", ours=ours, **rivals)
-
-
-def _gpytorch(x: Tensor, y: Tensor) -> Any:
-    import gpytorch  # pyright: ignore[reportMissingImports]
-
-    class Kernel(gpytorch.kernels.Kernel):
-        def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **settings: Any) -> Tensor:
-            K = nngp(x1, None if torch.equal(x1, x2) else x2, "relu", 4, weight_var=2.0, bias_var=0.01)
-            return K.diagonal() if diag else K
-
-    class Process(gpytorch.models.ExactGP):
-        def __init__(self, likelihood: Any) -> None:
-            super().__init__(x, y, likelihood)
-            self.mean, self.covariance = gpytorch.means.ZeroMean(), Kernel()
-
-        def forward(self, x: Tensor) -> Any:
-            return gpytorch.distributions.MultivariateNormal(self.mean(x), self.covariance(x))
-
-    likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
-    likelihood.noise = 0.1
-    process = Process(likelihood).train()
-    evidence = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, process)
-
-    def call() -> Tensor:
-        with torch.no_grad(), gpytorch.settings.fast_computations(False, False, False):
-            return evidence(process(x), y)
-
-    return call

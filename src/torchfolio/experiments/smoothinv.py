@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from torchfolio.backdoor import AllToOne, PatchTrigger, poison, poisoned_test
-from torchfolio.backdoor.detectors import private
+from torchfolio.backdoor import AllToOne, poisoned_test
 from torchfolio.backdoor.inversion import perturbations
 from torchfolio.backdoor.metrics import attack_metrics, labels_of
 from torchfolio.backdoor.smoothinv import SmoothInv
 from torchfolio.backdoor.victims import default_net, victim
-from torchfolio.backdoor.zoo import Normalize, fit_classifier
 from torchfolio.data import CropFlip, DataSplits, load
-from torchfolio.engine import seeded
+from torchfolio.experiments._backdoors import patch, perceptron
+from torchfolio.experiments._hardened_victims import hardened
+from torchfolio.experiments._neural_cleanse import mask_and_pattern
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
@@ -90,26 +89,19 @@ def run(run: Run[Settings]) -> None:
     run.values("negative_control", asr=found["clean"])
     small = run.data(s.digits, normalize=False, val=0, train_size=s.digits_size)
     digits = run.arm("digits", targets, run, small)
-    run.values(
-        "target",
-        {"images": found["profile"][0], "images_next": max(found["profile"][1:]), "digits": digits["bad"][0],
-         "digits_next": max(digits["bad"][1:]), "false_alarms": digits["alarm_conv"] + found["alarm"],
-         "other_false_alarms": digits["alarm_narrow"] + digits["alarm_mlp"]},
-    )  # fmt: skip
-    hard: dict[str, float] = {}
-    for name in ("negatives", "augmented"):
-        hard |= {
-            name: digits[name][0],
-            f"{name}_next": max(digits[name][1:]),
-            f"{name}_trigger": digits[f"trigger_{name}"],
-        }
-    run.values("countermeasures", hard)
+    profiles = {"images": found["profile"], "digits": digits["bad"]}
+    ranks = {**{k: v[0] for k, v in profiles.items()}, **{f"{k}_next": max(v[1:]) for k, v in profiles.items()}}
+    alarms, others = digits["alarm_conv"] + found["alarm"], digits["alarm_narrow"] + digits["alarm_mlp"]
+    run.values("target", ranks, false_alarms=alarms, other_false_alarms=others)
+    hard = {k: digits[k] for k in ("negatives", "augmented")}
+    ranks = {**{k: v[0] for k, v in hard.items()}, **{f"{k}_next": max(v[1:]) for k, v in hard.items()}}
+    run.values("countermeasures", ranks, **{f"{k}_trigger": digits[f"trigger_{k}"] for k in hard})
 
 
 def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """Success, place and looks of perturbations from single images, against plain descent and mask and pattern."""
     s = run.settings
-    trigger, labels = patch(data), AllToOne(0, data.num_classes)
+    trigger, labels = patch(data.shape), AllToOne(0, data.num_classes)
     bad, clean = (
         victim(data, trigger, labels, rate=rate, epochs=s.epochs, seed=run.seed,
                net=lambda: own_network(s, data, lambda: default_net(data, s.width)),
@@ -131,54 +123,31 @@ def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     for eps in s.eps:
         for sigma in (0.0, *s.sigma):
             draw = SmoothInv(sigma, eps, s.steps, n=s.n, patience=None, seed=run.seed)
-            inverted = [draw.invert(bad.model, image, 0) for image in images]
-            name = f"{sigma:g} {eps:g}"
-            result[f"asr {name}"] = sum(t.asr(bad.model, others) for t in inverted) / len(inverted)
-            result[f"share {name}"] = sum(
-                float((t.delta**2 * corner).sum() / (t.delta**2).sum()) for t in inverted
-            ) / len(inverted)
+            inverted, name = [draw.invert(bad.model, image, 0) for image in images], f"{sigma:g} {eps:g}"
+            inside = [(t.delta**2 * corner).sum() / (t.delta**2).sum() for t in inverted]
+            result[f"asr {name}"] = average(t.asr(bad.model, others) for t in inverted)
+            result[f"share {name}"] = average(float(share) for share in inside)
             panel += [inverted[0].delta] if eps == s.eps[0] else []
             if (sigma, eps) == (s.sigma[0], s.eps[0]):
-                result["clean"] = sum(draw.invert(clean.model, i, 0).asr(clean.model, others) for i in images) / len(
-                    images
-                )
-    result["masked"] = sum(masked(bad.model, image, others, s.steps) for image in images) / len(images)
-    profiles = [
-        SmoothInv(s.sigma[0], s.eps[0], s.steps // 2, n=s.n // 2, seed=run.seed).identify_target(
-            net.model, images[0], x[50:][: s.pool]
-        )
-        for net in (bad, clean)
-    ]
+                result["clean"] = average(draw.invert(clean.model, i, 0).asr(clean.model, others) for i in images)
+    result["masked"] = average(mask_and_pattern(bad.model, image, others, s.steps) for image in images)
+    finder = SmoothInv(s.sigma[0], s.eps[0], s.steps // 2, n=s.n // 2, seed=run.seed)
+    profiles = [finder.identify_target(net.model, images[0], x[50:][: s.pool]) for net in (bad, clean)]
     result |= {"profile": profiles[0].scores.tolist(), "profile_clean": profiles[1].scores.tolist()}
     return result | {"alarm": int(profiles[1].target is not None), "panel": torch.stack(panel)}
 
 
-def masked(model: nn.Module, image: Tensor, others: Tensor, steps: int, weight: float = 0.01) -> float:
-    """The baseline: Neural Cleanse's mask and pattern, fitted to the same single image; its success on others."""
-    net = private(model, None)
-    mask, pattern = (
-        torch.full(shape, v, requires_grad=True) for shape, v in ((image.shape[-2:], -2.0), (image.shape, 0.0))
-    )
-    optimizer = torch.optim.Adam([mask, pattern], lr=0.1, betas=(0.5, 0.9))
-
-    def apply(x: Tensor) -> Tensor:
-        return torch.lerp(x, pattern.sigmoid().expand_as(x), mask.sigmoid().expand_as(x))
-
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(apply(image[None])), torch.tensor([0])) + weight * mask.sigmoid().sum()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        return float((labels_of(net, apply(others)) == 0).double().mean())
+def average(values: Iterable[float]) -> float:
+    parts = list(values)
+    return sum(parts) / len(parts)
 
 
 def targets(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """Profiles of digit networks: a victim, clean ones of several kinds, and victims trained against smoothing."""
     s = run.settings
-    trigger, labels = patch(data), AllToOne(0, data.num_classes)
+    trigger, labels = patch(data.shape), AllToOne(0, data.num_classes)
     kinds: dict[str, Callable[[], nn.Module]] = {
-        "conv": lambda: default_net(data, 8), "narrow": lambda: default_net(data, 4), "mlp": partial(mlp, data)
+        "conv": lambda: default_net(data, 8), "narrow": lambda: default_net(data, 4), "mlp": partial(perceptron, data)
     }  # fmt: skip
     train = partial(victim, data, trigger, labels, epochs=s.digits_epochs, seed=run.seed, device=run.device)
     nets = {"bad": train(rate=s.rate).model, **{name: train(rate=0, net=net).model for name, net in kinds.items()}}
@@ -193,72 +162,33 @@ def targets(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     return {**{name: p.scores.tolist() for name, p in profiles.items()}, **alarms, **success}
 
 
-def hardened(run: Run[Settings], data: DataSplits, kind: str) -> nn.Module:
-    """A victim whose training tries to hide the trigger from smoothing.
-
-    `"negatives"` adds triggered images under noise with their true labels, `"augmented"` puts noise on all images.
-    """
-    s = run.settings
-    poisoned = poison(data.train.tensors, patch(data), AllToOne(0, data.num_classes), rate=s.rate, seed=run.seed)
-    x, y = poisoned.tensors()
-    with seeded(run.seed):
-        net = default_net(data, 8)
-        noisy = partial(under_noise, sigma=s.noise)
-        if kind == "negatives":
-            rows = torch.from_numpy(poisoned.is_poison)
-            x, y = torch.cat([x, noisy(x[rows])]), torch.cat([y, torch.from_numpy(poisoned.y_true)[rows]])
-        fit_classifier(net, (x, y), s.digits_epochs, seed=run.seed, augment=noisy if kind == "augmented" else None)
-    return net.eval()
-
-
-def under_noise(x: Tensor, sigma: float) -> Tensor:
-    """Images with Gaussian noise."""
-    return x + sigma * torch.randn_like(x)
-
-
-def patch(data: DataSplits) -> PatchTrigger:
-    """A checkerboard near the corner."""
-    small = min(data.shape[1:]) < 16
-    return PatchTrigger.checkerboard(data.shape, size=2 if small else 3, margin=0 if small else 1)
-
-
-def mlp(data: DataSplits) -> nn.Module:
-    """A network without convolutions."""
-    features = data.shape[0] * data.shape[1] * data.shape[2]
-    return nn.Sequential(Normalize([0.5] * data.shape[0], [0.5] * data.shape[0]), nn.Flatten(), nn.Linear(features, 64), nn.ReLU(),
-                         nn.Linear(64, data.num_classes))  # fmt: skip
-
-
 def figures(results: Results) -> dict[str, Figure]:
     """Success against the budget, the profiles, and what is drawn."""
     s = results.settings
-    curves, ax = plots.axes("budget", "success on other images")
-    for sigma in (0.0, *s.sigma):
-        values = [results.values("images", f"asr {sigma:g} {eps:g}").mean() for eps in s.eps]
-        ax.plot(s.eps, values, marker="o", label=f"noise {sigma:g}" if sigma else "plain descent")
+    lines = {
+        f"noise {sigma:g}" if sigma else "plain descent": [("images", f"asr {sigma:g} {eps:g}") for eps in s.eps]
+        for sigma in (0.0, *s.sigma)
+    }
+    profile, ax = plots.axes("class", "share of other images", width=7)
+    shown = {
+        "images": ("images", "profile"), "images, clean network": ("images", "profile_clean"),
+        "digits": ("digits", "bad"), "digits, clean network": ("digits", "conv"),
+    }  # fmt: skip
+    for k, (label, value) in enumerate(shown.items()):
+        share = results.values(*value).mean(0)
+        ax.bar([c + 0.2 * k - 0.3 for c in range(len(share))], share, 0.2, label=label)
     ax.legend()
-    profile, bx = plots.axes("class", "share of other images", width=7)
-    for k, (arm, name) in enumerate(
-        (("images", "profile"), ("images", "profile_clean"), ("digits", "bad"), ("digits", "conv"))
-    ):
-        values = results.values(arm, name).mean(0)
-        bx.bar(
-            [c + 0.2 * k - 0.3 for c in range(len(values))],
-            values,
-            0.2,
-            label=("images", "images, clean network", "digits", "digits, clean network")[k],
-        )
-    bx.legend()
     image, *deltas = torch.as_tensor(results.arms[0]["images"]["panel"]).unbind()
     rows = [[image, (image + delta).clamp(0, 1), delta] for delta in deltas]
     panel = perturbations(rows, ["image", "with it", "perturbation"], [f"noise {v:g}" for v in (0.0, *s.sigma)])
+    curves = plots.curves(results, lines, x=s.eps, xlabel="budget", ylabel="success on other images")
     return {"budgets": curves, "profiles": profile, "drawn": panel}
 
 
 def peers(bench: Any) -> None:
     """All images and targets at once, against one after another with a smoothed network as it comes."""
     data = load("mnist10k", normalize=False, val=0, train_size=2000)
-    net = victim(data, patch(data), AllToOne(0, 10), rate=0.1, epochs=3, seed=0).model
+    net = victim(data, patch(data.shape), AllToOne(0, 10), rate=0.1, epochs=3, seed=0).model
     images, steps, n, eps, sigma = data.test.tensors[0][:2], 120, 20, 1.0, 0.12
     draw = SmoothInv(sigma, eps, steps, n=n)
 

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
+from torchfolio.experiments._buggy_verifiers import BUGS
 from torchfolio.models import MLP
-from torchfolio.robustness.properties import Box
 from torchfolio.robustness.soundness_bench import (
     AttackOnly,
     HiddenCounterexamples,
@@ -31,7 +30,7 @@ from torchfolio.robustness.soundness_bench import (
     withstands,
 )
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval
-from torchfolio.runs import Results, Run
+from torchfolio.runs import Results, Run, plots
 
 
 @dataclass(frozen=True)
@@ -91,66 +90,19 @@ SCALES = {
 }  # fmt: skip
 
 
-class ShrinkInput(CrownSplit):
-    """A bug: looks at a box shrunk by a factor around its centre."""
-
-    def __init__(self, severity: float) -> None:
-        super().__init__(attack_steps=0)
-        self.severity = severity
-
-    def shrink(self, box: Box) -> Box:
-        return Box(box.center - self.severity * box.radius, box.center + self.severity * box.radius)
-
-
-class ShrinkIntermediate(CrownSplit):
-    """A bug: contracts the bounds of the inputs of activations towards their centres."""
-
-    def __init__(self, severity: float) -> None:
-        super().__init__(attack_steps=0)
-        self.severity = severity
-
-    def adjust(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        center, radius = (low + high) / 2, self.severity * (high - low) / 2
-        return center - radius, center + radius
-
-
-class DropDomains(CrownSplit):
-    """A bug: forgets each half of a split box with a probability of one less the severity's value."""
-
-    def __init__(self, severity: float) -> None:
-        super().__init__(attack_steps=0)
-        self.severity, self.generator = severity, torch.Generator().manual_seed(0)
-
-    def keep(self, boxes: Box) -> Tensor:
-        return torch.rand(len(boxes), generator=self.generator) < self.severity
-
-
-BUGS = {"shrink_input": ShrinkInput, "shrink_intermediate": ShrinkIntermediate, "drop_domains": DropDomains}
-
-
 def run(run: Run[Settings]) -> None:
     """Train three ways, then ask verifiers, sound ones and broken ones, about what is hidden."""
     settings = run.settings
-    arms = {
-        "two_objective": {"window": settings.window},
-        "no_window": {"window": 1},
-        "naive": {"attack": None},
-    }
-    found = {name: run.arm(name, lambda own=own: train(run, own)) for name, own in arms.items()}
-    both = found["two_objective"]
-    run.values(
-        "hidden",
-        {key: both[key] for key in ("hidden", "misclassified", "right")},
-        pairs=settings.pairs,
-    )
-    run.values(
-        "ablations",
-        {name: found[name]["hidden"] for name in arms},
-    )
+    ways = {"two_objective": {"window": settings.window}, "no_window": {"window": 1}, "naive": {"attack": None}}
+    arms = {name: run.arm(name, train, run, own) for name, own in ways.items()}
+    both = arms["two_objective"]
+    found = {name: both[name] for name in ("hidden", "misclassified", "right")}
+    run.values("hidden", found, pairs=settings.pairs)
+    run.values("ablations", {name: arm["hidden"] for name, arm in arms.items()})
     run.values("clean_instances", clean=both["clean"], pairs=settings.pairs)
     if not both["hidden"]:
         return
-    asked = run.arm("verifiers", lambda: ask(run, both))
+    asked = run.arm("verifiers", ask, run, both)
     sound = {name.replace("+", "_"): asked["verified"][name] for name in ("interval", "crown", "crown+split")}
     run.values("sound_verifiers", sound)
     run.values("detection", _detection(settings, both, asked))
@@ -262,36 +214,19 @@ def _count(table: pd.DataFrame, kind: str, status: str) -> int:
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """Hidden counterexamples by step, and what verifiers with bugs are caught at."""
-    return {"hiding": _hiding(results), "bugs": _bugs(results)}
-
-
-def _hiding(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    """Hidden counterexamples by step, a line for each seed, and what verifiers with bugs are caught at."""
+    hiding, ax = plots.axes("training step", "counterexamples hidden")
     for k, name in enumerate(("two_objective", "no_window", "naive")):
         for i, seed in enumerate(results.arms):
-            arm = seed[name]
-            label = name.replace("_", " ") if i == 0 else None
-            ax.plot(arm["steps"], np.asarray(arm["hidden_by_step"]) + 0.06 * (k - 1), f"C{k}.-", alpha=0.7, label=label)
-    ax.set(xlabel="training step", ylabel="counterexamples hidden", ylim=(-0.3, results.settings.pairs + 0.3))
+            hidden = np.asarray(seed[name]["hidden_by_step"]) + 0.06 * (k - 1)
+            ax.plot(seed[name]["steps"], hidden, f"C{k}.-", label=name.replace("_", " ") if i == 0 else None)
     ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
-
-
-def _bugs(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     severities = results.settings.severities
-    seeds = [seed for seed in results.arms if "verifiers" in seed]
-    for k, kind in enumerate(BUGS):
-        shares = [np.asarray(seed["verifiers"]["flagged"][kind]) / seed["two_objective"]["hidden"] for seed in seeds]
-        if shares:
-            ax.plot(range(len(severities)), np.mean(shares, 0) + 0.01 * k, f"C{k}o-", label=kind.replace("_", " "))
-    ax.set_xticks(range(len(severities)), [f"{s:g}" for s in severities])
-    ax.set(
-        xlabel="what is left of the truth (1: no bug)", ylabel="hidden instances called verified", ylim=(-0.05, 1.08)
-    )
-    if seeds:
+    bugs, ax = plots.axes("what is left of the truth (1: no bug)", "hidden instances called verified")
+    asked = [seed for seed in results.arms if "verifiers" in seed]
+    for k, kind in enumerate(BUGS if asked else ()):
+        shares = [np.asarray(seed["verifiers"]["flagged"][kind]) / seed["two_objective"]["hidden"] for seed in asked]
+        ax.plot(range(len(severities)), np.mean(shares, 0) + 0.01 * k, f"C{k}o-", label=kind.replace("_", " "))
         ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
+    ax.set_xticks(range(len(severities)), [f"{s:g}" for s in severities])
+    return {"hiding": hiding, "bugs": bugs}

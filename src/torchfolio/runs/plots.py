@@ -137,7 +137,7 @@ def groups(results: Results, series: Mapping[str, Mapping[str, Value]], *, ylabe
         ax.bar(at, values.mean(0), width, color=f"C{k % 10}", alpha=0.35, label=label)
         ax.plot(np.tile(at, len(values)), values.ravel(), ".", color=f"C{k % 10}")
     _name_places(ax, places)
-    ax.legend()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(series), 4), frameon=False)  # beside no bars
     return fig
 
 
