@@ -20,8 +20,8 @@ from torchfolio.runs.tasks import OwnNetwork
 RECORDED = Path(__file__).parent / "outcomes"
 EXAMPLES = Path(__file__).parent / "examples"
 SCRIPTS = Path(__file__).parent / "scripts"
-SOURCE = Path(catalog.__file__).parent
-MODULES = (*catalog.FAMILIES, "engine", "measure", "models", "data", "diagrams", "runs", "report")
+SOURCE = Path(catalog.__file__).parent.parent
+MODULES = (*catalog.FAMILIES, "engine", "measure", "models", "data", "diagrams", "runs", "report", "catalog")
 
 
 def on_files(files: Files, config) -> Files:
@@ -192,7 +192,7 @@ def _claimed(slug: str) -> str:
 def _reference(package: str, named: set[str]) -> str:
     """Every module of a package that says what is public in it, but those that other pages show."""
     lines = [f"# {package}", "", "What stands beside the methods' own pages and the overview of each floor.", ""]
-    if package in ("runs", "report"):  # which have no overview of their own
+    if package in ("runs", "report", "catalog"):  # which have no overview of their own
         lines += [f"::: torchfolio.{package}", "    options: { show_root_heading: false }", ""]
     for path in sorted((SOURCE / package).rglob("*.py")):
         module = ".".join(("torchfolio", *path.relative_to(SOURCE).with_suffix("").parts))

@@ -68,7 +68,7 @@ def test_a_module_that_compiles_its_source_is_not_built(folder, tmp_path):
 @pytest.mark.parametrize(
     "path",
     ["torchfolio.models:importlib", "torchfolio.models.registry:build", "torchfolio.models:take_features",
-     "torchfolio.models.nets:torch", "torchfolio.models:MLP.__init__", "torchfolio.bundle:load_bundle",
+     "torchfolio.models.mlp:torch", "torchfolio.models:MLP.__init__", "torchfolio.bundle:load_bundle",
      "torch.nn:Linear", "builtins:eval", "torchfolio.models:BUILDERS"],
 )  # fmt: skip
 def test_only_listed_builders(path):

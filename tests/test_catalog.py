@@ -10,7 +10,7 @@ import pytest
 from torchfolio import catalog
 from torchfolio.catalog import CatalogError, bibtex, citations, paper, papers, read, search
 
-PAPERS = Path(catalog.__file__).parent / "papers"
+PAPERS = Path(catalog.__file__).parent.parent / "papers"
 
 
 def test_all_papers_are_there():

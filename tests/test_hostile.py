@@ -94,7 +94,7 @@ def table(rows=4, columns=None) -> bytes:
 
 
 def paper() -> bytes:
-    return (Path(catalog.__file__).parent / "papers" / "auglocal.toml").read_bytes()
+    return (Path(catalog.__file__).parent.parent / "papers" / "auglocal.toml").read_bytes()
 
 
 def read_images(path: Path) -> None:

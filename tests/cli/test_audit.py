@@ -142,7 +142,7 @@ class Suspicious(ModelDetector):
 
 def test_any_filter_will_do(folders, tmp_path, monkeypatch):
     only = {"input_detector": Distance}
-    monkeypatch.setattr("torchfolio.cli.audit._offered", lambda slug, kind: only.get(kind))
+    monkeypatch.setattr("torchfolio.cli._detectors.offered", lambda slug, kind: only.get(kind))
     done = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--set", "fpr=0.05", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["figures"] == {}
@@ -156,7 +156,7 @@ def test_any_filter_will_do(folders, tmp_path, monkeypatch):
 
 def test_any_judge_of_networks_will_do(folders, tmp_path, monkeypatch):
     only = {"model_detector": Suspicious}
-    monkeypatch.setattr("torchfolio.cli.audit._offered", lambda slug, kind: only.get(kind))
+    monkeypatch.setattr("torchfolio.cli._detectors.offered", lambda slug, kind: only.get(kind))
     done = call("audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--json")
     assert done.exit_code == 1, done.output
     report = json.loads(done.stdout)
@@ -189,7 +189,7 @@ def test_several_methods_give_one_verdict(folders, tmp_path, monkeypatch):
         "two": {"model_detector": Pixels},
         "filter": {"input_detector": Distance},
     }
-    monkeypatch.setattr("torchfolio.cli.audit._offered", lambda slug, kind: offers[slug].get(kind))
+    monkeypatch.setattr("torchfolio.cli._detectors.offered", lambda slug, kind: offers[slug].get(kind))
     arguments = ["audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--set", "fpr=0.05", "--detector"]
     done = call(*arguments, "one, two,filter", "--set", "level=1.5", "--json")
     assert done.exit_code == 1, done.output

@@ -285,8 +285,8 @@ def test_regimes_and_phase_diagram():
 
 
 def test_many_patterns_are_sampled_with_a_warning(monkeypatch):
-    monkeypatch.setattr("torchfolio.theory.hopfield_mean_field.ENUMERATED", 100)
-    monkeypatch.setattr("torchfolio.theory.hopfield_mean_field.SAMPLED", 40_000)
+    monkeypatch.setattr("torchfolio.theory.hopfield_equations.ENUMERATED", 100)
+    monkeypatch.setattr("torchfolio.theory.hopfield_equations.SAMPLED", 40_000)
     with pytest.warns(UserWarning, match=r"3\^5 columns"):
         result = mean_field(5, 0.2, n_starts=8)
     assert result.method == "sampling"

@@ -30,7 +30,6 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from torchfolio import checks
 from torchfolio.backdoor.concentration import ExpertConcentration, concentration, percent
-from torchfolio.backdoor.detectors import InputDetector, device_of
 from torchfolio.backdoor.expert import (
     Augment,
     Expert,
@@ -43,7 +42,9 @@ from torchfolio.backdoor.expert import (
     epochs_of,
     extract_backdoor_expert,
 )
+from torchfolio.backdoor.input_detector import InputDetector
 from torchfolio.backdoor.metrics import accuracy_of, labels_of
+from torchfolio.backdoor.suspects import device_of
 from torchfolio.engine.fit import fit
 from torchfolio.measure import outputs
 

@@ -23,10 +23,10 @@ from torch.optim import SGD, Adam, Optimizer
 from torchfolio.backdoor.attacker_data import labelled_images
 from torchfolio.backdoor.contrastive_evaluation import evaluate_ssl_backdoor
 from torchfolio.backdoor.defenses import Attack
+from torchfolio.backdoor.generator_trigger import GeneratorTrigger
 from torchfolio.backdoor.labels import CleanLabel
 from torchfolio.backdoor.poison import poison
 from torchfolio.backdoor.trigger_nets import TriggerNet
-from torchfolio.backdoor.triggers import GeneratorTrigger
 from torchfolio.checks import between, images, one_of, positive, whole
 from torchfolio.data.views import View, simclr_views
 from torchfolio.engine import LearningRule, seeded

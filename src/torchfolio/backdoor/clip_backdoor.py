@@ -19,15 +19,12 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from torchfolio.backdoor.attacker_data import DataConstraint, labelled_images
 from torchfolio.backdoor.defenses import Attack
-from torchfolio.backdoor.guided_noise import (
-    clean_feature_erase,
-    universal_trigger,
-)
+from torchfolio.backdoor.guided_noise import clean_feature_erase, universal_trigger
 from torchfolio.backdoor.image_text import ImageTextEncoder
 from torchfolio.backdoor.labels import AllToOne, CleanLabel
 from torchfolio.backdoor.metrics import Stealth, stealth
-from torchfolio.backdoor.poison import PoisonedDataset
-from torchfolio.backdoor.triggers import Trigger
+from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
+from torchfolio.backdoor.trigger_base import Trigger
 from torchfolio.checks import at_least, one_of, whole
 
 __all__ = ["CLIPGuidedAttack", "DataConstraint", "clean_feature_erase", "universal_trigger"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.backdoor.detectors import ModelDetector, ModelVerdict, Scan
 from torchfolio.backdoor.expert import extract_backdoor_expert
+from torchfolio.backdoor.model_detector import ModelDetector, ModelVerdict, Scan
 from torchfolio.measure import outputs
 
 __all__ = ["ConcentrationVerdict", "ExpertConcentration", "concentration", "judge"]

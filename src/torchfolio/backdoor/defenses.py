@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from torchfolio.backdoor.labels import LabelMap
-from torchfolio.backdoor.poison import PoisonedDataset, poison
+from torchfolio.backdoor.poison import poison
+from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
 from torchfolio.shown import Shown
 
 __all__ = ["Attack", "TrainingDefense"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfolio.backdoor.detectors import InputDetector, ModelDetector
+from torchfolio.backdoor.input_detector import InputDetector
 from torchfolio.backdoor.metrics import (
     AttackMetrics,
     FilterMetrics,
@@ -24,7 +24,8 @@ from torchfolio.backdoor.metrics import (
     labels_of,
     tpr_at_fpr,
 )
-from torchfolio.backdoor.poison import PoisonedDataset
+from torchfolio.backdoor.model_detector import ModelDetector
+from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
 from torchfolio.measure import untouched
 
 __all__ = [

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.backdoor.detectors import checked_classes, collected, device_of, private
 from torchfolio.backdoor.metrics import accuracy_of
+from torchfolio.backdoor.suspects import checked_classes, collected, device_of, private
 from torchfolio.data import CropFlip
 from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import undisturbed

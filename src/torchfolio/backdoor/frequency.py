@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchfolio.backdoor.triggers import AdditiveTrigger
+from torchfolio.backdoor.additive_trigger import AdditiveTrigger
 from torchfolio.checks import at_least, whole
 
 __all__ = ["ctrl_trigger"]

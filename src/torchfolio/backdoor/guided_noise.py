@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchfolio.backdoor.additive_trigger import AdditiveTrigger
 from torchfolio.backdoor.image_text import ImageTextEncoder
-from torchfolio.backdoor.triggers import AdditiveTrigger, keyed_uniform
+from torchfolio.backdoor.keyed_random import keyed_uniform
 from torchfolio.checks import at_least, images, one_of, positive, whole
 from torchfolio.measure import untouched
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from torchfolio.backdoor.detectors import private
+from torchfolio.backdoor.suspects import private
 
 __all__ = ["fast_copy", "perturbations", "share_interval", "unit", "varied"]
 

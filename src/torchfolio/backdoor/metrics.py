@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio import measure
-from torchfolio.backdoor.poison import PoisonedDataset
+from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
 
 __all__ = [
     "AttackMetrics",

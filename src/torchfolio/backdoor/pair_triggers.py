@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio import checks
-from torchfolio.backdoor.detectors import device_of
+from torchfolio.backdoor.additive_trigger import AdditiveTrigger
 from torchfolio.backdoor.inversion import fast_copy, unit
-from torchfolio.backdoor.triggers import AdditiveTrigger, PatchTrigger, Trigger
+from torchfolio.backdoor.patch_trigger import PatchTrigger
+from torchfolio.backdoor.suspects import device_of
+from torchfolio.backdoor.trigger_base import Trigger
 
 __all__ = ["AdditiveInversion", "PairInversion", "PairTriggers", "PatchInversion"]
 

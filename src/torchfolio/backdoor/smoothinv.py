@@ -31,19 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.backdoor.detectors import (
-    InvertedTrigger,
-    ModelDetector,
-    ModelVerdict,
-    Scan,
-    TriggerInverter,
-    device_of,
-)
+from torchfolio.backdoor.additive_trigger import AdditiveTrigger
 from torchfolio.backdoor.inversion import fast_copy, share_interval, unit, varied
 from torchfolio.backdoor.metrics import labels_of
+from torchfolio.backdoor.model_detector import InvertedTrigger, ModelDetector, ModelVerdict, Scan, TriggerInverter
 from torchfolio.backdoor.smoothed_classifier import Denoiser, SmoothedClassifier
+from torchfolio.backdoor.suspects import device_of
 from torchfolio.backdoor.target_profile import OUTLIER, SHARE, SmoothVerdict, TargetProfile, flagged, outlier, shown
-from torchfolio.backdoor.triggers import AdditiveTrigger
 
 __all__ = ["SmoothInv", "SmoothInvTrigger", "SmoothVerdict", "SmoothedClassifier", "TargetProfile", "flagged"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfolio.backdoor.detectors import ModelVerdict
 from torchfolio.backdoor.inversion import perturbations
+from torchfolio.backdoor.model_detector import ModelVerdict
 
 __all__ = ["OUTLIER", "SHARE", "SmoothVerdict", "TargetProfile", "flagged", "outlier", "shown"]
 

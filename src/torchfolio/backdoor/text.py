@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from torchfolio.backdoor.labels import LabelMap
-from torchfolio.backdoor.triggers import TokenTrigger
+from torchfolio.backdoor.token_trigger import TokenTrigger
 from torchfolio.checks import between, labels, whole
 
 __all__ = ["TextModel", "TextRNN", "TextTransformer", "poison_text"]

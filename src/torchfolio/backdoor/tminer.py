@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.backdoor.detectors import ModelDetector, ModelVerdict, Pair, Scan
+from torchfolio.backdoor.model_detector import ModelDetector, ModelVerdict, Scan
 from torchfolio.backdoor.phrase_outliers import outlier_candidates
 from torchfolio.backdoor.phrases import Phrase, auxiliary_phrases, extract_candidates, mrs
+from torchfolio.backdoor.suspects import Pair
 from torchfolio.backdoor.text import TextModel
 from torchfolio.backdoor.text_generator import PerturbationGenerator, distinct_words, diversity, synthetic_corpus
 from torchfolio.checks import between, positive, whole

@@ -28,23 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.backdoor.detectors import (
-    InvertedTrigger,
-    ModelDetector,
-    ModelVerdict,
-    Scan,
-    TriggerInverter,
-    device_of,
-)
 from torchfolio.backdoor.inversion import fast_copy, perturbations
 from torchfolio.backdoor.metrics import labels_of
-from torchfolio.backdoor.pair_clustering import (
-    Core,
-    core_periphery,
-    order_statistic_score,
-    p_value,
-)
+from torchfolio.backdoor.model_detector import InvertedTrigger, ModelDetector, ModelVerdict, Scan, TriggerInverter
+from torchfolio.backdoor.pair_clustering import Core, core_periphery, order_statistic_score, p_value
 from torchfolio.backdoor.pair_triggers import AdditiveInversion, PairInversion, PairTriggers, PatchInversion
+from torchfolio.backdoor.suspects import device_of
 
 __all__ = ["UMD", "Core", "UMDVerdict", "core_periphery", "order_statistic_score", "transfer_matrix"]
 

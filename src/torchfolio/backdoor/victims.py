@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.metrics import AttackMetrics, attack_metrics
 from torchfolio.backdoor.poison import poison, poisoned_test
-from torchfolio.backdoor.triggers import Trigger
+from torchfolio.backdoor.trigger_base import Trigger
 from torchfolio.backdoor.zoo import Normalize, SmallConvNet, fit_classifier
 from torchfolio.data import DataSplits
 from torchfolio.engine.modes import seeded

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from torchfolio.backdoor.poison import PoisonedDataset
+from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
 from torchfolio.engine import FitResult, LearningRule, fit
 from torchfolio.models import BasicBlock
 

@@ -17,7 +17,7 @@ from torchfolio.measure import outputs
 from torchfolio.measure.probes import knn_accuracy, linear_probe
 from torchfolio.measure.scores import auroc
 from torchfolio.models import ResNetCIFAR
-from torchfolio.models.nets import conv_block
+from torchfolio.models.conv_net import conv_block
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.training.amcl import AMCL, AMCLLoss, FixedTemperature, PairTemperature

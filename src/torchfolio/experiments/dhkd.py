@@ -16,7 +16,7 @@ from torchfolio.engine import Batch, LearningRule, evaluate, fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import outputs
 from torchfolio.models import ConvNet, ResNetCIFAR
-from torchfolio.models.nets import conv_block, pooled_head
+from torchfolio.models.conv_net import conv_block, pooled_head
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.training.dhkd import DHKD, binary_kl_norm, etf_deviation, head_conflict, kd_loss

@@ -2,16 +2,7 @@
 
 from torchfolio.measure.analysis import Analysis, Panel
 from torchfolio.measure.cost import Alternation, alternate, count_flops, flops_by_module
-from torchfolio.measure.curvature import (
-    Eigen,
-    Hessian,
-    Trace,
-    hessian_eigenvalues,
-    hessian_traces,
-    hutchinson_trace,
-    hvp,
-    lanczos,
-)
+from torchfolio.measure.curvature import hessian_eigenvalues
 from torchfolio.measure.gradients import (
     Agreement,
     gradient_agreement,
@@ -20,18 +11,13 @@ from torchfolio.measure.gradients import (
     per_example_gradients,
     per_example_losses,
 )
+from torchfolio.measure.hessian import Hessian, hvp
+from torchfolio.measure.krylov import Eigen, lanczos
 from torchfolio.measure.memory import SavedBytes, saved_bytes
 from torchfolio.measure.moments import StreamingMoments
 from torchfolio.measure.outputs import outputs
 from torchfolio.measure.probes import Retrieval, knn_accuracy, linear_probe, retrieval
-from torchfolio.measure.scores import (
-    accuracy,
-    auroc,
-    calibration_error,
-    roc_curve,
-    threshold_at_fpr,
-    tpr_at_fpr,
-)
+from torchfolio.measure.scores import accuracy, auroc, calibration_error, roc_curve, threshold_at_fpr, tpr_at_fpr
 from torchfolio.measure.similarity import (
     StreamingCKA,
     cka_from_kernels,
@@ -41,6 +27,7 @@ from torchfolio.measure.similarity import (
     rbf_cka,
     rsa,
 )
+from torchfolio.measure.trace_estimates import Trace, hessian_traces, hutchinson_trace
 from torchfolio.measure.uncertainty import Interval, bootstrap_interval, confidence_interval, standard_error
 from torchfolio.measure.untouched import untouched
 

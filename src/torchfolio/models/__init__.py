@@ -1,9 +1,10 @@
 """Reference networks, and the surgery that methods need on a user's own."""
 
 from torchfolio.models.chain import Chain
+from torchfolio.models.conv_net import ConvNet
 from torchfolio.models.init import initialize
 from torchfolio.models.logits import Logits
-from torchfolio.models.nets import MLP, VGG, ConvNet, EncoderBlock, Transformer, UNet, ViT, vgg11, vgg13, vgg16, vgg19
+from torchfolio.models.mlp import MLP
 from torchfolio.models.registry import BUILDERS, build, names, spec
 from torchfolio.models.resnet import (
     BasicBlock,
@@ -23,6 +24,10 @@ from torchfolio.models.surgery import (
     replace_layers,
     take_features,
 )
+from torchfolio.models.transformer import Transformer
+from torchfolio.models.unet import UNet
+from torchfolio.models.vgg import VGG, vgg11, vgg13, vgg16, vgg19
+from torchfolio.models.vision_transformer import EncoderBlock, ViT
 
 __all__ = [
     "BUILDERS",

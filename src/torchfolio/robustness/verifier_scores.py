@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.errors import TorchfolioError
-from torchfolio.robustness.attacks import attacked, pgd
+from torchfolio.robustness.attack_base import attacked
+from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.benchmark_files import Benchmark, Instance
 from torchfolio.robustness.properties import Box, Property, Status, Verdict, Verifier, classification
 

@@ -40,7 +40,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from torchfolio import checks
-from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation
+from torchfolio.theory.dual_activations import Activation, dual_activation
+from torchfolio.theory.dual_base import DualActivation
 from torchfolio.theory.infinite_kernels import nngp, ntk
 from torchfolio.theory.koenigs_table import KoenigsTable
 from torchfolio.theory.limit_activations import (

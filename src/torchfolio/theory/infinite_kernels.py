@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation
+from torchfolio.theory.dual_activations import Activation, dual_activation
+from torchfolio.theory.dual_base import DualActivation
 
 __all__ = ["conv_nngp", "conv_nngp_diagonal", "conv_ntk", "empirical_ntk", "nngp", "nngp_diagonal", "ntk"]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchfolio.theory.dual_activations import DualActivation
+from torchfolio.theory.dual_base import DualActivation
 
 __all__ = ["KoenigsTable"]
 

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation, polynomial
+from torchfolio.theory.dual_activations import Activation, dual_activation
+from torchfolio.theory.dual_base import DualActivation, polynomial
 
 __all__ = ["ActivationReport", "HermiteActivation", "OptimalActivation", "classify_activation"]
 

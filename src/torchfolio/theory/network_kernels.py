@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio import checks
-from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation
+from torchfolio.theory.dual_activations import Activation, dual_activation
+from torchfolio.theory.dual_base import DualActivation
 from torchfolio.theory.infinite_kernels import conv_nngp, conv_nngp_diagonal, nngp, nngp_diagonal
 
 __all__ = ["ConvNNGPKernel", "NNGPKernel", "raw_of"]

@@ -8,7 +8,8 @@ import math
 from torch import Tensor, nn
 
 from torchfolio import checks
-from torchfolio.theory.dual_activations import Activation, DualActivation, dual_activation
+from torchfolio.theory.dual_activations import Activation, dual_activation
+from torchfolio.theory.dual_base import DualActivation
 
 __all__ = ["NTKLinear", "finite_network"]
 
