@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from torchfolio import bundle
 from torchfolio.adaptation.adapter import Adapted, Adapter
+from torchfolio.adaptation.merge import Average, Merge, TaskArithmetic
 from torchfolio.bundle import Manifest, load_bundle, save_bundle
 from torchfolio.cli import app
 from torchfolio.data import load
@@ -76,6 +79,89 @@ def test_heads_may_be_kept(networks, tmp_path):
     assert folders == [str(tmp_path / "merged" / name) for name in ("0-a", "1-b")]
     kept, a = (load_bundle(p).model.get_submodule(last).state_dict() for p in (folders[0], networks / "a"))
     assert all(torch.equal(kept[k], a[k]) for k in a)
+
+
+class Shared(nn.Module):
+    """Tied weights, batch norm, a frozen layer."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = nn.Linear(64, width), nn.BatchNorm1d(width), nn.Linear(64, width)
+        self.leave.weight = self.enter.weight
+        self.fixed = nn.Linear(width, 10).requires_grad_(False)
+
+    def forward(self, x):
+        return self.fixed(self.norm(self.enter(x.flatten(1))) + self.leave(x.flatten(1)))
+
+
+@pytest.fixture
+def shared(tmp_path) -> list[Path]:
+    """A base and three that were trained on, the last of them in half precision."""
+    base = Shared()
+    base.fixed.half().float()
+    folders = []
+    for k in range(4):
+        net = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(k * torch.randn(p.shape) * p.requires_grad)
+            net.norm.running_var.add_(k)
+            net.norm.num_batches_tracked.add_(k)
+        manifest = Manifest("tests.cli.test_adapt:Shared", {"width": 5}, (1, 8, 8), tuple("0123456789"))
+        folders.append(save_bundle(net.half() if k == 3 else net, tmp_path / str(k), manifest))
+    return folders
+
+
+@pytest.mark.parametrize(("method", "last"), [("average", 2), ("task_arithmetic", 2), ("task_arithmetic", 3)])
+def test_networks_merged_on_disk_are_those_merged_in_memory(shared, tmp_path, monkeypatch, method, last):
+    """A network in half precision, which it takes into its own type when it is read, is merged in memory either way."""
+    opened = []
+    monkeypatch.setattr(Merge, "fit", lambda self, *a, fit=Merge.fit, **k: (opened.append(self), fit(self, *a, **k))[1])
+    written = []
+    for streams in (True, False):
+        monkeypatch.setattr(Average if method == "average" else TaskArithmetic, "streams", streams)
+        based = [] if method == "average" else ["--base", shared[0]]
+        output = tmp_path / f"merged-{streams}"
+        done = call(
+            *("--method", method, shared[1], shared[last], *based, "--data", "digits", "--json"),
+            *("-o", output, "--allow", "tests.cli.test_adapt:Shared"),
+        )
+        assert done.exit_code == 0, done.output
+        rows = json.loads(done.stdout)["networks"]
+        one = load_bundle(output, allow=["tests.cli.test_adapt:Shared"])
+        assert one.manifest.tied == {"leave.weight": "enter.weight"}
+        assert one.model.norm.running_var[0] == (2.5 if method == "average" else 1)
+        assert len(opened) == (0 if streams and last == 2 else 1)
+        opened.clear()
+        written.append((one, [(row["before"], row["after"]) for row in rows]))
+    (streamed, scores), (held, others) = written
+    assert scores == others
+    assert streamed.manifest == held.manifest
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(m.model.state_dict().values() for m in (streamed, held)), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda net: net.fixed.weight.data.add_(1), "changed fixed.weight, which is frozen"),
+        (lambda net: net.enter.weight.data.mul_(3e38), "infinity in enter.weight"),
+    ],
+)
+def test_merging_on_disk_refuses_what_merging_in_memory_does(shared, tmp_path, monkeypatch, change, said):
+    allow = ["tests.cli.test_adapt:Shared"]
+    one = load_bundle(shared[2], allow=allow)
+    change(one.model)
+    monkeypatch.setattr(bundle, "_check_finite", lambda model, state: None)
+    save_bundle(one.model, shared[2], one.manifest)
+    done = call(
+        *("--method", "task_arithmetic", *shared[1:3], "--base", shared[0], "-o", tmp_path / "merged"),
+        *("--allow", allow[0]),
+    )
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "merged").exists()
 
 
 class Widened(nn.Module):

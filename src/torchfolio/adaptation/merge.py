@@ -6,12 +6,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from torchfolio.adaptation.merge_files import average_files, task_arithmetic_files
 from torchfolio.adaptation.weights import Checkpoint, Weights, average, task_arithmetic
 from torchfolio.checks import one_of
 from torchfolio.shown import Shown
@@ -87,6 +89,8 @@ class Merge(Shown, ABC):
     """Whether the network that they were finetuned from is added to, or only says what the merged one looks like."""
     needs_inputs: ClassVar[bool] = False
     """Whether it learns from unlabelled inputs of every task."""
+    streams: ClassVar[bool] = False
+    """Whether `fit_files` merges networks that stay on disk, one tensor at a time."""
 
     @abstractmethod
     def _merge(self, run: Merging) -> MergeResult:
@@ -126,6 +130,17 @@ class Merge(Shown, ABC):
             raise ValueError("expected heads or forward, got both")
         return self._merge(Merging(pretrained, finetuned, batches, heads, forward, buffers))
 
+    def fit_files(self, like: nn.Module, base: Path | None, finetuned: Sequence[Path], output: Path) -> Path:
+        """Merge files of weights into one, where the method can: the weights that `fit` gives, to the bit.
+
+        Args:
+            like: the network without its weights, on any device: it says what is a parameter, and what is frozen.
+            base: safetensors file of the pretrained network, where the method needs it.
+            finetuned: files of its checkpoints, each with the same entries.
+            output: file to write.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs the networks in memory")
+
 
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a network with other values, in evaluation mode; what is tied or frozen stays so.
@@ -150,6 +165,10 @@ class Average(Merge):
     """The plain mean of all weights, see `torchfolio.adaptation.weights.average`."""
 
     needs_base = False
+    streams = True
+
+    def fit_files(self, like: nn.Module, base: Path | None, finetuned: Sequence[Path], output: Path) -> Path:
+        return average_files(finetuned, output)
 
     def _merge(self, run: Merging) -> MergeResult:
         count = len(run.finetuned)
@@ -163,8 +182,14 @@ class TaskArithmetic(Merge):
         weight: coefficient $\\lambda$ of every task vector, or one for each.
     """
 
+    streams = True
+
     def __init__(self, weight: Weights = 0.3) -> None:
         self.weight = weight
+
+    def fit_files(self, like: nn.Module, base: Path | None, finetuned: Sequence[Path], output: Path) -> Path:
+        assert base is not None
+        return task_arithmetic_files(base, finetuned, output, self.weight, like=like)
 
     def _merge(self, run: Merging) -> MergeResult:
         state = task_arithmetic(run.pretrained, run.finetuned, self.weight)

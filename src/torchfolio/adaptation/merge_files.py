@@ -16,9 +16,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchfolio.adaptation.weights import STATISTICS, Weights, added, check_sum, coefficients, mean, real
+from torchfolio.adaptation.weights import (
+    NOTHING,
+    STATISTICS,
+    Weights,
+    added,
+    check_frozen,
+    check_sum,
+    coefficients,
+    frozen_names,
+    mean,
+    real,
+)
 
 __all__ = ["average_files", "task_arithmetic_files"]
 
@@ -58,7 +69,12 @@ def average_files(paths: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def task_arithmetic_files(
-    base: str | Path, paths: Sequence[str | Path], output: str | Path, weight: Weights = 0.3
+    base: str | Path,
+    paths: Sequence[str | Path],
+    output: str | Path,
+    weight: Weights = 0.3,
+    *,
+    like: nn.Module | None = None,
 ) -> Path:
     """$\\theta_0 + \\sum_i \\lambda_i (\\theta_i - \\theta_0)$, see `torchfolio.adaptation.weights.task_arithmetic`, from file to file.
 
@@ -67,20 +83,32 @@ def task_arithmetic_files(
         paths: files of its finetuned checkpoints, at least one.
         output: file to write; one that is there is replaced when the new one is whole.
         weight: coefficient $\\lambda$ of every task vector, or one for each.
+        like: module of these entries, on any device, whose buffers and frozen parameters stay those of the base.
 
     Returns:
         The path of the output.
 
     Raises:
-        ValueError: if files hold other names or shapes than the base, NaN or infinity, or cannot be read.
+        ValueError: if files hold other names or shapes than the base, NaN or infinity, or cannot be read; if one changed a
+            frozen parameter of `like`.
     """
     if not paths:
         raise ValueError("expected at least one finetuned checkpoint, got none")
+    frozen = set() if like is None else frozen_names(like)
+    trainable = set() if like is None else {n for n, _ in like.named_parameters(remove_duplicate=False)} - frozen
+    if like is not None and not trainable:
+        raise ValueError(NOTHING)
     factors = coefficients(weight, len(paths), 1)[:, 0].tolist()
 
     def merged(name: str, tensors: list[Tensor]) -> Tensor:
         first, *others = tensors
-        if not real(first) or name.rpartition(".")[2] in STATISTICS:
+        if name in frozen:
+            check_frozen(name, first, others)
+        kept = name.rpartition(".")[2] in STATISTICS if like is None else name not in trainable
+        if kept or not real(first):
+            for source, tensor in {"the pretrained network": first, **dict(enumerate(others))}.items():
+                if real(tensor) and tensor.isnan().any():
+                    raise ValueError(f"{source if tensor is first else f'checkpoint {source}'} holds NaN in {name}")
             return first
         value, finite = added(first, others, factors, subtract=True)
         if not finite:

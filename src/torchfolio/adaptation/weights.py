@@ -24,6 +24,7 @@ State = Mapping[str, Tensor]
 Checkpoint = nn.Module | State
 Weights = float | Sequence[float] | Tensor
 CHUNK = 1 << 18  # elements that stay in the cache while the checkpoints are added up
+NOTHING = "there is nothing to merge: no trainable floating-point parameter"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -141,21 +142,16 @@ def checked(
         finetuned: its checkpoints.
         look: look for NaN now; otherwise whoever adds them up does.
     """
-    whole, frozen = state_of(pretrained), _frozen(pretrained)
+    whole, frozen = state_of(pretrained), frozen_names(pretrained)
     firsts = [names[0] for names in tied_names(pretrained)]
     base = {n: whole[n] for n in firsts if real(whole[n]) and n not in frozen and _is_weight(n, pretrained)}
     if not base:
-        raise ValueError("there is nothing to merge: no trainable floating-point parameter")
+        raise ValueError(NOTHING)
     if not finetuned:
         raise ValueError("expected at least one finetuned checkpoint, got none")
     states = [_matched(base, pretrained, state_of(c), i) for i, c in enumerate(finetuned)]
-    for i, state in enumerate(states):
-        changed = [n for n in frozen if n in state and not torch.equal(state[n].to(whole[n]), whole[n])]
-        if changed:
-            raise ValueError(
-                f"checkpoint {i} changed {changed[0]}, which is frozen in the pretrained network and so not merged: unfreeze "
-                "it there, or give the checkpoint its value back"
-            )
+    for name in sorted(frozen):
+        check_frozen(name, whole[name], [state.get(name) for state in states])
     if look:
         for name, value in base.items():
             check_sum(value, name, {"the pretrained network": value}, [])
@@ -171,11 +167,21 @@ def _is_weight(name: str, checkpoint: Checkpoint) -> bool:
     return name.rpartition(".")[2] not in STATISTICS
 
 
-def _frozen(checkpoint: Checkpoint) -> set[str]:
+def frozen_names(checkpoint: Checkpoint) -> set[str]:
     """Names of frozen parameters."""
     if not isinstance(checkpoint, nn.Module):
         return set()
     return {n for n, p in checkpoint.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def check_frozen(name: str, value: Tensor, others: Sequence[Tensor | None]) -> None:
+    """That no checkpoint changed a parameter which is not merged."""
+    for i, other in enumerate(others):
+        if other is not None and not torch.equal(other.to(value), value):
+            raise ValueError(
+                f"checkpoint {i} changed {name}, which is frozen in the pretrained network and so not merged: unfreeze "
+                "it there, or give the checkpoint its value back"
+            )
 
 
 def _matched(wanted: State, like: Checkpoint, state: dict[str, Tensor], index: int) -> dict[str, Tensor]:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchfolio import __version__
-from torchfolio.bundle.building import build, builders, resolve
+from torchfolio.bundle.building import build, builders, outline, resolve
 from torchfolio.bundle.folder import check_folder, old_of, publish, recover, scratch_beside, swap, write
 from torchfolio.bundle.manifest import (
     FORMAT,
@@ -46,14 +46,17 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Manifest",
+    "Outline",
     "build",
     "builders",
     "check_folder",
     "describe",
     "load_bundle",
+    "outline_bundle",
     "push_bundle",
     "resolve",
     "save_bundle",
+    "write_bundle",
 ]
 
 
@@ -63,6 +66,13 @@ class Bundle:
 
     model: nn.Module
     manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Outline(Bundle):
+    """A network that stays on disk: the module on the meta device, its manifest, and the file of its weights."""
+
+    weights: Path
 
 
 def save_bundle(
@@ -93,15 +103,37 @@ def save_bundle(
         BundleError: if the manifest could not be read back, weights are not finite, or `folder` exists and is no
             bundle.
     """
-    folder = Path(folder)
-    check_folder(folder)
+    check_folder(Path(folder))
     if odd := [n for n in notes or () if Path(n).name != n or Path(n).suffix in PICKLES or n in (WEIGHTS, MANIFEST)]:
         raise BundleError(f"expected notes to be named by plain file names of their own, got {odd[0]!r}")
     if manifest is None:
         manifest = describe(model, example)
     stored, tied = _unshared(model)
     _check_finite(model, stored)
-    body = {**asdict(manifest), "training": plain(manifest.training), "tied": tied}
+    return write_bundle(folder, replace(manifest, tied=tied), lambda path: save_file(stored, path), notes=notes)
+
+
+def write_bundle(
+    folder: str | Path,
+    manifest: Manifest,
+    fill: Callable[[Path], object],
+    *,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a bundle whose weights need not be in memory; see `save_bundle`.
+
+    Args:
+        folder: where to write.
+        manifest: how to build the network, names of tied weights included.
+        fill: writes the safetensors file, given its path. Weights are not looked at: they must be finite.
+        notes: texts that are kept beside it, by file name.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    body = {**asdict(manifest), "training": plain(manifest.training)}
     body |= {"format": FORMAT, "version": __version__, "weights_sha256": ""}
     try:
         body = json.loads(json.dumps(body, allow_nan=False))
@@ -110,7 +142,7 @@ def save_bundle(
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     with scratch_beside(folder) as scratch:
-        save_file(stored, scratch / WEIGHTS)
+        fill(scratch / WEIGHTS)
         body["weights_sha256"] = sha256(scratch / WEIGHTS)
         body["digest"] = digest(body)
         check_manifest(body, "the manifest")
@@ -167,24 +199,12 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
         BundleError: if a file is missing, a stranger or a pickle, if weights or manifest were changed or are not
             finite, or if the import path is not allowed or does not build a module that fits the weights.
     """
-    if str(folder).startswith("hf:"):
-        from torchfolio.hub import fetch_bundle
-
-        folder = fetch_bundle(str(folder), (MANIFEST, WEIGHTS))
-    folder = Path(folder)
-    if not folder.exists() and (old_of(folder) / MANIFEST).is_file():
-        warnings.warn(f"{folder} was being replaced when its writer died; reading the one before", stacklevel=2)
-        folder = old_of(folder)
-    manifest, checksum = read_manifest(folder)
-    if sha256(folder / WEIGHTS) != checksum:
-        raise BundleError(f"{folder / WEIGHTS} is not the file that {MANIFEST} was written for (its checksum differs)")
+    folder, manifest = _located(folder)
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise BundleError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from error
-    # Packed weights hold a bit for what is built as a float, and a method may convert a network several times.
-    limit = 64 * (folder / WEIGHTS).stat().st_size + 2**20
-    model = build(manifest.build, manifest.arguments, allow=allow, limit=limit)
+    model = build(manifest.build, manifest.arguments, allow=allow, limit=_largest(folder))
     missing = [source for source in manifest.tied.values() if source not in state]
     if missing:
         raise BundleError(f"{folder / MANIFEST}: tied names {shown(missing[0])}, which {WEIGHTS} does not hold")
@@ -196,6 +216,37 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
         raise BundleError(f"the weights in {folder} do not fit {manifest.build}: {detail}") from error
     _check_finite(model, state)
     return Bundle(model.to(device).eval(), manifest)
+
+
+def outline_bundle(folder: str | Path, *, allow: Sequence[str] = ()) -> Outline | None:
+    """A bundle whose weights stay on disk; they are not looked at.
+
+    Args:
+        folder: the bundle, as `load_bundle` takes it.
+        allow: import paths that the bundle may name besides the known builders.
+
+    Returns:
+        The outline; `None` where the file is not entry by entry what the module holds (of another type, or tied in another
+        way), or the module cannot be built without values.
+
+    Raises:
+        BundleError: as `load_bundle` does.
+    """
+    folder, manifest = _located(folder)
+    model = outline(manifest.build, manifest.arguments, allow=allow, limit=_largest(folder))
+    if model is None:
+        return None
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    tied = {name: names[id(value)] for name, value in state.items() if names.setdefault(id(value), name) != name}
+    wanted = {name: (value.dtype, value.shape) for name, value in state.items() if name not in tied}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BundleError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from error
+    same = tied == manifest.tied and wanted == {name: (value.dtype, value.shape) for name, value in stored.items()}
+    return Outline(model, manifest, folder / WEIGHTS) if same else None
 
 
 def push_bundle(folder: str | Path, name: str, *, private: bool = False, message: str | None = None) -> str:
@@ -220,6 +271,28 @@ def push_bundle(folder: str | Path, name: str, *, private: bool = False, message
     if sha256(Path(folder) / WEIGHTS) != checksum:
         raise BundleError(f"{Path(folder) / WEIGHTS} is not the file that {MANIFEST} was written for: it is not sent")
     return send_bundle(Path(folder), name, (MANIFEST, WEIGHTS, "history.csv"), private=private, message=message)
+
+
+def _located(folder: str | Path) -> tuple[Path, Manifest]:
+    """Where a bundle lies on this machine, and its manifest, which belongs to the weights beside it."""
+    if str(folder).startswith("hf:"):
+        from torchfolio.hub import fetch_bundle
+
+        folder = fetch_bundle(str(folder), (MANIFEST, WEIGHTS))
+    folder = Path(folder)
+    if not folder.exists() and (old_of(folder) / MANIFEST).is_file():
+        warnings.warn(f"{folder} was being replaced when its writer died; reading the one before", stacklevel=3)
+        folder = old_of(folder)
+    manifest, checksum = read_manifest(folder)
+    if sha256(folder / WEIGHTS) != checksum:
+        raise BundleError(f"{folder / WEIGHTS} is not the file that {MANIFEST} was written for (its checksum differs)")
+    return folder, manifest
+
+
+def _largest(folder: Path) -> int:
+    """Most elements that the network of a bundle may have."""
+    # Packed weights hold a bit for what is built as a float, and a method may convert a network several times.
+    return 64 * (folder / WEIGHTS).stat().st_size + 2**20
 
 
 def _unshared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -39,17 +39,26 @@ def build(path: str, arguments: Mapping[str, Any], *, allow: Sequence[str] = (),
     """
     if limit is None:
         return _build(path, arguments, allow)
-    # On the meta device nothing is allocated. Builders that read values fail there, and are only bounded below.
+    outline(path, arguments, allow=allow, limit=limit)
+    with _bounded_registration(limit):
+        return _build(path, arguments, allow)
+
+
+def outline(path: str, arguments: Mapping[str, Any], *, allow: Sequence[str] = (), limit: int) -> nn.Module | None:
+    """The module of `build` on the meta device, where nothing is allocated; `None` where its builder reads values.
+
+    Raises:
+        BundleError: as `build` does.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with _Bounded(limit), torch.device("meta"):
-                _build(path, arguments, allow)
+                return _build(path, arguments, allow)
         except BundleError as error:
             if isinstance(error.__cause__, _TooLarge) or error.__cause__ is None:
                 raise
-    with _bounded_registration(limit):
-        return _build(path, arguments, allow)
+    return None
 
 
 def _build(path: str, arguments: Mapping[str, Any], allow: Sequence[str], depth: int = 1) -> nn.Module:

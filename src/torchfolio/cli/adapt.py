@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torchfolio.adaptation.adapter import Adapter
     from torchfolio.adaptation.merge import Merge
-    from torchfolio.bundle import Bundle, Manifest
+    from torchfolio.bundle import Bundle, Manifest, Outline
     from torchfolio.data import DataSplits
 
 
@@ -118,13 +118,17 @@ def _method(name: str | None, networks: int) -> tuple[str, str]:
     return way, name
 
 
-def _make(way: str, name: str, settings: dict[str, Any], own: dict[str, Any]) -> Any:
+def _factory(way: str, name: str) -> Any:
+    """The class of a method."""
+    from torchfolio.adaptation.merge import ORDINARY
+
+    return catalog.load_name(ORDINARY[name]) if name in ORDINARY else catalog.offered(name, way)
+
+
+def _make(factory: Any, name: str, settings: dict[str, Any], own: dict[str, Any]) -> Any:
     """The method with the user's settings, and those of `own` that it takes."""
     import inspect
 
-    from torchfolio.adaptation.merge import ORDINARY
-
-    factory = catalog.load_name(ORDINARY[name]) if name in ORDINARY else catalog.offered(name, way)
     taken = inspect.signature(factory).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     own = {k: v for k, v in own.items() if k in taken or open_ended}
@@ -147,7 +151,7 @@ def _adapt_one(
 
     from torchfolio.bundle import load_bundle, save_bundle
 
-    method: Adapter = _make("adapter", name, settings, {})
+    method: Adapter = _make(_factory("adapter", name), name, settings, {})
     bundle = load_bundle(folder, allow=allow, device=place)
     manifest = bundle.manifest
     splits = _load(source, manifest, folder, sizes)
@@ -185,26 +189,30 @@ def _merge_all(
     """Merge networks, and write one bundle, or one for every head that is kept."""
     from torchfolio.bundle import load_bundle
 
+    factory = _factory("merge", name)
     paths = [*networks, *([base] if base else [])]
-    *bundles, start = [
-        load_bundle(folder, allow=allow, device=place) for folder in (paths if base else [*paths, paths[0]])
-    ]
-    method: Merge = _make("merge", name, settings, {"seed": sizes["seed"], "input_range": _input_range(start)})
+    outlines = _outlines(paths, allow) if factory.streams and keep is None else None
+    opened: list[Any] = outlines or [load_bundle(folder, allow=allow, device=place) for folder in paths]
+    bundles, start = opened[: len(networks)], opened[-1 if base else 0]
+    method: Merge = _make(factory, name, settings, {"seed": sizes["seed"], "input_range": _input_range(start)})
     if base is None and method.needs_base:
         raise TorchfolioError(f"{name} adds up what finetuning changed: name the network it started from with --base")
     if method.needs_inputs and not data:
         raise TorchfolioError(f"{name} learns from unlabelled inputs: name them with --data")
     examples = _examples(bundles, networks, data, sizes)
-    before = [
-        _accuracy(predictor_of(bundle, allow), test, place)
-        for bundle, (_, test) in zip(bundles, examples, strict=False)
-    ]
+    before = []
+    for bundle, folder, (_, test) in zip(bundles, networks, examples, strict=False):
+        model = predictor_of(load_bundle(folder, allow=allow, device=place) if outlines else bundle, allow)
+        before.append(_accuracy(model, test, place))
 
-    bodies, heads = _split([start, *bundles], keep)
-    inputs = [train.tensors[0] for train, _ in examples]
-    merged = method.fit(bodies[0], bodies[1:], inputs, heads=heads and heads[1:])
-    state = merged.model.state_dict()
-    folders = _write(state, bundles, start, keep, networks, output, {"method": name, "settings": settings})
+    how = {"method": name, "settings": settings}
+    if outlines:
+        folders = [_stream(method, outlines, base is not None, networks, output, how)] * len(networks)
+    else:
+        bodies, heads = _split([start, *bundles], keep)
+        inputs = [train.tensors[0] for train, _ in examples]
+        merged = method.fit(bodies[0], bodies[1:], inputs, heads=heads and heads[1:])
+        folders = _write(merged.model.state_dict(), bundles, start, keep, networks, output, how)
 
     rows = []
     for i, (folder, network) in enumerate(zip(folders, networks, strict=False)):
@@ -289,6 +297,40 @@ def _input_range(bundle: Bundle) -> tuple[Any, Any] | None:
     return [-m / s for m, s in pairs], [(1 - m) / s for m, s in pairs]
 
 
+def _outlines(folders: Sequence[Path], allow: list[str]) -> list[Outline] | None:
+    """Bundles that stay on disk, where all can."""
+    from torchfolio.bundle import outline_bundle
+
+    found = [outline_bundle(folder, allow=allow) for folder in folders]
+    return [one for one in found if one] if all(found) else None
+
+
+def _stream(
+    method: Merge, outlines: Sequence[Outline], based: bool, names: Sequence[Path], output: Path, how: dict[str, Any]
+) -> Path:
+    """Write one bundle, merged tensor by tensor; the last outline is that of the base where there is one."""
+    from dataclasses import replace
+
+    from torchfolio.bundle import write_bundle
+
+    start = outlines[-1 if based else 0]
+    files = [outline.weights for outline in outlines]
+    training = {**_lasting(start.manifest), **_record(outlines[: len(names)], names, how)}
+
+    def fill(path: Path) -> None:
+        method.fit_files(start.model, start.weights if based else None, files[: len(names)], path)
+
+    return write_bundle(output, replace(start.manifest, training=training), fill)
+
+
+def _record(bundles: Sequence[Bundle], names: Sequence[Path], how: dict[str, Any]) -> dict[str, Any]:
+    """How a merged network came about, and a sketch of all examples that its parts were trained on."""
+    from torchfolio.data.seen import kept_in, sketch
+
+    seen = sketch(mark for bundle in bundles for mark in kept_in(bundle.manifest.training.get("seen", "")))
+    return {"merged": [str(name) for name in names], **how, "seen": seen}
+
+
 def _write(
     state: dict[str, Any],
     bundles: Sequence[Bundle],
@@ -302,10 +344,8 @@ def _write(
     from dataclasses import replace
 
     from torchfolio.bundle import save_bundle
-    from torchfolio.data.seen import kept_in, sketch
 
-    seen = sketch(mark for bundle in bundles for mark in kept_in(bundle.manifest.training.get("seen", "")))
-    record = {"merged": [str(name) for name in names], **how, "seen": seen}
+    record = _record(bundles, names, how)
 
     def save(bundle: Bundle, folder: Path) -> Path:
         bundle.model.load_state_dict(state, strict=keep is None)
