@@ -1,7 +1,4 @@
-"""Measures SLTT beside backpropagation through time on one small spiking network.
-
-Longer than most because memory, gradients, time and the cut in time are each measured apart from accuracy.
-"""
+"""Measures SLTT beside backpropagation through time on one small spiking network."""
 
 from __future__ import annotations
 
@@ -15,14 +12,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
 
-from torchfolio.data import DataSplits
-from torchfolio.data.augment import CropFlip
+from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import fit
-from torchfolio.engine.recipes import cosine
+from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import alternate, saved_bytes
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import training_step
+from torchfolio.runs.tasks import Task, accuracy, load
 from torchfolio.spiking.bptt import BPTT, SequenceRule
 from torchfolio.spiking.losses import SLTTLoss
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
@@ -33,30 +30,19 @@ from torchfolio.spiking.state import reset_state
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Data, network and budget.
+class Settings(Task):
+    """The common task, by plain SGD and a cosine, and what is measured besides.
 
     Attributes:
-        data: name of the data set.
-        train_size: training images; `None` takes all.
-        test_size: test images; `None` takes all.
-        val_size: images held out of the training part.
-        image_size: images are box-downsampled to this side; `None` keeps them.
         net: `"convnet"` (two convolutions) or `"resnet18"` (pre-activation).
         width: channels of the first layer.
         timesteps: T.
         tau: time constant of the neurons.
-        epochs: passes over the training images.
-        batch_size: images in a batch.
-        lr: first learning rate of the cosine schedule.
-        momentum: of SGD.
-        weight_decay: of all weights.
-        crop: pixels of padding before a random crop and flip; 0 leaves images as they are.
         floor: percent that SLTT must reach besides, to show that the network learned its task.
         taus: time constants at which gradients are compared.
         lengths: numbers of steps at which memory is measured.
         control_tau: time constant in the negative control, slow enough for a cue to last.
-        rounds: of timing.
+        rounds: rounds of timing.
     """
 
     data: str = "mnist10k"
@@ -69,11 +55,7 @@ class Settings:
     timesteps: int = 6
     tau: float = 1.1
     epochs: int = 2
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
     weight_decay: float = 5e-5
-    crop: int = 0
     floor: float = 94.0
     taus: tuple[float, ...] = (1.1, 1.25, 2.0, 5.0)
     lengths: tuple[int, ...] = (2, 6, 12)
@@ -116,42 +98,34 @@ def batch_of(settings: Settings, data: DataSplits, device: torch.device) -> tupl
 
 def run(run: Run[Settings]) -> None:
     """Train by every rule, then compare gradients, memory and time, and cut a cue from its reward."""
-    settings = run.settings
-    data = run.data(
-        settings.data, train_size=settings.train_size, test_size=settings.test_size, val=settings.val_size,
-        image_size=settings.image_size,
-    )  # fmt: skip
-    accuracy = {name: run.arm(name, train, run, data, name)["accuracy"] for name in RULES}
-    run.values("accuracy", sltt=accuracy["sltt"], bptt=accuracy["bptt"], floor=settings.floor)
+    settings, data = run.settings, load(run)
+    scores = {name: run.arm(name, train, run, data, name)["accuracy"] for name in RULES}
+    run.values("accuracy", sltt=scores["sltt"], bptt=scores["bptt"], floor=settings.floor)
     peaks = run.arm("memory", memory, run, data)
     bptt, sltt = ({length: peaks[name][k] for k, length in enumerate(settings.lengths)} for name in ("bptt", "sltt"))
     run.values("memory", sltt_12_over_2=sltt[12] / sltt[2], bptt_over_sltt_at_6=bptt[6] / sltt[6])
     cosines = run.arm("agreement", agreement, run, data)
     by_tau = dict(zip(settings.taus, cosines["cosine"], strict=True))
-    run.values(
-        "gradient_agreement",
-        {f"tau_{tau:g}".replace(".", "_"): by_tau[tau] for tau in (1.1, 2.0, 5.0)},
-    )
+    run.values("gradient_agreement", {f"tau_{tau:g}".replace(".", "_"): by_tau[tau] for tau in (1.1, 2.0, 5.0)})
     time = run.arm("time", step_time, run, data)
-    few = {name: accuracy[name] for name in ("sltt_1_rescaled", "sltt")}
-    run.values("few_backward_steps", few | {"time_ratio": time["sltt_1_ratio"]})
+    few = {name: scores[name] for name in ("sltt_1_rescaled", "sltt")}
+    run.values("few_backward_steps", few, time_ratio=time["sltt_1_ratio"])
     run.values("negative_control", run.arm("control", late_loss, run, data))
 
 
 def train(run: Run[Settings], data: DataSplits, name: str) -> dict[str, object]:
     """Train by one rule: accuracies in percent, and how the rule's gradient agrees with BPTT's at the end."""
-    settings, rule = run.settings, RULES[name](run.settings.timesteps)
-    net = network(settings, data)
-    optimizer = partial(SGD, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    s, rule = run.settings, RULES[name](run.settings.timesteps)
+    net = network(s, data)
     result = fit(
-        net, data.train, rule=rule, optimizer=optimizer, scheduler=cosine(),
-        epochs=settings.epochs, batch_size=settings.batch_size, seed=run.seed, device=str(run.device),
-        augment=CropFlip(padding=settings.crop, flip=True) if settings.crop else None,
+        net, data.train, rule=rule, optimizer=sgd(s.lr, s.momentum, s.weight_decay, nesterov=False), scheduler=cosine(),
+        epochs=s.epochs, batch_size=s.batch_size, seed=run.seed, device=run.device,
+        augment=CropFlip(padding=s.crop, flip=True) if s.crop else None,
     )  # fmt: skip
-    agreement = gradient_agreement(net.train(), *batch_of(settings, data, run.device), timesteps=settings.timesteps)
+    agreement = gradient_agreement(net.train(), *batch_of(s, data, run.device), timesteps=s.timesteps)
     return {
-        "accuracy": 100 * rule.evaluate(net, data.test)["accuracy"],
-        "val_accuracy": 100 * rule.evaluate(net, data.val)["accuracy"],
+        "accuracy": accuracy(net, data.test, rule),
+        "val_accuracy": accuracy(net, data.val, rule),
         "loss": result.history.to_frame()["loss"].tolist(),
         "final_cosine": agreement["cosine"],
     }
@@ -187,21 +161,12 @@ def agreement(run: Run[Settings], data: DataSplits) -> dict[str, object]:
 def step_time(run: Run[Settings], data: DataSplits) -> dict[str, float]:
     """Milliseconds of a training step by every rule, and their ratios to BPTT's, timed in turn."""
     settings, batch = run.settings, batch_of(run.settings, data, run.device)
-
-    def stepper(name: str) -> Callable[[], None]:
-        rule = RULES[name](settings.timesteps)
-        net = rule.prepare(network(settings, data).to(run.device), batch).train()
-        optimizer = SGD(net.parameters(), lr=1e-3, momentum=settings.momentum)
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            rule.step(batch, Tensor.backward)
-            optimizer.step()
-
-        return step
-
     names = ("bptt", "sltt", "sltt_2", "sltt_1")
-    steppers: dict[str, Any] = {name: stepper(name) for name in names}
+    optimizer = sgd(1e-3, settings.momentum, nesterov=False)
+    nets = {name: network(settings, data).to(run.device) for name in names}
+    steppers: dict[str, Any] = {
+        name: training_step(net, batch, RULES[name](settings.timesteps), optimizer) for name, net in nets.items()
+    }
     timed = alternate(**steppers, repeats=settings.rounds)
     times = {f"{name}_ms": 1e3 * median(timed.seconds[name]) for name in names}
     return times | {f"{name}_ratio": timed.ratio(name) for name in names[1:]}
@@ -232,34 +197,26 @@ def late_loss(run: Run[Settings], data: DataSplits) -> dict[str, float]:
 def figures(results: Results) -> dict[str, Figure]:
     """Memory against the length of the sequence, gradients against leak, accuracy beside time."""
     rules = {"BPTT": ("memory", "bptt"), "SLTT": ("memory", "sltt")}
-    lengths, saved = results.settings.lengths, "peak saved for backward (MB, one batch)"
     cosines = {"at initialisation": ("agreement", "cosine")}
-    return {
-        "memory": plots.curves(results, rules, x=lengths, xlabel="time steps T", ylabel=saved),
-        "gradient agreement": plots.curves(
-            results, cosines, x=results.settings.taus, xlabel="time constant $\\tau$ (steps)",
-            ylabel="cosine of SLTT's and BPTT's gradients",
-        ),
-        "accuracy and time": _trade_off(results),
-    }  # fmt: skip
-
-
-def _trade_off(results: Results) -> Figure:
-    fig, ax = plots.axes("time of one training step (ms)", "test accuracy (%)")
-    names = {
-        "bptt": "BPTT",
-        "sltt": "SLTT",
-        "sltt_2": "SLTT-2",
-        "sltt_1": "SLTT-1",
-        "sltt_1_rescaled": "SLTT-1 rescaled",
+    arms = {
+        "BPTT": "bptt",
+        "SLTT": "sltt",
+        "SLTT-2": "sltt_2",
+        "SLTT-1": "sltt_1",
+        "SLTT-1 rescaled": "sltt_1_rescaled",
     }
-    for arm, label in names.items():
-        accuracy = results.values(arm, "accuracy")
-        time = results.values("time", f"{arm.removesuffix('_rescaled')}_ms")
-        ax.errorbar(time.mean(), accuracy.mean(), yerr=accuracy.std(), fmt="o", markersize=8, capsize=3, label=label)
-    ax.set_xlim(0, None)
-    ax.legend()
-    return fig
+    points = {
+        label: (("time", f"{arm.removesuffix('_rescaled')}_ms"), (arm, "accuracy")) for label, arm in arms.items()
+    }
+    return {
+        "memory": plots.curves(results, rules, x=results.settings.lengths, xlabel="time steps T",
+                               ylabel="peak saved for backward (MB, one batch)"),
+        "gradient agreement": plots.curves(results, cosines, x=results.settings.taus,
+                                           xlabel="time constant $\\tau$ (steps)",
+                                           ylabel="cosine of SLTT's and BPTT's gradients"),
+        "accuracy and time": plots.scatter(results, points, xlabel="time of one training step (ms)",
+                                           ylabel="test accuracy (%)"),
+    }  # fmt: skip
 
 
 def peers(bench: Any) -> None:
