@@ -1,12 +1,9 @@
-"""Measures memory networks with and without a fast path on functions and classes that are new in every episode.
-
-Longer than most because there are four tasks, shared feedback paths, and the arms beside them.
-"""
+"""Measures memory networks with and without a fast path on functions and classes that are new in every episode."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +14,14 @@ from torch.nn import functional as F
 
 from torchfolio.engine import Backprop, FitState, fit
 from torchfolio.engine.recipes import adam
+from torchfolio.experiments._episode_tasks import CLASSES, TASKS, Episodes, scores_by_position
+from torchfolio.experiments._lstm_learner import LSTMLearner, sequence_loss
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
-from torchfolio.training.meta_episodes import class_episodes, prototype_episodes, sine_episodes
+from torchfolio.training.meta_episodes import class_episodes, sine_episodes
 
-Episodes = tuple[Tensor, Tensor]
+TEST_SEED = 10**6
 
 
 @dataclass(frozen=True)
@@ -79,47 +78,6 @@ class SealedFeedback(BlindFeedback):
         return torch.cat((ahead, middle, torch.zeros_like(after)), -1), correction
 
 
-class LSTMLearner(nn.Module):
-    """An LSTM that gets an input with the target before it."""
-
-    def __init__(self, inputs: int, out: int, hidden: int) -> None:
-        super().__init__()
-        self.cell, self.head, self.out = nn.LSTM(inputs + out, hidden, batch_first=True), nn.Linear(hidden, out), out
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        y = y if y.is_floating_point() else F.one_hot(y, self.out).to(x.dtype)
-        before = F.pad(y[:, :-1], (0, 0, 1, 0))
-        return self.head(self.cell(torch.cat((x, before), 2))[0])
-
-
-def kinks(n: int, seed: int) -> Episodes:
-    """A |x - b|, A from -2 to 2, b from -3 to 3, on x from -5 to 5."""
-    return _functions(n, seed, lambda x, a, b: (4 * a - 2) * (x - 6 * b + 3).abs())
-
-
-def soft_steps(n: int, seed: int) -> Episodes:
-    """A tanh(x - b), A from -5 to 5, b from -3 to 3."""
-    return _functions(n, seed, lambda x, a, b: (10 * a - 5) * torch.tanh(x - 6 * b + 3))
-
-
-def _functions(n: int, seed: int, f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Episodes:
-    generator = torch.Generator().manual_seed(seed)
-    x = 10 * torch.rand(n, 20, 1, generator=generator) - 5
-    a, b = torch.rand(2, n, 1, 1, generator=generator)
-    return x / 5, f(x, a, b)
-
-
-TASKS: dict[str, Callable[[int, int], Episodes]] = {
-    "sines": lambda n, seed: sine_episodes(n, seed=seed),
-    "kinks": kinks,
-    "soft_steps": soft_steps,
-    "prototypes": lambda n, seed: prototype_episodes(n, seed=seed),
-    "rare": lambda n, seed: prototype_episodes(n, shots=(5, 5, 5, 5, 2), seed=seed),
-}
-CLASSES = ("prototypes", "rare")
-TEST_SEED = 10**6
-
-
 class Study:
     """Networks and trainings of one seed; training and test episodes come from other streams."""
 
@@ -128,11 +86,10 @@ class Study:
 
     def network(self, task: str, kind: str = "fast", feedback: FeedbackPath | None = None) -> FastSlowMemoryNetwork:
         """A network for a task: `fast`, `slow`, `blind`, `sealed` or `unregressed`; slow weights start alike."""
-        h, classes = self.settings.hidden, task in CLASSES
-        inputs, out = (16, 5) if classes else (1, 1)
+        h, (inputs, out) = self.settings.hidden, CLASSES.get(task, (1, 1))
         encoder = nn.Sequential(nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.Tanh())
         net = FastSlowMemoryNetwork(
-            encoder, out, task="classification" if classes else "regression", hidden=h, fast=kind != "slow",
+            encoder, out, task="classification" if task in CLASSES else "regression", hidden=h, fast=kind != "slow",
             feedback=feedback, lambda_sg=0.0 if kind == "unregressed" else 0.1,
         )  # fmt: skip
         if kind in ("blind", "sealed"):
@@ -159,25 +116,11 @@ class Study:
         x, y = data or TASKS[task](self.settings.test, TEST_SEED)
         with torch.no_grad():
             output = net(x.to(self.device), y.to(self.device)).cpu()
-        if y.is_floating_point():
-            by = (output - y).square().mean((0, 2))
-            return {"by": by, "first": float(by[:2].mean()), "fifth": float(by[4:6].mean()),
-                    "tenth": float(by[9:11].mean()), "last": float(by[-3:].mean())}  # fmt: skip
-        right = (output.argmax(2) == y).float()
-        by = 100 * right.mean(0)
-        parts = {"first": by[:5], "second": by[5:10], "before_last": by[-10:-5], "last": by[-5:]}
-        scores = {"by": by, **{name: float(part.mean()) for name, part in parts.items()}}
-        if task == "rare":  # both appearances of the class that comes only twice; at the first nothing can be known
-            rare = F.one_hot(y, output.shape[2]).sum(1).argmin(1)
-            places = torch.sort((y == rare[:, None]).int(), dim=1, descending=True, stable=True).indices[:, :2]
-            first, second = (100 * right.gather(1, places).mean(0)).tolist()
-            scores |= {"rare_first": first, "rare_second": second}
-        return scores
+        return scores_by_position(output, y, rare=task == "rare")
 
     def single(self, task: str, kind: str, steps: int) -> dict[str, Any]:
         """One network on one task, with its error or accuracy as training goes on."""
-        out = 5 if task in CLASSES else 1
-        inputs = 16 if out == 5 else 1
+        inputs, out = CLASSES.get(task, (1, 1))
         net = LSTMLearner(inputs, out, 64) if kind == "lstm" else self.network(task, kind)
         curve: list[float] = []
 
@@ -216,11 +159,6 @@ class Study:
         return self.scores(net, "digits", new)
 
 
-def sequence_loss(output: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of all steps."""
-    return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output.flatten(0, 1), y.flatten())
-
-
 def run(run: Run[Settings]) -> None:
     """Functions, classes, a rare one, a shared path; then what no claim is about."""
     s, study = run.settings, Study(run)
@@ -253,18 +191,17 @@ def figures(results: Results) -> dict[str, Figure]:
     """Errors and accuracies within an episode, and at its end as slow training goes on."""
     lines = {"fast path": "fast", "memory alone": "slow", **({"LSTM": "lstm"} if results.settings.further else {})}
     sines = {**lines, "no errors or labels": "blind"}
-    steps = [results.settings.steps * (k + 1) / 6 for k in range(6)]
-    by = "squared error", "accuracy (%)"
-    figures = {
+    made = {
         "sines": plots.curves(results, {n: (f"sines_{k}", "by") for n, k in sines.items()}, xlabel="point of the sine",
-                              ylabel=by[0], logy=True),
+                              ylabel="squared error", logy=True),
         "classes": plots.curves(results, {n: (f"prototypes_{k}", "by") for n, k in lines.items()},
-                                xlabel="item of the episode", ylabel=by[1]),
+                                xlabel="item of the episode", ylabel="accuracy (%)"),
     }  # fmt: skip
+    steps = [results.settings.steps * (k + 1) / 6 for k in range(6)]
     if len(results.values("sines_fast", "curve")[0]) == len(steps):
-        figures["slow training"] = plots.curves(results, {n: (f"sines_{k}", "curve") for n, k in sines.items()}, x=steps,
-                                                xlabel="slow steps", ylabel="squared error at the end", logy=True)  # fmt: skip
-    return figures
+        made["slow training"] = plots.curves(results, {n: (f"sines_{k}", "curve") for n, k in sines.items()}, x=steps,
+                                             xlabel="slow steps", ylabel="squared error at the end", logy=True)  # fmt: skip
+    return made
 
 
 def peers(bench: Bench) -> None:
