@@ -1,7 +1,4 @@
-"""Measures scalable neural network kernels: their error, bundled networks, adapters, and replaced perceptrons.
-
-Longer than most because the paper's four uses are four small experiments.
-"""
+"""Measures scalable neural network kernels: their error, bundled networks, adapters, and replaced perceptrons."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
-from torchfolio.data.text import encode, movie_reviews, train_tokenizer
-from torchfolio.engine import evaluate, fit
+from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam, cosine
+from torchfolio.experiments._bottleneck_adapter import add_bottlenecks
+from torchfolio.experiments._sentence_transformer import SentenceTransformer, sentences
 from torchfolio.layers.snnk import (
     SNNK,
     URF,
@@ -32,6 +30,7 @@ from torchfolio.layers.snnk import (
 )
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
+from torchfolio.runs.tasks import accuracy
 
 
 @dataclass(frozen=True)
@@ -120,37 +119,16 @@ def bundled(run: Run[Settings], data: DataSplits, depth: int, features: Any = "r
     return {"accuracy": 100 * float(right), "loss": loss(best).item(), "adam": lowest}
 
 
-class Bottleneck(nn.Module):
-    """The adapter that is usual: $x + V \\mathrm{ReLU}(U x)$."""
-
-    def __init__(self, d: int, width: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(d, width), nn.Linear(width, d)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(self.down(x).relu())
-
-
 def adapted(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """Accuracy on images turned by 90 degrees: a frozen perceptron alone, with a new head, and with each adapter."""
     s = run.settings
-    splits = {
-        n: (p.tensors[0], p.tensors[1]) for n, p in (("train", data.train), ("val", data.val), ("test", data.test))
-    }
+    splits = {"train": data.train.tensors, "val": data.val.tensors, "test": data.test.tensors}
     turned = {n: (x.rot90(1, (2, 3)), y) for n, (x, y) in splits.items()}
     inputs, common = math.prod(data.shape), {"device": run.device, "seed": run.seed, "progress": False}
-    net = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(inputs, 256),
-        nn.ReLU(),
-        nn.Linear(256, 256),
-        nn.ReLU(),
-        nn.Linear(256, data.num_classes),
-    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+                        nn.Linear(256, data.num_classes))  # fmt: skip
     fit(net, splits["train"], optimizer=adam(), scheduler=cosine(), epochs=s.epochs, **common)
-    found: dict[str, Any] = {"before": 100 * evaluate(net, turned["test"])["accuracy"]}
+    found: dict[str, Any] = {"before": accuracy(net, turned["test"])}
     for name, size in (("head", 0), ("snnk", 8), ("bottleneck", 4), ("bottleneck", 16)):
         best = -1.0
         for rate in s.rates:
@@ -161,58 +139,30 @@ def adapted(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
                 model.requires_grad_(False)
             if name == "bottleneck":
                 torch.manual_seed(run.seed)
-                for k in (1, 3):
-                    model[k] = nn.Sequential(model[k], Bottleneck(256, size).to(run.device))
+                add_bottlenecks(model, (1, 3), size)
             added = sum(p.numel() for p in model.parameters() if p.requires_grad)
             model[5].requires_grad_(True)
             fit(model, turned["train"], optimizer=adam(rate), scheduler=cosine(), epochs=s.adapter_epochs, **common)
-            if (val := evaluate(model, turned["val"])["accuracy"]) > best:  # the rate is chosen here
+            if (val := accuracy(model, turned["val"])) > best:  # the rate is chosen here
                 best = val
-                found[f"{name}_{size}"] = 100 * evaluate(model, turned["test"])["accuracy"]
+                found[f"{name}_{size}"] = accuracy(model, turned["test"])
                 found[f"{name}_{size}_parameters"] = added
     return found
-
-
-class Classifier(nn.Module):
-    """A small transformer for sentences: the mean of its tokens is classified."""
-
-    def __init__(self, words: int, length: int, dim: int) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(words, dim, padding_idx=0), nn.Parameter(torch.zeros(length, dim))
-        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.3, batch_first=True, norm_first=True)
-        self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(dim, 2)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        mask = ids == 0
-        x = self.body(self.words(ids) + self.places, src_key_padding_mask=mask)
-        there = (~mask)[..., None].to(x.dtype)
-        return self.head((x * there).sum(1) / there.sum(1).clamp(min=1))
-
-
-def sentences(text: bool, length: int = 32) -> dict[str, tuple[Tensor, Tensor]]:
-    """Token numbers and labels of film reviews, or random ones."""
-    if not text:
-        ids = torch.randint(1, 50, (240, length), generator=torch.Generator().manual_seed(0))
-        labels = (ids[:, :8].float().mean(1) > 25).long()
-        return {"train": (ids[:160], labels[:160]), "test": (ids[160:], labels[160:])}
-    parts = movie_reviews()
-    tokenizer = train_tokenizer(parts["train"].texts, 4000)
-    return {n: (encode(tokenizer, p.texts, length), torch.tensor(p.targets)) for n, p in parts.items()}
 
 
 def replaced(run: Run[Settings]) -> dict[str, float]:
     """A transformer, the same trained on, and with the first matrices of its perceptrons replaced and trained on."""
     s, parts = run.settings, sentences(run.settings.text)
     common = {"device": run.device, "seed": run.seed, "epochs": s.text_epochs, "batch_size": 64, "progress": False}
-    net = Classifier(4000, 32, s.dim)
+    net = SentenceTransformer(4000, 32, s.dim)
     fit(net, parts["train"], optimizer=adam(1e-3), scheduler=cosine(), **common)
     small: Any = copy.deepcopy(net)
     replace_ffl(small, lambda name, layer: name.endswith("linear1"), s.dim // 4, seed=run.seed)
-    found = {"accuracy": 100 * evaluate(net, parts["test"])["accuracy"]}
-    found["untrained"] = 100 * evaluate(small, parts["test"])["accuracy"]
+    found = {"accuracy": accuracy(net, parts["test"])}
+    found["untrained"] = accuracy(small, parts["test"])
     for name, model in (("longer", net), ("uptrained", small)):
         fit(model, parts["train"], optimizer=adam(3e-4), scheduler=cosine(), **common)
-        found[name] = 100 * evaluate(model, parts["test"])["accuracy"]
+        found[name] = accuracy(model, parts["test"])
     sizes = [sum(p.numel() for n, p in m.named_parameters() if ".linear1." in n) for m in (net, small)]
     return {**found, "share": sizes[1] / sizes[0]}
 
