@@ -11,18 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from torchfolio.data.places import folder_of
+from torchfolio.experiments._acoustic_vowels import vowels
+from torchfolio.experiments._physical_backprop import train_through_twins
 from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
-from torchfolio.local.physical_systems import (
-    KerrCavity,
-    MeasuredSurrogate,
-    MultimodeOptics,
-    PhysicalSystem,
-    as_physical,
-)
+from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
 from torchfolio.runs import Results, Run, plots
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,17 +58,17 @@ def run(run: Run[Settings]) -> None:
     """Train every arm on the same specimens, digits first."""
     s, digits = run.settings, _digits(run)
     done = {name: run.arm(name, _local, run, digits, kind) for name, kind in SYSTEMS.items()}
-    ideal = {name: run.arm(f"ideal_{name}", _backprop, run, digits, SYSTEMS[name], True, 0.0) for name in SYSTEMS}
+    ideal = {name: run.arm(f"ideal_{name}", _backprop, run, digits, kind, True) for name, kind in SYSTEMS.items()}
     accuracies = {name: 100 * arm["curve"][-1] for name, arm in done.items()}
     run.values("accuracy", accuracies | {f"ideal_{name}": arm["accuracy"] for name, arm in ideal.items()})
     bare = run.arm("no_skip", _local, run, digits, MultimodeOptics, False)
     ours = 100 * bare["curve"][-1]
     optics = (run, digits, MultimodeOptics, False)
     twins = {f"twin_{100 * e:.0f}": run.arm(f"twin_{100 * e:.0f}", _backprop, *optics, e) for e in s.twin_errors}
-    run.values("no_twin", {"ours": ours} | {name: arm["accuracy"] for name, arm in twins.items()})
+    run.values("no_twin", {name: arm["accuracy"] for name, arm in twins.items()}, ours=ours)
     aware = run.arm("physics_aware", _backprop, *optics, 0.2, True)
-    calls = {"ours_calls": bare["calls"], "physics_aware_calls": aware["calls"]}
-    run.values("hardware_aware", {"ours": ours, "physics_aware": aware["accuracy"], **calls})
+    run.values("hardware_aware", ours=ours, physics_aware=aware["accuracy"], ours_calls=bare["calls"],
+               physics_aware_calls=aware["calls"])  # fmt: skip
     optical = done["optics"]
     run.values("drift", {name: optical[name] for name in ("before", "swapped", "recovered")})
     run.values("control_no_label", accuracy=optical["no_label"])
@@ -84,7 +78,8 @@ def run(run: Run[Settings]) -> None:
     run.values("control_no_physics", accuracy=100 * silent["curve"][-1])
     run.values("unsupervised", run.arm("unsupervised", _unsupervised, run, digits))
     if s.cavity_epochs:
-        run.values("measured_cavity", run.arm("vowels", _vowels, run))
+        own = {"cavity_epochs": s.cavity_epochs, "epochs": s.vowel_epochs, "lr": s.lr, "seed": run.seed}
+        run.values("measured_cavity", run.arm("vowels", vowels, _silent(20, 20, seed=0), **own))
 
 
 def _silent(n_in: int, n_out: int, *, seed: int) -> PhysicalSystem:
@@ -109,6 +104,13 @@ def _blocks(run: Run[Settings], n_in: int, system: Any, skip: bool = True) -> li
     return [PhysicalBlock(system(w, n, seed=seed + k), n, skip, seed=seed + k) for k, w in enumerate(widths)]
 
 
+def _network(
+    run: Run[Settings], system: Any, skip: bool = True, kind: type[PhysicalLocalNet] = PhysicalLocalNet
+) -> PhysicalLocalNet:
+    """Two blocks for digits with their labels in front."""
+    return kind(_blocks(run, 74, system, skip), 10, 64, standardize=False)
+
+
 def _train(run: Run[Settings], net: Any, split: Split, epochs: int, first: bool = True, seed: int = 0) -> Any:
     s = run.settings
     train = net.to(run.device).fit if first else net.partial_fit
@@ -118,7 +120,7 @@ def _train(run: Run[Settings], net: Any, split: Split, epochs: int, first: bool 
 
 def _local(run: Run[Settings], split: Split, system: Any, skip: bool = True) -> dict[str, Any]:
     """Test accuracy by epoch, then without labels, then through a swap of the specimens."""
-    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64, standardize=False)
+    net = _network(run, system, skip)
     curve, calls = [], 0
     for epoch in run.progress(range(run.settings.epochs), "epochs"):
         net.reset_calls()
@@ -142,42 +144,18 @@ def _local(run: Run[Settings], split: Split, system: Any, skip: bool = True) -> 
 
 
 def _backprop(
-    run: Run[Settings], split: Split, system: Any, skip: bool, error: float, aware: bool = False
+    run: Run[Settings], split: Split, system: Any, skip: bool, error: float = 0.0, aware: bool = False
 ) -> dict[str, Any]:
-    """A softmax head on the same blocks, by gradients of a twin; its values too, unless the hardware is in the loop."""
-    s, (x, y, x_test, y_test) = run.settings, split
-    net = PhysicalLocalNet(_blocks(run, 74, system, skip), 10, 64, standardize=False).to(run.device)
-    inputs, tests = F.pad(x, (10, 0)), F.pad(x_test, (10, 0))
-    twins = [block.physical.twin(error, seed=run.seed + k) for k, block in enumerate(net.blocks)]
-    head = nn.Linear(s.hidden, 10).to(run.device)
-    weights = [*(p for block in net.blocks for p in block.linear.parameters()), *head.parameters()]
-
-    def logits(h: Tensor, real: bool, model: bool) -> Tensor:
-        for block, twin in zip(net.blocks, twins, strict=True):
-            e = block.encode(h)
-            r = twin.response(e) if model else block.physical(e)
-            r = r + (block.physical(e) - r).detach() if real and model else r
-            h = block.linear(torch.cat((r, h), 1) if skip else r)
-        return head(h)
-
-    optimizer, generator = torch.optim.Adam(weights, lr=s.lr), torch.Generator().manual_seed(run.seed)
-    for _ in range(2 * s.epochs if aware else s.backprop_epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(s.batch_size):
-            optimizer.zero_grad()
-            F.cross_entropy(logits(inputs[rows], aware, True), y[rows]).backward()
-            optimizer.step()
-    calls = net.physical_calls
-    with torch.no_grad():
-        return {
-            "accuracy": 100 * float((logits(tests, True, False).argmax(1) == y_test).float().mean()),
-            "calls": calls,
-        }
+    """The same blocks by backprop through twins that are wrong by `error`, with the hardware in the loop or without."""
+    s, net = run.settings, _network(run, system, skip).to(run.device)
+    return train_through_twins(net.blocks, split, error=error, aware=aware, lr=s.lr, batch_size=s.batch_size,
+                               epochs=2 * s.epochs if aware else s.backprop_epochs, seed=run.seed)  # fmt: skip
 
 
 def _calls(run: Run[Settings], split: Split) -> dict[str, float]:
     shares, batches = {}, math.ceil(len(split[0]) / run.settings.batch_size)
     for name, steps in (("few", 1), ("many", 10)):
-        net = PhysicalLocalNet(_blocks(run, 74, MultimodeOptics), 10, 64, standardize=False).to(run.device)
+        net = _network(run, MultimodeOptics).to(run.device)
         net.fit(*split[:2], epochs=1, inner_steps=steps, batch_size=run.settings.batch_size)
         shares[name] = net.physical_calls / (2 * 2 * batches)
     return shares
@@ -192,7 +170,7 @@ class NoContrast(PhysicalLocalNet):
 
 
 def _no_contrast(run: Run[Settings], split: Split) -> dict[str, float]:
-    net = _train(run, NoContrast(_blocks(run, 74, MultimodeOptics), 10, 64, standardize=False), split, 3)
+    net = _train(run, _network(run, MultimodeOptics, kind=NoContrast), split, 3)
     distance = np.abs(np.array(net.losses) - math.log(2)).max()
     return {"loss_distance": float(distance), "accuracy": 100 * net.score(*split[2:])}
 
@@ -208,27 +186,6 @@ def _unsupervised(run: Run[Settings], split: Split) -> dict[str, float]:
                 block.linear.load_state_dict(state)
         scores[name] = 100 * net.fit_readout(*split[:2]).score(*split[2:])
     return scores
-
-
-def _vowels(run: Run[Settings]) -> dict[str, float]:
-    """Two blocks 40 -> 20 and 40 -> 20, as the authors' acoustic network; a column of zeros fills the 20 inputs."""
-    folder = folder_of("physical_ff", "acoustic_cavity.npz")
-    measured = np.load(folder / "acoustic_cavity.npz")
-    table = np.genfromtxt(folder / "vowel_formants.csv", delimiter=",", skip_header=1, dtype=str)
-    y = torch.from_numpy(np.unique([name[-2:] for name in table[:, 0]], return_inverse=True)[1])
-    x = F.pad(torch.from_numpy(table[:, 1:].astype(np.float32)), (0, 1))
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
-    test, train = rows[: len(x) // 5], rows[len(x) // 5 :]
-    pairs = (torch.from_numpy(measured[key]) for key in ("x", "y"))
-    cavity = MeasuredSurrogate(*pairs, epochs=run.settings.cavity_epochs, lr=1e-3, seed=run.seed)
-    outcome = {"surrogate_error": float(cavity.error)}
-    for name, system in (("cavity", cavity), ("digital", _silent(20, 20, seed=0))):
-        blocks = [PhysicalBlock(copy.deepcopy(system), 20, seed=run.seed + k) for k in range(2)]
-        net = PhysicalLocalNet(blocks, 7, 13).fit(
-            x[train], y[train], epochs=run.settings.vowel_epochs, lr=run.settings.lr
-        )
-        outcome[name] = 100 * net.score(x[test], y[test])
-    return outcome
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -248,10 +205,8 @@ def peers(bench: Any) -> None:
     """Candidates in one batch and negatives at once, against the authors' loops over labels and examples."""
     x, y = torch.rand(64, 64), torch.arange(64) % 10
     blocks = [PhysicalBlock(MultimodeOptics(w, 50), 50, in_features=w) for w in (74, 50)]
-    net, generator = (
-        PhysicalLocalNet(blocks, 10, 64, standardize=False).fit(x, y, epochs=1),
-        torch.Generator().manual_seed(0),
-    )
+    net = PhysicalLocalNet(blocks, 10, 64, standardize=False).fit(x, y, epochs=1)
+    generator = torch.Generator().manual_seed(0)
     many, one = torch.arange(10).repeat(144), net.scale(x[:1])
     drawn = np.random.default_rng(0)
     bench.compare(
