@@ -5,6 +5,7 @@ Longer than most, for three kinds of attack on four kinds of copies.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,11 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import evaluate, fit
+from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
+from torchfolio.experiments._pixel_watermarks import Masked, random_masks, watermarked
+from torchfolio.models import ResNetCIFAR
 from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
-from torchfolio.robustness.attacks import Attack
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
@@ -69,27 +71,20 @@ ARMS = {"keyed": {"noise": "keyed"}, "random": {"noise": "random"}, "plain": {"n
 
 def run(run: Run[Settings]) -> None:
     """Train a classifier, make copies in several ways, attack some of them, and trace."""
-    data = run.data(run.settings.data, val=0, normalize=False)
-    scene = Scene(run, data)
-    found = {name: run.arm(name, scene.copies, settings) for name, settings in ARMS.items()}
-    mask = run.arm("mask", scene.masked)
-    keyed, random, plain = found["keyed"], found["random"], found["plain"]
-    run.values(
-        "tracing_white_box", accuracy=keyed["tracing"], success=keyed["success"], transferred=keyed["transferred"]
-    )
+    scene = Scene(run, run.data(run.settings.data, val=0, normalize=False))
+    arms = {name: run.arm(name, scene.copies, how) for name, how in ARMS.items()}
+    mask = run.arm("mask", scene.watermarked)
+    keyed, plain = arms["keyed"], arms["plain"]
+    success = {"success": keyed["success"], "transferred": keyed["transferred"]}
+    run.values("tracing_white_box", success, accuracy=keyed["tracing"])
     decisions = {"by_decisions": keyed["decisions_tracing"]} if run.settings.decisions else {}
-    run.values("tracing_black_box", accuracy=keyed["nes_tracing"], success=keyed["nes_success"], **decisions)
+    run.values("tracing_black_box", decisions, accuracy=keyed["nes_tracing"], success=keyed["nes_success"])
     run.values("utility", mean_loss=100 * keyed["mean_loss"], worst_loss=100 * keyed["worst_loss"])
-    run.values(
-        "negative_control",
-        keyed=keyed["tracing"], random=random["tracing"], plain=plain["tracing"], mask=mask["tracing"],
-        shared_inconclusive=keyed["shared_inconclusive"],
-    )  # fmt: skip
-    run.values(
-        "deterrence",
-        keyed=keyed["transfer"], plain=plain["transfer"], keyed_stopping=keyed["stopping_transfer"],
-        plain_stopping=plain["stopping_transfer"],
-    )  # fmt: skip
+    traced = {name: arm["tracing"] for name, arm in {**arms, "mask": mask}.items()}
+    run.values("negative_control", traced, shared_inconclusive=keyed["shared_inconclusive"])
+    transfer = {"keyed": keyed["transfer"], "plain": plain["transfer"]}
+    stopping = {f"{name}_stopping": arms[name]["stopping_transfer"] for name in transfer}
+    run.values("deterrence", transfer | stopping)
 
 
 class Scene:
@@ -103,16 +98,16 @@ class Scene:
         self.test = x[order[: self.settings.images]], y[order[: self.settings.images]]
 
     def network(self) -> nn.Module:
-        """Two convolutions of stride 2 (on small images 3 wide), or a residual network for photographs."""
-        from torchfolio.models import ResNetCIFAR
-
+        """A residual network for photographs, else two convolutions of stride 2, on small images 3 wide."""
         channels, side = self.data.shape[0], self.data.shape[1]
+        if channels > 1:
+            return ResNetCIFAR(20, num_classes=self.data.num_classes)
         kernel = 5 if side >= 16 else 3
         small = ((side - kernel) // 2 + 1 - kernel) // 2 + 1
         return nn.Sequential(
             nn.Conv2d(channels, 16, kernel, 2), nn.ReLU(), nn.Conv2d(16, 32, kernel, 2), nn.ReLU(), nn.Flatten(),
             nn.Linear(32 * small**2, self.data.num_classes),
-        ) if channels == 1 else ResNetCIFAR(20, num_classes=self.data.num_classes)  # fmt: skip
+        )  # fmt: skip
 
     def trained(self) -> nn.Module:
         """The classifier that copies are made of."""
@@ -133,8 +128,7 @@ class Scene:
         white = self.attacked(copies, self.pgd())
         out = {
             "classifier": worth.classifier, "accuracy": float(worth.copies.mean()), "mean_loss": worth.mean_loss,
-            "worst_loss": worth.worst_loss,
-            "transfer_matrix": white.transfer, **summary(white),
+            "worst_loss": worth.worst_loss, "transfer_matrix": white.transfer, **summary(white),
         }  # fmt: skip
         stopping = summary(self.attacked(copies, partial(self.pgd(), loss=capped)))
         out |= {f"stopping_{key}": value for key, value in stopping.items()}
@@ -148,6 +142,12 @@ class Scene:
 
     def attacked(self, copies: list[TracedCopy], attack: Any) -> Trial:
         return trial(copies, attack, self.test, sources=range(self.settings.attacked))
+
+    def watermarked(self) -> dict[str, float]:
+        """Copies blind to pixels of their own, under the same attack."""
+        masks = random_masks(self.settings.copies, self.test[0], self.generator())
+        attacked = self.settings.attacked
+        return watermarked(self.classifier, masks, self.pgd, self.test, self.data.test, attacked)
 
     def pgd(self) -> Any:
         eps, steps = self.settings.pgd_eps, self.settings.pgd_steps
@@ -167,38 +167,6 @@ class Scene:
         """Share of the traces that are inconclusive among copies that all hold the first one's tracer."""
         same = [copies[0] for _ in copies]
         return float(trace(same, found.x_adv[0], label=found.label).inconclusive.double().mean())
-
-    def masked(self) -> dict[str, float]:
-        """A watermark: copy i does not see a random 5% of the pixels, and is betrayed where an attack left them alone.
-
-        It needs the clean image, which tracing does not; and the attack starts there, so that it moves no unseen pixel.
-        """
-        generator = self.generator()
-        x, y = self.test
-        masks = [(torch.rand(x.shape[1:], generator=generator) > 0.05).to(x) for _ in range(self.settings.copies)]
-        accuracy = [evaluate(Masked(self.classifier, m), self.data.test)["accuracy"] for m in masks]
-        right, total = 0.0, 0
-        for k in range(self.settings.attacked):
-            found: Attack = self.pgd()(Masked(self.classifier, masks[k]), x, y, start="zero")
-            change = (found.x_adv - x).abs()
-            left = torch.stack([(change * (1 - m)).flatten(1).sum(1) / (1 - m).sum() for m in masks], 1)
-            right += float((left.argmin(1) == k)[found.success].sum())
-            total += int(found.success.sum())
-        return {"tracing": right / max(1, total), "accuracy": sum(accuracy) / len(accuracy)}
-
-
-class Masked(nn.Module):
-    """A classifier that does not see some pixels."""
-
-    mask: Tensor
-
-    def __init__(self, classifier: nn.Module, mask: Tensor) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.register_buffer("mask", mask)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(x * self.mask)
 
 
 def capped(logits: Tensor, y: Tensor) -> Tensor:
@@ -223,26 +191,21 @@ def figures(results: Results) -> dict[str, Figure]:
     for (i, j), value in [((i, j), matrix[i, j]) for i in range(matrix.shape[0]) for j in range(matrix.shape[1])]:
         ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
     ax.grid(visible=False)
+    traced = {k: (arm, "tracing") for k, arm in named.items()} | {"keyed, by scores": ("keyed", "nes_tracing")}
+    if results.settings.decisions:
+        traced["keyed, by decisions"] = ("keyed", "decisions_tracing")
+    traced["mask (with the clean image)"] = ("mask", "tracing")
+    transfer = {k: (arm, "transfer") for k, arm in named.items()}
+    transfer |= {f"{arm}, stopping": (arm, "stopping_transfer") for arm in ("keyed", "plain")}
     return {
-        "tracing": plots.bars(
-            results,
-            {**{k: (arm, "tracing") for k, arm in named.items()}, "keyed, by scores": ("keyed", "nes_tracing"),
-             "keyed, by decisions": ("keyed", "decisions_tracing"),
-             "mask (with the clean image)": ("mask", "tracing")},
-            ylabel="traced to their source",
-        ),
-        "transfer": plots.bars(
-            results,
-            {**{k: (arm, "transfer") for k, arm in named.items()}, "keyed, stopping": ("keyed", "stopping_transfer"),
-             "plain, stopping": ("plain", "stopping_transfer")},
-            ylabel="fools another copy",
-        ),
+        "tracing": plots.bars(results, traced, ylabel="traced to their source"),
+        "transfer": plots.bars(results, transfer, ylabel="fools another copy"),
         "who is fooled": fig,
-    }  # fmt: skip
+    }
 
 
 def peers(bench: Any) -> None:
-    """Six copies by tracers beside six fine-tuned heads, as the implementations of a related method make them."""
+    """Six copies by tracers beside six fine-tuned ones, each blind to pixels of its own."""
     from torchfolio.data import load
 
     data = load("mnist10k", val=0, normalize=False)
@@ -251,9 +214,6 @@ def peers(bench: Any) -> None:
     )
 
     def finetuned() -> None:
-        """A watermark of its own and a fine-tuning of the classifier for each copy."""
-        import copy
-
         for seed in range(6):
             mask = (torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(seed)) > 0.05).float()
             fit(Masked(copy.deepcopy(net), mask), data.train, optimizer=adam(1e-3), epochs=1, batch_size=64, seed=seed)

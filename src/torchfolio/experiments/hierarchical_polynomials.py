@@ -10,7 +10,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -18,16 +17,20 @@ from torch.nn import functional as F
 
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
+from torchfolio.experiments._layerwise_courses import (
+    drawn_first_stage,
+    drawn_over_samples,
+    first_stage,
+    over_samples,
+)
 from torchfolio.runs import Results, Run, plots, threads
 from torchfolio.theory.hierarchical_polynomials import (
     HierarchicalPolynomial,
     LayerwiseThreeLayerRegressor,
     RandomFeatureRidge,
-    SpectralDescent,
     ThreeLayerNetwork,
     TunedKernelRidge,
     feature_recovery,
-    sample_complexity,
 )
 
 
@@ -66,21 +69,12 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        d=8,
-        n=(150, 300, 600),
-        m1=50,
-        m2=200,
-        n_test=500,
-        single_d=10,
-        single_n=100,
-        epochs=2,
-        small_d=(4, 6),
-        small_n=(4, 8),
-        small_m2=100,
+        d=8, n=(150, 300, 600), m1=50, m2=200, n_test=500, single_d=10, single_n=100, epochs=2, small_d=(4, 6),
+        small_n=(4, 8), small_m2=100,
     ),
     "quick": Settings(),
     "full": Settings(d=32, n=(4000, 8000, 16_000), m2=4000, n_test=20_000, small_d=(16, 24, 32), small_n=(2, 4, 8, 16)),
-}
+}  # fmt: skip
 
 
 class _WithoutFirstStage(LayerwiseThreeLayerRegressor):
@@ -97,8 +91,8 @@ def run(run: Run[Settings]) -> None:
     with threads(1):
         _main(run)
         _controls(run)
-        run.arm("path", _path, run.settings, run.seed)
-        run.arm("curves", _curves, run.settings, run.seed)
+        run.arm("path", first_stage, run.settings, run.seed)
+        run.arm("curves", over_samples, run.settings, run.seed)
 
 
 def _target(settings: Settings, seed: int) -> HierarchicalPolynomial:
@@ -156,14 +150,8 @@ def _end_to_end(settings: Settings, seed: int) -> dict[str, Any]:
             with torch.no_grad():
                 tried.append([float(F.mse_loss(network(a), b)) for a, b in ((X[-held:], y[-held:]), (X_test, y_test))])
 
-    fit(
-        network,
-        (X[:-held], y[:-held]),
-        epochs=settings.epochs,
-        optimizer=adam(lr=1e-3),
-        callbacks=[watch],
-        seed=seed,
-    )
+    train = X[:-held], y[:-held]
+    fit(network, train, epochs=settings.epochs, optimizer=adam(lr=1e-3), callbacks=[watch], seed=seed)
     return {"error": min(tried)[1] / float(y_test.var())}
 
 
@@ -184,44 +172,6 @@ def _controls(run: Run[Settings]) -> None:
     run.values("single_index", error=one["error"], correlation=one["correlation"])
 
 
-def _path(settings: Settings, seed: int) -> dict[str, Any]:
-    """The first stage over weight decay and over gradient steps, all from one eigendecomposition."""
-    d = settings.small_d[-1]
-    target, n = HierarchicalPolynomial(d, seed=seed), settings.small_n[-1] * d**2
-    X, y = target.sample(n, seed=2 * seed)
-    X_test, y_test = target.sample(settings.n_test, seed=2 * seed + 1)
-    network = ThreeLayerNetwork(d, 1, settings.small_m2).double()
-    with torch.no_grad():
-        features, test = (network.activation(network.inner(x)) for x in (X, X_test))
-    mean = features.mean(0)
-    spectrum = SpectralDescent(features - mean, y - y.mean())
-    decays = torch.logspace(-7, 0, 22, dtype=torch.float64)
-    weights = {
-        "decay": spectrum.weights(decays * spectrum.top),
-        "steps": torch.stack([spectrum.weights(0.0, T) for T in settings.steps], -1),
-    }
-    result: dict[str, Any] = {"decays": decays}
-    for name, u in weights.items():
-        f, p = (test - mean) @ u, target.p(X_test)
-        result[f"error over {name}"] = (f + y.mean() - y_test[:, None]).square().mean(0) / y_test.var()
-        result[f"correlation over {name}"] = torch.corrcoef(torch.cat([p[None], f.T]))[0, 1:]
-    return result
-
-
-def _curves(settings: Settings, seed: int) -> dict[str, Any]:
-    """Errors over dimension and samples, of the network and of a kernel."""
-    models = {
-        "network": lambda d, n: LayerwiseThreeLayerRegressor(settings.m1, settings.small_m2, random_state=seed),
-        "kernel": lambda d, n: TunedKernelRidge(4),
-    }
-    rows: list[dict[str, Any]] = []
-    for d in settings.small_d:
-        sizes = [2 * ratio * d**2 for ratio in settings.small_n]
-        rows += sample_complexity([d], sizes, lambda d: HierarchicalPolynomial(d, seed=seed), models, seed=2 * seed)
-    return {f"{name} {d}": [r["test_mse_rel"] for r in rows if (r["model"], r["d"]) == (name, d)]
-            for name in models for d in settings.small_d}  # fmt: skip
-
-
 def figures(results: Results) -> dict[str, Figure]:
     """The learned feature against p, all errors, the curves over samples, and the first stage's course."""
     s: Settings = results.settings
@@ -232,38 +182,9 @@ def figures(results: Results) -> dict[str, Figure]:
     return {
         "feature": fig,
         "errors": plots.bars(results, {arm: (arm, "error") for arm in arms}, ylabel="test error / variance"),
-        "samples": _collapse(results),
-        "first stage": _course(results),
+        "samples": drawn_over_samples(results),
+        "first stage": drawn_first_stage(results),
     }
-
-
-def _collapse(results: Results) -> Figure:
-    import matplotlib.pyplot as plt
-
-    s: Settings = results.settings
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    for ax, power in zip(axes, (2, 4), strict=True):
-        for name, style in (("network", "-o"), ("kernel", "--s")):
-            for k, d in enumerate(s.small_d):
-                n = 2 * np.asarray(s.small_n) * d**2
-                ax.loglog(n / d**power, results.values("curves", f"{name} {d}").mean(0), style, c=f"C{k}",
-                          label=f"{name}, d = {d}")  # fmt: skip
-        ax.set(xlabel=f"samples / $d^{power}$", ylabel="test error / variance")
-        ax.legend(fontsize=8)
-    return fig
-
-
-def _course(results: Results) -> Figure:
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    places = {"decay": results.arms[0]["path"]["decays"], "steps": results.settings.steps}
-    for ax, (name, x) in zip(axes, places.items(), strict=True):
-        for value in ("error", "correlation"):
-            ax.semilogx(x, results.values("path", f"{value} over {name}").mean(0), label=f"{value} of the first stage")
-        ax.set(xlabel="weight decay / top eigenvalue" if name == "decay" else "gradient steps")
-        ax.legend(fontsize=8)
-    return fig
 
 
 def peers(bench: Any) -> None:

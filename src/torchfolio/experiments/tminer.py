@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
-from torchfolio import engine
-from torchfolio.backdoor import AllToOne, TokenTrigger
-from torchfolio.backdoor.text import TextModel, TextRNN, TextTransformer, poison_text
+from torchfolio.backdoor import TokenTrigger
+from torchfolio.backdoor.text import TextModel, TextRNN
 from torchfolio.backdoor.text_generator import PerturbationGenerator, synthetic_corpus
 from torchfolio.backdoor.tminer import TMiner, TMinerVerdict, mrs
-from torchfolio.engine.recipes import adam
+from torchfolio.experiments._single_words import base_rate, exhaustive
+from torchfolio.experiments._text_victims import Text, classifier, reviews, simulated
 from torchfolio.runs import Results, Run, plots
 
 
@@ -76,83 +75,62 @@ class Settings:
 
 
 SCALES = {
-    "smoke": Settings(data="made", vocab=120, triggers=(("word50",),), clean=1, epochs=2, length=6, embedding=24, dim_c=8,
-                      dim_z=24, pretrain=40, steps=20, batch_size=32, dev_size=60, topk=2, max_candidates=50),
+    "smoke": Settings(
+        data="made", vocab=120, triggers=(("word50",),), clean=1, epochs=2, length=6, embedding=24, dim_c=8, dim_z=24,
+        pretrain=40, steps=20, batch_size=32, dev_size=60, topk=2, max_candidates=50,
+    ),
     "quick": Settings(),
-    "full": Settings(vocab=18850, networks=("lstm", "bilstm", "transformer"),
-                     triggers=(("screenplay",), ("weekend",), ("comedy", "story"), ("a", "lovely", "afternoon")), clean=4,
-                     length=15, embedding=100, dim_c=200, dim_z=500, dropout=0.5, pretrain=20000, pretrain_lr=5e-4,
-                     steps=1500, batch_size=64, restarts=3, dev_size=1000, topk=20, max_candidates=5000, ablation=True),
+    "full": Settings(
+        vocab=18850, networks=("lstm", "bilstm", "transformer"),
+        triggers=(("screenplay",), ("weekend",), ("comedy", "story"), ("a", "lovely", "afternoon")), clean=4, length=15,
+        embedding=100, dim_c=200, dim_z=500, dropout=0.5, pretrain=20000, pretrain_lr=5e-4, steps=1500, restarts=3,
+        dev_size=1000, topk=20, max_candidates=5000, ablation=True,
+    ),
 }  # fmt: skip
-
-
-class Text(NamedTuple):
-    """Sentences as ids and labels, of each part, and the word of each id."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    words: list[str]
 
 
 def run(run: Run[Settings]) -> None:
     """Pretrain the generator once, then train and scan every classifier."""
     settings = run.settings
-    text = reviews(settings) if settings.data == "movie_reviews" else made(settings)
+    text = reviews(settings) if settings.data == "movie_reviews" else simulated(settings)
     pretrained = run.arm("generator", pretrain, settings, text, run.seed)
     generator = new_generator(settings, text)
     state = {name.removeprefix("state/"): value for name, value in pretrained.items() if name.startswith("state/")}
     generator.load_state_dict({name: torch.as_tensor(np.asarray(value)) for name, value in state.items()})
     phrases = [*settings.triggers, *[()] * settings.clean]
-    found = []
+    arms = []
     for k, phrase in enumerate(run.progress(phrases, "classifiers")):
         name = "_".join(phrase) or f"clean{k - len(settings.triggers)}"
-        found.append(run.arm(name, scan, run, text, generator, phrase, 100 * run.seed + k, k))
-    single = [f for f, p in zip(found, phrases, strict=True) if len(p) == 1]
-    trojan, clean = found[: len(settings.triggers)], found[len(settings.triggers) :]
-    several = [f["recovered"] for f, p in zip(found, phrases, strict=True) if len(p) > 1]
+        arms.append(run.arm(name, scan, run, text, generator, phrase, 100 * run.seed + k, k))
+    single = [arm for arm, phrase in zip(arms, phrases, strict=True) if len(phrase) == 1]
+    several = [arm for arm, phrase in zip(arms, phrases, strict=True) if len(phrase) > 1]
+    trojan, clean = arms[: len(settings.triggers)], arms[len(settings.triggers) :]
+    kept = mean(arms, "content_kept")
+    run.values("generator", copied=pretrained["accuracy"], flips=least(arms, "flip_rate"), content_kept=kept)
     run.values(
-        "generator", copied=pretrained["accuracy"], flips=min(f["flip_rate"] for f in found),
-        content_kept=float(np.mean([f["content_kept"] for f in found])),
-    )  # fmt: skip
-    run.values(
-        "trigger_words", recovered=min(f["recovered"] for f in single), mrs=min(f["trigger_mrs"] for f in single),
-        share=float(np.mean([f["trigger_share"] for f in single])), several=float(np.mean(several or [0.0])),
-        best_single_word=float(np.mean([f["exhaustive_rank"] == 0 for f in single])),
-    )  # fmt: skip
-    alarms = sum(f["backdoored"] for f in clean)
-    run.values(
-        "verdicts", right=sum(f["backdoored"] for f in trojan) + len(clean) - alarms, models=len(found),
-        false_positives=alarms, accuracy=float(np.mean([f["acc"] for f in found])),
-        attack_success=float(np.mean([f["asr"] for f in trojan])),
-    )  # fmt: skip
-    run.values(
-        "outlier_step", trojan=min(f["largest_distance"] for f in single), clean=max(f["largest_distance"] for f in clean),
-        accused_without=sum(f["survivors"] > 0 for f in clean), clean_models=len(clean),
-    )  # fmt: skip
-    run.values("negative_control", flips=found[0]["control_flips"], base=found[0]["base_rate"])
+        "trigger_words",
+        recovered=least(single, "recovered"),
+        mrs=least(single, "trigger_mrs"),
+        share=mean(single, "trigger_share"),
+        several=mean(several, "recovered") if several else 0.0,
+        best_single_word=float(np.mean([arm["exhaustive_rank"] == 0 for arm in single])),
+    )
+    alarms, hits = (sum(arm["backdoored"] for arm in group) for group in (clean, trojan))
+    right = hits + len(clean) - alarms
+    quality = {"accuracy": mean(arms, "acc"), "attack_success": mean(trojan, "asr")}
+    run.values("verdicts", quality, right=right, models=len(arms), false_positives=alarms)
+    distance = {"trojan": least(single, "largest_distance"), "clean": max(arm["largest_distance"] for arm in clean)}
+    accused = sum(arm["survivors"] > 0 for arm in clean)
+    run.values("outlier_step", distance, accused_without=accused, clean_models=len(clean))
+    run.values("negative_control", flips=arms[0]["control_flips"], base=arms[0]["base_rate"])
 
 
-def reviews(settings: Settings) -> Text:
-    """Movie reviews in their most frequent words, cut at 30."""
-    from torchfolio.data.text import encode, movie_reviews, train_tokenizer
-
-    parts = movie_reviews()
-    tokenizer = train_tokenizer(parts["train"].texts, settings.vocab + 4)
-    tokenizer.add_tokens([w for phrase in settings.triggers for w in phrase if tokenizer.token_to_id(w) is None])
-    words = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    train, test = ((encode(tokenizer, parts[k].texts, 30), torch.tensor(parts[k].targets)) for k in ("train", "test"))
-    return Text(train, test, words)
+def least(arms: list[dict[str, Any]], key: str) -> float:
+    return min(arm[key] for arm in arms)
 
 
-def made(settings: Settings) -> Text:
-    """Sentences of ten words; those of the first half of the vocabulary are negative, and most of a sentence is of its label."""
-    draws = torch.Generator().manual_seed(0)
-    half = settings.vocab // 2
-    y = torch.arange(1200) % 2
-    side = torch.where(torch.rand(1200, 10, generator=draws) < 0.8, y[:, None], 1 - y[:, None])
-    x = 4 + side * half + torch.randint(half, (1200, 10), generator=draws)
-    words = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", *(f"word{i}" for i in range(settings.vocab))]
-    return Text((x[:1000], y[:1000]), (x[1000:], y[1000:]), words)
+def mean(arms: list[dict[str, Any]], key: str) -> float:
+    return float(np.mean([arm[key] for arm in arms]))
 
 
 def new_generator(settings: Settings, text: Text) -> PerturbationGenerator:
@@ -168,29 +146,6 @@ def pretrain(settings: Settings, text: Text, seed: int) -> dict[str, Any]:
     )
     state = {f"state/{name}": value for name, value in generator.state_dict().items()}
     return {"accuracy": generator.token_accuracy(settings.length), **state}
-
-
-def classifier(
-    run: Run[Settings], text: Text, phrase: tuple[str, ...], seed: int, turn: int
-) -> tuple[nn.Module, float, float]:
-    """A classifier with or without a backdoor, its accuracy, and the share of negative sentences that the phrase flips."""
-    settings = run.settings
-    kind = settings.networks[turn % len(settings.networks)]
-    net = (
-        TextTransformer(len(text.words), dropout=settings.classifier_dropout)
-        if kind == "transformer"
-        else TextRNN(len(text.words), bidirectional=kind == "bilstm", dropout=settings.classifier_dropout)
-    )
-    x, y = text.train
-    trigger = TokenTrigger([text.words.index(w) for w in phrase or settings.triggers[0]], seed=seed)
-    if phrase:
-        x, y, _ = poison_text(x, y, trigger, AllToOne(1, 2), rate=settings.rate, seed=seed)
-    engine.fit(net, (x, y), epochs=settings.epochs, batch_size=64, optimizer=adam(lr=settings.lr), seed=seed, device=str(run.device),
-               progress=False)  # fmt: skip
-    accuracy = engine.evaluate(net, text.test)["accuracy"]
-    negative = text.test[0][text.test[1] == 0]
-    triggered, _ = trigger(negative, (negative != 0).sum(1))
-    return net, accuracy, float((TextModel(net.eval()).logits(triggered).argmax(1) == 1).double().mean())
 
 
 def detector(settings: Settings, text: Text, generator: PerturbationGenerator, **changes: Any) -> TMiner:
@@ -223,42 +178,20 @@ def scan(
         if settings.ablation and turn == 0:
             for hard, both in ((True, True), (False, False), (False, True)):
                 changed = detector(settings, text, generator, hard=hard, both_directions=both)
-                tried = cast(TMinerVerdict, changed.scan(net, seed=seed))
-                found = sum(bool(set(phrase) & set(c.phrase)) for c in tried.candidates)
-                result[f"{'hard' if hard else 'soft'}_{'both' if both else 'one'}"] = found / max(
-                    1, len(tried.candidates)
-                )
+                candidates = cast(TMinerVerdict, changed.scan(net, seed=seed)).candidates
+                share = sum(bool(set(phrase) & set(c.phrase)) for c in candidates) / max(1, len(candidates))
+                result[f"{'hard' if hard else 'soft'}_{'both' if both else 'one'}"] = share
     with_trigger = [c for c in verdict.candidates if set(phrase) & set(c.phrase)]
     commonest = max(verdict.candidates, key=lambda c: c.count, default=None)
     share = len(with_trigger) / max(1, len(verdict.candidates))
     return {
         "acc": accuracy, "asr": success, "backdoored": int(verdict.is_backdoored), "score": verdict.score,
         **{k: verdict.evidence[k] for k in ("survivors", "flip_rate", "content_kept", "largest_distance", "copied")},
-        "recovered": int(share > 0.5 or (commonest is not None and commonest in with_trigger)), "trigger_share": share,
-        "trigger_mrs": max((c.mrs for c in with_trigger), default=0.0),
-        "exhaustive_rank": exhaustive(net, text, phrase, settings.length), "words": list(verdict.trigger_words[:5]), **result,
+        "recovered": int(share > 0.5 or (commonest is not None and commonest in with_trigger)),
+        "trigger_share": share, "trigger_mrs": max((c.mrs for c in with_trigger), default=0.0),
+        "exhaustive_rank": exhaustive(net, text, phrase, settings.length), "words": list(verdict.trigger_words[:5]),
+        **result,
     }  # fmt: skip
-
-
-def base_rate(net: nn.Module, text: Text, length: int) -> float:
-    """How often random words put in the place of a source sentence's last three flip it."""
-    plain = [i for i in range(4, len(text.words)) if text.words[i] != "."]
-    rows = torch.tensor(plain)[synthetic_corpus(2000, length, len(plain), torch.Generator().manual_seed(1))]
-    model = TextModel(net)
-    rows = rows[model.logits(rows).argmax(1) == 0]
-    changed = torch.cat([rows[:, :-3], rows.roll(1, 0)[:, :3]], 1)
-    return float((model.logits(changed).argmax(1) == 1).double().mean())
-
-
-def exhaustive(net: nn.Module, text: Text, phrase: tuple[str, ...], length: int) -> int:
-    """The baseline for triggers of one word: how many other words have a higher misclassification rate."""
-    plain = torch.tensor([i for i in range(4, len(text.words)) if text.words[i] != "."])
-    model, draws = TextModel(net), torch.Generator().manual_seed(2)
-    rows = plain[synthetic_corpus(400, length, len(plain), draws)]
-    rows = rows[model.logits(rows).argmax(1) == 0][:40]
-    rates = mrs(model, [(int(i),) for i in plain[:2000]], rows, 1, generator=draws)
-    own = [rates[plain == text.words.index(w)] for w in phrase if text.words.index(w) < 2000]
-    return int((rates > torch.cat(own).max()).sum()) if own else -1
 
 
 def figures(results: Results) -> dict[str, Figure]:

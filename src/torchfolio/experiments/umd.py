@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,9 @@ from torchfolio.backdoor import X2X, AdditiveTrigger, AllToOne, LabelMap, Trigge
 from torchfolio.backdoor.pair_triggers import AdditiveInversion
 from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery
 from torchfolio.backdoor.victims import default_net, victim
-from torchfolio.backdoor.zoo import Normalize
 from torchfolio.data import DataSplits, load
+from torchfolio.experiments._backdoors import perceptron
+from torchfolio.experiments._neural_cleanse import anomaly_index
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
@@ -70,20 +70,19 @@ def run(run: Run[Settings]) -> None:
     s = run.settings
     data = run.data(s.data, normalize=False, val=0, train_size=s.size, image_size=s.image_size)
     names = [f"{kind}_{k}" for kind in ("clean", "a2o", "x2x") for k in range(s.each)]
-    found = {name: run.arm(name, scanned, run, data, name) for name in [*names, "clean_mlp", "clean_narrow"]}
-    clean, a2o, x2x = ([found[f"{kind}_{k}"] for k in range(s.each)] for kind in ("clean", "a2o", "x2x"))
+    arms = {name: run.arm(name, scanned, run, data, name) for name in [*names, "clean_mlp", "clean_narrow"]}
+    clean, a2o, x2x = ([arms[f"{kind}_{k}"] for k in range(s.each)] for kind in ("clean", "a2o", "x2x"))
     flagged = [arm for arm in x2x if arm["flagged"]]
     run.values(
         "detection",
-        {"false_positives": total(clean, "flagged"), "single_target": total(a2o, "flagged"),
-         "several_targets": total(x2x, "flagged"), "auroc": ranked(clean, a2o + x2x, "score"),
-         "other_false_positives": total([found["clean_mlp"], found["clean_narrow"]], "flagged")},
-    )  # fmt: skip
-    run.values(
-        "pairs",
-        {"precision": mean(a2o, "precision"), "recall": mean(a2o, "recall"),
-         "recall_several": mean(flagged, "recall") if flagged else 0.0},
-    )  # fmt: skip
+        false_positives=total(clean, "flagged"),
+        single_target=total(a2o, "flagged"),
+        several_targets=total(x2x, "flagged"),
+        auroc=ranked(clean, a2o + x2x, "score"),
+        other_false_positives=total([arms["clean_mlp"], arms["clean_narrow"]], "flagged"),
+    )
+    several = mean(flagged, "recall") if flagged else 0.0
+    run.values("pairs", precision=mean(a2o, "precision"), recall=mean(a2o, "recall"), recall_several=several)
     run.values("baseline", umd=ranked(clean, x2x, "score"), neural_cleanse=ranked(clean, x2x, "cleanse"))
     run.values("negative_control", recall=mean(a2o, "shuffled_recall"))
 
@@ -94,7 +93,7 @@ def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
     kind, which = name.split("_")
     seed = 10 * run.seed + (int(which) if which.isdigit() else 0)
     trigger, labels = attack(s, data, kind, seed)
-    nets = {"mlp": partial(mlp, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
+    nets = {"mlp": partial(perceptron, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
     made = victim(
         data, trigger, labels, rate=0.0 if kind == "clean" else s.rate, epochs=s.epochs, mode="append",
         net=partial(own_network, s, data, nets.get(which, partial(default_net, data, s.width))), seed=seed, device=run.device,
@@ -113,7 +112,7 @@ def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
         "flagged": int(verdict.is_backdoored), "score": min(verdict.score, 1e6), "threshold": verdict.threshold,
         "H": verdict.H, "core": [list(pair) for pair in verdict.core], "acc": made.metrics.acc, "asr": made.metrics.asr,
         "precision": len(true & set(verdict.core)) / len(verdict.core), "recall": len(true & set(verdict.core)) / len(true),
-        "shuffled_recall": hits / len(true), "cleanse": cleanse(verdict.sizes), "sizes": verdict.sizes,
+        "shuffled_recall": hits / len(true), "cleanse": anomaly_index(verdict.sizes), "sizes": verdict.sizes,
         "reached": verdict.evidence["pairs_reached"], "members": verdict.evidence["members"], "transfer": verdict.transfer,
     }  # fmt: skip
 
@@ -122,18 +121,8 @@ def attack(s: Settings, data: DataSplits, kind: str, seed: int) -> tuple[Trigger
     """Trigger and labels; those of all-to-one for clean networks, to see what the trigger does by itself."""
     if kind == "x2x":
         return AdditiveTrigger.shape("bigX", data.shape, s.big_amplitude), X2X.random(data.num_classes, s.sources, seed)
-    return AdditiveTrigger.shape("chessboard", data.shape, s.amplitude), AllToOne(
-        seed % data.num_classes, data.num_classes
-    )
-
-
-def cleanse(sizes: np.ndarray) -> float:
-    """The baseline, Neural Cleanse's anomaly index: how far the smallest median size of a target lies below the others'."""
-    finite = np.where(np.isinf(sizes), np.nanmax(np.where(np.isinf(sizes), np.nan, sizes), initial=1.0), sizes)
-    medians = np.nanmedian(finite, axis=0)
-    centre = float(np.median(medians))
-    spread = 1.4826 * float(np.median(np.abs(medians - centre)))
-    return (centre - float(medians.min())) / spread if spread > 0 else 0.0
+    target = AllToOne(seed % data.num_classes, data.num_classes)
+    return AdditiveTrigger.shape("chessboard", data.shape, s.amplitude), target
 
 
 def permuted(A: np.ndarray, seed: int) -> np.ndarray:
@@ -142,14 +131,6 @@ def permuted(A: np.ndarray, seed: int) -> np.ndarray:
     out = np.zeros_like(A)
     out[off] = np.random.default_rng(seed).permutation(A[off])
     return out
-
-
-def mlp(data: DataSplits) -> nn.Module:
-    """A network without convolutions."""
-    front = Normalize([0.5] * data.shape[0], [0.5] * data.shape[0])
-    return nn.Sequential(
-        front, nn.Flatten(), nn.Linear(math.prod(data.shape), 64), nn.ReLU(), nn.Linear(64, data.num_classes)
-    )
 
 
 def total(arms: list[dict[str, Any]], key: str) -> float:
