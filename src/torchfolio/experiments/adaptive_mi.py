@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchfolio.engine import fit_many
+from torchfolio.experiments._binary_patterns import Net, hidden_weights, patterns
 from torchfolio.insight.adaptive_mi import (
     AdaptiveBinning,
     AdaptiveKDE,
@@ -26,12 +24,8 @@ from torchfolio.insight.adaptive_mi import (
     log_spaced,
     permuted_label_information,
 )
-from torchfolio.runs import Results, Run
+from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
-
-ACTIVATIONS: dict[str, type[nn.Module] | Any] = {
-    "tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus, "swish": nn.SiLU, "prelu": nn.PReLU,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,76 +68,29 @@ SCALES = {
 }  # fmt: skip
 
 
-class Net(nn.Sequential):
-    """A small network of truncated normal weights, wider ones for activations other than tanh."""
-
-    def __init__(self, widths: tuple[int, ...], activation: str) -> None:
-        sizes = [12, *widths]
-        children: OrderedDict[str, nn.Module] = OrderedDict()
-        for k, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
-            children[f"layer{k}"] = nn.Sequential(nn.Linear(a, b), ACTIVATIONS[activation]())
-        children["head"] = nn.Linear(sizes[-1], 2)
-        super().__init__(children)
-        scale = 1.0 if activation == "tanh" else 2.0
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                std = scale / math.sqrt(module.in_features)
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                nn.init.zeros_(module.bias)
-
-
-def hidden_weights(penalty: float) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Half the squared weights of every network's layers but the last, times the penalty, `[members]`."""
-
-    def of(stacked: dict[str, Tensor]) -> Tensor:
-        weights = [w.flatten(1) for name, w in stacked.items() if w.dim() == 3 and not name.startswith("head")]
-        return 0.5 * penalty * torch.cat(weights, dim=1).square().sum(1)
-
-    return of
-
-
 def run(run: Run[Settings]) -> None:
     """Train an ensemble per activation and measure its layers along the way."""
     settings = run.settings
     arms: dict[str, tuple[str, float]] = {name: (name, 0.0) for name in settings.activations}
     arms["relu_l2"] = ("relu", settings.penalty)
-    found = {name: run.arm(name, lambda own=own: ensemble(run, *own)) for name, own in arms.items()}
-    control = run.arm("control", lambda: controls(run))
-    deep = slice(2, len(settings.widths))
-    mean = {name: float(np.mean(np.asarray(arm["compression"])[:, deep])) for name, arm in found.items()}
-    tanh, last = found["tanh"], len(settings.widths) - 1
-    run.values(
-        "tanh_compresses",
-        {"compression": float(np.mean(np.asarray(tanh["compression"])[:, last])),
-         "regained_label_information": float(np.mean(np.asarray(tanh["regained"])[:, last]))},
-    )  # fmt: skip
-    unbounded = [n for n in ("relu", "elu") if n in found]
-    largest = max(float(np.asarray(found[n]["compression"])[:, : last + 1].mean(0).max()) for n in unbounded)
+    ensembles = {name: run.arm(name, ensemble, run, *own) for name, own in arms.items()}
+    control = run.arm("control", controls, run)
+    compression = {name: np.asarray(arm["compression"]) for name, arm in ensembles.items()}  # [members, layers]
+    last = len(settings.widths) - 1
+    mean = {name: float(values[:, 2 : last + 1].mean()) for name, values in compression.items()}
+    regained = float(np.mean(np.asarray(ensembles["tanh"]["regained"])[:, last]))
+    tanh = compression["tanh"][:, last].mean()
+    run.values("tanh_compresses", compression=tanh, regained_label_information=regained)
+    unbounded = [compression[name] for name in ("relu", "elu") if name in compression]
+    largest = max(values[:, : last + 1].mean(0).max() for values in unbounded)
     spread = max(mean[n] for n in settings.activations) - min(mean[n] for n in settings.activations)
-    run.values("no_saturation_needed", {"largest": largest, "spread": spread})
-    deviation = max(
-        float(np.asarray(found[n]["compression"])[:, k].std(ddof=1)) for n in ("tanh", "relu") for k in (last - 1, last)
-    )
-    run.values("varies_with_initialisation", {"deviation": deviation})
-    run.values(
-        "l2_compresses",
-        {"with_penalty": mean["relu_l2"], "without": mean["relu"],
-         "accuracy": 100 * float(np.mean(found["relu_l2"]["accuracy"])),
-         "accuracy_without": 100 * float(np.mean(found["relu"]["accuracy"]))},
-    )  # fmt: skip
-    run.values(
-        "negative_control", control,
-    )  # fmt: skip
-
-
-def patterns(run: Run[Settings]) -> tuple[Tensor, Tensor, Tensor]:
-    """All patterns, their labels, and which ones are trained on."""
-    data = run.data("szt", normalize=False, val=0)
-    x, y = (torch.cat([a, b]) for a, b in zip(data.train.tensors, data.test.tensors, strict=True))
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
-    mask = torch.zeros(len(x), dtype=torch.bool)
-    mask[chosen[: round(run.settings.train_share * len(x))]] = True
-    return x, y, mask
+    run.values("no_saturation_needed", largest=largest, spread=spread)
+    deviation = max(compression[n][:, last - 1 : last + 1].std(0, ddof=1).max() for n in ("tanh", "relu"))
+    run.values("varies_with_initialisation", deviation=deviation)
+    accuracy, without = (100 * float(np.mean(ensembles[name]["accuracy"])) for name in ("relu_l2", "relu"))
+    means = {"with_penalty": mean["relu_l2"], "without": mean["relu"]}
+    run.values("l2_compresses", means, accuracy=accuracy, accuracy_without=without)
+    run.values("negative_control", control)
 
 
 def ensemble(run: Run[Settings], activation: str, penalty: float) -> dict[str, Any]:
@@ -247,7 +194,7 @@ def _planes(results: Results) -> Figure:
 
 def _compression(results: Results) -> Figure:
     names = [*results.settings.activations, "relu_l2"]
-    fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    fig, ax = plots.axes(ylabel="compression (bits); dots are networks")
     for k, name in enumerate(names):
         values = np.concatenate([np.asarray(seed[name]["compression"]) for seed in results.arms])
         place = np.arange(values.shape[1]) + (k - (len(names) - 1) / 2) * 0.18
@@ -255,9 +202,7 @@ def _compression(results: Results) -> Figure:
         ax.plot(place, values.mean(0), "_", c=f"C{k}", ms=14, mew=2.5, label=name.replace("_", ", "))
     layers = len(results.settings.widths)
     ax.set_xticks(range(layers + 1), [*(f"layer {i + 1}" for i in range(layers)), "output"])
-    ax.set(ylabel="compression (bits); dots are networks")
     ax.legend()
-    ax.grid(alpha=0.3, axis="y")
     return fig
 
 

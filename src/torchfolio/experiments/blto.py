@@ -7,25 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from torchfolio.backdoor import AdditiveTrigger, CleanLabel, poison
-from torchfolio.backdoor.blto import BLTO, evaluate_ssl_backdoor
+from torchfolio.backdoor import AdditiveTrigger
+from torchfolio.backdoor.blto import BLTO
 from torchfolio.backdoor.frequency import ctrl_trigger
 from torchfolio.backdoor.metrics import stealth
 from torchfolio.backdoor.trigger_nets import TriggerNet
 from torchfolio.backdoor.zoo import ResNet18CIFAR
-from torchfolio.data.views import ColorJitter, Compose, ResizedCrop, View, simclr_views
-from torchfolio.engine import LearningRule, fit
-from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.engine import LearningRule
+from torchfolio.experiments._contrastive_victims import RULES, ContrastiveVictims, TwoPasses
 from torchfolio.runs import Results, Run, plots
-from torchfolio.training.contrastive_learning import BYOL, ContrastiveRule, SimCLR, SimSiam
-
-RULES: dict[str, type[ContrastiveRule]] = {"simsiam": SimSiam, "simclr": SimCLR, "byol": BYOL}
+from torchfolio.training.contrastive_learning import SimSiam
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,10 @@ class Settings:
 
 
 SCALES = {
-    "smoke": Settings(train_size=300, rounds=4, steps=1, reinit_every=2, generator_width=4, victims=(("simsiam", ("blto", "fixed")), ("simclr", ("blto", "fixed"))), victim_steps=3),
+    "smoke": Settings(
+        train_size=300, rounds=4, steps=1, reinit_every=2, generator_width=4, victim_steps=3,
+        victims=(("simsiam", ("blto", "fixed")), ("simclr", ("blto", "fixed"))),
+    ),
     "quick": Settings(),
     "full": Settings(
         data="cifar10", network="resnet18", width=64, eps=8 / 255, rate=0.01, rounds=2000, steps=10, reinit_every=200,
@@ -84,43 +82,17 @@ SCALES = {
 }  # fmt: skip
 
 
-class Scene:
-    """Images, and what attackers and victims do with them."""
-
-    def __init__(self, run: Run[Settings]) -> None:
-        self.run, self.settings = run, run.settings
-        self.data = run.data(self.settings.data, normalize=False, val=0, train_size=self.settings.train_size)
-        (x, y), (x_test, y_test) = self.data.train.tensors, self.data.test.tensors
-        self.train, self.test = (x, y), (x_test, y_test)
-
-    def view(self) -> View:
-        # Digits are not mirrored.
-        colors = ColorJitter(0.4, 0.4, 0, 0)
-        return simclr_views() if self.data.shape[0] == 3 else Compose([ResizedCrop((0.5, 1.0)), colors])
-
-    def encoder(self) -> nn.Module:
-        s, channels = self.settings, self.data.shape[0]
-        if s.network == "resnet18":
-            return nn.Sequential(*list(ResNet18CIFAR(channels, self.data.num_classes, s.width).children())[:-1])
-        layers: list[nn.Module] = []
-        for fan_in, fan_out, stride in (
-            (channels, s.width, 1),
-            (s.width, 2 * s.width, 2),
-            (2 * s.width, 2 * s.width, 1),
-        ):
-            layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
-
-    def rule(self, name: str = "simsiam") -> ContrastiveRule:
-        return RULES[name](self.view())
+class Scene(ContrastiveVictims):
+    """Triggers, learned and fixed, and what they do to victims."""
 
     def attack(self, **settings: Any) -> BLTO:
         s = self.settings
         torch.manual_seed(self.run.seed)
         attack = BLTO(
             self.encoder, self.rule, s.target, rate=s.rate, eps=s.eps, rounds=s.rounds, outer_steps=s.steps,
-            reinit_every=s.reinit_every, view=self.view(), generator=TriggerNet(self.data.shape[0], s.eps, s.generator_width),
-            lr=s.generator_lr, optimizer=partial(torch.optim.SGD, lr=s.lr, momentum=0.9, weight_decay=5e-4),
+            reinit_every=s.reinit_every, view=self.view(),
+            generator=TriggerNet(self.data.shape[0], s.eps, s.generator_width), lr=s.generator_lr,
+            optimizer=partial(torch.optim.SGD, lr=s.lr, momentum=0.9, weight_decay=5e-4),
             batch_size=s.attack_batch, seed=self.run.seed, **{"inner_steps": s.steps, **settings},
         )  # fmt: skip
         return attack.fit(self.train)
@@ -153,23 +125,6 @@ class Scene:
             "examples": torch.cat([x[:6], *(t(x[:6]).detach() for t in self.triggers.values())]),
         }  # fmt: skip
 
-    def pretrained(self, method: str, trigger: Any = None) -> nn.Module:
-        """A victim of a method: trained on all images, of which some carry the trigger; labels are not used."""
-        s = self.settings
-        torch.manual_seed(self.run.seed)
-        encoder, data = self.encoder(), self.train
-        if trigger is not None:
-            data = poison(data, trigger, CleanLabel(s.target), rate=s.rate, seed=self.run.seed).tensors()
-        fit(
-            encoder, data, rule=self.rule(method), optimizer=sgd(lr=s.lr, weight_decay=5e-4), scheduler=cosine(),
-            max_steps=s.victim_steps, batch_size=s.batch_size, drop_last=True, seed=self.run.seed, device=self.run.device,
-            progress=False,
-        )  # fmt: skip
-        return encoder
-
-    def judged(self, encoder: nn.Module, trigger: Any) -> dict[str, float]:
-        return evaluate_ssl_backdoor(encoder, self.train, self.test, trigger, self.settings.target).as_dict()
-
     def never_poisoned(self, method: str) -> dict[str, float]:
         encoder, result = self.pretrained(method), {}
         for name, trigger in {**self.triggers, "none": lambda x: x}.items():
@@ -190,54 +145,40 @@ def run(run: Run[Settings]) -> None:
     scene, victims = Scene(run), [m for m, _ in run.settings.victims]
     learned = run.arm("trigger", scene.learned)
     clean = {m: run.arm(f"{m}_never_poisoned", scene.never_poisoned, m) for m in run.progress(victims, "clean victims")}
-    found = {
+    attacked = {
         (m, t): run.arm(f"{m}_{t}", scene.attacked, m, t)
         for m, triggers in run.progress(run.settings.victims, "victims") for t in triggers
     }  # fmt: skip
     untrained = run.arm("untrained_surrogate", scene.untrained_surrogate)
-    run.values("beats_fixed_trigger", {f"{m}_{t}": v["asr"] for (m, t), v in found.items()})
+    run.values("beats_fixed_trigger", {f"{m}_{t}": v["asr"] for (m, t), v in attacked.items()})
     run.values(
         "stealth",
         {"largest_change": learned["largest_change"], "largest_allowed": run.settings.eps}
-        | {f"{m}_accuracy": found[m, "blto"]["accuracy"] for m in victims}
+        | {f"{m}_accuracy": attacked[m, "blto"]["accuracy"] for m in victims}
         | {f"{m}_clean_accuracy": clean[m]["none_accuracy"] for m in victims},
     )
     run.values("alignment", triggered=learned["triggered_cosine"], clean=learned["clean_cosine"])
     run.values(
         "backdoor_gain",
-        {f"{m}_{t}": v["asr"] - clean[m][f"{t}_asr"] for (m, t), v in found.items()}
-        | {f"{m}_{t}_never_poisoned": clean[m][f"{t}_asr"] for m, t in found},
+        {f"{m}_{t}": v["asr"] - clean[m][f"{t}_asr"] for (m, t), v in attacked.items()}
+        | {f"{m}_{t}_never_poisoned": clean[m][f"{t}_asr"] for m, t in attacked},
     )
-    run.values("negative_control", blto=found["simsiam", "blto"]["asr"], untrained=untrained["asr"])
+    run.values("negative_control", blto=attacked["simsiam", "blto"]["asr"], untrained=untrained["asr"])
 
 
 def figures(results: Results) -> dict[str, Figure]:
     """Success of every trigger beside that without poison, the course of training, and what images look like."""
-    fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    places = [(m, t) for m, triggers in results.settings.victims for t in triggers]
-    for k, (m, t) in enumerate(places):
-        bars = (
-            (-0.2, results.values(f"{m}_{t}", "asr"), "C3"),
-            (0.2, results.values(f"{m}_never_poisoned", f"{t}_asr"), "C7"),
-        )
-        for offset, values, color in bars:
-            ax.bar(k + offset, values.mean(), 0.4, color=color, alpha=0.6)
-            ax.plot(np.full(len(values), k + offset), values, "k.", ms=4)
-    ax.set_xticks(range(len(places)), [f"{m} {t}" for m, t in places], rotation=30, ha="right")
-    ax.set(ylabel="attack success; grey: never poisoned", ylim=(0, 1.02))
+    pairs = [(m, t) for m, triggers in results.settings.victims for t in triggers]
+    series = {
+        "poisoned": {f"{m} {t}": (f"{m}_{t}", "asr") for m, t in pairs},
+        "never poisoned": {f"{m} {t}": (f"{m}_never_poisoned", f"{t}_asr") for m, t in pairs},
+    }
     titles = [row if not k else "" for row in ("original", "BLTO", "fixed", "CTRL") for k in range(6)]
     return {
-        "success": fig,
+        "success": plots.groups(results, series, ylabel="attack success"),
         "training": plots.curves(results, {"similarity to the target": ("trigger", "similarity")}, xlabel="round"),
         "images": plots.grid(results.values("trigger", "examples")[0], titles, columns=6),
     }
-
-
-class TwoPasses(SimSiam):
-    """The usual loop: each view by itself."""
-
-    def project(self, x: Tensor) -> Tensor:
-        return torch.cat([super(TwoPasses, self).project(part) for part in x.chunk(2)])
 
 
 def peers(bench: Any) -> None:

@@ -12,16 +12,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from torchfolio.experiments._hopfield_recall import by_examples, drawn_patterns, in_theory, relaxed, unbalanced
 from torchfolio.runs import Results, Run, plots, threads
 from torchfolio.theory.multitasking_hopfield import (
     MultitaskingHopfield,
     PhaseDiagram,
     energy_from_losses,
-    example_set,
     fill_blanks,
-    learning_curve,
     mean_field,
     phase_diagram,
     sparse_patterns,
@@ -68,38 +66,25 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        N=300,
-        samples=2,
-        replicas=4,
-        sweeps=6,
-        noisy_sweeps=10,
-        parallel_N=500,
-        parallel_samples=2,
-        learning_N=200,
+        N=300, samples=2, replicas=4, sweeps=6, noisy_sweeps=10, parallel_N=500, parallel_samples=2, learning_N=200,
         grid=4,
     ),
     "quick": Settings(),
     "full": Settings(
-        N=10_000,
-        K=(3, 5, 8),
-        samples=20,
-        noisy_sweeps=400,
-        parallel_N=20_000,
-        parallel_samples=20,
-        learning_N=5000,
+        N=10_000, K=(3, 5, 8), samples=20, noisy_sweeps=400, parallel_N=20_000, parallel_samples=20, learning_N=5000,
         grid=24,
     ),
-}
+}  # fmt: skip
 
 
 def run(run: Run[Settings]) -> None:
     """Everything on one thread: the matrices are small."""
     with threads(1):
-        run.values("loss_identity", **run.arm("identity", _identity, run.seed))
+        run.values("loss_identity", run.arm("identity", _identity, run.seed))
         _stored(run)
         _noisy(run)
         _learned(run)
-        run.values("negative_control", **run.arm("dense", _dense, run.settings, run.seed, run.device))
+        run.values("negative_control", run.arm("dense", _dense, run.settings, run.seed, run.device))
         run.arm("phase", _phase, run.settings)
 
 
@@ -111,26 +96,10 @@ def _identity(seed: int) -> dict[str, float]:
     return {"largest": float((energy - energy_from_losses(*sse_losses(states, patterns), blanks)).abs().max())}
 
 
-def _relaxed(
-    network: MultitaskingHopfield, patterns: Tensor, settings: Settings, seed: int, T: float = 0.0
-) -> dict[str, Tensor]:
-    """Overlaps with all patterns in recall from the first one: as they are, and in descending order in each replica."""
-    sweeps = settings.noisy_sweeps if T else settings.sweeps
-    starts = fill_blanks(patterns[:, 0], settings.replicas, seed=seed)
-    relaxation = network.relax(starts, sweeps, temperature=T, seed=seed, patterns=patterns)
-    last = sweeps // 2 if T else 1
-    thermal = relaxation.magnetisations[-last:].abs().mean((0, -2))
-    return {"thermal": thermal, "ordered": relaxation.amplitudes(last).mean(0)}
-
-
-def _patterns(run: Run[Settings], N: int, K: int, d: float, samples: int) -> Tensor:
-    return sparse_patterns(N, K, d, samples, seed=run.seed).to(run.device)
-
-
 def _simulate(run: Run[Settings], N: int, K: int, d: float, samples: int, T: float = 0.0) -> dict[str, Any]:
-    patterns = _patterns(run, N, K, d, samples)
+    patterns = drawn_patterns(run, N, K, d, samples)
     theory = mean_field(K, d, T).best
-    recalled = _relaxed(MultitaskingHopfield().fit(patterns), patterns, run.settings, run.seed, T)
+    recalled = relaxed(MultitaskingHopfield().fit(patterns), patterns, run.settings, run.seed, T)
     return {**recalled, "theory": theory.amplitudes, "regime": theory.regime}
 
 
@@ -143,7 +112,7 @@ def _stored(run: Run[Settings]) -> None:
             if K == 3 and d <= 0.5:
                 values |= {f"m{k + 1}_d{100 * d:.0f}": float(m[k]) for k in range(3)}
                 values["slope"] = float(np.polyfit(range(3), np.log(np.asarray(m)), 1)[0])  # of d = 0.5, the last
-    run.values("hierarchical", **values)
+    run.values("hierarchical", values)
 
 
 def _noisy(run: Run[Settings]) -> None:
@@ -159,50 +128,23 @@ def _noisy(run: Run[Settings]) -> None:
 
 def _learned(run: Run[Settings]) -> None:
     settings = run.settings
-    curves = {rule: run.arm(rule, _learn, run, rule) for rule in ("supervised", "unsupervised")}
-    theory = run.arm("theory", _theory, settings)
-    run.arm("unbalanced", _unbalanced, run)
+    curves = {rule: run.arm(rule, by_examples, run, rule) for rule in ("supervised", "unsupervised")}
+    theory = run.arm("theory", in_theory, settings)
+    run.arm("unbalanced", unbalanced, run)
     values = {f"{name}_{M}": curve["m1"][k] for name, curve in curves.items() for k, M in enumerate(settings.M)}
     values |= {f"theory_{M}": m1 for M, m1 in zip(settings.M, theory["m1"], strict=True)}
     target = 0.8 * (1 - settings.learning_d)
     for name, curve in curves.items():
         rising = np.maximum.accumulate(curve["m1"])
         values[f"needed_{name}"] = float(np.exp(np.interp(target, rising, np.log(settings.M))))
-    run.values("protocols", **values)
-
-
-def _learn(run: Run[Settings], rule: Any) -> dict[str, Any]:
-    settings = run.settings
-    patterns = _patterns(run, settings.learning_N, 3, settings.learning_d, settings.samples)
-    rows = []
-    for M in settings.M:
-        examples, labels = example_set(patterns, settings.r, M, seed=run.seed)
-        data = (examples, labels) if rule == "supervised" else (examples,)
-        network = MultitaskingHopfield(rule).fit(*data, quality=settings.r, n_patterns=3)
-        rows.append(_relaxed(network, patterns, settings, run.seed)["ordered"])
-    m = torch.stack(rows)
-    return {"m": m, "m1": m[:, 0]}
-
-
-def _theory(settings: Settings) -> dict[str, Any]:
-    m = learning_curve(3, settings.learning_d, settings.r, settings.M)
-    return {"m": m, "m1": m[:, 0]}
-
-
-def _unbalanced(run: Run[Settings]) -> dict[str, Any]:
-    """Patterns of different quality and number of examples, with a teacher, next to theory."""
-    settings, r, M = run.settings, (0.3, 0.5, 0.4), (81, 11, 11)
-    patterns = _patterns(run, settings.learning_N, 3, settings.learning_d, settings.samples)
-    network = MultitaskingHopfield("supervised").fit(*example_set(patterns, r, M, seed=run.seed), quality=r)
-    recalled = _relaxed(network, patterns, settings, run.seed)
-    return {**recalled, "theory": learning_curve(3, settings.learning_d, r, [M])[0]}
+    run.values("protocols", values)
 
 
 def _dense(settings: Settings, seed: int, device: torch.device) -> dict[str, float]:
     """An ordinary Hopfield network, from one pattern and from an equal mixture of two."""
     patterns = sparse_patterns(settings.N, 3, 0.0, settings.samples, seed=seed).to(device)
     network = MultitaskingHopfield().fit(patterns)
-    m = _relaxed(network, patterns, settings, seed)["thermal"].mean(0)
+    m = relaxed(network, patterns, settings, seed)["thermal"].mean(0)
     mixture = fill_blanks((patterns[:, 0] + patterns[:, 1]).sign(), settings.replicas, seed=seed)
     mixed = network.relax(mixture, settings.sweeps, seed=seed).magnetisations[-1].abs()[..., :2]
     return {"first": float(m[0]), "others": float(m[1:].max()), "both": float(mixed.min(-1).values.max())}
