@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import evaluate, fit, seeded
-from torchfolio.engine.recipes import adam
+from torchfolio.engine import evaluate
 from torchfolio.experiments._permuted_networks import permuted_copy
+from torchfolio.experiments._stacked_convolutions import fresh, trained
 from torchfolio.insight.activations import unit_rows
 from torchfolio.insight.convergent_learning import (
     ConvergenceReport,
@@ -71,16 +71,10 @@ SCALES = {
     "smoke": Settings(data="digits", kernels=(3, 3), strides=(1, 2), padding=1, epochs=8, probe=300),
     "quick": Settings(),
     "full": Settings(
-        data="cifar10",
-        channels=(32, 48, 64, 64),
-        kernels=(5, 3, 3, 3),
-        strides=(2, 1, 2, 1),
-        padding=1,
-        hidden=128,
-        nets=4,
-        epochs=20,
+        data="cifar10", channels=(32, 48, 64, 64), kernels=(5, 3, 3, 3), strides=(2, 1, 2, 1), padding=1, hidden=128,
+        nets=4, epochs=20,
     ),
-}
+}  # fmt: skip
 KEPT = ("bipartite", "semi", "one_to_one_loss", "dense_loss", "sparse_loss", "sparse_units", "few_units")
 GROUPS = ("mixed_clusters", "contrast", "random_contrast")
 
@@ -113,35 +107,6 @@ def run(run: Run[Settings]) -> None:
     run.values("few_to_one", few)
     run.values("clusters", {f"{layer}_{key}": pair[f"{layer}_{key}"] for layer in layers for key in GROUPS})
     run.values("negative_control", {key: shuffled[key] for key in ("largest_match", "least_loss", "largest_loss")})
-
-
-def network(settings: Settings, data: DataSplits) -> nn.Sequential:
-    """Convolutions, a fully connected layer and a classifier; every child ends in its ReLU."""
-    net = nn.Sequential()
-    width = data.shape[0]
-    for k, (channels, side, stride) in enumerate(
-        zip(settings.channels, settings.kernels, settings.strides, strict=True), start=1
-    ):
-        conv = nn.Conv2d(width, channels, side, stride, settings.padding)
-        net.add_module(f"conv{k}", nn.Sequential(conv, nn.ReLU()))
-        width = channels
-    features = net(torch.zeros(1, *data.shape)).numel()
-    net.add_module("fc1", nn.Sequential(nn.Flatten(), nn.Linear(features, settings.hidden), nn.ReLU()))
-    net.add_module("head", nn.Linear(settings.hidden, data.num_classes))
-    return net
-
-
-def fresh(run: Run[Settings], data: DataSplits, index: int) -> nn.Sequential:
-    """The network of this index before training; no two of any seeds begin alike."""
-    with seeded(1000 * run.seed + index):
-        return network(run.settings, data).to(run.device)
-
-
-def trained(run: Run[Settings], data: DataSplits, index: int) -> nn.Sequential:
-    net, s, seed = fresh(run, data, index), run.settings, 1000 * run.seed + index
-    budget = {"epochs": s.epochs, "batch_size": s.batch_size, "seed": seed, "device": run.device}
-    fit(net, data.train, optimizer=adam(s.lr), progress=False, **budget)
-    return net
 
 
 def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, Any]:

@@ -13,20 +13,18 @@ from torch.nn import functional as F
 
 from torchfolio.engine import Backprop, fit
 from torchfolio.engine.recipes import sgd
+from torchfolio.experiments._aligned_representations import alignments, kernels, trained, xor
 from torchfolio.insight.representation_geometry import (
     ClusterTask,
     ShallowNetwork,
-    aligned_kernel,
     ccgp,
     condition_means,
     decoding_accuracy,
     dichotomies,
     kernel_alignment,
-    kernel_to_inputs,
     parallelism_score,
     participation_ratio,
     random_clusters,
-    separable_xor,
     train_side_by_side,
 )
 from torchfolio.runs import Results, Run, plots, threads
@@ -66,34 +64,11 @@ SCALES = {
 KINDS = ("tanh", "relu", "relu_linear_gradient", "tanh_step_gradient")
 
 
-def trained(
-    run: Run[Settings], tasks: list[ClusterTask], kinds: tuple[str, ...], *, train_readout: bool = False
-) -> dict[str, list[ShallowNetwork]]:
-    """A network of every kind for every task, all in one tensor; kinds start from the same weights."""
-    settings, nets = run.settings, []
-    D, O = tasks[0].means.shape[1], tasks[0].labels.shape[1]
-    for kind in kinds:
-        for k in range(len(tasks)):
-            generator = torch.Generator().manual_seed(1000 * run.seed + k)
-            nets.append(ShallowNetwork(D, settings.width, O, kind, train_readout=train_readout, generator=generator))
-    generator = torch.Generator().manual_seed(run.seed)
-    train_side_by_side(nets, tasks * len(kinds), steps=settings.steps, generator=generator)
-    return {kind: nets[k * len(tasks) : (k + 1) * len(tasks)] for k, kind in enumerate(kinds)}
-
-
-def alignments(net: ShallowNetwork, task: ClusterTask) -> tuple[float, float]:
-    """With inputs and with labels, of noise-free condition means."""
-    with torch.no_grad():
-        z = net.hidden(task.means.float()).double()
-    K_x, K_y = task.kernels
-    return kernel_alignment(z @ z.T, K_x), kernel_alignment(z @ z.T, K_y)
-
-
 def clusters(run: Run[Settings]) -> dict[str, Any]:
     """Random clusters: alignments, parallelism, generalisation, decoding, and what units turn to, by kind."""
     settings = run.settings
-    tasks = [random_clusters(4, settings.dim, generator=torch.Generator().manual_seed(100 * run.seed + k))
-             for k in range(settings.nets)]  # fmt: skip
+    generators = [torch.Generator().manual_seed(100 * run.seed + k) for k in range(settings.nets)]
+    tasks = [random_clusters(4, settings.dim, generator=generator) for generator in generators]
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
@@ -130,39 +105,6 @@ def class_axis_cosine(net: ShallowNetwork, task: ClusterTask) -> float:
     return float(F.cosine_similarity(inside, axis[None]).abs().mean())
 
 
-def xor(run: Run[Settings]) -> dict[str, float]:
-    """XOR at four separabilities: alignments by kind."""
-    found = {}
-    for epsilon in (0.0, 0.25, 0.5, 1.0):
-        tasks = [separable_xor(run.settings.dim, epsilon, generator=torch.Generator().manual_seed(100 * run.seed + k))
-                 for k in range(run.settings.nets)]  # fmt: skip
-        for kind, nets in trained(run, tasks, KINDS[:2]).items():
-            pairs = [alignments(net, task) for net, task in zip(nets, tasks, strict=True)]
-            for name, values in zip(("in", "out"), zip(*pairs, strict=True), strict=True):
-                found[f"{kind}_{name}_{epsilon:g}".replace(".", "")] = float(np.mean(values))
-    return found
-
-
-def kernels(run: Run[Settings]) -> dict[str, Any]:
-    """Sixteen conditions with one label or four, at given alignments of inputs and labels; trained readouts besides."""
-    bits = torch.tensor([[k >> j & 1 for j in range(4)] for k in range(16)], dtype=torch.float64)
-    found = {}
-    for outputs in (1, 4):
-        labels = bits[:, :outputs]
-        K_y = (2 * labels - 1) @ (2 * labels - 1).T
-        tasks = []
-        for c in run.settings.alignments:
-            generator = torch.Generator().manual_seed(run.seed)
-            K = aligned_kernel(K_y, c, scale=run.settings.dim / 4, generator=generator)
-            tasks.append(ClusterTask(kernel_to_inputs(K, run.settings.dim, generator=generator), labels, 0.1))
-        for train_readout in (False, True):
-            for kind, nets in trained(run, tasks, KINDS[:2], train_readout=train_readout).items():
-                pairs = [alignments(net, task) for net, task in zip(nets, tasks, strict=True)]
-                label = f"{kind}_{outputs}{'_trained' if train_readout else ''}"
-                found[f"{label}_in"], found[f"{label}_out"] = (list(v) for v in zip(*pairs, strict=True))
-    return found
-
-
 def digits(run: Run[Settings]) -> dict[str, float]:
     """Digits 0 to 3, 0 and 3 against 1 and 2: alignments of class means of the test split, and accuracies."""
     data = run.data("digits", normalize=False)
@@ -177,21 +119,19 @@ def digits(run: Run[Settings]) -> dict[str, float]:
     mean, std = x.mean(0), x.std(0).clamp_min(0.05)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     found = {}
+    budget = {"epochs": run.settings.epochs, "batch_size": 20, "seed": run.seed, "device": "cpu"}
     for kind in ("tanh", "relu"):
-        net = ShallowNetwork(
-            x.shape[1], run.settings.width, activation=kind, generator=torch.Generator().manual_seed(run.seed)
-        )
-        fit(net, (x, y), rule=Backprop(F.binary_cross_entropy_with_logits), optimizer=sgd(0.1, momentum=0.0),
-            epochs=run.settings.epochs, batch_size=20, seed=run.seed, device="cpu")  # fmt: skip
+        generator = torch.Generator().manual_seed(run.seed)
+        net = ShallowNetwork(x.shape[1], run.settings.width, activation=kind, generator=generator)
+        rule = Backprop(F.binary_cross_entropy_with_logits)
+        fit(net, (x, y), rule=rule, optimizer=sgd(0.1, momentum=0.0), **budget)
         with torch.no_grad():
             means, inputs = condition_means(net.hidden(x_test), c), condition_means(x_test, c)
             found[f"{kind}_accuracy"] = float(((net(x_test) > 0) == (y_test > 0.5)).double().mean())
         sign = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]], dtype=torch.float64)
         K_z = means @ means.T
-        found[f"{kind}_in"], found[f"{kind}_out"] = (
-            kernel_alignment(K_z, inputs @ inputs.T),
-            kernel_alignment(K_z, sign @ sign.T),
-        )
+        found[f"{kind}_in"] = kernel_alignment(K_z, inputs @ inputs.T)
+        found[f"{kind}_out"] = kernel_alignment(K_z, sign @ sign.T)
     return found
 
 
@@ -211,11 +151,9 @@ def run(run: Run[Settings]) -> None:
     run.values("mechanism", tanh_cosine=done["tanh_cosine"], relu_cosine=done["relu_cosine"], relu_few=done["relu_few"])
     run.values("separable_xor", {n: parted[n] for n in ("tanh_out_05", "relu_out_05", "tanh_in_0", "relu_in_0")})
     run.values("real_data", real)
-    run.values(
-        "negative_control",
-        relu_linear_out=done["relu_linear_gradient_out"], relu_out=done["relu_out"],
-        tanh_step_in=done["tanh_step_gradient_in"], tanh_in=done["tanh_in"],
-    )  # fmt: skip
+    linear, step = done["relu_linear_gradient_out"], done["tanh_step_gradient_in"]
+    usual = {"relu_out": done["relu_out"], "tanh_in": done["tanh_in"]}
+    run.values("negative_control", usual, relu_linear_out=linear, tanh_step_in=step)
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -226,14 +164,18 @@ def figures(results: Results) -> dict[str, Figure]:
         "ReLU, derivative 1": "relu_linear_gradient",
         "tanh, step": "tanh_step_gradient",
     }
-    lines = {f"{kind}, {where}": ("kernels", f"{kind}_1_{end}") for kind in ("tanh", "relu")
-             for where, end in (("inputs", "in"), ("labels", "out"))}  # fmt: skip
+    lines = {
+        f"{kind}, {where}": ("kernels", f"{kind}_1_{end}")
+        for kind in ("tanh", "relu")
+        for where, end in (("inputs", "in"), ("labels", "out"))
+    }
+    across, up = "alignment of inputs and labels", "alignment of the hidden layer"
     return {
-        "alignment with labels": plots.bars(results, {k: ("clusters", f"{v}_out") for k, v in names.items()}, ylabel="alignment"),
-        "alignment with inputs": plots.bars(results, {k: ("clusters", f"{v}_in") for k, v in names.items()}, ylabel="alignment"),
-        "kernels": plots.curves(results, lines, x=results.settings.alignments, xlabel="alignment of inputs and labels",
-                                ylabel="alignment of the hidden layer"),
-    }  # fmt: skip
+        f"alignment with {where}": plots.bars(
+            results, {label: ("clusters", f"{kind}_{end}") for label, kind in names.items()}, ylabel="alignment"
+        )
+        for where, end in (("labels", "out"), ("inputs", "in"))
+    } | {"kernels": plots.curves(results, lines, x=results.settings.alignments, xlabel=across, ylabel=up)}
 
 
 def peers(bench: Bench) -> None:
