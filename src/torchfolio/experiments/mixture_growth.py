@@ -1,19 +1,16 @@
-"""Measures growth by mixtures of learned templates beside other starts of the added weights, on a wide residual net.
-
-Longer than most because there are the paper's network, five ways to grow it, and controls that edit single blocks.
-"""
+"""Measures growth by mixtures of learned templates beside other starts of the added weights, on a wide residual net."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 
 from torchfolio.data import DataSplits
@@ -25,12 +22,13 @@ from torchfolio.efficiency.mixture_growth import (
     param_groups,
     templatize,
 )
-from torchfolio.engine import evaluate, seeded
+from torchfolio.engine import seeded
 from torchfolio.engine.recipes import one_cycle
+from torchfolio.experiments._wide_resnet import wide_resnet
 from torchfolio.measure import count_flops
 from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
-from torchfolio.runs.tasks import SMOKE, Task, load, train
+from torchfolio.runs.bench import Bench, training_step
+from torchfolio.runs.tasks import SMOKE, Task, accuracy, load, train
 
 
 @dataclass(frozen=True)
@@ -68,38 +66,19 @@ SCALES = {
 }  # fmt: skip
 
 
-class PreActivation(nn.Module):
-    """Batch norm and ReLU before each of two convolutions, around a shortcut of the activated input."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(out)
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.project = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 or channels != out else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x).relu()
-        return self.conv2(self.norm2(self.conv1(y)).relu()) + (x if self.project is None else self.project(y))
-
-
 def wide_network(settings: Settings, data: DataSplits) -> nn.Sequential:
-    """The network of full width: a stem, three stages, a classifier without bias."""
-    layers: list[nn.Module] = [nn.Conv2d(data.shape[0], 16, 3, 1, 1, bias=False)]
-    channels = 16
-    for stage, width in enumerate((16, 32, 64)):
-        for k in range(settings.blocks):
-            layers.append(PreActivation(channels, width * settings.width, 2 if stage and not k else 1))
-            channels = width * settings.width
-    head = nn.Linear(channels, data.num_classes or 10, bias=False)
-    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    """The network of full width."""
+    return wide_resnet(data.shape[0], data.num_classes, settings.width, settings.blocks)
 
 
-def growable(run: Run[Settings], data: DataSplits) -> GrowableModel:
-    """The network in templates, as the seed draws it."""
+def growable(run: Run[Settings], data: DataSplits, members: Mapping[str, Any] | None = None) -> GrowableModel:
+    """The network in templates, as the seed draws it, or with the weights of trained members."""
     with seeded(run.seed):
-        made = templatize(wide_network(run.settings, data), data.train.tensors[0][:2], run.settings.templates)
-    return made.to(run.device)
+        model = templatize(wide_network(run.settings, data), data.train.tensors[0][:2], run.settings.templates)
+    if members is not None:
+        weights = {name: tensor for name, tensor in members.items() if name.startswith("weights.")}
+        model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()})
+    return model.to(run.device)
 
 
 def fitted(run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, lr: float) -> dict[str, Any]:
@@ -108,7 +87,7 @@ def fitted(run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, lr
 
     def keep(state: Any) -> None:
         if state.step % (-(-len(data.train) // run.settings.batch_size)) == 0:
-            curve.append(100 * evaluate(net, data.val)["accuracy"])
+            curve.append(accuracy(net, data.val))
 
     groups = param_groups(net.to(run.device), run.settings.weight_decay)
     optimizer = SGD(groups, lr=lr, momentum=run.settings.momentum, nesterov=True)
@@ -119,11 +98,6 @@ def fitted(run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, lr
     return {"accuracy": scores["accuracy"], "curve": curve}
 
 
-def accuracy(net: nn.Module, data: DataSplits) -> float:
-    """Test accuracy in percent."""
-    return 100 * evaluate(net, data.test)["accuracy"]
-
-
 def train_members(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """Train both members; their weights are what all growths start from."""
     model = growable(run, data)
@@ -131,15 +105,18 @@ def train_members(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
         fitted(run, data, model.train_member(i), run.settings.epochs, run.settings.lr)["accuracy"] for i in (0, 1)
     ]
     weights = {f"weights.{name}": tensor for name, tensor in model.state_dict().items()}
-    return {"best": max(scores), "first": scores[0], "second": scores[1], "ensemble": accuracy(model, data), **weights}
+    return {
+        "best": max(scores),
+        "first": scores[0],
+        "second": scores[1],
+        "ensemble": accuracy(model, data.test),
+        **weights,
+    }
 
 
 def grown(run: Run[Settings], data: DataSplits, members: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Grow the trained members in one way, and train the result."""
-    model = growable(run, data)
-    model.load_state_dict(
-        {name.removeprefix("weights."): tensor for name, tensor in members.items() if name.startswith("weights.")}
-    )
+    model = growable(run, data, members)
     net: nn.Module = model
     epochs, example = run.settings.growth_epochs, data.train.tensors[0][:2].to(run.device)
     wide = wide_network(run.settings, data).to(run.device)
@@ -154,7 +131,7 @@ def grown(run: Run[Settings], data: DataSplits, members: Mapping[str, Any], kind
     if kind == "permuted":
         net = model.export()
         shuffle_added(model, net, run.seed)
-    start = accuracy(net, data)
+    start = accuracy(net, data.test)
     return {"start": start, **fitted(run, data, net, epochs, run.settings.growth_lr)}
 
 
@@ -170,9 +147,7 @@ def shuffle_added(model: GrowableModel, net: nn.Module, seed: int) -> None:
 
 def exactness(run: Run[Settings], data: DataSplits, members: Mapping[str, Any]) -> dict[str, float]:
     """Zero growth against the sum of the members, and with fresh statistics."""
-    model = growable(run, data)
-    model.load_state_dict({n.removeprefix("weights."): t for n, t in members.items() if n.startswith("weights.")})
-    model.eval()
+    model = growable(run, data, members).eval()
     x = data.test.tensors[0][:500].to(run.device)
     with torch.no_grad():
         members_sum = model(x)
@@ -183,7 +158,7 @@ def exactness(run: Run[Settings], data: DataSplits, members: Mapping[str, Any]) 
     for module in forgetful.net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-    return {"difference": difference, "exported": exported, "fresh_statistics": accuracy(forgetful, data)}
+    return {"difference": difference, "exported": exported, "fresh_statistics": accuracy(forgetful, data.test)}
 
 
 def costs(run: Run[Settings], data: DataSplits) -> dict[str, float]:
@@ -240,28 +215,17 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def peers(bench: Bench) -> None:
     """A training step of a member beside a plain network of half the width, and of the grown one beside the target."""
-    data_shape, x, y = (3, 16, 16), torch.randn(128, 3, 16, 16), torch.randint(10, (128,))
-    settings = Settings()
+    settings, batch = Settings(), (torch.randn(128, 3, 16, 16), torch.randint(10, (128,)))
+    wide: nn.Module = wide_resnet(3, 10, settings.width, settings.blocks)
+    model = templatize(wide, batch[0][:2], settings.templates)
 
-    class Shape:
-        shape, num_classes = data_shape, 10
-
-    wide: nn.Module = wide_network(settings, Shape())  # pyright: ignore[reportArgumentType]
-    model = templatize(wide, x[:2], settings.templates)
-
-    def step(net: nn.Module) -> Callable[[], None]:
+    def step(net: nn.Module) -> Any:
         optimizer = SGD(param_groups(net, 5e-4), lr=1e-4, momentum=0.9, nesterov=True)
+        return training_step(net, batch, optimizer=optimizer)
 
-        def once() -> None:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
-
-        return once
-
-    member, plain = step(model.member(0).train()), step(model.export(0).train())
-    bench.compare("member's step, 128 images of 16x16", ours=member, half_width=plain, repeats=15)
+    bench.compare("member's step, 128 images of 16x16", ours=step(model.member(0)), half_width=step(model.export(0)),
+                  repeats=15)  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the second member is not trained here
         model.grow("zero")
-    bench.compare("grown step, 128 images of 16x16", ours=step(model.train()), full_width=step(wide.train()))
+    bench.compare("grown step, 128 images of 16x16", ours=step(model), full_width=step(wide))
