@@ -1,27 +1,24 @@
 """Measures what noise does for a deep perceptron from poor initialisations; memory and program tasks at full scale.
 
-Rows of one batched network train side by side, each with its own initialisation, noise and learning rate. Longer than
-most because rows of many conditions are one network, with norms and noise of their own.
+Rows of one batched network train side by side, each with its own initialisation, noise and learning rate.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from torchfolio.engine import seeded
+from torchfolio.engine.recipes import sgd
 from torchfolio.experiments._gradient_noise_tasks import Memory, Program, trainings
+from torchfolio.experiments._perceptrons_side_by_side import Row, train_rows
 from torchfolio.models import resnet20
 from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
-from torchfolio.training.gradient_noise import GradientNoise, add_gradient_noise_
+from torchfolio.runs.bench import Bench, training_step
+from torchfolio.training.gradient_noise import GradientNoise
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,6 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One network of the batch: its name, scale of the initial weights (`None` is He's), noise and rate."""
-
-    name: str
-    scale: float | None
-    eta: float
-    gamma: float
-    lr: float
-
-
 def rows_of(settings: Settings) -> list[Row]:
     """The conditions of the claims, by noise, so that equal noise is contiguous."""
     pairs = [(0.3, 0.03), (1.0, 0.02)]
@@ -99,85 +85,6 @@ def restarts_of(settings: Settings, seed: int) -> list[Row]:
     return sorted(rows, key=lambda row: row.eta)
 
 
-class Perceptrons(nn.Module):
-    """Deep ReLU perceptrons side by side: `[N, F]` to `[R, N, classes]`."""
-
-    def __init__(self, rows: list[Row], features: int, classes: int, hidden: int, width: int) -> None:
-        super().__init__()
-        sizes = [features, *[width] * hidden, classes]
-        drawn: list[Tensor] = [torch.randn(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
-        scales = [[math.sqrt(2 / len(w)) if row.scale is None else row.scale for row in rows] for w in drawn]
-        # Every row starts from the same draw, at its own scale.
-        self.weights = nn.ParameterList(torch.tensor(s)[:, None, None] * w for s, w in zip(scales, drawn, strict=True))
-        self.biases = nn.ParameterList(torch.zeros(len(rows), 1, b) for b in sizes[1:])
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.expand(len(self.biases[0]), -1, -1)
-        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias, h.relu() if k else h, weight)
-        return h
-
-
-def train_rows(run: Run[Settings], rows: list[Row]) -> dict[str, Any]:
-    """Train all rows for the same batches; test accuracy (%) and final training loss of each."""
-    settings = run.settings
-    data = run.data(settings.data, val=0, train_size=settings.train_size)
-    (x, y), (x_test, y_test) = (
-        (s.tensors[0].flatten(1).to(run.device), s.tensors[1].to(run.device)) for s in (data.train, data.test)
-    )
-    with seeded(run.seed):
-        net = Perceptrons(rows, x.shape[1], data.num_classes or 10, settings.hidden, settings.width).to(run.device)
-    draws = torch.Generator().manual_seed(run.seed)
-    noise = torch.Generator(run.device).manual_seed(run.seed + 1)
-    parameters = list(net.parameters())
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    gradients: list[Any] = [p.grad for p in parameters]
-    rates = torch.tensor([row.lr for row in rows], device=run.device)[:, None, None]
-    noisy = slices(rows, parameters)
-    every, curve = max(1, settings.steps // 40), []
-    for step in run.progress(range(settings.steps), "steps"):
-        torch._foreach_zero_(gradients)
-        index = torch.randint(len(x), (settings.batch_size,), generator=draws)
-        loss = losses(net(x[index]), y[index])
-        loss.sum().backward()
-        with torch.no_grad():
-            norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-            for g in gradients:
-                g.mul_((settings.clip / norms.clamp_min(settings.clip))[:, None, None])
-            for (eta, gamma), parts in noisy.items():
-                add_gradient_noise_(parts, step, eta=eta, gamma=gamma, generator=noise)
-            # Plain SGD, with a rate for each row.
-            for p, g in zip(parameters, gradients, strict=True):
-                p.addcmul_(g, rates, value=-1.0)
-        if step % every == 0:
-            curve.append(loss.detach())
-    with torch.no_grad():
-        accuracy = 100 * (net(x_test).argmax(2) == y_test).float().mean(1)
-        final = losses(net(x), y)
-    names = [row.name for row in rows]
-    found: dict[str, Any] = {name: float(a) for name, a in zip(names, accuracy, strict=True)}
-    found |= {f"{name}.loss": float(a) for name, a in zip(names, final, strict=True)}
-    return found | {f"{name}.curve": line for name, line in zip(names, torch.stack(curve).T.tolist(), strict=True)}
-
-
-def slices(rows: list[Row], parameters: list[nn.Parameter]) -> dict[tuple[float, float], list[Tensor]]:
-    """By noise, the rows that have it as parameters of their own, whose gradients are views into the whole ones."""
-    found: dict[tuple[float, float], list[Tensor]] = {}
-    for kind in sorted({(row.eta, row.gamma) for row in rows if row.eta}):
-        places = [k for k, row in enumerate(rows) if (row.eta, row.gamma) == kind]
-        for p in parameters:
-            part = nn.Parameter(p.detach()[places[0] : places[-1] + 1])
-            part.grad = None if p.grad is None else p.grad[places[0] : places[-1] + 1]
-            found.setdefault(kind, []).append(part)
-    return found
-
-
-def losses(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of every row."""
-    return F.cross_entropy(logits.movedim(2, 1), y.expand(len(logits), -1), reduction="none").mean(1)
-
-
 def run(run: Run[Settings]) -> None:
     """Train all rows at once; then restarts and the other tasks where the scale asks for them."""
     settings = run.settings
@@ -194,15 +101,14 @@ def run(run: Run[Settings]) -> None:
     run.values("annealing_control", constant=rows["zero_constant.loss"], annealed=rows["zero_0.3_0.03.loss"])
     if settings.restarts:
         found = run.arm("restarts", train_rows, run, restarts_of(settings, run.seed))
-        reached = {
-            n: [v >= 90 for k, v in found.items() if k.startswith(n) and "." not in k] for n in ("noise", "plain")
-        }
+        scores = {name: value for name, value in found.items() if "." not in name}
+        reached = {n: [v >= 90 for k, v in scores.items() if k.startswith(n)] for n in ("noise", "plain")}
         run.arm("restart_count", lambda: {name: sum(hits) / len(hits) for name, hits in reached.items()})
     if settings.repeats:
+        own = settings.repeats, settings.task_steps, settings.clip, run.seed
         for name, make in (("memory", Memory), ("program", Program)):
             for eta in settings.task_etas:
-                s = settings
-                run.arm(f"{name}_{eta}", trainings, make, eta, s.repeats, s.task_steps, s.clip, run.seed)
+                run.arm(f"{name}_{eta}", trainings, make, eta, *own)
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -213,49 +119,40 @@ def figures(results: Results) -> dict[str, Figure]:
     every = max(1, results.settings.steps // 40)
     steps = [1 + every * k for k in range(len(range(0, results.settings.steps, every)))]
     made = {
-        "training loss": plots.curves(
-            results, {name: ("rows", f"{row}.curve") for name, row in labels.items()}, x=steps, xlabel="step",
-            ylabel="training loss", logy=True,
-        ),
-        "accuracy": plots.bars(
-            results, {name: ("rows", row) for name, row in scores.items()}, ylabel="test accuracy (%)"
-        ),
+        "training loss": plots.curves(results, {name: ("rows", f"{row}.curve") for name, row in labels.items()},
+                                      x=steps, xlabel="step", ylabel="training loss", logy=True),
+        "accuracy": plots.bars(results, {name: ("rows", row) for name, row in scores.items()},
+                               ylabel="test accuracy (%)"),
     }  # fmt: skip
     if results.settings.restarts:
-        made["restarts"] = plots.bars(
-            results, {n: ("restart_count", n) for n in ("noise", "plain")}, ylabel="restarts that reach 90 %"
-        )
+        restarts = {name: ("restart_count", name) for name in ("noise", "plain")}
+        made["restarts"] = plots.bars(results, restarts, ylabel="share of restarts that reach 90 %")
     if results.settings.repeats:
-        kinds = [(name, eta) for name in ("memory", "program") for eta in results.settings.task_etas]
-        arms = {f"{name}, {eta}": (f"{name}_{eta}", "solved") for name, eta in kinds}
-        made["other tasks"] = plots.bars(results, arms, ylabel="trainings that solve the task")
+        series = {
+            f"noise {eta:g}": {name: (f"{name}_{eta}", "solved") for name in ("memory", "program")}
+            for eta in results.settings.task_etas
+        }
+        made["other tasks"] = plots.groups(results, series, ylabel="share of trainings that solve the task")
     return made
 
 
 def peers(bench: Bench) -> None:
     """A training step of a ResNet-20 with and without noise, and the noise beside a draw for every parameter."""
-    x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    batch = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
 
-    def step(noise: bool) -> Callable[[], None]:
-        net = resnet20()
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-        if noise:
-            GradientNoise(optimizer, 0.01)
+    def noisy(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = sgd(1e-3, momentum=0)(parameters)
+        GradientNoise(optimizer, 0.01)
+        return optimizer
 
-        def once() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-
-        return once
-
-    bench.compare("step of a ResNet-20, 32 images of 32x32", ours=step(True), without_noise=step(False), repeats=9)
+    steps = {"ours": noisy, "without_noise": sgd(1e-3, momentum=0)}
+    calls: Any = {name: training_step(resnet20(), batch, optimizer=factory) for name, factory in steps.items()}
+    bench.compare("step of a ResNet-20, 32 images of 32x32", repeats=9, **calls)
     net = nn.Sequential(*(nn.Linear(50, 50) for _ in range(20)))
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     GradientNoise(optimizer, 0.01)
-
     plain = torch.optim.SGD(net.parameters(), lr=0.0)
 
     def naive() -> None:
