@@ -1,7 +1,4 @@
-"""Measures filter design: initialisation in depth, banks and learned filters on frozen features, number, size, choice.
-
-Longer than most because it holds five small experiments: depth, bench, number and size, choice, controls.
-"""
+"""Measures filter design: initialisation in depth, banks and learned filters on frozen features, number, size, choice."""
 
 from __future__ import annotations
 
@@ -13,16 +10,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import evaluate, fit
+from torchfolio.engine import fit
 from torchfolio.engine.recipes import sgd
+from torchfolio.experiments._unfolded_filters import peers
 from torchfolio.layers.filter_banks import Bank, dct_bank, gabor_bank, random_bank, wavelet_bank
 from torchfolio.layers.filter_design import METHODS, FilterLearner, bench, filter_count, init_, select_filters
 from torchfolio.layers.filter_learning import KMeans, Learner
 from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs.tasks import accuracy
+
+__all__ = ["SCALES", "Settings", "figures", "peers", "run"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,16 @@ class Settings:
         deep: digits of the deep networks.
         train_size: training images of both.
         test_size: test images of the bench; its accuracies differ by little.
-        draws: random banks, and six times as many random choices.
+        image_size: side of the photographs; `None` keeps theirs.
+        deep_size: side of the digits; `None` keeps theirs.
+        depth: convolutions of the deep networks.
+        epochs: passes over the digits.
+        filters: filters of a bank, K.
+        size: side of the filters.
+        numbers: numbers of filters that are compared.
+        sizes: sides that are compared.
+        draws: random banks whose scores are averaged.
+        methods: ways to learn filters.
     """
 
     data: str = "cifar10"
@@ -96,7 +104,7 @@ def deep(run: Run[Settings], data: DataSplits, scheme: str) -> dict[str, float]:
             signal = signal.relu()
     fit(net, data.train, optimizer=sgd(0.02, nesterov=False), epochs=s.epochs, batch_size=64, clip_norm=5.0,
         seed=run.seed, device=run.device, progress=False)  # fmt: skip
-    return {"accuracy": 100 * evaluate(net, data.test)["accuracy"], "first": stds[0], "ratio": stds[-1] / stds[0]}
+    return {"accuracy": accuracy(net, data.test), "first": stds[0], "ratio": stds[-1] / stds[0]}
 
 
 def score(bank: Bank, data: DataSplits, seed: int, whiten: bool = True) -> dict[str, Any]:
@@ -109,11 +117,8 @@ def score(bank: Bank, data: DataSplits, seed: int, whiten: bool = True) -> dict[
 def learned(run: Run[Settings], data: DataSplits, method: Any, K: int = 0, size: int = 0, **others: Any) -> Bank:
     """Filters learned from the training images."""
     s = run.settings
-    return (
-        FilterLearner(method, K or s.filters, size or s.size, random_state=run.seed, **others)
-        .fit(data.train.tensors[0])
-        .bank_
-    )
+    learner = FilterLearner(method, K or s.filters, size or s.size, random_state=run.seed, **others)
+    return learner.fit(data.train.tensors[0]).bank_
 
 
 def one(run: Run[Settings], data: DataSplits, method: Any, K: int = 0, size: int = 0, **others: Any) -> dict[str, Any]:
@@ -172,14 +177,13 @@ def run(run: Run[Settings]) -> None:
         table[name] = run.arm(f"bench {name}", score, bank, data, run.seed)
     for name in s.methods:
         table[name] = run.arm(f"bench {name}", one, run, data, name)
-    accuracy = {name: arm["accuracy"] for name, arm in table.items()}
-    run.values("learned_filters", accuracy)
+    scores = {name: arm["accuracy"] for name, arm in table.items()}
+    run.values("learned_filters", scores)
     for K in s.numbers:
         run.arm(f"random {K}", at_random, run, data, K)
         run.arm(f"kmeans {K}", one, run, data, "kmeans", K)
-    few, many = s.numbers[0], s.numbers[-1]
     gaps = [run.arms[f"kmeans {K}"]["accuracy"] - run.arms[f"random {K}"]["accuracy"] for K in s.numbers if K >= 8]
-    few, many = (run.arms[f"kmeans {K}"]["accuracy"] for K in (few, many))
+    few, many = (run.arms[f"kmeans {K}"]["accuracy"] for K in (s.numbers[0], s.numbers[-1]))
     run.values("more_filters", few=few, many=many, least_gap=min(gaps))
     for size in s.sizes:
         counts = filter_count(data.train.tensors[0], size, seed=run.seed)
@@ -188,7 +192,7 @@ def run(run: Run[Settings]) -> None:
     permuted = run.arm("permuted", one, run, data, Permuted())
     plain = run.arm("unwhitened", one, run, data, "kmeans", whiten=False)
     empty = run.arm("blank", blank, run, run.data(s.deep, train_size=s.train_size, normalize=False))
-    run.values("negative_control", permuted=permuted["accuracy"], random=accuracy["random"], kmeans=accuracy["kmeans"],
+    run.values("negative_control", permuted=permuted["accuracy"], random=scores["random"], kmeans=scores["kmeans"],
                unwhitened=plain["accuracy"], blank_kept=empty["kept"], blank_dropped=empty["dropped"])  # fmt: skip
 
 
@@ -196,58 +200,11 @@ def figures(results: Results) -> dict[str, Figure]:
     """The bench over all banks, and accuracy by number and size of filters."""
     s = results.settings
     names = ("random", "orthogonal", "dct", "gabor", "wavelet", *s.methods)
-    found = {"bench": plots.bars(results, {n.replace("_", " "): (f"bench {n}", "accuracy") for n in names},
-                                 ylabel="test accuracy (%)")}  # fmt: skip
-    for title, values, kinds in (("number", s.numbers, ("random", "kmeans")), ("size", s.sizes, ("size",))):
-        fig, ax = plots.axes(f"{title} of filters", "test accuracy (%)")
-        for kind in kinds:
-            scores = np.stack([results.values(f"{kind} {v}", "accuracy") for v in values])
-            ax.plot(values, scores.mean(1), marker="o", label="kmeans" if kind == "size" else kind)
-        ax.legend()
-        found[title] = fig
-    return found
-
-
-def peers(bench: Bench) -> None:
-    """Learning and encoding beside scikit-learn on unfolded patches, with equal filters."""
-    from sklearn import cluster, decomposition
-
-    kmeans: Any = cluster.MiniBatchKMeans  # its hints take n_init for text
-    dictionary: Any = decomposition.MiniBatchDictionaryLearning
-
-    X = torch.rand(500, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    learner = FilterLearner("kmeans", 24, 5, n_patches=20_000, random_state=0).fit(X)
-    whitening: Any = learner.bank_.whitening
-    model = kmeans(24, n_init=1, random_state=0)
-
-    def unfolded() -> np.ndarray:
-        patches = whitening(F.unfold(X, 5).mT.reshape(-1, 75)).numpy()
-        return patches
-
-    model.fit(unfolded()[:20_000])
-
-    def encoded() -> np.ndarray:
-        distances = model.transform(unfolded())
-        codes = np.maximum(distances.mean(1, keepdims=True) - distances, 0).reshape(500, 12, 12, 24)
-        return np.stack([codes[:, i : i + 6, j : j + 6].mean((1, 2)) for i in (0, 6) for j in (0, 6)], 1)
-
-    D = learner.filters_.reshape(24, -1).T
-
-    def split() -> np.ndarray:
-        s = (unfolded() @ D).reshape(500, 12, 12, 24)
-        codes = np.concatenate([np.maximum(s - 0.25, 0), np.maximum(-s - 0.25, 0)], -1)
-        return np.stack([codes[:, i : i + 6, j : j + 6].mean((1, 2)) for i in (0, 6) for j in (0, 6)], 1)
-
-    triangle = FilterLearner("kmeans", 24, 5, encoder="triangle", random_state=0).fit(X)
-    bench.compare("encode 500 images, 24 filters, split", ours=lambda: learner.transform(X), unfolded=split)
-    bench.compare("encode 500 images, 24 filters, triangle", ours=lambda: triangle.transform(X), sklearn=encoded)
-    sample = unfolded()[:20_000]
-    rows, seeded = torch.from_numpy(sample), torch.Generator().manual_seed(0)
-    for name, peer in {
-        "kmeans": lambda: kmeans(24, n_init=1, random_state=0).fit(sample),
-        "ica": lambda: decomposition.FastICA(24, random_state=0, max_iter=50, tol=1e-3).fit(sample),
-        "sparse_coding": lambda: dictionary(24, alpha=1.0, max_iter=3, batch_size=500, random_state=0).fit(sample),
-    }.items():  # fmt: skip
-        ours = METHODS[name]()
-        bench.compare(f"learn 24 filters by {name} from 20,000 patches", repeats=3,
-                      ours=lambda ours=ours: ours.learn(rows, 24, seeded), sklearn=peer)  # fmt: skip
+    numbers = {kind: [(f"{kind} {K}", "accuracy") for K in s.numbers] for kind in ("random", "kmeans")}
+    sizes = {"kmeans": [(f"size {size}", "accuracy") for size in s.sizes]}
+    return {
+        "bench": plots.bars(results, {n.replace("_", " "): (f"bench {n}", "accuracy") for n in names},
+                            ylabel="test accuracy (%)"),
+        "number": plots.curves(results, numbers, x=s.numbers, xlabel="number of filters", ylabel="test accuracy (%)"),
+        "size": plots.curves(results, sizes, x=s.sizes, xlabel="size of filters", ylabel="test accuracy (%)"),
+    }  # fmt: skip
