@@ -142,7 +142,7 @@ def test_regression_is_inspected(tmp_path):
 
 
 def test_rows_sum_up_to_the_whole_network(tmp_path):
-    from torchfolio.cli._inside import cost
+    from torchfolio.cli._cost_card import cost
     from torchfolio.measure import count_flops
 
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from torchfolio.data import Examples
-from torchfolio.data.examples import WholeBatch, collate
+from torchfolio.data.rows import WholeBatch, collate
 from torchfolio.engine.loader import as_batches
 
 X = torch.arange(30.0).view(10, 3)

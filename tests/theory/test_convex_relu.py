@@ -33,7 +33,7 @@ from torchfolio.theory.convex_relu import (
     sample_neurons,
     sampled_convex_program,
 )
-from torchfolio.theory.convex_relu.admm import BlockDescent, Woodbury
+from torchfolio.theory.convex_relu.u_steps import BlockDescent, Woodbury
 
 quiet = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

@@ -246,7 +246,7 @@ def test_kernels_are_symmetric_positive_and_tiles_agree(activation, kernel, monk
     assert torch.linalg.eigvalsh(k)[0] > -1e-10
     cross = kernel(x, x, activation, 3, **settings)
     assert torch.allclose(k, cross, atol=1e-6 if kernel is ntk else 1e-10)
-    monkeypatch.setattr("torchfolio.theory.infinite_kernels.TILE", 50)
+    monkeypatch.setattr("torchfolio.theory.kernel_recursion.TILE", 50)
     assert torch.allclose(kernel(x, None, activation, 3, **settings), k, atol=1e-13)
     assert torch.allclose(kernel(x, x, activation, 3, **settings), cross, atol=1e-13)
     assert kernel(x, x[:3], activation, 2, dtype=torch.float32).dtype == torch.float32

@@ -34,7 +34,8 @@ from torchfolio.backdoor.isolation import LGAIsolator, PrecomputedIsolator, cosi
 from torchfolio.backdoor.metrics import labels_of
 from torchfolio.backdoor.relabeling import NearestCenterRelabeler, PrecomputedRelabeler, VerifiedDataRelabeler
 from torchfolio.backdoor.stamp import Stamp
-from torchfolio.data.examples import WholeBatch, whole_tensors
+from torchfolio.data.examples import whole_tensors
+from torchfolio.data.rows import WholeBatch
 from torchfolio.measure.batches import gathered
 
 __all__ = [

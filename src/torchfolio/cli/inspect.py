@@ -52,6 +52,7 @@ def inspect(
     Example: torchfolio inspect net/ other/ --data cifar10 -o report.html
     """
     from torchfolio.bundle import load_bundle
+    from torchfolio.cli import _comparison_cards, _cost_card, _information_card, _training_cards
     from torchfolio.cli import _inside as inside
     from torchfolio.data import Examples
     from torchfolio.engine.devices import resolve_device
@@ -76,17 +77,17 @@ def inspect(
     layers = list(layer) if layer else inside.top_layers(net, x[:2].to(place))
     shown = inside.Shown(splits, Examples((x, y)), tuple(source.manifest.classes))
     _say(f"{name}: operations, parameters and memory")
-    cost = inside.cost(net, x, place)
-    cards: list[Any] = [inside.cost_card(name, cost)]
+    cost = _cost_card.cost(net, x, place)
+    cards: list[Any] = [_cost_card.cost_card(name, cost)]
     result: dict[str, Any] = {
         "report": str(output), "layers": cost["table"].to_dict("records"), "saved_for_backward": cost["saved"],
     }  # fmt: skip
     if bundle is not None:
         _say(f"{name}: its training")
-        training = inside.Training(bundle, name, source.manifest, data, image_size)
-        made, result["training"] = inside.training_cards(training, net, shown)
+        training = _training_cards.Training(bundle, name, source.manifest, data, image_size)
+        made, result["training"] = _training_cards.training_cards(training, net, shown)
         cards += made
-        card, result["size"] = inside.size_card(training, net, shown)
+        card, result["size"] = _training_cards.size_card(training, net, shown)
         cards.append(card)
     _say(f"{name}: losses of {len(x):,} examples")
     card, result["losses"] = inside.losses_card(net, shown)
@@ -95,11 +96,11 @@ def inspect(
         other_net = second.model.to(place)
         cards.append(learning_card(other, str(other)))
         _say(f"{name} and {other}: matching units")
-        table, card = inside.matched(net, other_net, layers, x, name, str(other), seed)
+        table, card = _comparison_cards.matched(net, other_net, layers, x, name, str(other), seed)
         cards.append(card)
         result["matching"] = table.reset_index(drop=True).to_dict("records")
         _say(f"{name} and {other}: similarity of layers")
-        card, result["similarity"] = inside.similarity_card(net, other_net, layers, x, name, str(other))
+        card, result["similarity"] = _comparison_cards.similarity_card(net, other_net, layers, x, name, str(other))
         cards.append(card)
     models = [net] if second is None else [net, second.model.to(place)]
     result["panels"] = {}
@@ -117,8 +118,8 @@ def inspect(
         }
     else:
         _say(f"{name}: information in {len(layers)} layers")
-        information = inside.information(net, layers, x, y, bins)
-        cards.append(inside.information_card(name, information, len(x), y))
+        information = _information_card.information(net, layers, x, y, bins)
+        cards.append(_information_card.information_card(name, information, len(x), y))
         result["information"] = information["table"].reset_index().to_dict("records")
     told = {
         **result.get("training", {}),

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchfolio.checks import at_least, one_of, positive, whole
-from torchfolio.dynamics.gradients import Gradient
+from torchfolio.checks import one_of, whole
+from torchfolio.dynamics.gradient_base import Gradient
 from torchfolio.dynamics.integrate import odeint
-from torchfolio.dynamics.runge_kutta import Tsit5
+from torchfolio.dynamics.solved_module import SolvedModule
 from torchfolio.dynamics.solver import Solver
 
 __all__ = ["ContinuousFlow"]
 
 
-class ContinuousFlow(nn.Module):
+class ContinuousFlow(SolvedModule):
     """A density on vectors: normal noise at time 0, carried by a field to data at time 1.
 
         dy/dt = f(t, y),    log p(y(1)) = log N(y(0); 0, I) - ∫₀¹ tr(∂f/∂y) dt
@@ -62,13 +62,9 @@ class ContinuousFlow(nn.Module):
         atol: float = 1e-5,
         dt: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(solver, gradient, rtol, atol, dt)
         self.field, self.channels = field, whole("channels", channels, 1)
         self.trace = one_of("trace", trace, ("exact", "hutchinson"))
-        self.solver, self.gradient = solver or Tsit5(), gradient
-        self.rtol, self.atol = at_least("rtol", rtol, 0), positive("atol", atol)
-        self.dt = None if dt is None else positive("dt", dt)
-        self.stats: Any = None
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, trace={self.trace}, {self.solver}"
@@ -125,6 +121,5 @@ class ContinuousFlow(nn.Module):
     forward = log_prob
 
     def _solve(self, field: Callable[..., Any], y0: Any, ts: tuple[float, float]) -> Any:
-        options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "dt": self.dt}
         params = [p for p in self.parameters() if p.requires_grad]
-        return odeint(field, y0, ts, self.solver, self.gradient, params=params, **options)
+        return odeint(field, y0, ts, self.solver, self.gradient, params=params, **self.steps())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,15 +12,19 @@ from torch import Tensor, nn
 
 from torchfolio.checks import at_least, positive, whole
 from torchfolio.dynamics.brownian import Brownian, BrownianGrid
+from torchfolio.dynamics.checkpoint_gradient import Checkpoint
 from torchfolio.dynamics.controls import Control
-from torchfolio.dynamics.gradients import Checkpoint, Direct, Gradient, Reversible, check_gradient, refuse_random_layers
+from torchfolio.dynamics.gradient_base import Direct, Gradient, check_gradient
 from torchfolio.dynamics.per_sample import solve_each
+from torchfolio.dynamics.reversible_gradient import Reversible
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import Euler, ExplicitRungeKutta, Tsit5
 from torchfolio.dynamics.sde import SDE, SDETerms
+from torchfolio.dynamics.solve_times import _few, _floats, jump_times, output_times, step_grid
 from torchfolio.dynamics.solver import Solver
-from torchfolio.dynamics.stepping import NEAR, Adaptive, Problem
+from torchfolio.dynamics.stepping import Adaptive, Problem
 from torchfolio.dynamics.terms import Packing, Stats, Terms
+from torchfolio.dynamics.used_parameters import refuse_random_layers
 
 __all__ = ["Solution", "cdeint", "odeint", "sdeint"]
 
@@ -100,9 +102,9 @@ def odeint(
     """
     solver = _checked_solver(solver or Tsit5(), stochastic=False)
     packing = Packing(y0)
-    times = _times(ts)
+    times = output_times(ts)
     terms = Terms(field, packing, parameters_of(field, params))
-    steps, rule = _grid(times, dt, grid, jump_ts, solver), _checked_adaptive(adaptive or Adaptive(rtol, atol))
+    steps, rule = step_grid(times, dt, grid, jump_ts, solver), _checked_adaptive(adaptive or Adaptive(rtol, atol))
     whole("max_steps", max_steps, 1)
     if per_sample:
         jumps = _floats("jump_ts", jump_ts)
@@ -120,7 +122,7 @@ def odeint(
             raise ValueError(f"expected the gradient Direct() where steps are chosen per sample, got {gradient}")
         return Solution(*solve_each(field, y0, times, solver, rule, max_steps))
     problem = Problem(
-        terms, solver, times, steps, rule, jumps=_jumps(jump_ts, times, packing.dtype), max_steps=max_steps
+        terms, solver, times, steps, rule, jumps=jump_times(jump_ts, times, packing.dtype), max_steps=max_steps
     )
     return solve(problem, packing.pack(y0), gradient)
 
@@ -177,11 +179,11 @@ def sdeint(
         raise ValueError(f"expected {' or '.join(noises)} noise for {solver}, got {sde.noise}")
     if dt is None and grid is None:
         raise ValueError("expected dt or grid: stochastic equations are solved by fixed steps")
-    packing, times = Packing(y0), _times(ts)
+    packing, times = Packing(y0), output_times(ts)
     if times[0] > times[-1]:
         raise ValueError("expected ts to rise: stochastic equations are solved forwards in time")
     terms = SDETerms(sde, packing, parameters_of(sde, params))
-    steps = _grid(times, dt, grid, (), solver)
+    steps = step_grid(times, dt, grid, (), solver)
     assert steps is not None
     shape = terms.noise_shape(times[0], y0)
     if brownian is None:
@@ -250,7 +252,7 @@ def cdeint(
     if not isinstance(control, Control):
         raise TypeError(f"expected control to be a Control such as HermiteControl, got {type(control).__name__}")
     ts = [control.t0, control.t1] if ts is None else ts
-    times = _times(ts)
+    times = output_times(ts)
     if min(times) < control.t0 or max(times) > control.t1:
         raise ValueError(f"expected ts within the control's times [{control.t0:g}, {control.t1:g}], got {_few(times)}")
 
@@ -330,77 +332,3 @@ def _checked_adaptive(adaptive: Adaptive) -> Adaptive:
     if adaptive.first_step is not None:
         positive("first_step", adaptive.first_step)
     return adaptive
-
-
-def _floats(name: str, values: Any) -> list[float]:
-    if isinstance(values, Tensor):
-        if values.requires_grad:
-            warnings.warn(f"{name} wants a gradient, but solves are not differentiated in times", stacklevel=4)
-        values = values.detach().double().reshape(-1).tolist() if values.dim() == 1 else values
-    try:
-        return [float(v) for v in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"expected {name} to be a sequence of times, got {values!r}") from error
-
-
-def _times(ts: Any) -> list[float]:
-    times = _floats("ts", ts)
-    steps = [b - a for a, b in itertools.pairwise(times)]
-    if not steps or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)) or not math.isfinite(sum(times)):
-        raise ValueError(f"expected ts to be at least 2 strictly rising or falling times, got {_few(times)}")
-    return times
-
-
-def _few(times: Sequence[float]) -> str:
-    text = ", ".join(f"{t:g}" for t in times[:6])
-    return f"[{text}{', …' if len(times) > 6 else ''}]"
-
-
-def _jumps(jump_ts: Any, times: Sequence[float], dtype: torch.dtype) -> dict[float, None]:
-    """Jumps within the times, in their order; those that a field's clock cannot tell apart are one."""
-    low, high = min(times[0], times[-1]), max(times[0], times[-1])
-    jumps = sorted({t for t in _floats("jump_ts", jump_ts) if low <= t <= high}, reverse=times[0] > times[-1])
-    if any(t != t for t in jumps):
-        raise ValueError("expected jump_ts to be times, got nan")
-    return dict.fromkeys(jumps)
-
-
-def _grid(times: list[float], dt: Any, grid: Any, jump_ts: Any, solver: Solver) -> list[float] | None:
-    """Times of fixed steps, or None for adaptive ones."""
-    t0, end = times[0], times[-1]
-    if grid is not None:
-        if dt is not None:
-            raise ValueError("expected dt or grid, got both")
-        points = _times(grid)
-        if points[0] != t0 or points[-1] != end:
-            raise ValueError(f"expected grid from {t0:g} to {end:g} as ts, got {points[0]:g} to {points[-1]:g}")
-    elif dt is not None:
-        dt = positive("dt", float(dt))
-        n = max(1, math.ceil(abs(end - t0) / dt - NEAR))
-        points = [t0 + math.copysign(k * dt, end - t0) for k in range(n)] + [end]
-    elif solver.error_order is None:
-        points = list(times)
-    else:
-        return None
-    direction = math.copysign(1.0, end - t0)
-    jumps = [t for t in _floats("jump_ts", jump_ts) if 0 < (t - t0) * direction < (end - t0) * direction]
-    return _snapped(points, times, jumps, direction)
-
-
-def _snapped(points: list[float], times: Sequence[float], jumps: Sequence[float], direction: float) -> list[float]:
-    """The grid with jumps put in, and with points that are times of outputs but for rounding moved onto them."""
-    width = abs(points[-1] - points[0]) / (len(points) - 1)
-    outputs = iter(times)
-    output = next(outputs, None)
-    snapped = []
-    for t in points:
-        while output is not None and (t - output) * direction > NEAR * width:
-            output = next(outputs, None)
-        snapped.append(output if output is not None and abs(t - output) <= NEAR * width else t)
-    for t in jumps:
-        k = min(range(len(snapped)), key=lambda k: abs(snapped[k] - t))
-        if abs(snapped[k] - t) > NEAR * width:
-            snapped.append(t)
-        elif 0 < k < len(snapped) - 1:
-            snapped[k] = t
-    return sorted(set(snapped), reverse=direction < 0)

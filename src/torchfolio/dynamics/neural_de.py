@@ -12,27 +12,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchfolio.checks import at_least, positive, whole
+from torchfolio.checks import whole
+from torchfolio.dynamics.adjoint_gradient import Adjoint
 from torchfolio.dynamics.brownian import BrownianGrid, BrownianInterval
+from torchfolio.dynamics.checkpoint_gradient import Checkpoint
 from torchfolio.dynamics.continuous_flow import ContinuousFlow
-from torchfolio.dynamics.controls import (
-    Control,
-    HermiteControl,
-    LinearControl,
-    NaturalCubicControl,
-    RectilinearControl,
-)
-from torchfolio.dynamics.gradients import Adjoint, Checkpoint, Direct, Gradient, Reversible
+from torchfolio.dynamics.controls import Control, HermiteControl, LinearControl, NaturalCubicControl, RectilinearControl
+from torchfolio.dynamics.gradient_base import Direct, Gradient
 from torchfolio.dynamics.implicit import DEQ, QPLayer, argmin_layer
 from torchfolio.dynamics.implicit_runge_kutta import ImplicitEuler, Kvaerno3
 from torchfolio.dynamics.integrate import cdeint, odeint, sdeint
 from torchfolio.dynamics.log_signatures import log_signatures
 from torchfolio.dynamics.neural_sde import LatentSDE, NeuralSDE
+from torchfolio.dynamics.reversible_gradient import Reversible
 from torchfolio.dynamics.reversible_heun import ReversibleHeun
 from torchfolio.dynamics.runge_kutta import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
 from torchfolio.dynamics.sde import SDE
 from torchfolio.dynamics.sde_gan import SDEGAN
 from torchfolio.dynamics.sde_solvers import EulerHeun, Milstein, ShARK
+from torchfolio.dynamics.solved_module import SolvedModule
 from torchfolio.dynamics.solver import Solver
 from torchfolio.dynamics.symbolic_regression import SymbolicRegressor
 from torchfolio.dynamics.vector_fields import VectorField
@@ -82,7 +80,7 @@ __all__ = [
 ]
 
 
-class NeuralODE(nn.Module):
+class NeuralODE(SolvedModule):
     """The flow of a field: y(ts) for dy/dt = f(t, y), y(ts[0]) = y0.
 
     Args:
@@ -116,23 +114,19 @@ class NeuralODE(nn.Module):
         atol: float = 1e-7,
         dt: float | None = None,
     ) -> None:
-        super().__init__()
-        self.field, self.solver, self.gradient = field, solver or Tsit5(), gradient
-        self.rtol, self.atol = at_least("rtol", rtol, 0), positive("atol", atol)
-        self.dt = None if dt is None else positive("dt", dt)
-        self.stats: Any = None
+        super().__init__(solver, gradient, rtol, atol, dt)
+        self.field = field
 
     def extra_repr(self) -> str:
         steps = f"dt={self.dt}" if self.dt is not None else f"rtol={self.rtol}, atol={self.atol}"
         return f"{self.solver}, {steps}"
 
     def forward(self, y0: Any, ts: Tensor | Sequence[float]) -> Any:
-        options = {"rtol": self.rtol, "atol": self.atol, "dt": self.dt}
-        ys, self.stats = odeint(self.field, y0, ts, self.solver, self.gradient, **options)
+        ys, self.stats = odeint(self.field, y0, ts, self.solver, self.gradient, **self.steps())
         return ys
 
 
-class NeuralCDE(nn.Module):
+class NeuralCDE(SolvedModule):
     """A recurrent network in continuous time, for series with irregular times and missing values.
 
         z(t_0) = ζ(X(t_0)),    dz = f(z) dX,    output = ℓ(z)
@@ -184,17 +178,14 @@ class NeuralCDE(nn.Module):
         atol: float = 1e-6,
         dt: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(solver, gradient, rtol, atol, dt)
         self.channels, self.hidden = whole("channels", channels, 1), whole("hidden", hidden, 1)
-        self.control, self.solver, self.gradient = control, solver or Tsit5(), gradient
+        self.control = control
         self.options = {"append_time": append_time, "append_mask": append_mask}
-        self.rtol, self.atol = at_least("rtol", rtol, 0), positive("atol", atol)
-        self.dt = None if dt is None else positive("dt", dt)
         driving = channels * (2 if append_mask else 1) + append_time
         self.initial = nn.Linear(driving, hidden)
         self.field = VectorField(hidden, width, depth, shape=(hidden, driving), activation=nn.ReLU())
         self.readout = nn.Linear(hidden, whole("out", out, 1))
-        self.stats: Any = None
 
     def extra_repr(self) -> str:
         return f"{self.control.__name__}, {self.solver}, append_time={self.options['append_time']}"
@@ -209,7 +200,7 @@ class NeuralCDE(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.channels:
             raise ValueError(f"expected series [N, B, {self.channels}], got shape {tuple(x.shape)}")
         control = self.control(x, t, **self.options)
-        options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "dt": self.dt}
+        options = self.steps()
         if self.dt is None and self.solver.error_order is None:
             options["grid"] = control.knots
         z0 = self.start(control)

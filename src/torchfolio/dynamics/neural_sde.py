@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.checks import at_least, positive, whole
-from torchfolio.dynamics.gradients import Gradient
+from torchfolio.dynamics.gradient_base import Gradient
 from torchfolio.dynamics.integrate import sdeint
 from torchfolio.dynamics.sde import SDE
 from torchfolio.dynamics.solver import Solver

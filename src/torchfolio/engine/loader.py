@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from torchfolio.data.examples import INPUTS, TARGETS, as_row, collate, whole_tensors
+from torchfolio.data.examples import whole_tensors
+from torchfolio.data.rows import INPUTS, TARGETS, as_row, collate
 from torchfolio.engine.modes import seeded
 
 Data = Dataset | DataLoader | Sequence[Tensor]

@@ -22,18 +22,10 @@ from torch import nn
 from torchfolio import checks
 from torchfolio.engine import default_loss
 from torchfolio.local.copied_layers import copy_architecture, halvings
-from torchfolio.local.local_model import (
-    ClassifierHead,
-    GlobalPool,
-    LocalHead,
-    LocalRule,
-    Loss,
-    Network,
-    Shape,
-    trace_shapes,
-    width,
-)
+from torchfolio.local.layered_network import Network, Shape, trace_shapes, width
+from torchfolio.local.local_model import ClassifierHead, LocalHead, LocalRule, Loss
 from torchfolio.measure import count_flops
+from torchfolio.models.pools import GlobalPool
 
 __all__ = ["AugLocal", "AuxiliaryPlan", "auxiliary_depths", "copy_architecture", "halvings", "select_layers"]
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from torchfolio.local.local_model import MeanPool2d, Shape
+from torchfolio.local.layered_network import Shape
 from torchfolio.models import BasicBlock
 from torchfolio.models.init import redraw
+from torchfolio.models.pools import MeanPool2d
 
 __all__ = ["copy_architecture", "halvings", "initialize"]
 

@@ -19,7 +19,8 @@ from torchfolio.checks import finite, positive, whole
 from torchfolio.engine import seeded
 from torchfolio.local.forward_forward import LabelsAppended, LabelsAsEdges
 from torchfolio.local.forwardgnn_links import ForwardGNNLinkPredictor, LinkSplit, link_split
-from torchfolio.local.graph_layers import ConvFactory, check_edges
+from torchfolio.local.graph_convs import ConvFactory
+from torchfolio.local.graph_layers import check_edges
 from torchfolio.local.layerwise import LayerwiseEstimator
 from torchfolio.local.node_graph import NodeGraph, VirtualGraph, augment_with_virtual_nodes, node_graph, unpack
 from torchfolio.local.single_forward import SingleForward, TopDownInput, TopDownLoss

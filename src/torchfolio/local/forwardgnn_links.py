@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from torchfolio.checks import between, finite, whole
 from torchfolio.engine import seeded
-from torchfolio.local.graph_layers import ConvFactory, check_edges
+from torchfolio.local.graph_convs import ConvFactory
+from torchfolio.local.graph_layers import check_edges
 from torchfolio.local.graph_training import Sweeps
 from torchfolio.local.layerwise import LayerwiseEstimator, Messages, Reading, outputs_by_layer
 from torchfolio.measure import auroc

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.local.graph_layers import FrozenLayer, adjacency_of, aggregate_once, normalize_rows, tensors_of
+from torchfolio.local.frozen_layer import FrozenLayer, adjacency_of, aggregate_once, tensors_of
+from torchfolio.local.graph_layers import normalize_rows
 from torchfolio.measure import saved_bytes
 
 __all__ = ["LayerStep", "Sweeps", "adam", "label_loss", "train_locally"]

@@ -15,17 +15,9 @@ from torch.nn import functional as F
 
 from torchfolio.engine import default_loss
 from torchfolio.engine.counting import IGNORED
-from torchfolio.local.local_model import (
-    ClassifierHead,
-    GlobalPool,
-    LocalHead,
-    LocalRule,
-    Loss,
-    MeanPool2d,
-    Network,
-    Shape,
-    width,
-)
+from torchfolio.local.layered_network import Network, Shape, width
+from torchfolio.local.local_model import ClassifierHead, LocalHead, LocalRule, Loss
+from torchfolio.models.pools import GlobalPool, MeanPool2d
 
 HeadFactory = Callable[[Shape, int], LocalHead]
 Host = Literal["linear", "dgl", "predsim", "infopro"]

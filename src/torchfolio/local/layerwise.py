@@ -11,7 +11,9 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from torchfolio.checks import at_least, finite, one_of, positive, whole
-from torchfolio.local.graph_layers import FrozenLayer, make_conv, normalize_rows
+from torchfolio.local.frozen_layer import FrozenLayer
+from torchfolio.local.graph_convs import make_conv
+from torchfolio.local.graph_layers import normalize_rows
 from torchfolio.local.graph_training import LayerStep, Sweeps, adam, train_locally
 
 __all__ = ["LayerwiseEstimator", "Messages", "Reading", "outputs_by_layer"]

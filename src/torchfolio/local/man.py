@@ -21,7 +21,8 @@ from torchfolio import checks
 from torchfolio.engine import default_loss
 from torchfolio.local.copied_layers import initialize
 from torchfolio.local.heads import HeadFactory, Host, HostHeads
-from torchfolio.local.local_model import LocalHead, LocalRule, Loss, Network, trace_shapes, width
+from torchfolio.local.layered_network import Network, trace_shapes, width
+from torchfolio.local.local_model import LocalHead, LocalRule, Loss
 from torchfolio.models.init import redraw
 
 __all__ = ["MAN", "MomentumAuxiliary", "update_momentum"]

@@ -8,10 +8,12 @@
 
 from torchfolio.catalog import doors
 from torchfolio.robustness.attacks import deepfool, fgsm, hop_skip_jump, margin, nes, pgd
+from torchfolio.robustness.bound_verifiers import Crown, Interval
+from torchfolio.robustness.box_split import CrownSplit
+from torchfolio.robustness.milp_verifier import milp_verify
 from torchfolio.robustness.onnx_file import read_onnx, write_onnx
 from torchfolio.robustness.properties import Box, Property, Verdict, Verifier, classification
 from torchfolio.robustness.relu_split import ReluSplit
-from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval, milp_verify
 from torchfolio.robustness.vnnlib import read_vnnlib, write_vnnlib
 
 __all__ = [

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torchfolio import checks
 from torchfolio.data import Examples
 from torchfolio.measure import outputs, untouched
+from torchfolio.robustness.bound_verifiers import exact_copy
 from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.margins import crown_margins, interval_margins
 from torchfolio.robustness.properties import Box
-from torchfolio.robustness.verifiers import exact_copy
 
 __all__ = [
     "AbstainingClassifier",

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torchfolio.checks import whole
 from torchfolio.robustness.affine_layers import Affine, matrix_of
 from torchfolio.robustness.backward_bounds import linear_bounds
+from torchfolio.robustness.bound_verifiers import Crown, searched
 from torchfolio.robustness.bounds import row_bounds
 from torchfolio.robustness.interval_bounds import Range
 from torchfolio.robustness.layer_list import Layers, Mark
 from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.preactivation_bounds import activation_ranges
 from torchfolio.robustness.properties import Box, Property, Verdict
-from torchfolio.robustness.verifiers import Crown, searched
 
 __all__ = ["ReluSplit"]
 
