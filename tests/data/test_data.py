@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -123,6 +124,23 @@ def test_the_split_of_other_files_is_another(tmp_path):
     assert load(source).split_digest != before
     write_parquet(tmp_path / "toy")
     assert load("toy", root=tmp_path).split_digest == "", "the set's own test part stays what it is"
+
+
+def test_parts_are_read_when_they_are_asked_for_and_travel_whole(tmp_path, monkeypatch):
+    from torchfolio.data import splits as module
+
+    read = []
+    scaled = module._scaled
+    monkeypatch.setattr(module, "_scaled", lambda x, rows, size: (read.append(len(rows)), scaled(x, rows, size))[1])
+    data = load(noise_folder(tmp_path / "noise"), train_size=10, test_size=5)
+    assert read == [10]
+    assert (len(data.val), len(data.test)) == (5, 5)
+    copy = pickle.loads(pickle.dumps(data))
+    assert read == [10, 5, 5]
+    assert torch.equal(copy.test.tensors[0], data.test.tensors[0])
+    assert torch.equal(copy.val[2][0], data.val[2][0])
+    assert all(torch.equal(a, b) for a, b in zip(copy.marks, data.marks, strict=True))
+    assert len(read) == 3
 
 
 def test_one_image_a_class_is_refused_in_a_sentence(tmp_path):

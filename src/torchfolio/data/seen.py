@@ -7,7 +7,8 @@ that is the same whatever their order, and from whose largest mark one sees whic
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,38 @@ BYTES = 7  # of a mark: it is an int64 that is not negative
 
 def marks_of(x: Tensor, rows: Tensor) -> Tensor:
     """The marks of some rows of what was read, int64 `[N]`."""
-    shape = x.shape[1:]
-    places = torch.linspace(0, shape.numel() - 1, min(shape.numel(), LOOKED_AT), dtype=torch.float64).long()
-    axes = torch.unravel_index(places, shape) if len(shape) else ()
-    values = x[(rows[:, None], *axes)].numpy()
-    digests = (hashlib.blake2b(row.tobytes(), digest_size=BYTES).digest() for row in values)
-    return torch.tensor([int.from_bytes(digest) for digest in digests], dtype=torch.int64)
+    size = x.shape[1:].numel()
+    places = torch.linspace(0, size - 1, min(size, LOOKED_AT), dtype=torch.float64).long()
+    marks = []
+    for chosen in rows.split(1024):
+        values = x.index_select(0, chosen).flatten(1) if x.dim() > 1 else x[chosen, None]
+        values = values.index_select(1, places).numpy()
+        step, content = values.itemsize * values.shape[1], values.tobytes()
+        pieces = (content[k : k + step] for k in range(0, len(content), step))
+        marks += [int.from_bytes(hashlib.blake2b(piece, digest_size=BYTES).digest()) for piece in pieces]
+    return torch.tensor(marks, dtype=torch.int64)
+
+
+class Marks(Sequence[Tensor]):
+    """The marks of several parts of a set, which are read when they are asked for.
+
+    Args:
+        sources: what was read, and the rows of it, of every part.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._sources = tuple(sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(marks_of(*source) for source in self._sources[index])
+        return marks_of(*self._sources[index])
+
+    def __reduce__(self) -> Any:
+        return tuple, (tuple(self),)
 
 
 def sketch(marks: Iterable[int]) -> str:

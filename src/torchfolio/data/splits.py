@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from torchfolio.data.seen import marks_of
+from torchfolio.data.seen import Marks
+
+PIECE = 1 << 18  # numbers that stay in the cache while they are scaled
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class DataSplits:
         name: of the set.
         train: examples to train on, (x, y): x float32 `[N, C, H, W]` or `[N, features]`; y int64 labels `[N]`, or
             float32 targets `[N]` or `[N, k]`.
-        val: examples held out of the training part.
+        val: examples held out of the training part; read when they are first asked for, like those of `test`.
         test: examples to report on.
         classes: names of the labels; empty for regression.
         shape: of one x.
@@ -67,7 +72,7 @@ class DataSplits:
     normalized: bool
     split_digest: str = ""
     vocabulary: tuple[str, ...] = ()
-    marks: tuple[Tensor, ...] = ()
+    marks: Sequence[Tensor] = ()
 
     @property
     def num_classes(self) -> int:
@@ -121,20 +126,24 @@ def split(
     train = _first(train, train_size, "train_size")
     test = _first(cut if raw.test is None else _constant_order(len(raw.test[1])), test_size, "test_size")
     sources = ((raw.train, train), (raw.val or raw.train, held), (raw.test or raw.train, test))
-    marks = tuple(marks_of(x, rows) for (x, _), rows in sources)
     if raw.vocabulary:
         if image_size is not None:
             raise ValueError(f"image_size is for images, {raw.name} is a set of text")
-        parts, mean, std, normalize = [(x[rows], y[rows]) for (x, y), rows in sources], Tensor(), Tensor(), False
+        mean, std, normalize = Tensor(), Tensor(), False
+        sets = [TensorDataset(x[rows], y[rows]) for (x, y), rows in sources]
+        x_train = sets[0].tensors[0]
     else:
-        parts = [(_scaled(x[rows], image_size), y[rows]) for (x, y), rows in sources]
-        mean, std = _statistics(parts[0][0])
-    if normalize:
-        shape = (1, -1, *[1] * (parts[0][0].dim() - 2))
-        for x, _ in parts:  # copies of our own
-            x.sub_(mean.view(shape)).div_(std.view(shape))
-    x_train = parts[0][0]
-    sets = [TensorDataset(x.contiguous(), y) for x, y in parts]
+        x_train = _scaled(raw.train[0], train, image_size)
+        mean, std = _statistics(x_train)
+
+        def finished(x: Tensor) -> Tensor:
+            return _normalized(x, mean, std).contiguous() if normalize else x.contiguous()
+
+        def later(x: Tensor, y: Tensor, rows: Tensor) -> TensorDataset:
+            return _Later(len(rows), lambda: (finished(_scaled(x, rows, image_size)), y[rows]))
+
+        x_train = finished(x_train)
+        sets = [TensorDataset(x_train, raw.train[1][train]), *(later(x, y, rows) for (x, y), rows in sources[1:])]
     return DataSplits(
         name=raw.name,
         train=sets[0],
@@ -147,7 +156,7 @@ def split(
         normalized=normalize,
         split_digest=_digest(raw, cut) if raw.test is None else "",
         vocabulary=raw.vocabulary,
-        marks=marks,
+        marks=Marks([(x, rows) for (x, _), rows in sources]),
     )
 
 
@@ -155,7 +164,7 @@ def whole(raw: Raw, like: DataSplits, image_size: int | None) -> TensorDataset:
     """All examples of what was read, for a network of another set. See `torchfolio.data.load_whole`."""
     _check_labels(raw)
     parts = [part for part in (raw.train, raw.val, raw.test) if part is not None]
-    x = torch.cat([_scaled(x[:], image_size) for x, _ in parts])
+    x = torch.cat([_scaled(x, torch.arange(len(x)), image_size) for x, _ in parts])
     y = torch.cat([y for _, y in parts])
     if tuple(x.shape[1:]) != like.shape:
         raise ValueError(f"{raw.name} has inputs of shape {tuple(x.shape[1:])}, {like.name} of {like.shape}")
@@ -230,9 +239,38 @@ def _digest(raw: Raw, cut: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _scaled(x: Tensor, image_size: int | None) -> Tensor:
-    """Bytes to [0, 1], images to the side asked for."""
-    x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+class _Later(TensorDataset):
+    """Examples that are read when they are first asked for."""
+
+    def __init__(self, length: int, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._length, self._read = length, read
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._read()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __reduce__(self) -> Any:
+        return TensorDataset, self.tensors
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows little by little."""
+    return x.split(max(1, PIECE // max(1, x[:1].numel())))
+
+
+def _scaled(x: Tensor, rows: Tensor, image_size: int | None) -> Tensor:
+    """Rows of what was read, bytes as numbers in [0, 1], images of the side asked for; a copy."""
+    if x.dtype == torch.uint8:
+        scaled = torch.empty(len(rows), *x.shape[1:])
+        pieces = _pieces(scaled)
+        for piece, chosen in zip(pieces, rows.split(len(pieces[0])) if len(rows) else (), strict=False):
+            piece.copy_(x.index_select(0, chosen)).div_(255)
+        x = scaled
+    else:
+        x = x.index_select(0, rows).float()
     if image_size is None:
         return x
     if x.dim() != 4:
@@ -250,12 +288,12 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel or feature, summed in float64."""
     positions = tuple(range(2, x.dim()))
     count = x.numel() / x.shape[1]
-    mean = x.sum((0, *positions), dtype=torch.float64) / count
+    mean = sum((piece.double().sum((0, *positions)) for piece in _pieces(x)), torch.zeros(())) / count
     # A second pass over small chunks: no copy of the whole set in double precision, and no cancellation. Pixels are in
     # [0, 1], where squares in single precision will do; what the mean lost to it is taken off again.
     centre = mean.float().double() if positions else mean
     square = torch.zeros_like(mean)
-    for chunk in x.split(256):
+    for chunk in _pieces(x):
         deviation = (chunk if positions else chunk.double()) - centre.to(chunk if positions else mean).view(
             1, -1, *[1] * len(positions)
         )
@@ -264,6 +302,14 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     # A feature is constant where its spread is rounding.
     std[std <= 1e-12 * mean.abs().clamp_min(1)] = 1
     return mean.float(), std.float()
+
+
+def _normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """In place."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    for piece in _pieces(x):
+        piece.sub_(mean.view(shape)).div_(std.view(shape))
+    return x
 
 
 def _check_labels(raw: Raw) -> None:
