@@ -257,6 +257,9 @@ def test_views():
     part = made.subset(made.is_poison)
     assert torch.equal(part.tensors()[0], made.tensors()[0][torch.from_numpy(made.is_poison)])
     assert (made.relabelled(np.ones(200, int)).y == 1).all()
+    for bad in (np.full(200, 2.7), np.full(200, -1), np.ones(3, int)):
+        with pytest.raises((TypeError, ValueError), match=r"y to|label for each"):
+            made.relabelled(bad)
     with pytest.raises(ValueError, match="boolean mask"):
         made.subset(np.arange(3))
     shifted = poison(data(), TRIGGERS["patch"], AllToOne(0, 4), rate=0.1, seed=0, transform=lambda x: x + 1)

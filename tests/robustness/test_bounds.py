@@ -206,6 +206,15 @@ def test_max_pools_that_are_not_known_are_refused():
         ibp(nn.Sequential(nn.MaxPool2d(4, ceil_mode=True)), box)
     with pytest.raises(TypeError, match="ReLUs"):
         milp_verify(pooled(), Box.ball(inputs((2, 6, 6), 1), 0.1), classification(0, 3))
+    around = nn.Sequential(nn.MaxPool2d((1, 2), padding=(0, 1), dilation=(1, 4)))
+    for sides, past in (((3, 3), True), ((3, 4), False), ((3, 5), False)):
+        box = Box.ball(inputs((1, *sides), 1), 0.1)
+        assert bool(around(box.center).isinf().any()) == past
+        if past:
+            with pytest.raises(TypeError, match="nothing of images of 3x3 but their padding"):
+                ibp(around, box)
+        else:
+            assert ibp(around, box)[0].isfinite().all()
 
 
 def test_sums_of_linear_paths_are_one_layer():

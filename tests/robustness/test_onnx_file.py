@@ -264,6 +264,7 @@ BIG = np.float32([[1, np.inf, 1], [1, 1, 1]]).T
         ([("Conv", ["X", "w"], "Y", {"pads": [2**20] * 4})], {"w": np.ones((1, 1, 2, 2), np.float32)}, [1, 1, 4, 4], "expected 1 to"),
         ([("Conv", ["X", "w"], "Y", {"group": 0})], {"w": np.ones((1, 1, 2, 2), np.float32)}, [1, 1, 4, 4], "group 0"),
         ([("AveragePool", ["X"], "Y", {})], {}, [1, 1, 4, 4], "expected kernel_shape"),
+        ([("MaxPool", ["X"], "Y", {"kernel_shape": [1, 2], "pads": [0, 1, 0, 1], "dilations": [1, 4]})], {}, [1, 1, 3, 3], "but their padding"),
         ([("Relu", ["X"], "Y", {})], {}, [1, 2**40], "more than"),
         ([("Erf", ["X"], "Y", {})], {}, [1, 3], "operator Erf is not known"),
     ],
@@ -275,6 +276,15 @@ def test_what_would_be_another_network_is_refused_by_name(tmp_path, nodes, const
     assert time.perf_counter() - started < 2
     assert "n.onnx" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [b"result", b"weight", b"MatMul"])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    path = saved(tmp_path / "n.onnx", [("MatMul", ["X", "weight"], "result", {})], {"weight": W}, [1, 3])
+    assert read_onnx(path)[1] == (3,)
+    path.write_bytes(path.read_bytes().replace(name, b"\xff" + name[1:]))
+    with pytest.raises(FormatError, match="UTF-8"):
+        read_onnx(path)
 
 
 def test_numbers_in_other_files_are_not_read(tmp_path):

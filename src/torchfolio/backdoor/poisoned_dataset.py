@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from torchfolio import checks
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.poison_files import write_poison
 from torchfolio.backdoor.trigger_base import Trigger
@@ -113,8 +114,13 @@ class PoisonedDataset(Dataset):
         return self._like(np.flatnonzero(kept))
 
     def relabelled(self, y: np.ndarray | Tensor) -> PoisonedDataset:
-        """The same samples with other labels `[N']`."""
-        labels = np.asarray(y).astype(np.int64)
+        """The same samples with other labels `[N']`.
+
+        Raises:
+            TypeError: if they are no whole numbers.
+            ValueError: if there are not as many as samples, or one is negative.
+        """
+        labels = np.asarray(checks.labels(y)).astype(np.int64)
         if labels.shape != (len(self),):
             raise ValueError(f"expected a label for each of {len(self)} samples, got shape {labels.shape}")
         return self._like(np.arange(len(self)), y=labels)

@@ -75,6 +75,8 @@ class Layers:
             part = _part(layer)
             if part is None:
                 continue
+            if isinstance(part, MaxPool):
+                part.checked(tuple(x.shape[2:]))
             self.parts.append(part)
             self.shapes.append(tuple(x.shape[1:]))
             x = part.forward(x) if isinstance(part, Affine | MaxPool) else x

@@ -66,7 +66,12 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
         )
     if len(model.functions) or len(model.graph.sparse_initializer):
         raise FormatError(f"{path}: functions and sparse constants are not known")
-    reader = _Reader(path, onnx, model.graph)
+    graph = model.graph
+    names = [value.name for value in (*graph.initializer, *graph.input, *graph.output)]
+    names += [name for node in graph.node for name in (node.op_type, node.domain, *node.input, *node.output)]
+    if not all(isinstance(name, str) for name in names):  # protobuf gives bytes where they are no UTF-8
+        raise FormatError(f"{path}: expected names that are text, got bytes that are no UTF-8")
+    reader = _Reader(path, onnx, graph)
     for number, node in enumerate(model.graph.node):
         reader.add(node, number)
     return reader.network([o.name for o in model.graph.output])

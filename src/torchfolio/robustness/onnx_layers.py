@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchfolio.robustness.affine_layers import ElementwiseAffine
 from torchfolio.robustness.onnx_constants import LARGEST, Constants, first_line
+from torchfolio.robustness.pooling_bounds import looks_past
 from torchfolio.robustness.vnnlib import FormatError
 
 __all__ = ["FLOATS", "LayerReader", "pair"]
@@ -75,6 +76,8 @@ class LayerReader(Constants):
         shape = self._after(layer)
         if min(shape) < 1 or math.prod(shape) > LARGEST:
             raise self.refuse(f"expected 1 to {LARGEST} values of inputs {self.sizes}, got {shape}")
+        if isinstance(layer, nn.MaxPool2d) and looks_past(layer, self.sizes[2:]):
+            raise self.refuse(f"a window reads nothing of inputs of {self.sizes} but their padding")
         return shape
 
     def _after(self, layer: nn.Module) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MaxPool"]
+__all__ = ["MaxPool", "looks_past"]
 
 
 class MaxPool:
@@ -30,6 +30,16 @@ class MaxPool:
     def forward(self, x: Tensor) -> Tensor:
         """The layer; monotone, so that intervals go through by their ends."""
         return self.layer(x)
+
+    def checked(self, sides: tuple[int, ...]) -> MaxPool:
+        """Itself, for images of such height and width.
+
+        Raises:
+            TypeError: if a window lies in the padding alone, of which the largest value is minus infinity.
+        """
+        if looks_past(self.layer, sides):
+            raise TypeError(f"a window of MaxPool2d reads nothing of images of {sides[0]}x{sides[1]} but their padding")
+        return self
 
     def backward(
         self, A: Tensor, low: Tensor, high: Tensor, sizes: Tensor | None = None
@@ -71,11 +81,7 @@ class MaxPool:
 
     def _windows(self, x: Tensor) -> Tensor:
         """The inputs of each window `[B, C, window, outputs]`; what pads them is minus infinity."""
-        layer = self.layer
-        kernel, stride, padding, dilation = (
-            value if isinstance(value, tuple) else (value, value)
-            for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        )
+        kernel, stride, padding, dilation = _pairs(self.layer)
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=-torch.inf)
         rows, columns = (
             torch.arange(0, size - reach * (k - 1), step, device=x.device)[:, None]
@@ -85,3 +91,19 @@ class MaxPool:
         # [B, C, h, kh, w, kw], by places: unfold would make NaN of infinity.
         taken = padded[:, :, rows[:, :, None, None], columns[None, None]]
         return taken.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
+
+
+def looks_past(layer: nn.MaxPool2d, sides: tuple[int, ...]) -> bool:
+    """Whether a window reads only what pads images of such height and width; dilation can step over all of them."""
+    for n, k, step, padding, reach in zip(sides, *_pairs(layer), strict=True):
+        first = torch.arange(-padding, n + padding - reach * (k - 1), step)
+        inside = first + reach * (-first).clamp_min(0).add(reach - 1).floor_divide(reach)  # the first place from 0 on
+        if bool(((inside >= n) | (inside > first + reach * (k - 1))).any()):
+            return True
+    return False
+
+
+def _pairs(layer: nn.MaxPool2d) -> list[tuple[int, int]]:
+    """Kernel, stride, padding and dilation, of both axes each."""
+    values = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return [value if isinstance(value, tuple) else (value, value) for value in values]
