@@ -15,7 +15,7 @@ class MissingDependency(TorchfolioError, ImportError):
 
     Args:
         package: name of the package that could not be imported.
-        extra: the extra of torchfolio that brings it.
+        extra: extra of torchfolio that brings it.
     """
 
     def __init__(self, package: str, extra: str) -> None:
@@ -35,7 +35,7 @@ def require(package: str, extra: str) -> ModuleType:
 
     Args:
         package: importable name, for example ``"onnx"``.
-        extra: the extra of torchfolio that brings it, for example ``"verify"``.
+        extra: extra of torchfolio that brings it, for example ``"verify"``.
 
     Returns:
         The imported module.

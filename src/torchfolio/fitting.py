@@ -18,7 +18,7 @@ def fitting_network(model: str, splits: DataSplits) -> nn.Module:
 
     Args:
         model: reference network or import path, `package.module:factory`.
-        splits: the data.
+        splits: data.
 
     Raises:
         BundleError: if it cannot be imported or built.

@@ -39,7 +39,7 @@ class Adapting:
 
     Attributes:
         seed: seed of whatever is drawn; every global generator is seeded with it too.
-        device: where the network is.
+        device: device of the network.
         num_classes: number of classes of the data, 0 where they have none.
         val: data that settings may be chosen on, or `None`.
         say: called with a line about what is being done.
@@ -93,12 +93,12 @@ class Adapter(Shown, ABC):
         """Adapt a copy of a network, which itself is left as it is, as are global generators.
 
         Args:
-            model: the trained network.
+            model: trained network.
             data: training data, see `torchfolio.engine.fit`.
             val: data that settings may be chosen on.
             num_classes: number of classes of the data, where a method needs it.
             seed: seed of whatever is drawn.
-            device: where to compute: `"auto"`, `"cpu"`, `"cuda"`, ...
+            device: device to compute on: `"auto"`, `"cpu"`, `"cuda"`, ...
             say: called with a line about what is being done.
 
         Returns:

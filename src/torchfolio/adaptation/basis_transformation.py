@@ -22,7 +22,7 @@ class Rotation(nn.Module):
     """A learnable orthonormal map, $x \\mapsto x (Q e^{S - S^\\top})^\\top$ with a random orthonormal Q and S below the diagonal.
 
     Args:
-        dim: of the vectors.
+        dim: dimension of the vectors.
     """
 
     base: Tensor
@@ -48,7 +48,7 @@ class BT2Output(NamedTuple):
     Attributes:
         logits: `[B, K]`; `None` from the transformation alone.
         compatible: first m coordinates of the embedding, `[B, m]`.
-        new: the new branch $f$ of unit length, `[B, n]`.
+        new: new branch $f$ of unit length, `[B, n]`.
         embedding: $\\phi_{new}$, `[B, d + n]`.
     """
 
@@ -104,12 +104,12 @@ class BackwardCompatible(nn.Module):
     """A classifier on a backward-compatible embedding.
 
     Args:
-        backbone: from inputs to n + m features `[B, n + m]`.
-        new_dim: see `BasisTransformation`.
-        old_dim: see `BasisTransformation`.
+        backbone: network from inputs to n + m features `[B, n + m]`.
+        new_dim: number of new features, see `BasisTransformation`.
+        old_dim: number of old features, see `BasisTransformation`.
         num_classes: number of classes.
-        extra_dim: see `BasisTransformation`.
-        scale: see `BasisTransformation`.
+        extra_dim: number of extra features, see `BasisTransformation`.
+        scale: scale, see `BasisTransformation`.
 
     Shapes:
         inputs to logits `[B, K]`; `outputs(x)` gives everything, `embed(x)` the embedding `[B, d + n]`.
@@ -159,7 +159,7 @@ class Embedder(nn.Module):
     """The ordinary classifier on unit embeddings, $y = Af$: the independent model, and that of BCT.
 
     Args:
-        backbone: from inputs to features `[B, dim]`.
+        backbone: network from inputs to features `[B, dim]`.
         dim: coordinates of the embedding.
         num_classes: number of classes.
     """

@@ -119,7 +119,7 @@ class BT2(LearningRule):
     """Trains a `BackwardCompatible` network.
 
     Args:
-        loss: see `BT2Loss`.
+        loss: loss, see `BT2Loss`.
         old: old model, from inputs to unit embeddings `[B, m]`, frozen; `None` where batches are (x, t, old, new), with
             embeddings that were computed before.
         new: independent model likewise, to `[B, n]`.
@@ -167,11 +167,11 @@ def updated(
 
     Args:
         network: classifier that ends in an `nn.Linear`; it becomes the backbone.
-        new_dim: see `BasisTransformation`.
-        old_dim: see `BasisTransformation`.
+        new_dim: number of new features, see `BasisTransformation`.
+        old_dim: number of old features, see `BasisTransformation`.
         num_classes: number of classes.
-        extra_dim: see `BasisTransformation`.
-        scale: see `BasisTransformation`.
+        extra_dim: number of extra features, see `BasisTransformation`.
+        scale: scale, see `BasisTransformation`.
     """
     name, last = _classifier(network)
     features = nn.Linear(last.in_features, new_dim + old_dim).to(last.weight)
@@ -195,7 +195,7 @@ class BT2Adapter(Adapter):
     architecture is trained first, then the compatible one.
 
     Args:
-        epochs: of each of the two trainings.
+        epochs: number of epochs of each of the two trainings.
         lr: learning rate of Adam.
         new_dim: coordinates of the new branch; as many as the old embedding has by default.
         extra_dim: d.

@@ -39,7 +39,7 @@ def class_prototypes(embeddings: Tensor, y: Tensor, num_classes: int | None = No
     """Means of a model's embeddings by class, `[K, m]`: a classifier that the model never trained. Not normalised.
 
     Args:
-        embeddings: of the old model on the new training data, `[N, m]`, of unit length.
+        embeddings: embeddings of the old model on the new training data, `[N, m]`, of unit length.
         y: labels `[N]`.
         num_classes: K; as many as there are labels by default.
 
@@ -142,7 +142,7 @@ def backfill_curve(
         new: new embeddings of the gallery `[G, n]`.
         gallery_y: labels `[G]`.
         fractions: shares that have been replaced, in [0, 1]; at 1 all coordinates are compared.
-        seed: of the order of replacement.
+        seed: seed of the order of replacement.
     """
     order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))
     scores = []

@@ -59,16 +59,16 @@ class DefenseAwareMerging(Merge):
         layerwise: one coefficient per task and tensor rather than per task.
         inner_lr: step size on $\\lambda$ in 2; 0 keeps $\\lambda^0$. (The authors' code takes a step of Adam at rate
             1, a jump of one per coefficient.)
-        mask_lr: of Adam on the masks' logits; 2e-2 suits small networks.
-        delta_lr: of Adam on the perturbations; likewise. Restarts do without.
+        mask_lr: learning rate of Adam on the masks' logits; 2e-2 suits small networks.
+        delta_lr: learning rate of Adam on the perturbations; likewise. Restarts do without.
         steps: number of steps; the authors take 1000 to 2000 on CLIP, small networks need about 100.
         adapt_steps: steps of the adaptation of $\\lambda$ afterwards; 0 keeps $\\lambda^0$.
         adapt_lr: its learning rate.
-        eval_mask: the mask in the end: `"mean"`, $\\sigma(\\varphi)$; `"sample"`; or `"discrete"`, $[\\varphi > 0]$.
-        batch_size: of inputs given as tensors or data sets; loaders keep their own.
+        eval_mask: mask in the end: `"mean"`, $\\sigma(\\varphi)$; `"sample"`; or `"discrete"`, $[\\varphi > 0]$.
+        batch_size: batch size of inputs given as tensors or data sets; loaders keep their own.
         input_range: least and greatest value of an input, numbers or one per channel (dimension 1); `None` does
             not clamp, and takes `epsilon` in the units of the input.
-        seed: of masks and of the order of inputs.
+        seed: seed of masks and of the order of inputs.
 
     Example:
         >>> dam = DefenseAwareMerging(steps=120, mask_lr=2e-2, delta_lr=2e-2, alpha=0.05, weight=0.7, adapt_steps=0)

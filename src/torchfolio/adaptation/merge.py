@@ -43,9 +43,9 @@ class MergeResult:
 
     Attributes:
         model: an ordinary module, in evaluation mode.
-        weights: the coefficients $\\lambda$, `[T, 1]` or `[T, n_tensors]`.
-        masks: the mask $M$ by name; empty where there is none.
-        perturbations: the universal perturbation of every task; empty where there is none.
+        weights: coefficients $\\lambda$, `[T, 1]` or `[T, n_tensors]`.
+        masks: mask $M$ by name; empty where there is none.
+        perturbations: universal perturbation of every task; empty where there is none.
         history: a row of scalars per step.
     """
 
@@ -109,7 +109,7 @@ class Merge(Shown, ABC):
         """Merge; the networks that are given are left as they are.
 
         Args:
-            pretrained: the common starting point. Its frozen parameters are not merged, and stay frozen.
+            pretrained: common starting point. Its frozen parameters are not merged, and stay frozen.
             finetuned: at least two checkpoints of it, modules or state dicts.
             batches: unlabelled inputs of every task, where the method needs them: a tensor `[N, ...]`, a data set or a
                 loader each. Labels that come with them are ignored.
@@ -134,7 +134,7 @@ class Merge(Shown, ABC):
         """Merge files of weights into one, where the method can: the weights that `fit` gives, to the bit.
 
         Args:
-            like: the network without its weights, on any device: it says what is a parameter, and what is frozen.
+            like: network without its weights, on any device: it says what is a parameter, and what is frozen.
             base: safetensors file of the pretrained network, where the method needs it.
             finetuned: files of its checkpoints, each with the same entries.
             output: file to write.

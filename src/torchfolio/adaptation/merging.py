@@ -48,12 +48,12 @@ class TaskVectors:
     """A pretrained network and its task vectors in flat buffers, for methods that merge again at every step.
 
     Attributes:
-        names: of the merged tensors, in order.
+        names: names of the merged tensors, in order.
         base: $\\theta_0$, `[P]`.
         vectors: $\\tau$, `[T, P]`.
 
     Args:
-        pretrained: the network; frozen parameters are not merged.
+        pretrained: network; frozen parameters are not merged.
         finetuned: at least two checkpoints of it.
         heads: modules on top of the merged network, one per task or one for all; `None` takes its outputs as logits.
         forward: `(model_fn, x, task) -> logits`, for networks that take more than that.
@@ -169,10 +169,10 @@ class AdaMerging(Merge):
     Args:
         weight: the coefficients' start $\\lambda^0$.
         layerwise: one coefficient per task and tensor rather than per task.
-        lr: of Adam.
+        lr: learning rate of Adam.
         steps: number of batches.
-        batch_size: of inputs given as tensors or data sets; loaders keep their own.
-        seed: of the order of inputs.
+        batch_size: batch size of inputs given as tensors or data sets; loaders keep their own.
+        seed: seed of the order of inputs.
 
     Example:
         >>> result = AdaMerging(steps=200).fit(pretrained, [net_a, net_b], [images_a, images_b])
@@ -242,9 +242,9 @@ class Stream:
     Args:
         batches: per task a tensor of inputs, a data set, or a loader; labels beside the inputs are ignored.
         tasks: number of tasks.
-        batch_size: of tensors and data sets.
-        seed: of their order.
-        device: where batches go.
+        batch_size: batch size of tensors and data sets.
+        seed: seed of their order.
+        device: device of the batches.
     """
 
     def __init__(self, batches: Sequence[Inputs], tasks: int, batch_size: int, seed: int, device: torch.device) -> None:

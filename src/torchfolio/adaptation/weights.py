@@ -32,7 +32,7 @@ def task_vectors(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) -> lis
     """Task vectors $\\tau_i = \\theta_i - \\theta_0$, one dictionary per checkpoint; a tensor of several names by its first.
 
     Args:
-        pretrained: the common starting point. Of a module, only parameters that require a gradient count; of a
+        pretrained: common starting point. Of a module, only parameters that require a gradient count; of a
             state dict, every floating-point or complex entry but running statistics.
         finetuned: its finetuned checkpoints, at least one.
 
@@ -138,7 +138,7 @@ def checked(
     """What is merged of the pretrained network, by the first name of every tensor, and the checkpoints' entries.
 
     Args:
-        pretrained: the common starting point.
+        pretrained: common starting point.
         finetuned: its checkpoints.
         look: look for NaN now; otherwise whoever adds them up does.
     """

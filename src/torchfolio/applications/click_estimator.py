@@ -37,14 +37,14 @@ class FinalMLPClassifier(ClassifierMixin, BaseEstimator):
         dim: coordinates of an embedding.
         hidden_1: widths of the first stream.
         hidden_2: widths of the second stream.
-        heads: of the fusion.
+        heads: number of heads of the fusion.
         gates: whether embeddings are gated.
         gate_hidden: widths of the gates' hidden layers.
         context_1: columns on which the first stream's gates depend.
         context_2: columns on which the second stream's gates depend.
         dropout: in the streams.
         batch_norm: in the streams.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
         embedding_decay: $\\lambda$: $\\lambda/2$ times the sum of squares of all embeddings is added to the loss.
         batch_size: rows of a batch.
         max_epochs: maximum number of epochs.
@@ -53,14 +53,14 @@ class FinalMLPClassifier(ClassifierMixin, BaseEstimator):
         multi: columns that hold several values, joined by `|`.
         min_count: minimum number of times that a category occurs.
         numeric: `"standardize"`, `"log"` or `"bucket"`.
-        device: where to compute.
-        random_state: of the split, weights and order.
+        device: device to compute on.
+        random_state: seed of the split, weights and order.
 
     Attributes:
-        classes_: the two labels.
+        classes_: two labels.
         encoder_: what was learned of the columns.
-        network_: the trained `FinalMLP`.
-        validation_auc_: of the best epoch.
+        network_: trained `FinalMLP`.
+        validation_auc_: AUC of the best epoch.
         n_features_in_: number of columns.
     """
 

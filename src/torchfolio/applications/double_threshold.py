@@ -50,7 +50,7 @@ class DoubleThreshold(nn.Module):
     """The detector as a network, from features to a score above 0.5 where there is a jammer.
 
     Args:
-        first: from standardised features to the logit of $p_1$, a linear layer last.
+        first: function from standardised features to the logit of $p_1$, a linear layer last.
         scale: mean and standard deviation of the features, `[2, F]`.
         thresholds: $\\theta_L$ and $\\theta_H$.
         second: hidden layers and head of the second network; none for a detector with a single threshold of 0.5.

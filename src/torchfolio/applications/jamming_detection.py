@@ -79,19 +79,19 @@ class DTDDNN(ClassifierMixin, BaseEstimator):
         epsilon: share of errors that is allowed on either side of the thresholds.
         thresholds: fixed pair $(\\theta_L, \\theta_H)$ in place of the selected one; (0.5, 0.5) leaves the first network alone.
         folds: number of parts for predictions out of fold.
-        learning_rate: of Adam.
-        weight_decay: of the first network.
+        learning_rate: learning rate of Adam.
+        weight_decay: weight decay of the first network.
         epochs: number of passes for the first network.
         stage_epochs: maximum number of passes for a layer of the cascade.
         patience: number of passes without a gain that are waited for there.
         batch_size: number of examples of a step.
-        device: where to compute.
+        device: device to compute on.
         random_state: seed or generator of folds, weights and order.
 
     Attributes:
-        classes_: the two labels, the jammer's second.
-        network_: the trained `DoubleThreshold`.
-        thresholds_: the pair in use.
+        classes_: two labels, the jammer's second.
+        network_: trained `DoubleThreshold`.
+        thresholds_: pair in use.
         out_of_fold_: $p_1$ of the training examples by networks that did not see them, `[N]`.
         n_ambiguous_: number of training examples between the thresholds.
         n_features_in_: number of features.

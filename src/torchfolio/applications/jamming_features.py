@@ -125,10 +125,10 @@ class SSBFeatures(TransformerMixin, BaseEstimator):
 
     Args:
         window: number of lags around the peak.
-        level: of the wavelet transform; approximation and coarsest detail are kept.
+        level: level of the wavelet transform; approximation and coarsest detail are kept.
         correct_cfo: whether the carrier's offset is estimated from the cyclic prefixes, and undone.
         sample_rate: rate in Hz of the samples.
-        spacing: of subcarriers in Hz; the rate must be 256 times this.
+        spacing: spacing of subcarriers in Hz; the rate must be 256 times this.
 
     Shapes:
         `transform(iq, cell_id=None, timing=None)` with complex iq `[N, T]` or bursts `[N, blocks, T]` (averaged); cell

@@ -172,7 +172,7 @@ class SSBDataset:
     Attributes:
         iq: samples, complex64, `[N, T]`, or `[N, blocks, T]` for bursts of several.
         label: 1 where there is a jammer, `[N]`.
-        cell_id: of the cell, `[N]`.
+        cell_id: number of the cell, `[N]`.
         sjr: signal to jammer ratio in dB, infinite where there is none, `[N]`.
         snr: signal to noise ratio in dB, `[N]`.
         timing: sample at which the block begins, `[N]`.
@@ -213,7 +213,7 @@ def simulate(
         channel: way of the signal; none by default.
         burst: number of blocks in a capture, 1 to 8.
         jammed: share of captures with a jammer.
-        generator: of all draws; one with seed 0 by default.
+        generator: source of all draws; one with seed 0 by default.
 
     Raises:
         ValueError: if a setting is out of range.

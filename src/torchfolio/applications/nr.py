@@ -130,7 +130,7 @@ def ssb_grid(
         cell_id: 0 to 1007, one or `[N]`.
         issb: index of the block in its burst, 0 to 7, one or `[N]`.
         payload: bits of the PBCH before scrambling, `[N, 864]`; random ones if none are given.
-        generator: of random bits.
+        generator: source of random bits.
 
     Returns:
         Grids `[N, 4, 240]` of complex64 (`[4, 240]` for one cell).

@@ -141,11 +141,11 @@ class FinalMLP(nn.Module):
     """The two-stream network.
 
     Args:
-        fields: see `FieldEmbedding`.
+        fields: fields, see `FieldEmbedding`.
         dim: D.
         hidden_1: widths of the first stream.
         hidden_2: widths of the second stream.
-        heads: of the fusion; divides both last widths.
+        heads: number of heads of the fusion; divides both last widths.
         gates: whether embeddings are gated.
         context_1: context fields of the first stream's gates.
         context_2: context fields of the second stream's gates.

@@ -21,7 +21,7 @@ class AdditiveTrigger(Trigger):
 
     Args:
         delta: $\\delta$, `[C, H, W]` or `[1, H, W]`.
-        quantize: round to whole grey levels, as a stored image is; the gradient passes straight through.
+        quantize: whether to round to whole grey levels, as a stored image is; the gradient passes straight through.
     """
 
     delta: Tensor
@@ -43,9 +43,9 @@ class AdditiveTrigger(Trigger):
             name: `"bigX"` (both diagonals), `"chessboard"` (every other pixel), `"static"` (even rows and columns),
                 or, small and at a place drawn by `seed`: `"cross"`, `"square"`, `"lshape"`, `"X"`, `"pixel"`.
             shape: `[C, H, W]` of the images.
-            amplitude: of the pattern, in [0, 1].
-            seed: of the place.
-            quantize: see the class.
+            amplitude: amplitude of the pattern, in [0, 1].
+            seed: seed of the place.
+            quantize: whether to round to grey levels, see the class.
         """
         return cls(amplitude * _figure(name, shape[-2], shape[-1], seed)[None], quantize)
 

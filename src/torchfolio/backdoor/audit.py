@@ -53,7 +53,7 @@ def false_positives(calibration: Tensor, threshold: float, level: float = 0.95) 
     Args:
         calibration: scores of clean examples `[n]`.
         threshold: as chosen by `InputDetector.threshold`.
-        level: of the interval, which leaves as much out on either side.
+        level: level of the interval, which leaves as much out on either side.
 
     Raises:
         ValueError: on no scores, NaN, or a level outside (0, 1).
@@ -78,7 +78,7 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
 
     Args:
         calibration: scores of clean examples `[n]`.
-        scores: of the inputs in question `[N]`.
+        scores: scores of the inputs in question `[N]`.
     """
     ordered = calibration.double().cpu().sort().values
     below = torch.searchsorted(ordered, scores.double().cpu().contiguous(), side="left")

@@ -118,14 +118,15 @@ class BaDExpert(InputDetector):
     most a share `fpr` of the calibration examples that $M$ gets right lie above; these are held out of both finetunings.
 
     Args:
-        score: see `suspicion`. With `"expert"` no auxiliary network is trained.
+        score: score, see `suspicion`. With `"expert"` no auxiliary network is trained.
         kappa: see `triangle_score`.
         fpr: share of clean inputs that may be rejected.
         mislabel: wrong labels: `"shift"`, $y + 1 \\bmod C$; `"random"`, any other class; or a function of the labels
             and $C$. (`"none"`, the right ones, makes the control of an experiment.)
-        unlearn_lr: of Adam, on all weights. The delicate setting: too small and the expert remembers the task, too
-            large and it forgets the backdoor; the stop makes it less so. The authors take 8e-5 for VGG, 5e-5 for
-            MobileNetV2, 1e-6 for ViT. `"auto"` takes the lowest of 1e-6, 3e-6, ..., 1e-2 at which the stop is reached.
+        unlearn_lr: learning rate of Adam, on all weights. The delicate setting: too small and the expert remembers the
+            task, too large and it forgets the backdoor; the stop makes it less so. The authors take 8e-5 for VGG, 5e-5
+            for MobileNetV2, 1e-6 for ViT. `"auto"` takes the lowest of 1e-6, 3e-6, ..., 1e-2 at which the stop is
+            reached.
         unlearn_batch: batch size. `"auto"` makes 11 steps an epoch, as many as the authors make of 2,000 examples in
             batches of 128, down to batches of 16.
         unlearn_epochs: passes over the examples, at most. `"auto"` makes 100 steps or a few more: their number follows
@@ -134,20 +135,21 @@ class BaDExpert(InputDetector):
             examples right; `None` takes half of what the network gets right, 0 never stops. (The authors stop on test
             accuracy, after whole epochs.)
         check_every: steps between those looks.
-        finetune_lr: of SGD, divided by 10 after each fifth of the epochs but the last.
+        finetune_lr: learning rate of SGD, divided by 10 after each fifth of the epochs but the last.
         finetune_epochs: passes of the auxiliary network. `"auto"` makes 10, and at least 600 steps.
         finetune_batch: batch size. `"auto"` makes 22 steps an epoch in the same way (batches of 64). With few examples
             this matters: an auxiliary network that took few steps keeps the backdoor.
         auxiliary: another repaired network in the place of the finetuned one.
         calib_frac: share of the examples that the threshold is chosen on.
-        augment: of the auxiliary network's batches; `"auto"` crops images `[N, C, H, W]` at random, padded by an eighth
-            of their height (4 of 32), as the authors do, and leaves other inputs as they are. A network that is
-            finetuned on crops forgets a trigger that covers the image much more surely. Add what the task allows, flips
-            for photographs: `CropFlip()`. `None` changes nothing.
-        unlearn_augment: of the expert's batches, likewise; none by default. The authors augment here too, as they do in
-            the training of their victims; where the network was trained otherwise, crops alone disturb it.
-        seed: of the split, of order and of random labels.
-        device: of the finetunings; that of the network by default.
+        augment: augmentation of the auxiliary network's batches; `"auto"` crops images `[N, C, H, W]` at random, padded
+            by an eighth of their height (4 of 32), as the authors do, and leaves other inputs as they are. A network
+            that is finetuned on crops forgets a trigger that covers the image much more surely. Add what the task
+            allows, flips for photographs: `CropFlip()`. `None` changes nothing.
+        unlearn_augment: augmentation of the expert's batches; none by default. The authors augment here too,
+            as they do in the training of their victims; where the network was trained otherwise, crops alone disturb
+            it.
+        seed: seed of the split, of order and of random labels.
+        device: device of the finetunings; that of the network by default.
 
     Attributes:
         expert_: $B$.
@@ -156,7 +158,7 @@ class BaDExpert(InputDetector):
         history_: `(step, accuracy)` of the expert at every look.
         unlearn_lr_: rate that the expert was trained at.
         calibration_: scores of the calibration examples `[n]`.
-        accuracy_: of network, expert and auxiliary network on the held-out examples.
+        accuracy_: accuracy of network, expert and auxiliary network on the held-out examples.
         faults_: what is wrong with expert and auxiliary network by those figures, in words; they are warned of too.
 
     Example:

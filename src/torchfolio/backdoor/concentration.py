@@ -61,7 +61,7 @@ class ExpertConcentration(ModelDetector):
         unlearn_lr: this and what follows as in `torchfolio.backdoor.badexpert.BaDExpert`, for all networks alike.
         unlearn_batch: batch size.
         unlearn_epochs: passes over the examples, at most.
-        device: where experts are made; where each network is by default.
+        device: device that experts are made on; where each network is by default.
 
     Raises:
         ValueError: if `alpha` is outside (0, 1).

@@ -21,7 +21,7 @@ class SSLReport:
     """A probe on an encoder's features, and how they lie.
 
     Attributes:
-        accuracy: of the probe on clean test images.
+        accuracy: accuracy of the probe on clean test images.
         asr: share of triggered test images of other classes that the probe takes for the target.
         alignment: mean cosine of triggered images' features with the mean direction of the target's.
         uniformity: $\\log \\mathbb{E} \\exp(-2 \\lVert f(x) - f(x') \\rVert^2)$ of clean test images; lower is more uniform.

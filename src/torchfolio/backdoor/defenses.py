@@ -38,7 +38,7 @@ class Attack(Shown, ABC):
     """Makes a trigger, and data poisoned by it. A method fills `fit`, which sets `trigger` and `labels`.
 
     Attributes:
-        trigger: from images in [0, 1] to such.
+        trigger: function from images in [0, 1] to such.
         labels: labels that triggered samples get.
         rate: share of the training set that `poison` takes.
     """

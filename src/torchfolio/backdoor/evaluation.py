@@ -85,7 +85,7 @@ def evaluate_input_detector(
 
     Args:
         detector: fitted on `model`.
-        model: the network that is deployed.
+        model: network that is deployed.
         clean: test images and labels, seen by neither network nor detector.
         attacked: triggered test images, of `poisoned_test`.
         fpr: false-positive rate of thresholds.

@@ -41,7 +41,7 @@ class Expert:
     """A backdoor expert and how it came about.
 
     Attributes:
-        model: the expert.
+        model: expert.
         history: `(step, accuracy)` at every look.
         lr: learning rate that it was made at.
         stop: accuracy at which it was to stop.
@@ -130,7 +130,7 @@ class Unlearning:
         """What is wrong with an expert, in words.
 
         Args:
-            expert: the expert.
+            expert: expert.
             accuracy: its accuracy; on held-out examples, where there are some.
             classes: number of classes.
         """
@@ -193,7 +193,7 @@ def extract_backdoor_expert(
     """The backdoor expert alone: a copy of the network, finetuned on wrong labels.
 
     Args:
-        model: the suspicious network; it is left as it is.
+        model: suspicious network; it is left as it is.
         clean: trusted examples (x, y).
         mislabel: this and what follows as in `torchfolio.backdoor.badexpert.BaDExpert`.
     """

@@ -35,7 +35,7 @@ def ctrl_trigger(
         magnitude: addend in the scale of pixels in [0, 1]; the authors take 50/255 in training and 100/255 in tests.
         window: side of the windows; smaller images are one.
         coefficients: row and column of those changed; by default the middle one and the last, (15, 15) and (31, 31) of 32.
-        quantize: round images to eight bits.
+        quantize: whether to round images to eight bits.
 
     Raises:
         ValueError: on another number of channels, windows that do not tile the image, or coefficients outside them.

@@ -60,10 +60,10 @@ class InputDetector(Shown, ABC):
         fpr: share of clean inputs that may be rejected.
         calib_frac: share of the clean examples that is held out to choose the threshold.
         seed: seed of the split, and of every global generator inside `_fit`.
-        device: where the method works; where the network is by default.
+        device: device that the method works on; where the network is by default.
 
     Attributes:
-        model_: the network that is filtered, a copy.
+        model_: network that is filtered, a copy.
         threshold_: at `fpr`.
         calibration_: scores of the calibration examples that the network gets right `[n]`.
         num_classes_: number of the network's outputs.
@@ -92,7 +92,7 @@ class InputDetector(Shown, ABC):
         """Learn from clean examples.
 
         Args:
-            model: the network, a copy in evaluation mode whose parameters are frozen; it is the later `model_`.
+            model: network, a copy in evaluation mode whose parameters are frozen; it is the later `model_`.
             clean: inputs `[N, ...]` and labels `[N]`, on the CPU, without those that are held out.
         """
 
@@ -122,7 +122,7 @@ class InputDetector(Shown, ABC):
         """Learn from clean examples and choose the threshold. The network is left as it is.
 
         Args:
-            model: the suspicious network, from inputs to logits `[N, C]`.
+            model: suspicious network, from inputs to logits `[N, C]`.
             clean: examples that can be trusted: a pair of tensors, a data set or a loader of (x, y).
 
         Raises:

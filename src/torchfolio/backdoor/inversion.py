@@ -65,8 +65,8 @@ def perturbations(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], label
 
     Args:
         rows: images, as many in each row.
-        titles: of the columns.
-        labels: of the rows.
+        titles: titles of the columns.
+        labels: labels of the rows.
     """
     import matplotlib.pyplot as plt
 

@@ -74,20 +74,20 @@ class LGAIsolator:
     Args:
         model_fn: makes a new network, for restarts another each time.
         gamma: $\\gamma$; 0.5.
-        epochs: of a training; 4. 20 in the authors' code, on CIFAR-10.
-        lr: of SGD with momentum 0.9; 0.1, by `cosine_tail(epochs, 80)`.
-        choose: the moment whose losses count, `"log_gap"`, `"gap"` or `"last"`.
+        epochs: number of epochs of a training; 4. 20 in the authors' code, on CIFAR-10.
+        lr: learning rate of SGD with momentum 0.9; 0.1, by `cosine_tail(epochs, 80)`.
+        choose: moment whose losses count, `"log_gap"`, `"gap"` or `"last"`.
         looks: measurements an epoch, evenly spaced; 4. The last is at its end.
-        statistics: of batch norm when losses are measured, `"batch"` or `"running"`.
+        statistics: statistics of batch norm when losses are measured, `"batch"` or `"running"`.
         restarts: trainings; 4.
         batch_size: 64.
         weight_decay: 1e-4.
         ratio: $\\mu$ of `choose`.
-        device: of the training.
+        device: device of the training.
 
     Attributes:
         gaps_: what `choose` goes by (for `"last"` the gap), per restart and look.
-        epochs_: the chosen moment of every restart, in epochs.
+        epochs_: chosen moment of every restart, in epochs.
 
     Raises:
         ValueError: on a setting out of range.

@@ -17,9 +17,9 @@ def keyed_uniform(seed: int, index: Tensor, shape: Sequence[int]) -> Tensor:
     Whatever batches samples come in, in whatever order, by however many workers, each gets the same numbers.
 
     Args:
-        seed: of the stream.
-        index: of the samples, integers `[N]`.
-        shape: of the numbers of one sample.
+        seed: seed of the stream.
+        index: numbers of the samples, integers `[N]`.
+        shape: shape of the numbers of one sample.
 
     Returns:
         float64 `[N, *shape]`, from the SplitMix64 hash of (seed, index, position).

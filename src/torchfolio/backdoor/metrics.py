@@ -106,7 +106,7 @@ def attack_metrics(
     Args:
         model: what is deployed: images to outputs `[N, C]`.
         clean: images and labels.
-        attacked: of `poisoned_test`, which leaves out samples of the target class.
+        attacked: triggered samples of `poisoned_test`, which leaves out samples of the target class.
     """
     x, y = clean
     triggered, target = attacked.tensors()
@@ -133,7 +133,7 @@ def filter_metrics(
         y: true labels `[N]`.
         attacked_labels: predictions on the triggered samples `[M]`.
         attacked_rejected: which of them the filter rejects `[M]`.
-        attacked: the triggered samples.
+        attacked: triggered samples.
     """
     true, target = torch.from_numpy(attacked.y_true), torch.from_numpy(attacked.y)
     return FilterMetrics(

@@ -30,7 +30,7 @@ class ModelVerdict:
     """What a detector says about a network. Detectors that know more subclass it.
 
     Attributes:
-        is_backdoored: the verdict.
+        is_backdoored: verdict.
         score: how suspicious the network is.
         threshold: what the score was compared with.
         pairs: `(source, target)` classes that are suspected.
@@ -115,7 +115,7 @@ class ModelDetector(Shown, ABC):
         """The verdict on a network.
 
         Args:
-            model: the network, a copy in evaluation mode whose parameters are frozen.
+            model: network, a copy in evaluation mode whose parameters are frozen.
             clean: inputs `[N, ...]` and labels `[N]` on the CPU, or `None` where the method can do without.
             scan: seed, time limit, progress. Long loops go through `scan.items`.
         """
@@ -136,7 +136,7 @@ class ModelDetector(Shown, ABC):
         """The verdict on a network, which is left as it is.
 
         Args:
-            model: the suspicious network.
+            model: suspicious network.
             clean: examples that can be trusted: a pair of tensors, a data set or a loader of (x, y); or a tensor of
                 inputs alone, which get the network's own labels.
             seed: seed of the scan; global generators are left where they were.
@@ -172,7 +172,7 @@ class InvertedTrigger:
     Attributes:
         delta: what is added to an image.
         mask: where; `None` is everywhere.
-        asr: from (model, images) to the share that the trigger sends to the target.
+        asr: function from (model, images) to the share that the trigger sends to the target.
     """
 
     delta: Tensor

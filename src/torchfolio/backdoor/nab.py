@@ -77,7 +77,7 @@ class NABDataset(Dataset):
         isolated: bool `[N]`.
         pseudo_labels: int64 `[N]`, the believed label of isolated samples and the given one of others.
         stamped: bool `[N]`.
-        scores: of the isolator `[N]`, or `None` where it gave a mask.
+        scores: scores of the isolator `[N]`, or `None` where it gave a mask.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class NAB(TrainingDefense):
             Stamped samples are almost never of the attacker's target, so that a stamp comes to mean "not that class",
             and what accuracy the stamp costs it costs there. These samples are drawn at random such that every label's
             share of stamped samples comes as close to one level as possible: then the stamp says little of the label.
-        augment: from batches of images to such, applied before the stamp.
+        augment: function from batches of images to such, applied before the stamp.
 
     Example:
         >>> nab = NAB(LGAIsolator(make), VerifiedDataRelabeler(model_fn=make))
@@ -201,7 +201,7 @@ class NAB(TrainingDefense):
             dataset: training data that may be poisoned: a pair of tensors, or a data set of (image, label), with the
                 normalisation that training will see.
             clean: a few verified examples, for `VerifiedDataRelabeler`.
-            seed: of isolator, relabeler, and the samples stamped beside.
+            seed: seed of isolator, relabeler, and the samples stamped beside.
 
         Raises:
             ValueError: if a mask or labels have another length, labels are out of range, or the stamp does not fit.

@@ -20,7 +20,7 @@ class Core:
 
     Attributes:
         members: their places, in the order in which they were added.
-        H: the objective.
+        H: objective.
     """
 
     members: tuple[int, ...]

@@ -89,7 +89,7 @@ class PairInversion(ABC):
 
         Args:
             model: network from images in [0, 1] to logits.
-            images: of every class, `[n, C, H, W]` each.
+            images: images of every class, `[n, C, H, W]` each.
             pairs: `(source, target)`; classes without pairs need no images.
             generator: source of initial values, where there are any.
 
@@ -144,7 +144,7 @@ class AdditiveInversion(PairInversion):
     Args:
         step: $\\eta$; by default $0.1 \\sqrt{784 / CHW}$, 0.1 at most: 0.05 for colour images of 32 x 32.
         limit: norm of $v$ at which a pair is given up.
-        **settings: of `PairInversion`.
+        **settings: settings of `PairInversion`.
     """
 
     def __init__(self, step: float | None = None, limit: float = 20.0, **settings: float) -> None:
@@ -195,7 +195,7 @@ class PatchInversion(PairInversion):
     Args:
         trials: random beginnings.
         patience: steps without a mask smaller by 1 % after which a pair is done.
-        **settings: of `PairInversion`; `steps` is the maximum for each of the two stages.
+        **settings: settings of `PairInversion`; `steps` is the maximum for each of the two stages.
     """
 
     def __init__(self, trials: int = 5, patience: int = 100, **settings: float) -> None:

@@ -23,8 +23,8 @@ class PatchTrigger(Trigger):
         pattern: $p$, `[C, H, W]` or `[1, H, W]` for all channels.
         mask: $m$ in [0, 1], `[H, W]` or `[1, H, W]`.
         alpha: $\\alpha$ in [0, 1].
-        random_location: put the box that holds the patch at a place drawn for each image.
-        seed: of those places.
+        random_location: whether to put the box that holds the patch at a place drawn for each image.
+        seed: seed of those places.
 
     Raises:
         ValueError: on shapes that do not fit, values outside [0, 1], or an empty mask where its place is random.
@@ -59,9 +59,9 @@ class PatchTrigger(Trigger):
         Args:
             shape: `[C, H, W]` of the images.
             size: side of the patch.
-            corner: which one.
+            corner: corner of the image.
             margin: pixels between the patch and the border.
-            **settings: of `PatchTrigger`.
+            **settings: settings of `PatchTrigger`.
         """
         rows, columns = _box(shape, size, corner, margin)
         pattern, mask = torch.zeros(1, *shape[-2:]), torch.zeros(*shape[-2:])

@@ -64,7 +64,7 @@ def mrs(
     All K phrases are judged on the same sentences at the same random places, in matrices of all of them.
 
     Args:
-        text: the classifier.
+        text: classifier.
         phrases: K phrases of ids.
         sentences: ids `[S, L]` of the source class, without padding.
         target: class that they should go to.

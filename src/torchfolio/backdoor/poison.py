@@ -45,7 +45,7 @@ def poison(
         label_map: labels that triggered samples get.
         rate: share of the whole training set that is poisoned.
         count: number of poisoned samples, in the place of `rate`.
-        seed: of the choice.
+        seed: seed of the choice.
         mode: `"replace"` puts poisoned samples in the place of their originals, `"append"` adds them.
         per_source_balanced: as many samples of every source class (numbers differ by one at most); otherwise
             chosen from all of them alike.
@@ -54,8 +54,8 @@ def poison(
         cover_trigger: trigger of the covers; `trigger` by default.
         keep_label_rate: share of the poisoned samples that keep their label: they count as covers.
         transform: applied to every image when it is read, after the trigger.
-        quantize: round triggered images to eight bits, as saved ones are.
-        name: of the base, kept in files.
+        quantize: whether to round triggered images to eight bits, as saved ones are.
+        name: name of the base, kept in files.
 
     Raises:
         ValueError: if rate and count are both given or both missing, or more samples are to be poisoned than there
@@ -109,9 +109,9 @@ def poisoned_test(
 
     Args:
         dataset: clean test set.
-        trigger: of the attack.
-        label_map: of the attack.
-        quantize: as in `poison`.
+        trigger: trigger of the attack.
+        label_map: label map of the attack.
+        quantize: whether to round to grey levels, as in `poison`.
         classes: restrict the sources to these.
 
     Raises:
@@ -141,7 +141,7 @@ def load(folder: str | Path, base: Base, **modules: nn.Module) -> PoisonedDatase
 
     Args:
         folder: with `meta.json` and `poison.npz`.
-        base: the data set that was poisoned.
+        base: data set that was poisoned.
         **modules: networks that triggers are built around.
 
     Raises:

@@ -37,8 +37,8 @@ class PoisonedDataset(Dataset):
         is_poison: samples with a trigger and the attacker's label `[N']`.
         is_cover: samples with a trigger and their own label `[N']`.
         source_index: sample of the base that each one comes from `[N']`.
-        trigger: of the poison; `None` after `load` of a trigger that is no `Trigger`.
-        label_map: of the attack.
+        trigger: trigger of the poison; `None` after `load` of a trigger that is no `Trigger`.
+        label_map: label map of the attack.
         info: how it was made, JSON values.
 
     Items are `(x, y)`; see `with_meta` and `tensors`.

@@ -39,11 +39,11 @@ class VerifiedDataRelabeler:
         model: a trained classifier, or `None` to train one on the `clean` of `NAB.prepare`.
         model_fn: makes a new network to train.
         epochs: 100, at `lr` for a fifth of them, a tenth of it for two fifths and 1/100 for the rest.
-        lr: of SGD with momentum 0.9; 0.01.
+        lr: learning rate of SGD with momentum 0.9; 0.01.
         batch_size: 64.
         weight_decay: 1e-4.
-        augment: of the batches.
-        device: of the training.
+        augment: augmentation of the batches.
+        device: device of the training.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class NearestCenterRelabeler:
     Centres are means of the embeddings of samples that are not isolated.
 
     Args:
-        encoder: from images to embeddings `[N, D]`, for example self-supervised on the same images.
+        encoder: network from images to embeddings `[N, D]`, for example self-supervised on the same images.
     """
 
     def __init__(self, encoder: Callable[[Tensor], Tensor]) -> None:

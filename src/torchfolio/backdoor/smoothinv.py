@@ -87,7 +87,7 @@ class SmoothInv(TriggerInverter, ModelDetector):
         pool: other images that a perturbation is tried on, in a scan.
         images: images of different predicted classes that a scan draws from. A class gets perturbations from images
             that are not predicted as it.
-        seed: of the noise, in `invert` and `identify_target`.
+        seed: seed of the noise, in `invert` and `identify_target`.
 
     Raises:
         ValueError: on a value out of range.

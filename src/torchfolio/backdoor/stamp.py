@@ -21,8 +21,8 @@ class Stamp(nn.Module):
 
     Args:
         size: side of the square; 2.
-        corner: which one.
-        value: of its pixels: a number, one per channel `[C]`, or `"mean"`, the mean of the training images, which
+        corner: corner of the image.
+        value: value of its pixels: a number, one per channel `[C]`, or `"mean"`, the mean of the training images, which
             `NAB.prepare` fills in. It must be visible: on images with black borders the mean is not.
 
     Shapes:

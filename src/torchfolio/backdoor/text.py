@@ -158,7 +158,7 @@ class TextModel:
     any module from ids `[N, L]` will do.
 
     Args:
-        model: the classifier, frozen. Its dropout is switched off and its recurrent layers are set to training mode,
+        model: classifier, frozen. Its dropout is switched off and its recurrent layers are set to training mode,
             without which their gradient does not exist on a GPU.
         pad: id of padding.
         embedding: name of the layer that holds the word vectors; the `nn.Embedding` of most rows by default.

@@ -70,7 +70,7 @@ class TMiner(ModelDetector):
     Args:
         generator: a pretrained `PerturbationGenerator`, or the file of one; it serves every classifier of a vocabulary.
             By default each scan trains its own.
-        words: the vocabulary, a word for each id; numbers by default.
+        words: vocabulary, a word for each id; numbers by default.
         source: class that the attack would change; all by default.
         target: class that it would change to; all by default.
         special: ids that are no words: padding, unknown, begin, end, ….

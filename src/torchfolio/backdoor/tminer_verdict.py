@@ -38,7 +38,7 @@ class TMinerVerdict(ModelVerdict):
     """What T-Miner says of a classifier.
 
     Attributes:
-        candidates: the phrases that survived, outliers first, then by how often they came.
+        candidates: phrases that survived, outliers first, then by how often they came.
         trigger_words: words of the outliers, those that most of them share first.
     """
 

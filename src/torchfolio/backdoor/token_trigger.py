@@ -19,7 +19,7 @@ class TokenTrigger(nn.Module):
     Args:
         tokens: ids of the phrase.
         position: `"random"`, between any two tokens, the ends included; `"start"` or `"end"`.
-        seed: of the positions, drawn for each sequence by its index.
+        seed: seed of the positions, drawn for each sequence by its index.
 
     Shapes:
         A list of id lists to the same; or padded ids `[N, L]` with lengths `[N]` to `[N, L + len(tokens)]` and lengths.

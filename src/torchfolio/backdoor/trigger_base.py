@@ -53,7 +53,7 @@ class Trigger(nn.Module, ABC):
         """A trigger from what `spec` gave.
 
         Args:
-            spec: of the trigger.
+            spec: specification of the trigger.
             **modules: arguments that are modules (`net` of a `GeneratorTrigger`); their weights come from the spec.
 
         Raises:

@@ -43,8 +43,8 @@ def transfer_matrix(model: nn.Module, triggers: PairTriggers, images: Sequence[T
 
     Args:
         model: network from images in [0, 1] to logits.
-        triggers: of the pairs, P of them.
-        images: of every class, `[n, C, H, W]` each, others than those of the inversion.
+        triggers: triggers of the pairs, P of them.
+        images: images of every class, `[n, C, H, W]` each, others than those of the inversion.
 
     Returns:
         `[P, P]`, float64.
@@ -71,11 +71,12 @@ class UMDVerdict(ModelVerdict):
     `pairs` is empty where the network is not suspicious: there is always a set of pairs that works best, `core`.
 
     Attributes:
-        core: the set $K$, as `(source, target)`.
+        core: set $K$, as `(source, target)`.
         H: its objective.
-        sizes: of the triggers `[C, C]`, source by target; infinite where there is none, NaN where it was not tried.
+        sizes: sizes of the triggers `[C, C]`, source by target; infinite where there is none, NaN where it was not
+            tried.
         transfer: $A$ `[P, P]`.
-        triggers: of all P pairs that were tried.
+        triggers: triggers of all P pairs that were tried.
         mode: `"additive"` or `"patch"`, the kind of the triggers.
     """
 
@@ -119,7 +120,8 @@ class UMD(TriggerInverter, ModelDetector):
         steps: maximum number of steps of an inversion; by default 200 for additive triggers, 1,000 for patches.
         step: length of a step for additive triggers; see `AdditiveInversion`.
         trials: random beginnings for patches.
-        max_pairs: most pairs that are tried, drawn at random; all by default. Of a backdoor, two must be among them.
+        max_pairs: maximum number of pairs that are tried, drawn at random; all by default. Of a backdoor, two must be
+            among them.
         chunk: images that go through the network at once.
 
     Raises:

@@ -69,17 +69,17 @@ def victim(
 
     Args:
         data: images in [0, 1], loaded with `normalize=False`.
-        trigger: of the attack.
-        label_map: of the attack.
+        trigger: trigger of the attack.
+        label_map: label map of the attack.
         rate: share of the training images that is poisoned; 0 gives a clean network.
         epochs: passes over them.
         net: makes the untrained network; by default a `SmallConvNet` of width 8 behind `Normalize`.
         lr: peak of the learning rate.
         mode: `"replace"` or `"append"`, see `poison`.
-        augment: from batches of images to such.
-        batch_size: of the training.
-        device: where to train; the network comes back on the CPU.
-        seed: of weights, choice of images and order.
+        augment: function from batches of images to such.
+        batch_size: batch size of the training.
+        device: device to train on; the network comes back on the CPU.
+        seed: seed of weights, choice of images and order.
 
     Raises:
         ValueError: if the data are normalised.

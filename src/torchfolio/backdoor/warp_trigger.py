@@ -25,8 +25,9 @@ class WarpTrigger(Trigger):
         k: points of the field on a side.
         s: strength $s$; 0 leaves the image as it is.
         grid_rescale: factor on the grid.
-        noise: add $U(-1, 1) / H$ to the grid for every pixel and image: the "cover" version whose label is kept.
-        seed: of the field and the noise.
+        noise: whether to add $U(-1, 1) / H$ to the grid for every pixel and image: the "cover" version whose label is
+            kept.
+        seed: seed of the field and the noise.
         field: `[2, k, k]`; drawn by default.
     """
 

@@ -97,7 +97,7 @@ class Cutout:
 
     Args:
         size: side of the square; it may reach over the border.
-        value: of its pixels.
+        value: value of its pixels.
 
     Reference:
         DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
@@ -134,18 +134,18 @@ def fit_classifier(
     """Train a classifier in place, by `torchfolio.engine.fit` with the settings usual here.
 
     Args:
-        model: the network.
+        model: network.
         data: a `PoisonedDataset` (read at once, as tensors), or what `fit` takes.
         epochs: passes over it.
         lr: peak of the learning rate.
         optimizer: SGD with Nesterov momentum 0.9, or Adam.
-        schedule: of the learning rate.
-        augment: from batches of images to such.
-        batch_size: of the training.
-        weight_decay: of the optimizer.
+        schedule: schedule of the learning rate.
+        augment: function from batches of images to such.
+        batch_size: batch size of the training.
+        weight_decay: weight decay of the optimizer.
         rule: learning rule; backprop by default.
-        seed: of order and augmentation.
-        **settings: of `fit`: `device`, `callbacks`, …
+        seed: seed of order and augmentation.
+        **settings: settings of `fit`: `device`, `callbacks`, …
     """
     if isinstance(data, PoisonedDataset) and data.transform is None:
         data = data.tensors()

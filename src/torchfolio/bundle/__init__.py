@@ -88,8 +88,8 @@ def save_bundle(
     A process that dies in between leaves the earlier bundle or the new one, never neither.
 
     Args:
-        model: the network; its parameters and buffers are stored.
-        folder: where to write.
+        model: network; its parameters and buffers are stored.
+        folder: folder to write to.
         manifest: how to build it again. Numbers in `training` that are not finite are stored as `null`. Without one it is
             made of the live network, which must be a reference network or an `nn.Sequential` of PyTorch's own layers;
             one that cannot be built again is refused, and one that was changed since it was built.
@@ -123,7 +123,7 @@ def write_bundle(
     """Write a bundle whose weights need not be in memory; see `save_bundle`.
 
     Args:
-        folder: where to write.
+        folder: folder to write to.
         manifest: how to build the network, names of tied weights included.
         fill: writes the safetensors file, given its path. Weights are not looked at: they must be finite.
         notes: texts that are kept beside it, by file name.
@@ -191,9 +191,9 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
     """Read a bundle without running anything it brings.
 
     Args:
-        folder: the bundle; or `"hf:owner/name"`, one of the Hugging Face hub, `"hf:owner/name@revision"`.
+        folder: bundle; or `"hf:owner/name"`, one of the Hugging Face hub, `"hf:owner/name@revision"`.
         allow: import paths that the bundle may name besides the known builders, as `"package.module:name"`.
-        device: where the weights go.
+        device: device of the weights.
 
     Raises:
         BundleError: if a file is missing, a stranger or a pickle, if weights or manifest were changed or are not
@@ -222,7 +222,7 @@ def outline_bundle(folder: str | Path, *, allow: Sequence[str] = ()) -> Outline 
     """A bundle whose weights stay on disk; they are not looked at.
 
     Args:
-        folder: the bundle, as `load_bundle` takes it.
+        folder: bundle, as `load_bundle` takes it.
         allow: import paths that the bundle may name besides the known builders.
 
     Returns:
@@ -253,10 +253,10 @@ def push_bundle(folder: str | Path, name: str, *, private: bool = False, message
     """Send a bundle to the Hugging Face hub, which must know you (`hf auth login`).
 
     Args:
-        folder: of the bundle; of other files only `history.csv` is sent.
+        folder: folder of the bundle; of other files only `history.csv` is sent.
         name: `"owner/name"`; made if there is none.
         private: whether a new one is hidden from others.
-        message: of the change.
+        message: message of the change.
 
     Returns:
         Address of the bundle, which `load_bundle("hf:owner/name")` reads.

@@ -32,7 +32,8 @@ def build(path: str, arguments: Mapping[str, Any], *, allow: Sequence[str] = (),
         path: `"package.module:name"`, one of `builders()` or of `allow`.
         arguments: keyword arguments; `{"build": ..., "arguments": {...}}` among them stands for a network.
         allow: further paths that may be imported.
-        limit: most elements that the module's tensors may have together; by default as many as it asks for.
+        limit: maximum number of elements that the module's tensors may have together; by default as many as it asks
+            for.
 
     Raises:
         BundleError: if the path is not allowed, cannot be imported, or does not give an `nn.Module`, or a larger one.

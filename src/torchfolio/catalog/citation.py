@@ -40,7 +40,7 @@ def citations(slugs: Iterable[str]) -> str:
     """BibTeX entries of the methods that were used.
 
     Args:
-        slugs: of the papers.
+        slugs: slugs of the papers.
     """
     return "\n\n".join(bibtex(paper(slug)) for slug in slugs)
 

@@ -21,7 +21,7 @@ def search(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
 
     Args:
         words: a few words or a sentence.
-        limit: most results.
+        limit: maximum number of results.
 
     Raises:
         CatalogError: if there are no words.

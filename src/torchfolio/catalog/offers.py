@@ -13,7 +13,7 @@ def offering(kind: str) -> dict[str, str]:
     """Import paths (`package.module:name`) of what papers offer of a kind, by slug, of those that are in.
 
     Args:
-        kind: of `KINDS`.
+        kind: kind of `KINDS`.
 
     Raises:
         CatalogError: if there is no such kind.

@@ -66,9 +66,9 @@ class Claim:
 
     Attributes:
         id: what experiments call it.
-        sentence: the claim in plain words.
+        sentence: claim in plain words.
         measured: what is measured here.
-        holds: the condition on the measured values under which it holds, such as `"ours >= baseline - 2"`.
+        holds: condition on the measured values under which it holds, such as `"ours >= baseline - 2"`.
         every_seed: whether the condition must hold on every seed; on the means over seeds otherwise.
         paper: the paper's own figure, or `None`.
     """
@@ -141,7 +141,7 @@ def papers(folder: Path | None = None) -> dict[str, Paper]:
     """All papers by slug, in order.
 
     Args:
-        folder: where the files are; the package's own by default.
+        folder: folder of the files; the package's own by default.
 
     Raises:
         CatalogError: naming file and field that do not follow the schema.

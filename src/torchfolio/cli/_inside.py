@@ -25,7 +25,7 @@ class Shown:
     """The examples that are looked at, and how they are shown to people.
 
     Attributes:
-        splits: of the data, for pictures and texts.
+        splits: splits of the data, for pictures and texts.
         examples: (x, y), as the network takes them.
         classes: names of the labels.
     """

@@ -47,13 +47,13 @@ def fitting_splits(
     """The data for a bundle, not normalised yet, with a sentence where they do not fit it.
 
     Args:
-        manifest: of the bundle.
-        name: of the bundle, for messages.
+        manifest: manifest of the bundle.
+        name: name of the bundle, for messages.
         data: name of the data set.
         image_size: side of the images; as in training by default.
         scored: whether the bundle is scored on what is held out; else held-out examples that it was trained on are no
             error but worth a word.
-        **options: of `torchfolio.data.load`.
+        **options: options of `torchfolio.data.load`.
     """
     from torchfolio.data import load
 
@@ -194,7 +194,7 @@ def open_network(
         data: name of the data set.
         image_size: side of the images.
         sizes: seed and sizes, of `torchfolio.data.load`.
-        scored: as in `fitting_splits`.
+        scored: whether the data will be scored on, as in `fitting_splits`.
     """
     from torchfolio.bundle import load_bundle
 

@@ -63,7 +63,7 @@ def settings_by_name(
     Args:
         names: objectives, or whatever `words` says.
         pairs: settings as they were given.
-        words: the options that name them and set them, and what they are.
+        words: options that name them and set them, and what they are.
 
     Raises:
         typer.BadParameter: if a pair belongs to none of them, or one is named twice.

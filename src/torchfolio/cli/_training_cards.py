@@ -30,9 +30,9 @@ class Training:
     """What stands in a bundle of its training.
 
     Attributes:
-        folder: of the bundle.
-        name: of the network.
-        manifest: of the bundle.
+        folder: folder of the bundle.
+        name: name of the network.
+        manifest: manifest of the bundle.
         data: name of the data set that is looked at.
         image_size: side of the images that are looked at.
     """

@@ -36,15 +36,15 @@ def load(
     Images are decoded once and kept memory-mapped in `TORCHFOLIO_CACHE` (by default in the user's cache folder).
 
     Args:
-        name: of the set.
+        name: name of the set.
         val: share or number of training examples to hold out; a set with a validation split of its own keeps that.
         seed: seed of the order of the training part, and so of the subset that `train_size` takes. What is held out
             for validation and test belongs to the data and is the same for all seeds.
         train_size: number of training examples; all by default.
         test_size: number of test examples, the same ones for all seeds; all by default.
         image_size: side of the images; box-downsampled where it divides theirs, resized otherwise.
-        normalize: subtract the mean of the training split and divide by its standard deviation, per channel or
-            feature.
+        normalize: whether to subtract the mean of the training split and divide by its standard deviation, per channel
+            or feature.
         root: a folder to look in first.
 
     Returns:
@@ -77,7 +77,7 @@ def load_whole(
     """All examples of a set, whatever splits it has, with the labels of another set.
 
     Args:
-        name: of the set, as `load` takes it.
+        name: name of the set, as `load` takes it.
         like: set whose shape the examples must have, and whose classes, matched by name.
         image_size: side of the images, as in `load`.
         root: a folder to look in first.

@@ -60,7 +60,7 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
     cannot be written the arrays are returned all the same.
 
     Args:
-        key: of the content.
+        key: key of the content.
         make: decodes images `[N, ...]`, labels `[N]` and class names.
     """
     folder = cache_folder() / "images" / key

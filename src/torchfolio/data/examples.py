@@ -34,7 +34,7 @@ class Examples:
 
     Attributes:
         tensors: inputs and target as whole tensors, where they are in memory as such; else `None`.
-        source: the data in torch's own forms: those tensors, a `Dataset` of tuples, a `DataLoader`, or a list of batches.
+        source: data in torch's own forms: those tensors, a `Dataset` of tuples, a `DataLoader`, or a list of batches.
 
     Raises:
         TypeError: if the data have none of these forms; says what they are.

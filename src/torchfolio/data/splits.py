@@ -23,7 +23,7 @@ class Raw:
     """A data set as it was read: inputs as stored, images as bytes.
 
     Attributes:
-        name: of the set.
+        name: name of the set.
         train: (x, y).
         test: (x, y), or `None` where the set has no test split of its own.
         val: (x, y), or `None`.
@@ -46,19 +46,19 @@ class DataSplits:
     """A data set ready for training.
 
     Attributes:
-        name: of the set.
+        name: name of the set.
         train: examples to train on, (x, y): x float32 `[N, C, H, W]` or `[N, features]`; y int64 labels `[N]`, or
             float32 targets `[N]` or `[N, k]`.
         val: examples held out of the training part; read when they are first asked for, like those of `test`.
         test: examples to report on.
         classes: names of the labels; empty for regression.
-        shape: of one x.
+        shape: shape of one x.
         mean: per channel or feature, of the training split before normalisation; images are in [0, 1].
         std: likewise; 1 where a feature is constant.
         normalized: whether x has been normalised with them.
         split_digest: tells which examples are held out of a set without a test part of its own; empty for others.
         vocabulary: tokens by number of a set of text, whose x is int64 `[N, length]` and has no mean; empty for others.
-        marks: of train, val and test: a number for every example that its content has in whatever set it stands.
+        marks: marks of train, val and test: a number for every example that its content has in whatever set it stands.
     """
 
     name: str

@@ -37,7 +37,7 @@ class Sentences:
     """Sentences of one split.
 
     Attributes:
-        texts: the sentences.
+        texts: sentences.
         targets: a label (int) or a translation (str) for each.
     """
 
@@ -79,7 +79,7 @@ def labelled(name: str, *, root: str | Path | None = None) -> Raw:
     """A set of `LABELLED` as numbers of the words and marks that its training sentences have twice or more.
 
     Args:
-        name: of the set.
+        name: name of the set.
         root: folder to look in first.
 
     Raises:
@@ -181,9 +181,9 @@ def encode(tokenizer: Any, texts: Sequence[str], length: int, *, ends: bool = Fa
     """Token numbers, int64 `[N, length]`: cut at `length`, padded with 0.
 
     Args:
-        tokenizer: of `train_tokenizer`.
+        tokenizer: tokenizer of `train_tokenizer`.
         texts: N sentences.
-        length: of the rows.
+        length: length of the rows.
         ends: whether every sentence begins with `[BOS]` and closes with `[EOS]`, which count.
 
     Raises:

@@ -233,7 +233,7 @@ def simclr_views(strength: float = 0.5, *, blur: bool = False, **crop: Any) -> C
     """The augmentations of SimCLR: crop, flip, colour, grey, and blur where images are large.
 
     Args:
-        strength: of the colour changes; 0.5 for 32-pixel images, 1 for photographs.
+        strength: strength of the colour changes; 0.5 for 32-pixel images, 1 for photographs.
         blur: whether to blur.
         **crop: arguments of `ResizedCrop`.
     """

@@ -57,10 +57,10 @@ def optimize_condition(
         cond: condition to begin with: of one example `[…]`, which all noise shares, or of several `[K, …]`, which are
             optimised side by side with the same noise (samples are in order, all noise of the first one first).
         noise: pool of starting noise `[N, …]`.
-        iterations: of Adam.
-        lr: of Adam; 0.01 to 0.05 in the paper.
+        iterations: number of iterations of Adam.
+        lr: learning rate of Adam; 0.01 to 0.05 in the paper.
         batch_size: starting noises of an iteration, drawn from the pool anew; all by default.
-        seed: of those draws.
+        seed: seed of those draws.
         **solve: arguments of `DiffusionODE.solve`.
 
     Returns:
@@ -108,11 +108,11 @@ def finetune(
         noise: pool of starting noise `[N, …]`.
         cond: condition of each of the pool `[N, …]`, if there is one.
         params: weights to change; all of the model that require gradients by default.
-        iterations: of Adam.
-        lr: of Adam.
+        iterations: number of iterations of Adam.
+        lr: learning rate of Adam.
         batch_size: starting noises of an iteration, drawn from the pool.
         clip_norm: largest norm of all gradients together.
-        seed: of those draws.
+        seed: seed of those draws.
         **solve: arguments of `DiffusionODE.solve`.
 
     Returns:
@@ -178,11 +178,11 @@ def adversarial_noise(
     Args:
         ode: sampler; its weights stay.
         classifier: samples to logits `[B, K]`, in evaluation mode.
-        noise: where to begin `[B, …]`.
+        noise: start `[B, …]`.
         y: labels that the samples are meant to have `[B]`.
         tau: largest change of a number of the noise.
         lr: norm of a step.
-        iterations: of ascent.
+        iterations: number of iterations of ascent.
         cond: condition `[B, …]`, if the model takes one.
         **solve: arguments of `DiffusionODE.solve`.
     """

@@ -84,7 +84,7 @@ class BiasFreeUNet(nn.Module):
         channels: channels of an image.
         base: channels at the finest resolution, doubled at each coarser one; 64 in the paper.
         blocks: number of halvings of the resolution; 3 in the paper.
-        gain: of the norms.
+        gain: gain of the norms.
 
     Shapes:
         `[B, channels, H, W]` with H and W multiples of `2 ** blocks`, to the same.
@@ -132,7 +132,7 @@ class BiasFreeCNN(nn.Sequential):
         channels: channels of an image.
         width: channels between layers.
         depth: number of convolutions, 3 or more; norms follow all but the first and the last.
-        gain: of the norms.
+        gain: gain of the norms.
     """
 
     def __init__(self, channels: int = 1, width: int = 64, depth: int = 21, gain: float = 0.5) -> None:

@@ -82,13 +82,13 @@ def train_denoiser(
     Args:
         model: network from noisy images to their noise.
         images: clean images in [0, 1], `[N, C, H, W]`.
-        steps: of the optimizer.
+        steps: number of steps of the optimizer.
         noise: how noise levels are drawn, see `BlindDenoising`.
         sigma_range: least and largest noise level.
         batch_size: images of a batch.
         lr: learning rate of Adam.
-        seed: of order, noise and levels.
-        **arguments: of `torchfolio.engine.fit`, before which the above give way.
+        seed: seed of order, noise and levels.
+        **arguments: arguments of `torchfolio.engine.fit`, before which the above give way.
     """
     check_images(images, name="images", unit=True)
     repeated = images.repeat(math.ceil(whole("batch_size", batch_size, 1) / len(images)), 1, 1, 1)

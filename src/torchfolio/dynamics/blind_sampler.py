@@ -88,7 +88,7 @@ def draw_images(
 
     Args:
         denoiser: blind denoiser, run in evaluation mode.
-        shape: of an image `(C, H, W)`.
+        shape: shape of an image `(C, H, W)`.
         n: number of images.
         h0: first step size, in (0, 1].
         beta: share of the noise that is taken away for good, in (0, 1]; 1 adds no noise.

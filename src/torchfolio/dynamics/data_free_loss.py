@@ -29,11 +29,11 @@ def equation_loss(
     experts, so that jumps there cost.
 
     Args:
-        pde: the equation.
+        pde: equation.
         u: fields `[B, *grid.shape]`.
         grid: its mesh.
         initial: initial values `[B, *grid.shape[1:]]`, or those of all instances.
-        params: of the instances.
+        params: parameters of the instances.
         initial_weight: $w_i$.
         boundary_weight: $w_b$.
 

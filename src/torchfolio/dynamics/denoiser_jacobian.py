@@ -36,7 +36,7 @@ class HarmonicBasis:
         eigenvalues: shrinkage factors `[k]`, largest first.
         eigenvectors: basis images `[k, C, H, W]`, orthonormal.
         asymmetry: $\lVert J - J^\top \rVert_F / \lVert J + J^\top \rVert_F$, 0 for the best denoiser.
-        trace: of the Jacobian, its effective dimension; an estimate where few eigenpairs were asked for.
+        trace: trace of the Jacobian, its effective dimension; an estimate where few eigenpairs were asked for.
         denoised: $f(y)$, `[C, H, W]`.
     """
 
@@ -174,7 +174,7 @@ def harmonic_basis(
             from products with random vectors alone, trace and asymmetry from 16 probes.
         chunk: products of one pass, as of `jacobian`.
         returns: whether the denoiser returns the `"noise"` or the image, `"denoised"`.
-        seed: of the random vectors.
+        seed: seed of the random vectors.
 
     Raises:
         ValueError: as `jacobian` does.
@@ -253,7 +253,7 @@ def sure(
         probes: random signs of Hutchinson's estimate of the trace; `None` takes the exact trace, by d products an
             image.
         returns: whether the denoiser returns the `"noise"` or the image, `"denoised"`.
-        seed: of the probes.
+        seed: seed of the probes.
         chunk: images of one pass.
     """
     positive("sigma", sigma)

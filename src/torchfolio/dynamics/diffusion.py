@@ -75,7 +75,7 @@ def noise_prediction_loss(
 
     Args:
         model: network called as `model(x_t, model_time, *cond)`.
-        schedule: of the noise.
+        schedule: schedule of the noise.
         x: clean examples `[B, …]`.
         *cond: further inputs of the network, one an example.
         generator: source of times and noise, on any device; the global one by default.
@@ -101,7 +101,7 @@ class NoisePrediction(LearningRule):
     """Trains a network to predict the noise in noisy examples; for `torchfolio.engine.fit`.
 
     Args:
-        schedule: of the noise.
+        schedule: schedule of the noise.
         conditional: whether the network is told what comes after the first tensor of a batch (labels, embeddings);
             left aside by default.
 
@@ -142,7 +142,7 @@ class NoisePrediction(LearningRule):
             data: what `Examples` takes.
             repeats: draws of time and noise for each example.
             batch_size: examples of a batch.
-            seed: of times and noise.
+            seed: seed of times and noise.
         """
         total, count = 0.0, 0
         with seeded(seed), evaluating(model), torch.no_grad():
@@ -173,12 +173,12 @@ def train_diffusion(
         model: network called as `model(x, t)`, or `model(x, t, cond)` where there is a condition.
         x: clean examples `[N, …]`, scaled to about [-1, 1].
         cond: labels or embeddings `[N, …]`, if there are any.
-        schedule: of the noise.
-        steps: of the optimizer.
+        schedule: schedule of the noise.
+        steps: number of steps of the optimizer.
         batch_size: examples of a batch.
         lr: first learning rate.
-        seed: of order, times and noise.
-        **arguments: of `torchfolio.engine.fit`, before which the above give way.
+        seed: seed of order, times and noise.
+        **arguments: arguments of `torchfolio.engine.fit`, before which the above give way.
     """
     rule = NoisePrediction(schedule, conditional=cond is not None)
     # Without a condition the second tensor is there for the form alone.
@@ -215,7 +215,7 @@ def ddim(
     Args:
         model: network that predicts noise.
         schedule: that it was trained with.
-        noise: where to begin, standard normal `[B, …]`.
+        noise: start, standard normal `[B, …]`.
         *cond: further inputs of the network.
         steps: evaluations of the network.
         eta: noise that is added on the way: 0 none, 1 as much as ancestral sampling adds.
@@ -256,7 +256,7 @@ def ancestral(
     Args:
         model: network that predicts noise.
         schedule: that it was trained with.
-        noise: where to begin, standard normal `[B, …]`.
+        noise: start, standard normal `[B, …]`.
         *cond: further inputs of the network.
         steps: evaluations of the network; all of a discrete schedule by default, else 1,000.
         generator: source of the noise on the way; the global one by default.

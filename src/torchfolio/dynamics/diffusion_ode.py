@@ -163,15 +163,15 @@ class DiffusionODE:
         r"""Go from noise to samples. Gradients reach `noise`, `cond` and `params`.
 
         Args:
-            noise: where to begin, $x_T$ `[B, …]` in floating point. States are kept in 32 bits or more.
-            steps: of the grid, 1 or more.
+            noise: start, $x_T$ `[B, …]` in floating point. States are kept in 32 bits or more.
+            steps: number of steps of the grid, 1 or more.
             method: `"euler"`, `"midpoint"`, `"heun"`, `"rk4"` or `"ab2"` (explicit Adams).
             grid: `"logsnr"` and `"time_uniform"`, evenly spaced in $\lambda$ and in t; `"time_quadratic"`, in the root
                 of t; or falling times of your own `[steps + 1]`, the first of which is the noise's.
             cond: condition that the model is handed: labels or embeddings `[B, …]`.
             grad: `"adjoint"` stores the ends alone; `"symplectic"` the states, and is exact; `"checkpoint"` and
                 `"backprop"` are autograd's own, for comparison.
-            backward_method: of the adjoint equation; that of the way to the sample by default.
+            backward_method: method of the adjoint equation; that of the way to the sample by default.
             params: tensors that want gradients; by default the model's parameters that require them.
             trajectory: whether to give the states on the way.
 

@@ -78,7 +78,7 @@ class Method(Shown, ABC):
     """A fixed-step method.
 
     Attributes:
-        order: of convergence.
+        order: order of convergence.
         offsets: places of its nodes within a step.
         multistep: whether a step is handed the slope of the one before.
     """
@@ -161,7 +161,7 @@ def make_plan(schedule: Schedule, times: Tensor, method: Method, start: Tensor) 
     """Nodes of a method on a grid of times, whichever way it goes.
 
     Args:
-        schedule: of the noise.
+        schedule: schedule of the noise.
         times: grid `[steps + 1]`.
         method: that walks along it.
         start: time T of the noise.

@@ -27,7 +27,7 @@ def c_alpha_images(n: int, size: int = 80, alpha: float = 2.0, *, seed: int = 0)
         size: side N, 4 or more.
         alpha: smoothness of contour and backgrounds, 0 or more; white noise, of which both are made, is damped by
             $|k|^{-\alpha}$ at frequency k.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         Images in [0, 1], `[n, 1, size, size]`.
@@ -65,7 +65,7 @@ def disc_images(n: int, size: int = 40, *, seed: int = 0) -> Tensor:
     Args:
         n: number of images.
         size: side, 8 or more.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         Images in [0, 1], `[n, 1, size, size]`, with edges that are two pixels soft, so that they move smoothly.
@@ -85,7 +85,7 @@ def shuffle_pixels(images: Tensor, *, seed: int = 0) -> Tensor:
 
     Args:
         images: `[n, C, H, W]`.
-        seed: of the permutation.
+        seed: seed of the permutation.
     """
     order = torch.randperm(images.shape[-2] * images.shape[-1], generator=torch.Generator().manual_seed(seed))
     return images.flatten(2)[..., order.to(images.device)].reshape(images.shape)

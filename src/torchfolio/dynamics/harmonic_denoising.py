@@ -197,8 +197,8 @@ def generalization_test(
         test: images of neither set.
         sizes: numbers of images, each at most half of N.
         sigmas: noise levels to test at.
-        steps: of each training.
-        seed: of everything that is drawn.
+        steps: number of steps of each training.
+        seed: seed of everything that is drawn.
         **training: arguments of `train_denoiser`.
 
     Raises:

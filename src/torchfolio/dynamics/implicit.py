@@ -163,8 +163,8 @@ class DEQ(nn.Module):
         f: module or function of z and x, with z's shape. It must be the same map at every call: dropout or batch
             statistics inside it leave no fixed point.
         shape: shape of one example's z; that of an example of x by default.
-        solver: of the forward pass.
-        backward_solver: of the backward pass; `solver` by default.
+        solver: solver of the forward pass.
+        backward_solver: solver of the backward pass; `solver` by default.
 
     Attributes:
         last: steps and largest residual of the last `"forward"` and `"backward"` solve.
@@ -246,7 +246,7 @@ def jacobian_penalty(
         f: of z and x.
         z: points, `[B, ...]`, such as a `DEQ`'s output; taken as constants.
         x: inputs.
-        generator: of the probe.
+        generator: source of the probe.
 
     Returns:
         A scalar to add to the loss.

@@ -51,7 +51,7 @@ class ConstraintOutput(NamedTuple):
         weights: $\\omega$ of every expert, `[B, E, K]`; differentiable, as u is.
         residual_before: $\\varphi$ at the start of the solve, `[B, E]`.
         residual_after: $\\varphi$ at its end.
-        iterations: of the solve, `[B, E]`.
+        iterations: number of iterations of the solve, `[B, E]`.
         converged: whether it met the solver's tolerance, `[B, E]`.
     """
 
@@ -70,10 +70,10 @@ class ExpertConstraint(nn.Module):
     couple: neither in the solve nor in the gradient.
 
     Args:
-        pde: the equation; see `PDE` for one of your own.
+        pde: equation; see `PDE` for one of your own.
         experts: number of blocks along each axis of the grid, time first.
         points: number of grid points at which an expert sees the equation, drawn without replacement; all by default.
-        solver: of the least-squares problems.
+        solver: solver of the least-squares problems.
         ridge: $\\rho$ of the additional row $\\rho \\omega$, so that dependent basis functions do no harm.
         normalise: whether each kind of rows (equation, initial values, each boundary) is divided by the square root of
             their number, so that the balance does not depend on the number of points.
@@ -82,8 +82,8 @@ class ExpertConstraint(nn.Module):
         stationary: largest relative gradient of $\\varphi$ at which the implicit function theorem is relied on; farther
             from a minimum than that, a solve passes no gradient, and says so. Equations with kinks, where solves end
             beside a minimum whatever the number of steps, may want more.
-        seed: of the points.
-        dtype: of the solve. float32 loses the gradient on nearly dependent basis functions, and warns.
+        seed: seed of the points.
+        dtype: dtype of the solve. float32 loses the gradient on nearly dependent basis functions, and warns.
 
     Shapes:
         `forward(basis, grid, initial, params=None, *, start=None, generator=None)` with basis `[B, *grid.shape, K]`,

@@ -21,8 +21,8 @@ class Rows(NamedTuple):
     Attributes:
         terms: T, `[N, terms, points, K]`.
         fixed: c, `[N, terms, points]`, or none.
-        names: of the terms.
-        function: from terms by name `[N, points]` and constants to residuals `[N, points]`.
+        names: names of the terms.
+        function: function from terms by name `[N, points]` and constants to residuals `[N, points]`.
         constants: what else the function needs, by name, each with N rows.
     """
 
@@ -160,7 +160,7 @@ class CompressedProblem(NamedTuple):
 
     Attributes:
         bent: rows that are not linear, with their scale.
-        matrix: of the linear rows, `[N, K + 1, K]`.
+        matrix: matrix of the linear rows, `[N, K + 1, K]`.
         right: their residuals at 0, `[N, K + 1]`.
     """
 

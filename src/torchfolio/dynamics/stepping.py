@@ -96,7 +96,7 @@ class Problem:
         adaptive: how steps are chosen where there is no grid.
         noise: Brownian motion with `increment(t0, t1)` and `area(t0, t1)`; None for ordinary equations.
         jumps: times at which the field jumps, which steps meet exactly: an ordered set, in the order of `ts`.
-        max_steps: most steps that are tried.
+        max_steps: maximum number of steps that are tried.
         last_step: length of the last step that was not cut short, for a solve that follows.
     """
 

@@ -41,8 +41,8 @@ def binarize_input(x: Tensor, *, normalize: bool, batch_axes: int = 1) -> Tensor
 
     Args:
         x: inputs, `[B, ...]`.
-        normalize: divide every example by its standard deviation first (no mean is subtracted). The signs are the
-            same; it keeps values in $[-1, 1]$, where the gradient is not zero.
+        normalize: whether to divide every example by its standard deviation first (no mean is subtracted). The signs
+            are the same; it keeps values in $[-1, 1]$, where the gradient is not zero.
         batch_axes: how many leading axes count examples.
     """
     if normalize:
@@ -121,9 +121,9 @@ class SignSTEConv2d(_SignSTE, nn.Conv2d):
     """A convolution with the signs of its weights and the clipped straight-through gradient: the baseline.
 
     Args:
-        *args: of `nn.Conv2d`.
+        *args: arguments of `nn.Conv2d`.
         binary_input: binarise the inputs too.
-        **kwargs: of `nn.Conv2d`.
+        **kwargs: arguments of `nn.Conv2d`.
 
     Shapes:
         As `nn.Conv2d`.

@@ -106,7 +106,7 @@ def frequency_for(model: nn.Module, qe: float = 0.05, where: Where | None = None
 
     Args:
         model: a network, converted or not.
-        qe: the error wanted, between 0 and 0.102835.
+        qe: error wanted, between 0 and 0.102835.
         where: layers of a network that has no BiPer layer yet; as in `binarize`.
 
     Returns:

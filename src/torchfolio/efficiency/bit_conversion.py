@@ -50,13 +50,13 @@ def convert(
     warning says. Activations need an example, or `calibrate`, before the network is evaluated or trained by `fit`.
 
     Args:
-        model: the trained network.
+        model: trained network.
         bits: widths, each from 2 to 8.
         fixed: names of layers that stay at the highest width; by default the first and the last, in the order in
             which the network lists them.
         act: quantise inputs too, not weights alone.
         norm: `"switchable"` gives every batch norm parameters for each width of the layer that it follows.
-        scale: of weights; see `DoubleRounding`.
+        scale: scale of weights; see `DoubleRounding`.
         example: a batch of inputs, from which the scales of activations start.
 
     Raises:

@@ -249,7 +249,7 @@ class BoostedNetwork(BaseEstimator):
 
         Args:
             n_units: of the first so many units; all by default.
-            dtype: of the weights.
+            dtype: dtype of the weights.
 
         Returns:
             From `[B, D]` to logits `[B, K]`: one for two classes (its sigmoid is the probability of `classes_[1]`),

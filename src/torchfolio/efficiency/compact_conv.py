@@ -78,7 +78,7 @@ def compact(model: nn.Module) -> nn.Module:
     Outputs are those of the masked network up to rounding.
 
     Args:
-        model: of `attach_gates`, trained.
+        model: model of `attach_gates`, trained.
 
     Raises:
         ValueError: if there are no gates.

@@ -32,7 +32,7 @@ class Phase:
 
     Attributes:
         name: shown to the user.
-        share: of all epochs.
+        share: share of all epochs.
         lr: factor on the learning rate.
         weight_decay: factor on the weight decay.
         rule: learning rule; backprop by default.
@@ -53,7 +53,7 @@ class Compression(Shown, ABC):
         """Change the network in place, or make another, that is trained further.
 
         Args:
-            model: the trained network, which may be changed.
+            model: trained network, which may be changed.
             example: a few inputs.
         """
 
@@ -89,7 +89,7 @@ class Compressed:
     """A compressed network.
 
     Attributes:
-        model: the finished network, in evaluation mode.
+        model: finished network, in evaluation mode.
         epochs: that every phase took, by name.
     """
 
@@ -120,19 +120,19 @@ def compress(
     not decayed.
 
     Args:
-        model: the network; it is left as it is.
+        model: network; it is left as it is.
         method: such as `torchfolio.efficiency.biper.BiPer()`.
-        train: see `torchfolio.engine.fit`.
+        train: settings of the training, see `torchfolio.engine.fit`.
         example: a few inputs `[B, ...]`.
         val: evaluated after every epoch.
-        epochs: of all phases together; each phase gets at least one.
+        epochs: number of epochs of all phases together; each phase gets at least one.
         lr: learning rate, times the phase's factor.
         weight_decay: likewise.
         batch_size: examples of a batch.
         augment: applied to every batch of inputs.
-        seed: of order, augmentation and new parameters.
-        device: as in `fit`.
-        precision: as in `fit`.
+        seed: seed of order, augmentation and new parameters.
+        device: device, as in `fit`.
+        precision: precision, as in `fit`.
         say: called with a line about each phase.
 
     Returns:
@@ -187,7 +187,7 @@ def own_group(optimizer: Optimizer, parameters: Iterable[nn.Parameter], **option
     Args:
         optimizer: that holds them; it must not have made a step with them.
         parameters: to move.
-        **options: of the new group, such as `lr`; the others are those of the first group.
+        **options: options of the new group, such as `lr`; the others are those of the first group.
 
     Returns:
         The new group, the last of `optimizer.param_groups`.

@@ -82,7 +82,7 @@ class BitSwitching(Compression):
         bit: width that the written network runs at until it is switched; the highest by default.
         fixed: names of layers that stay at the highest width; by default the first and the last.
         act: quantise activations too.
-        norm: see `convert`.
+        norm: norm, see `convert`.
         alrs: see `MultiPrecision`.
 
     Raises:
@@ -142,8 +142,8 @@ def switchable(
     """The structure of a stored network, into which its state dict is loaded: what a bundle builds.
 
     Args:
-        model: the network before its conversion.
-        bits: see `convert`.
+        model: network before its conversion.
+        bits: numbers of bits, see `convert`.
         bit: width that it runs at; the highest by default.
         fixed: see `convert`.
         act: likewise.

@@ -176,8 +176,8 @@ def compact_gated(
     """The structure of a compact network, into which its state dict is loaded: what a bundle builds.
 
     Args:
-        model: the network without gates.
-        r: see `attach_gates`.
+        model: network without gates.
+        r: share that is kept, see `attach_gates`.
         skip: likewise.
         pool: likewise.
         softmax: likewise.
@@ -191,9 +191,9 @@ class DynamicPruning(Compression):
     Args:
         r: share of the heat to keep, in (0, 1]; `choose_r` finds one for a budget.
         skip: names of convolutions to leave alone.
-        pool: see `MaskPredictor`.
+        pool: pool, see `MaskPredictor`.
         softmax: likewise.
-        mode: see `FTWT`.
+        mode: mode, see `FTWT`.
         cooldown: likewise.
         gate_lr: likewise.
 

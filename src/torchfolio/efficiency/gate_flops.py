@@ -30,7 +30,7 @@ class Flops:
     Attributes:
         dense: without gates, of one sample.
         per_sample: with gates `[N]`, those of the gates not counted.
-        gates: of all gates together, of one sample.
+        gates: gates of all gates together, of one sample.
     """
 
     dense: int
@@ -58,7 +58,7 @@ def measure_flops(model: nn.Module, data: Any, *, batch_size: int = 256) -> Flop
     """Operations on every sample, by the gates that open and the channels that reach each layer.
 
     Args:
-        model: of `attach_gates`; mode and statistics are left as they are.
+        model: model of `attach_gates`; mode and statistics are left as they are.
         data: inputs, a data set or a loader; see `torchfolio.data.Examples`.
         batch_size: samples at a time.
 
@@ -103,10 +103,10 @@ def estimate_flops(model: nn.Module, data: Any, r: float, *, criterion: Criterio
     """Operations with gates that hit their targets exactly, known before any gate is trained.
 
     Args:
-        model: the trained network, with gates or without.
+        model: trained network, with gates or without.
         data: inputs like those of training.
         r: share of the heat.
-        criterion: of the targets.
+        criterion: criterion of the targets.
 
     Raises:
         ValueError: as `attach_gates` and `measure_flops`.
@@ -135,10 +135,10 @@ def choose_r(model: nn.Module, data: Any, reduction: float, *, tolerance: float 
     """The share of the heat at which the estimated saving is as wanted, by bisection.
 
     Args:
-        model: the trained network, without gates.
+        model: trained network, without gates.
         data: inputs like those of training, some hundreds.
         reduction: share of the operations to save, such as 0.4.
-        tolerance: of the saving.
+        tolerance: tolerance of the saving.
 
     Raises:
         ValueError: if no share gives it; the range that can be reached is named.

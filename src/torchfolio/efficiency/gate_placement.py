@@ -32,12 +32,12 @@ def attach_gates(
     too before an addition, and those that run twice are left alone: `gated_layers` tells which have gates.
 
     Args:
-        model: the trained network, which can be traced by `torch.fx`.
+        model: trained network, which can be traced by `torch.fx`.
         r: share of the heat to keep, in (0, 1]; see `choose_r`.
         skip: names of convolutions to leave alone.
-        pool: of the gates; see `MaskPredictor`.
+        pool: pool of the gates; see `MaskPredictor`.
         softmax: likewise.
-        criterion: of the targets.
+        criterion: criterion of the targets.
 
     Raises:
         ValueError: if the network cannot be traced, has gates already or nothing to gate, or a name is unknown.

@@ -79,7 +79,8 @@ class MaskPredictor(nn.Module):
         in_channels: channels of the layer's input.
         out_channels: its filters.
         pool: `"max"` or `"avg"`, over all positions.
-        softmax: normalise the pooled input. Without it the gates follow the budget more closely and cost more accuracy.
+        softmax: whether to normalise the pooled input. Without it the gates follow the budget more closely and cost
+            more accuracy.
 
     Shapes:
         `[B, in_channels, H, W]` to logits `[B, out_channels]`.
@@ -110,7 +111,7 @@ class Gates(NamedTuple):
     """What the gates of a layer did in the last pass.
 
     Attributes:
-        logits: of the predictor `[B, C]`; with their graph while a rule trains them.
+        logits: logits of the predictor `[B, C]`; with their graph while a rule trains them.
         target: bool `[B, C]`, or `None` where nothing asked for it.
         mask: bool `[B, C]`, what was used.
     """
@@ -129,11 +130,11 @@ class GatedConv(nn.Module):
     All filters are computed here, so that norms see all channels in training; `compact` skips the closed ones.
 
     Args:
-        conv: the convolution.
+        conv: convolution.
         norm: its batch norm, or `None`.
         activation: such as `nn.ReLU`, or `None` (before an addition; filters are then scored by the size of the norm's
             output).
-        predictor: the gate.
+        predictor: gate.
         r: share of the heat to keep, in (0, 1].
         criterion: `"mass"` or `"uniform"`.
 

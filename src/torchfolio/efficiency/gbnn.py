@@ -177,7 +177,7 @@ class GBNNRegressor(RegressorMixin, BoostedNetwork):
     mean target, residuals are $y - F$, and $\\rho_t = 1$. Several targets share the hidden units.
 
     Args:
-        total_units: see `GBNNClassifier`; so are all other arguments.
+        total_units: number of units, see `GBNNClassifier`; so are all other arguments.
         units_per_step: units of a block.
         learning_rate: shrinkage $\\eta$.
         subsample: share of the examples that each block is fitted to.
@@ -239,7 +239,7 @@ class BoostedHead(NamedTuple):
     """What `boost_head` returns.
 
     Attributes:
-        features: of the backbone, `[N, D]`.
+        features: features of the backbone, `[N, D]`.
         estimator: fitted on them.
         network: `nn.Sequential(backbone, head)`.
     """
@@ -256,10 +256,10 @@ def boost_head(backbone: nn.Module, loader: Data, *, batch_size: int = 256, **pa
     mode and without gradients; the head is grown on them. The backbone is not changed.
 
     Args:
-        backbone: from a batch to features `[B, ...]`, which are flattened.
+        backbone: network from a batch to features `[B, ...]`, which are flattened.
         loader: batches (x, y), a data set or a pair of tensors. Floating y is regressed, other y classified.
-        batch_size: of data sets and tensors.
-        **parameters: of `GBNNClassifier` or `GBNNRegressor`.
+        batch_size: batch size of data sets and tensors.
+        **parameters: parameters of `GBNNClassifier` or `GBNNRegressor`.
 
     Returns:
         Features, fitted estimator, and the backbone with the head on its device and of its dtype. The network's logits

@@ -50,7 +50,7 @@ def find_halves(model: nn.Module, example: tuple[Tensor, ...], skip: Collection[
     """The halves of every layer with weights.
 
     Args:
-        model: the network; it is left as it was.
+        model: network; it is left as it was.
         example: its inputs, with an axis of examples.
         skip: names of modules that are kept whole; only raw inputs may enter them.
 

@@ -31,7 +31,7 @@ class MixedPrecision(SwitchingRule):
     wide ones more often: $p(b) = b / \\sum_{b'} b'$.
 
     Args:
-        loss: as in `MultiPrecision`.
+        loss: loss, as in `MultiPrecision`.
         traces: mean curvature by layer, of `weight_traces` on the network before its conversion; `None` draws every
             width alike in all layers.
         passes: drawn mixtures in a step.
@@ -115,13 +115,13 @@ def weight_traces(
     """Mean curvature of every layer's weights: the trace of their block of the Hessian over their number.
 
     Args:
-        model: the trained network, before `convert`, in evaluation mode.
+        model: trained network, before `convert`, in evaluation mode.
         loss: criterion with mean reduction.
         data: a batch (x, y) or more; see `torchfolio.measure.hessian_traces`.
         samples: most random vectors; two backward passes each.
         tolerance: relative standard error at which to stop earlier.
-        batch_size: see `torchfolio.measure.hessian_traces`.
-        generator: of the signs.
+        batch_size: batch size, see `torchfolio.measure.hessian_traces`.
+        generator: source of the signs.
 
     Returns:
         The mean curvature by name of the layer.
@@ -153,8 +153,8 @@ def search_bits(
     with $c_i(b) = b \\cdot$ weights of the layer, or $b^2 \\cdot$ its multiply-adds.
 
     Args:
-        model: of `convert`, trained and not stored. Layers that do not switch count in the cost.
-        traces: of `weight_traces`.
+        model: model of `convert`, trained and not stored. Layers that do not switch count in the cost.
+        traces: traces of `weight_traces`.
         budget: bits of all quantised weights, or bit operations on one example.
         cost: `"size"` or `"bitops"`.
         example: one input `[1, ...]`, needed for `"bitops"`.

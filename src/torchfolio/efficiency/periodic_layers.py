@@ -104,12 +104,12 @@ class BiPerConv2d(BiPerLayer, nn.Conv2d):
     Padding stays 0.
 
     Args:
-        *args: of `nn.Conv2d`: `in_channels`, `out_channels`, `kernel_size`, `stride`, `padding`, …
+        *args: arguments of `nn.Conv2d`: `in_channels`, `out_channels`, `kernel_size`, `stride`, `padding`, …
         frequency: $\\omega_0$. It multiplies gradients: the learning rate that fits falls as $1 / \\omega_0^2$.
         binary_input: binarise the inputs too (1W1A); otherwise weights alone (1W32A). Inputs must take both signs:
             put `nn.Hardtanh`, not ReLU, before the layer.
         stage: 1 or 2.
-        **kwargs: of `nn.Conv2d`: `groups`, `dilation`, `bias`, `padding_mode`, `device`, `dtype`, …
+        **kwargs: arguments of `nn.Conv2d`: `groups`, `dilation`, `bias`, `padding_mode`, `device`, `dtype`, …
 
     Raises:
         ValueError: if the frequency is not above 0 or the stage not 1 or 2.

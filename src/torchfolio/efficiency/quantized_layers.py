@@ -47,7 +47,7 @@ class QuantizedLayer(nn.Module):
         integers: stored weights (int8), or `None` in training.
         bit: width now.
         fixed: whether the layer stays at the highest width.
-        quantizer: of the weights.
+        quantizer: quantizer of the weights.
         activation: quantiser of the inputs, or `None`.
     """
 
@@ -123,7 +123,7 @@ class SwitchableNorm(nn.Module):
     """A batch norm for every width of the layer before it, each starting as a copy of one.
 
     Args:
-        norm: the batch norm of the trained network.
+        norm: batch norm of the trained network.
         bits: widths.
         source: name of the layer that it follows.
 
@@ -159,7 +159,7 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
     """Switch a network to a width, or its layers to widths of their own; nothing is computed.
 
     Args:
-        model: of `convert`, in training or stored.
+        model: model of `convert`, in training or stored.
         bits: a width for all layers but the fixed ones, or widths by name of some of them.
 
     Raises:
@@ -204,7 +204,7 @@ def calibrate(model: nn.Module, data: Any, *, batch_size: int = 128) -> nn.Modul
     """Start the scales of activations that are still 0, from one batch at every width.
 
     Args:
-        model: of `convert`. Its norms, mode and widths are left as they are.
+        model: model of `convert`. Its norms, mode and widths are left as they are.
         data: tensors, a data set or a loader; see `torchfolio.data.Examples`. The first batch is taken.
         batch_size: examples of it.
 
@@ -238,7 +238,7 @@ def store(model: nn.Module) -> nn.Module:
     Its `state_dict` holds a byte for each quantised weight, so that it is small on disk.
 
     Args:
-        model: of `convert`, trained.
+        model: model of `convert`, trained.
 
     Returns:
         The model.
@@ -265,7 +265,7 @@ def load_export(model: nn.Module, exported: Mapping[str, Tensor]) -> nn.Module:
     """Make a network converted alike the stored one, in place.
 
     Args:
-        model: of `convert` with the same settings.
+        model: model of `convert` with the same settings.
         exported: what `export` gave.
 
     Raises:

@@ -25,7 +25,7 @@ def layers(model: nn.Module, example: Tensor | None = None) -> list[Unit]:
     The modules are the model's own: to train them is to train the model.
 
     Args:
-        model: the network.
+        model: network.
         example: one batch of inputs. With it the composed layers are compared with the model in evaluation
             mode. Networks that cannot be traced, because their forward pass depends on the data, are split
             by this comparison alone.
@@ -50,7 +50,7 @@ def blocks(
     """The network in contiguous blocks that compose to it.
 
     Args:
-        model: the network.
+        model: network.
         n: number of blocks, nearly equal in `layers`, the first ones longer.
         names: dotted names of the modules that start a block, in running order; what comes before the first
             one belongs to the first block. Modules that a name leads through (`"layer2"` of `"layer2.0"`)

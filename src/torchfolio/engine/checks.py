@@ -100,10 +100,10 @@ def check_targets(output: Any, target: Tensor, data: Data, criterion: Any, name:
     """Compare targets with outputs, for a criterion that is cross-entropy where targets are labels.
 
     Args:
-        output: of the model on an example.
-        target: of the example.
+        output: output of the model on an example.
+        target: target of the example.
         data: that the example is from; its labels are all looked at where they are in memory.
-        criterion: of training; others than cross-entropy judge for themselves.
+        criterion: criterion of training; others than cross-entropy judge for themselves.
         name: word for the data in messages.
 
     Raises:

@@ -29,8 +29,8 @@ class EnsembleResult:
     """Networks trained together.
 
     Attributes:
-        models: the networks, trained in place.
-        losses: of every step before its update, `[steps, members]`.
+        models: networks, trained in place.
+        losses: losses of every step before its update, `[steps, members]`.
     """
 
     models: list[nn.Module]
@@ -93,16 +93,16 @@ def fit_many(
         y: targets `[N, ...]` for all, or `[members, N, ...]`.
         steps: optimizer steps.
         lr: learning rate, one or a value for each member.
-        momentum: of SGD, one or a value for each member.
+        momentum: momentum of SGD, one or a value for each member.
         weight_decay: L2 penalty (decoupled for `"adamw"`), one or a value for each member.
         optimizer: `"sgd"`, `"adam"` or `"adamw"`.
-        betas: of Adam.
+        betas: decay rates of Adam.
         eps: of Adam.
         batch_size: examples of a step; all by default.
         loss: criterion with mean reduction; see `Backprop` for the default.
         penalty: what is added to the losses, `[members]`, as a function of the stacked parameters.
         own_data: `x` and `y` hold a data set for each member along their first axis.
-        seed: of the order of batches, as in `fit`; one for each member gives each its own order.
+        seed: seed of the order of batches, as in `fit`; one for each member gives each its own order.
         record: called with the steps taken and the stacked parameters before every step and after the last. They
             change in place with the steps: clone what is kept.
 

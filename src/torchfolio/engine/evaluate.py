@@ -58,12 +58,12 @@ def evaluate(
     """Mean loss, and accuracy where the targets are labels, over a data set in evaluation mode.
 
     Args:
-        model: the network; its modes are restored, and modules with state (spiking neurons) start every batch afresh.
+        model: network; its modes are restored, and modules with state (spiking neurons) start every batch afresh.
         data: whatever `torchfolio.data.Examples` takes: tensors or arrays (x, y), a `Dataset`, a `DataLoader`.
         loss: criterion with mean reduction; by default cross-entropy for integer targets, else the mean
             squared error.
         batch_size: examples at a time, unless `data` is a `DataLoader`.
-        device: where to compute; the model moves there. The model's own device by default, `"auto"` takes an
+        device: device to compute on; the model moves there. The model's own device by default, `"auto"` takes an
             accelerator if there is one.
         rule: learning rule that the network was trained by, where its answers are not the plain outputs: a spiking
             network is run over time.

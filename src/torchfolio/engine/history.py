@@ -56,7 +56,7 @@ class FitResult:
     Attributes:
         model: the user's network, trained in place.
         module: what was trained, auxiliary networks included.
-        rule: the learning rule.
+        rule: learning rule.
         history: a row for every epoch.
         steps: optimizer steps taken.
         epochs: epochs completed.

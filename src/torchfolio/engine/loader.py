@@ -27,7 +27,7 @@ class Share:
     """One process's part of a joint batch.
 
     Attributes:
-        batch: the tensors.
+        batch: tensors.
         size: examples that count. Where a joint batch has fewer examples than there are processes, some get
             one that counts for nothing (`size` 0), since all of them must take part in every step.
         joint: examples of the joint batch.
@@ -75,11 +75,11 @@ def as_batches(
         data: tensors or a `TensorDataset` (indexed whole batches at a time), another `Dataset`, or a
             `DataLoader`, which brings its own batches and order, as a list of batches does.
         batch_size: examples of a joint batch.
-        seed: of the order.
-        rank: of this process.
+        seed: seed of the order.
+        rank: rank of this process.
         world: number of processes.
         drop_last: leave out a last batch that is not full.
-        device: of training; tensors that fit are kept there.
+        device: device of training; tensors that fit are kept there.
     """
     if isinstance(data, DataLoader):
         return LoaderBatches(data, seed, rank, world)

@@ -92,7 +92,7 @@ class Added(LearningRule):
 
     Args:
         objective: what is added.
-        rule: the rule of the task; `Backprop()` by default.
+        rule: rule of the task; `Backprop()` by default.
 
     Raises:
         ValueError: in `step`, if the rule never ran what the objective reads.

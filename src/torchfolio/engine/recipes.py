@@ -39,7 +39,7 @@ def one_cycle(max_lr: float | None = None, **arguments: Any) -> Callable[..., LR
 
     Args:
         max_lr: peak of the learning rate; the optimizer's own by default, group by group.
-        **arguments: of `torch.optim.lr_scheduler.OneCycleLR`.
+        **arguments: arguments of `torch.optim.lr_scheduler.OneCycleLR`.
     """
     return partial(_one_cycle, max_lr=max_lr, arguments=arguments)
 

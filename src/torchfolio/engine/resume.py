@@ -28,8 +28,8 @@ def check_parts(saved: Mapping[str, Any], processes: int, batches: int | None) -
 
     Args:
         saved: its content.
-        processes: of the training that goes on.
-        batches: of an epoch, where that is known.
+        processes: number of processes of the training that goes on.
+        batches: batches of an epoch, where that is known.
 
     Raises:
         ValueError: at the first part that is odd.
@@ -85,8 +85,8 @@ class Checkpoints:
 
     Args:
         folder: where they are; `None` keeps nothing.
-        state: the training.
-        settings: see `fingerprint`.
+        state: training.
+        settings: settings, see `fingerprint`.
     """
 
     def __init__(self, folder: Path | None, state: TrainingState, settings: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class LearningRule(Shown, ABC):
         between its backward passes keeps the optimizer, and leaves the gradients of its last pass to `fit`.
 
         Args:
-            optimizer: of everything that is trained.
+            optimizer: optimizer of everything that is trained.
             total_steps: that training will make, or `None` where nobody knows.
         """
 

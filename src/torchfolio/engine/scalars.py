@@ -19,8 +19,8 @@ class NonFiniteLoss(TorchfolioError, ArithmeticError):
     """A scalar of the training, or a weight, became NaN or infinite; training stopped there.
 
     Args:
-        step: the optimizer step, from 1.
-        name: the scalar that the rule returned, or the weight.
+        step: optimizer step, from 1.
+        name: scalar that the rule returned, or the weight.
         value: NaN or an infinity.
     """
 
@@ -43,7 +43,7 @@ class Scalars:
     at most `PATIENCE` steps later.
 
     Args:
-        device: of training.
+        device: device of training.
         world: number of processes.
     """
 
@@ -69,7 +69,7 @@ class Scalars:
         """Add what waits to the epoch's sums.
 
         Args:
-            flags: of this process.
+            flags: flags of this process.
 
         Returns:
             Each flag, true if it is on any process.

@@ -21,10 +21,10 @@ class FitState:
     Attributes:
         model: the user's network.
         module: what is trained: `model`, or what holds it and its auxiliary networks.
-        rule: the learning rule.
-        optimizer: the optimizer.
+        rule: learning rule.
+        optimizer: optimizer.
         epochs: epochs asked for; `None` where only `max_steps` bounds the training.
-        scheduler: the learning-rate scheduler, if there is one.
+        scheduler: learning-rate scheduler, if there is one.
         epoch: epochs completed.
         step: optimizer steps taken.
         position: batches drawn in the epoch under way.

@@ -25,7 +25,7 @@ class TrainingState(FitState):
     """A training under way: what callbacks see, and what it takes to go on from here.
 
     Attributes:
-        fabric: the processes.
+        fabric: processes.
         batches: batches and their order.
         sums: sums of the epoch under way.
         stopper: early stopping, if there is any.

@@ -126,7 +126,7 @@ def ccgp(Z: Any, conditions: Any, dichotomy: Any, estimator: Any = None, *, seed
         conditions: `[N]`.
         dichotomy: bool `[P]`, at least two conditions on each side.
         estimator: scikit-learn classifier; `LinearSVC` by default.
-        seed: of the classifier and of the choice of splits.
+        seed: seed of the classifier and of the choice of splits.
 
     Raises:
         ValueError: if there are fewer than 4 conditions, or fewer than two on a side.
@@ -171,7 +171,7 @@ def decoding_accuracy(Z: Any, conditions: Any, dichotomy: Any, estimator: Any = 
         conditions: `[N]`.
         dichotomy: bool `[P]`.
         estimator: scikit-learn classifier; `LinearSVC` by default.
-        seed: of the halves.
+        seed: seed of the halves.
     """
     z, c, P = _checked(Z, conditions)
     label = _dichotomy(dichotomy, P, balanced=False)[c]

@@ -16,7 +16,7 @@ def input_batches(data: Probe, batch_size: int = 256) -> Iterator[Tensor]:
     Args:
         data: a tensor `[N, ...]`; a map-style data set of x or (x, y); or a loader or list of batches x or (x, y),
             which keep their size.
-        batch_size: of tensors and data sets.
+        batch_size: batch size of tensors and data sets.
 
     Raises:
         TypeError: if a batch does not begin with a tensor.

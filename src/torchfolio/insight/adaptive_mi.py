@@ -130,7 +130,7 @@ def information_plane(
     """Measure the layers of a network, in evaluation mode.
 
     Args:
-        module: the network.
+        module: network.
         layers: names of layers, or the modules themselves.
         inputs: `[N, ...]`.
         labels: `[N]`.
@@ -209,13 +209,13 @@ class InformationPlaneRecorder:
     before the first step and after every epoch.
 
     Attributes:
-        module: the network.
+        module: network.
         layers: names of layers, or the modules.
         inputs: `[N, ...]`.
         labels: `[N]`.
         estimator: `AdaptiveBinning()` by default.
         when: epochs to measure at, such as `log_spaced(40, epochs)`; all by default.
-        reduce: see `information_plane`.
+        reduce: treatment of positions, see `information_plane`.
         output: see `information_plane`.
         planes: what was measured, by epoch.
     """

@@ -44,7 +44,7 @@ class ClusterTask:
         Args:
             n: number of samples.
             noise: in place of the task's own.
-            generator: of the draws.
+            generator: source of the draws.
         """
         whole("n", n, 1)
         conditions = torch.arange(n) % len(self.means)
@@ -73,7 +73,7 @@ def random_clusters(
         P: number of clusters, even.
         D: dimension of the inputs.
         noise: standard deviation about the means.
-        generator: of the draws.
+        generator: source of the draws.
     """
     if whole("P", P, 2) % 2:
         raise ValueError(f"expected an even number of clusters, for a balanced label, got {P}")
@@ -94,7 +94,7 @@ def separable_xor(
         D: dimension of the inputs, at least 3.
         epsilon: linear separability in [0, 1].
         noise: standard deviation about the means.
-        generator: of the directions $e_k$, which have non-negative entries on disjoint thirds of the inputs.
+        generator: source of the directions $e_k$, which have non-negative entries on disjoint thirds of the inputs.
     """
     between("epsilon", epsilon, 0, 1)
     directions = torch.zeros(3, whole("D", D, 3), dtype=torch.float64)
@@ -125,7 +125,7 @@ def aligned_kernel(
         alignment: c in [0, 1].
         max_rank: maximum rank of the two random kernels; P - 1 by default.
         scale: the trace is `scale` times P.
-        generator: of the draws.
+        generator: source of the draws.
 
     Returns:
         The kernel, float64 `[P, P]`.

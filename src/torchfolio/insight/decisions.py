@@ -37,7 +37,7 @@ def rational_choice(logits: Tensor, rationality: float | Tensor = 1.0, dim: int 
     Args:
         logits: utilities `[...]`.
         rationality: $\\kappa > 0$, a number or a tensor that broadcasts.
-        dim: of the alternatives.
+        dim: dimension of the alternatives.
 
     Raises:
         ValueError: if $\\kappa$ is not positive and finite, or a utility is NaN. One of $-\\infty$ is never chosen.
@@ -100,14 +100,14 @@ def sample_sequences(
     """Draw sequences token by token; all rows are computed in one forward pass a step.
 
     Args:
-        step: from tokens `[B, T]` to logits `[B, V]` of the next.
+        step: function from tokens `[B, T]` to logits `[B, V]` of the next.
         prefix: `[B, P]`, kept at the front; rows end alike.
         eos: token that ends a sequence.
         max_len: maximum number of tokens drawn; an unfinished row has no `eos`.
         rationality: $\\kappa$, one number or one for each row `[B]`, so that a whole grid is one batch.
             `float("inf")` takes the best token: greedy decoding.
         pad: token after the end.
-        generator: of the draws.
+        generator: source of the draws.
 
     Returns:
         Drawn tokens `[B, <= max_len]`, without the prefix.
@@ -186,7 +186,7 @@ def beam_search(
     The result is unchanged by increasing linear maps of the totals, not by increasing maps of every step's scores.
 
     Args:
-        step: from tokens `[B, T]` to logits `[B, V]` of the next.
+        step: function from tokens `[B, T]` to logits `[B, V]` of the next.
         prefix: one row `[P]`.
         eos: token that ends a sequence.
         beam: number of partial sequences kept.

@@ -38,8 +38,8 @@ def example_losses(
         model: network, left as it was.
         data: examples (x, y) that it was not trained on, as it takes them.
         classes: names of its outputs.
-        pictures: the inputs as images in [0, 1], `[N, C, H, W]`, to show.
-        texts: the inputs in words, to show.
+        pictures: inputs as images in [0, 1], `[N, C, H, W]`, to show.
+        texts: inputs in words, to show.
 
     Raises:
         ValueError: if there are no targets that the outputs fit, or losses are not finite.

@@ -28,7 +28,7 @@ def decay(curvature: Tensor, steps: Tensor, lr: float, momentum: float = 0.0) ->
         curvature: $h_k \\ge 0$, `[r]`.
         steps: numbers of steps, whole or infinite, `[S]`.
         lr: learning rate.
-        momentum: of heavy-ball; the first step has none.
+        momentum: momentum of heavy-ball; the first step has none.
 
     Returns:
         $e_k(t)$ and $g_k(t) = 1 - e_k(t)$, `[S, r]`.

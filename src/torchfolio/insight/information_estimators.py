@@ -143,10 +143,10 @@ class AdaptiveBinning(_Discrete):
 
     Args:
         n_bins: $B$; 30.
-        atom: the value of inactive units, the smallest there is: `"auto"` takes 0 where the layer's minimum is 0 and more
+        atom: value of inactive units, the smallest there is: `"auto"` takes 0 where the layer's minimum is 0 and more
             than one activation has it; `None` takes none.
         per_neuron: bins of their own for every unit.
-        official_top_bin: let the largest value be a bin of its own, as in the authors' code.
+        official_top_bin: whether to let the largest value be a bin of its own, as in the authors' code.
 
     Reference:
         Section 3 and the authors' code (bins recomputed for every layer at every moment, shared by its units).

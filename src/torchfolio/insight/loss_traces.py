@@ -35,7 +35,7 @@ class LossRecorder:
     The network is asked in evaluation mode, so that dropout and batch statistics do not couple examples.
 
     Args:
-        model: the network that trains.
+        model: network that trains.
         data: examples to follow: the training set or a part of it.
         loss: criterion that gives a loss for each example, such as cross-entropy with `reduction="none"`.
         batch_size: examples at a time.
@@ -99,7 +99,7 @@ class Trace:
     """A training by full batches.
 
     Attributes:
-        losses: of every example before each step and at the end, `[T + 1, n]`.
+        losses: losses of every example before each step and at the end, `[T + 1, n]`.
         steps: steps at which the sharpness was measured.
         sharpness: top eigenvalue of the Hessian there.
         limit: $2 / \\eta$, above which gradient descent is unstable.
@@ -127,10 +127,10 @@ def trace(
     """Train a network in place by full-batch gradient descent, with the losses of all examples and the sharpness.
 
     Args:
-        model: the network, in the mode it is in; a network with dropout should be in evaluation mode.
+        model: network, in the mode it is in; a network with dropout should be in evaluation mode.
         data: tensors (x, y).
         lr: step size $\\eta$.
-        steps: of gradient descent.
+        steps: number of steps of gradient descent.
         sharpness_every: steps between measurements; 0 measures none but that of the first rise.
         loss: criterion that gives a loss for each example.
         keep: steps whose weights are kept.

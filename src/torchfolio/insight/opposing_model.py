@@ -54,7 +54,7 @@ class OpposingSignalModel:
         alpha: $E\\lVert x_o \\rVert^2 \\ge 0$.
         p: probability of an outlier, in (0, 1].
         beta: norm of $\\beta$, along a random direction, or $\\beta$ itself `[d1]`.
-        seed: of the direction.
+        seed: seed of the direction.
     """
 
     def __init__(self, d1: int, d2: int, alpha: float, p: float, beta: float | Tensor, *, seed: int = 0) -> None:
@@ -135,7 +135,7 @@ class OpposingSignalModel:
 
         Args:
             lr: $\\eta$; a small one follows gradient flow.
-            steps: of gradient descent.
+            steps: number of steps of gradient descent.
             start: $(c, b, b_o)$.
             every: steps between records.
         """

@@ -136,12 +136,12 @@ def measure_groups(
     """What makes two groups opposing signals, beside random groups of their size.
 
     Args:
-        model: the network, with the weights of the step of the groups; it is left as it was, asked in evaluation mode.
-        data: the examples that the groups count.
-        groups: of `find_groups`.
+        model: network, with the weights of the step of the groups; it is left as it was, asked in evaluation mode.
+        data: examples that the groups count.
+        groups: groups of `find_groups`.
         loss: criterion with mean reduction.
         n_random: pairs of random groups.
-        seed: of these.
+        seed: seed of these.
 
     Returns:
         Rows `opposing` and `random` (means over the pairs): `cosine` of the two mean gradients, `norm_ratio` of their
@@ -205,11 +205,11 @@ def inject(
     Args:
         x: images `[N, C, H, W]` or features `[N, D]`.
         y: labels `[N]`.
-        classes: the two classes.
+        classes: two classes.
         n: number of examples changed, half in each class.
         strength: mean factor of the pattern; it is drawn between 2/3 and 4/3 of this for each example.
         pattern: what is added, of the shape of one example or one number a channel; a random colour by default.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Returns:
         The changed inputs, $0.3 x$ plus the pattern, and which were changed, bool `[N]`.

@@ -28,7 +28,7 @@ class RationalityFit:
     """A rationality fitted by decisions.
 
     Attributes:
-        kappa: the smallest rationality at which the metric reached the target; the best one tried where none did.
+        kappa: smallest rationality at which the metric reached the target; the best one tried where none did.
         curve: `(kappa, metric)` in the order tried.
         target: $(1 - \\varepsilon)$ of the reference.
         reached: whether the target was reached.

@@ -117,12 +117,12 @@ def geometry(
     """All measures for the layers of a network.
 
     Args:
-        module: the network; it is left as it was.
+        module: network; it is left as it was.
         layers: names of modules.
         inputs: `[N, ...]`.
         conditions: 0 to P - 1, `[N]`.
-        labels: of the conditions: 0 or 1 `[P]`, or several columns `[P, O]`.
-        seed: of classifiers and halves.
+        labels: labels of the conditions: 0 or 1 `[P]`, or several columns `[P, O]`.
+        seed: seed of classifiers and halves.
 
     Returns:
         A row for the inputs and for each layer: `input_alignment`, `target_alignment`, `parallelism`, `ccgp`,

@@ -109,7 +109,7 @@ class ShallowNetwork(nn.Module):
             more; columns of length $1/\\sqrt{M}$), `"uniform"` in $\\pm 1/\\sqrt{M}$, or `"sphere"`, random columns of that
             length.
         train_readout: whether J is trained.
-        generator: of the draws.
+        generator: source of the draws.
 
     Shapes:
         `[B, D]` to `[B, O]`; `hidden(x)` gives `[B, M]`.
@@ -179,10 +179,10 @@ def train_side_by_side(
     Args:
         networks: S networks of equal sizes; their activations may differ.
         tasks: S tasks of equal sizes.
-        steps: of gradient descent.
+        steps: number of steps of gradient descent.
         lr: learning rate.
         batch_size: samples of every network at a step.
-        generator: of the samples.
+        generator: source of the samples.
         record_every: keep all input weights after every so many steps, from the start on.
 
     Returns:
@@ -261,10 +261,10 @@ def weight_trajectories(
 
     Args:
         task: with one label.
-        activation: see `ShallowNetwork`.
-        steps: of training.
+        activation: activation, see `ShallowNetwork`.
+        steps: number of steps of training.
         every: steps between records.
-        seed: of weights and samples.
+        seed: seed of weights and samples.
         **sizes: further arguments of `ShallowNetwork`.
 
     Returns:
@@ -302,7 +302,7 @@ def expected_gradient(
         X: means of the conditions `[P, D]`, equally likely.
         Y: labels `[P, O]`.
         J: readout `[O, M]`.
-        activation: see `ShallowNetwork`.
+        activation: activation, see `ShallowNetwork`.
         bias: b `[M]`; 0 by default.
         logits: f `[P, O]` of the network; 0 by default, as at the start.
     """

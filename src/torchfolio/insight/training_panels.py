@@ -34,8 +34,8 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
     """The sharpness on the way against the largest that the step size allows.
 
     Args:
-        record: of the training, where there is one.
-        training: the record of a bundle.
+        record: record of the training, where there is one.
+        training: record of a bundle.
         last: sharpness of the trained network, where there is no record.
 
     Raises:
@@ -124,10 +124,10 @@ def group_panel(
     """The examples whose loss moved most at the spike of the mean loss, or where it first rose if there is none.
 
     Args:
-        record: of the training.
+        record: record of the training.
         classes: names of the labels.
-        pictures: the followed examples as images in [0, 1], `[n, C, H, W]`, to show.
-        texts: the followed examples in words, to show.
+        pictures: followed examples as images in [0, 1], `[n, C, H, W]`, to show.
+        texts: followed examples in words, to show.
 
     Raises:
         ValueError: if the losses are too few or not finite.

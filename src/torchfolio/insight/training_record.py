@@ -33,7 +33,7 @@ def losses_of(outputs: Tensor, targets: Tensor) -> Tensor:
     """The loss of each example, `[N]`: cross-entropy of labels, the mean square of numbers.
 
     Args:
-        outputs: of a network, `[N, C]`, or `[N]` and `[N, k]` for numbers.
+        outputs: outputs of a network, `[N, C]`, or `[N]` and `[N, k]` for numbers.
         targets: labels int64 `[N]`, or numbers of as many elements as the outputs.
 
     Raises:
@@ -66,7 +66,7 @@ def sharpness_of(model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None = 
         model: network in evaluation mode.
         x: inputs.
         y: targets.
-        start: the vector of an earlier measurement.
+        start: vector of an earlier measurement.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training]
     try:
@@ -108,12 +108,12 @@ class TrainingRecord:
 
     Attributes:
         steps: optimizer steps after which the losses were taken; the first is 0.
-        losses: of each followed example, `[T, n]`.
-        targets: of the followed examples, `[n]`; by which they are known again.
+        losses: losses of each followed example, `[T, n]`.
+        targets: targets of the followed examples, `[n]`; by which they are known again.
         measured: steps at which the sharpness was measured.
         sharpness: there; NaN where it could not be.
         lr: step size there.
-        momentum: of the optimizer, 0 for one without.
+        momentum: momentum of the optimizer, 0 for one without.
         nesterov: whether it is Nesterov's.
         optimizer: name of its class.
         followed: examples that the sharpness is taken over.

@@ -92,7 +92,7 @@ def utility_gradient(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tenso
     attractive they are now.
 
     Args:
-        module: from x to utilities `[N, C]`, in the mode it is in; its gradients and buffers stay as they were.
+        module: network from x to utilities `[N, C]`, in the mode it is in; its gradients and buffers stay as they were.
         x: inputs.
         y: labels `[N]`.
 
@@ -147,7 +147,7 @@ def invariance_report(
     """Which rules change their outputs under increasing maps of the utilities: a row for each rule and map.
 
     Args:
-        rule: from logits `[..., V]` to outputs, or several by name; random ones with fixed random numbers.
+        rule: function from logits `[..., V]` to outputs, or several by name; random ones with fixed random numbers.
         logits: utilities.
         transforms: strictly increasing maps by name; linear, exponential, softplus and ranks by default.
 

@@ -155,7 +155,7 @@ class BundledRegressor(RegressorMixin, _Bundled):
 
     Attributes:
         network_: scale of the inputs, feature maps and last layer, a float64 module; see `to_module`.
-        coef_: the trained matrix.
+        coef_: trained matrix.
 
     Raises:
         ValueError: in `fit`, for parameters out of range or data that scikit-learn refuses.
@@ -202,7 +202,7 @@ class BundledClassifier(ClassifierMixin, _Bundled):
     Attributes:
         classes_: labels, in the order of the outputs.
         network_: scale of the inputs, feature maps and last layer, a float64 module; see `to_module`.
-        coef_: the trained matrix.
+        coef_: trained matrix.
 
     Raises:
         ValueError: in `fit`, for parameters out of range, a single class, or data that scikit-learn refuses.

@@ -32,7 +32,7 @@ def select_filters(
     """Filters of a bank, best first, and their scores.
 
     Args:
-        bank: the bank.
+        bank: bank.
         X: images.
         y: labels, for `"joint"` and `"marginal"`.
         method: `"joint"`, greedily the largest gain of the Gaussian information of all chosen responses on the label,
@@ -150,7 +150,7 @@ def filter_count(
         X: images.
         size: side of the filters.
         n_patches: number of patches drawn.
-        contrast: see `FilterLearner`.
+        contrast: contrast function, see `FilterLearner`.
         seed: seed of the patches.
 
     Returns:

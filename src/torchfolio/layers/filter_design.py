@@ -73,11 +73,11 @@ class FilterLearner(TransformerMixin, BaseEstimator):
         epsilon: constant of the whitening.
         contrast: constant of the contrast normalisation, above 0; 0.01 suits images in [0, 1].
         drop_blank: whether nearly constant patches are left out.
-        encoder: see `bench`.
+        encoder: encoder, see `bench`.
         random_state: seed.
 
     Attributes:
-        bank_: the bank, with its whitening; `as_conv`, `as_patch_norm_conv` and `plot` are its own.
+        bank_: bank, with its whitening; `as_conv`, `as_patch_norm_conv` and `plot` are its own.
         filters_: `[K, C, k, k]` array.
         whitening_: matrix and mean of the whitening, or `None`.
 
@@ -191,7 +191,7 @@ def filter_size_report(
         y: labels; with them there is an accuracy on a part held out.
         sizes: candidates.
         n_filters: number of filters that are learned.
-        method: see `FilterLearner`.
+        method: method, see `FilterLearner`.
         test_share: share of the images held out, in (0, 1).
         seed: seed of everything drawn.
 

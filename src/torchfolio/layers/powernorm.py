@@ -53,7 +53,7 @@ def convert_layernorm(
     inside which tokens are padding; for other networks there is `padding`.
 
     Args:
-        model: the network.
+        model: network.
         norm: `PowerNorm`, `PowerNormV`, `SequenceBatchNorm` or a class with their arguments.
         where: `(name, layer) -> bool`, which LayerNorms; all by default.
         **kwargs: arguments of the norm, such as `warmup_steps=4000`.
@@ -124,7 +124,7 @@ def fold(norm: PowerNorm | PowerNormV, linear: nn.Linear) -> nn.Linear:
 
     Args:
         norm: without group scaling (`num_groups=None`), which depends on the token.
-        linear: the layer that follows; both are left as they are.
+        linear: layer that follows; both are left as they are.
 
     Raises:
         ValueError: if the norm scales groups, or sizes differ.

@@ -77,7 +77,7 @@ def relinear_param_groups(
         gamma: $(\\gamma_g, \\gamma_b)$, factors of the rate of $w_g, b_g$ and of $w_b, b_b$; one number for both. At 0
             the network stays an ordinary one. Wide or unnormalised inputs need small ones: 0.1 is good in small
             convolutional networks and diverges in deep perceptrons without normalisation.
-        weight_decay: of all parameters but $b_g$, whose ordinary value is 1.
+        weight_decay: weight decay of all parameters but $b_g$, whose ordinary value is 1.
 
     Raises:
         ValueError: if a factor is negative, or there is no quadratic layer.

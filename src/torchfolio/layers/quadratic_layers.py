@@ -236,9 +236,9 @@ def to_quadratic(
     shared or frozen stays so.
 
     Args:
-        model: the network, trained or not.
+        model: network, trained or not.
         where: `(name, layer) -> bool`, which layers; all that can be by default.
-        compact: see `QuadraticLinear`.
+        compact: whether the layer is compact, see `QuadraticLinear`.
 
     Returns:
         The network; the new layer, if the network is a single one.

@@ -79,8 +79,8 @@ class PowerNorm(TokenNorm):
         divide_by: `"running"` divides the gradient by the root that the forward pass divided by; `"batch"` by the
             batch's, as the published code does after warm-up.
         sync: whether statistics are those of all processes.
-        device: of parameters and statistics.
-        dtype: of the parameters; statistics are float32 at least.
+        device: device of parameters and statistics.
+        dtype: dtype of the parameters; statistics are float32 at least.
 
     Shapes:
         `[..., C]` to the same, with an optional bool mask `[...]`, True where a token is padding.

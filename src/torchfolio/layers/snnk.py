@@ -66,13 +66,13 @@ def replace_ffl(
     The network is to be trained further: arc-cosine features do not approximate $\\mathrm{ReLU}(Wx + b)$.
 
     Args:
-        model: the trained network.
+        model: trained network.
         where: `(name, module) -> bool`, which linear layers; in BERT those whose names end with `intermediate.dense`.
         m: number of random features; the layer gets smaller below $dl/(d + l)$.
         features: see `SNNK`.
         activation: what is replaced by the identity: the name of an attribute beside the layer; `"auto"` finds the next
             module of an `nn.Sequential` or an attribute with a usual name; `None` leaves all in place.
-        radius: see `SNNK`.
+        radius: radius, see `SNNK`.
         seed: seed of the features, which differ from layer to layer.
 
     Returns:

@@ -92,13 +92,13 @@ def add_adapters(
     sum: in BERT `lambda name, layer: name.endswith("output.dense")`.
 
     Args:
-        model: the trained network.
+        model: trained network.
         where: `(name, module) -> bool`, which layers.
         m: number of random features.
         dim: width of the layers' outputs; by default what they say themselves, as `nn.Linear` and norms do.
-        bottleneck: see `SNNKAdapter`.
+        bottleneck: width of the bottleneck, see `SNNKAdapter`.
         features: see `SNNK`.
-        radius: see `SNNK`.
+        radius: radius, see `SNNK`.
         train: `(name, module) -> bool`, modules that are trained as well, such as the head or all `nn.LayerNorm`.
         seed: seed of the features, which differ from adapter to adapter.
 

@@ -106,7 +106,7 @@ def merge_linear(layer: SNNK, linear: nn.Module) -> SNNK:
 
     Args:
         layer: the first layer; it is left as it is, and its features are shared.
-        linear: the second one.
+        linear: second one.
 
     Raises:
         ValueError: if the sizes do not fit.

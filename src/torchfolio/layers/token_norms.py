@@ -144,8 +144,8 @@ class PowerNormV(_BatchStatistics):
         momentum: weight of a new batch in the running mean.
         eps: $\\varepsilon$.
         affine: whether there are $\\gamma$ and $\\beta$.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: device of parameters and statistics.
+        dtype: dtype of the parameters.
 
     Shapes:
         As `PowerNorm`.
@@ -172,8 +172,8 @@ class SequenceBatchNorm(_BatchStatistics):
         momentum: weight of a new batch in the running statistics.
         eps: $\\varepsilon$.
         affine: whether there are $\\gamma$ and $\\beta$.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: device of parameters and statistics.
+        dtype: dtype of the parameters.
 
     Shapes:
         As `PowerNorm`.

@@ -55,7 +55,7 @@ class URF(RandomFeatures):
     Args:
         in_features: size d of an input.
         m: number of frequencies, each with two real features.
-        measure: the function.
+        measure: function.
         M: damping of at least 0, or `"auto"`, the best for every frequency: at first that for a pair of orthogonal
             unit vectors, after `calibrate` that for the median pair.
         split: where $2\\pi i\\xi$ goes: `"balanced"` gives its root to both, with the least variance; `"input"` all to x,

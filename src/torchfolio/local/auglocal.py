@@ -134,7 +134,7 @@ class AugLocal(LocalRule):
             leaves it out on ImageNet).
         aux_factory: `(index, layer, in_shape, out_shape) -> nn.Module` builds the copy of one layer in place of
             `copy_architecture`. Shapes are those of one example, without the batch.
-        blocks: see `LocalRule`.
+        blocks: blocks, see `LocalRule`.
         loss: criterion on (logits `[B, C]`, targets).
 
     Raises:

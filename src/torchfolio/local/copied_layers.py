@@ -38,7 +38,7 @@ def copy_architecture(layer: nn.Module, before: Shape, after: Shape, in_shape: S
     a 1x1 convolution (or linear layer) and a pool lead there.
 
     Args:
-        layer: the layer to copy.
+        layer: layer to copy.
         before: shape of its own input.
         after: shape of its own output.
         in_shape: shape that the copy takes.

@@ -78,7 +78,8 @@ class ForwardGNNClassifier(LayerwiseEstimator):
         layers_: trained layers.
         layer_scores_: validation accuracy with layers 1 to l, one number a layer (top-down: one in all).
         losses_: losses by layer and step.
-        peak_saved_bytes_: most bytes that autograd held at once, without parameters and the graph's features.
+        peak_saved_bytes_: largest number of bytes that autograd held at once, without parameters and the graph's
+            features.
         num_classes_: number of classes.
 
     Raises:

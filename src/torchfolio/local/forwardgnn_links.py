@@ -113,7 +113,8 @@ class ForwardGNNLinkPredictor(LayerwiseEstimator):
         layers_: trained layers.
         layer_scores_: validation ROC-AUC with layers 1 to l, one number a layer (top-down: one in all).
         losses_: losses by layer and step.
-        peak_saved_bytes_: most bytes that autograd held at once, without parameters and the graph's features.
+        peak_saved_bytes_: largest number of bytes that autograd held at once, without parameters and the graph's
+            features.
 
     Raises:
         ValueError: in `fit`, on settings, shapes or nodes out of range.

@@ -38,7 +38,7 @@ class LayerStep:
         clip: largest norm of the gradient; `None` for any.
 
     Attributes:
-        peak: most bytes held in the first step.
+        peak: largest number of bytes held in the first step.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Sweeps:
 
     Attributes:
         states: outputs of the layers.
-        peak: most bytes that autograd held in the first step of training.
+        peak: largest number of bytes that autograd held in the first step of training.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def linear_head(shape: Shape, classes: int, loss: Loss = default_loss) -> Classi
     """Global average pool and one linear layer: greedy local learning.
 
     Args:
-        shape: of the features of one example, `[C, H, W]`, `[T, D]` or `[D]`.
+        shape: shape of the features of one example, `[C, H, W]`, `[T, D]` or `[D]`.
         classes: width of the logits.
         loss: criterion on (logits, targets).
     """
@@ -82,7 +82,7 @@ class PredSimHead(LocalHead):
     $$\\ell = 0.99\\,\\lVert S(g(h)) - S(\\mathrm{onehot}(y)) \\rVert^2 / B^2 + 0.01\\,\\mathrm{CE}(W h, y).$$
 
     Args:
-        shape: of the features of one example.
+        shape: shape of the features of one example.
         classes: number of classes.
         similarity_weight: weight of the similarity term; the rest is the prediction's.
 
@@ -220,7 +220,7 @@ def interpolate_weights(
         first: weights at $r = 0$.
         last: weights at $r = 1$.
         positions: $r$ of every local block.
-        allow_negative: keep negative weights, which push features away from their task.
+        allow_negative: whether to keep negative weights, which push features away from their task.
 
     Raises:
         ValueError: if a weight is negative and `allow_negative` is not set.
@@ -258,7 +258,7 @@ class HostHeads:
         ratio: how far along a block is. `"index"`: block j of the K-1 local ones is at $r_j = j/(K-2)$.
             `"stage"`: the stage number of the next layer over $K-2$, as in the published code of MAN, which leaves
             [0, 1] on few blocks.
-        allow_negative: keep negative weights.
+        allow_negative: whether to keep negative weights.
 
     Raises:
         ValueError: if host or ratio are unknown.
@@ -291,8 +291,8 @@ class HostHeads:
         """A head for every local block.
 
         Args:
-            shapes: of the features that each head reads.
-            network: the whole network, for its input, its widths and its stages.
+            shapes: shapes of the features that each head reads.
+            network: whole network, for its input, its widths and its stages.
         """
         classes = network.classes
         if callable(self.host):
@@ -329,7 +329,7 @@ class LocalHeads(LocalRule):
         loss: criterion of the output and of the classifying hosts.
         mean: constants of the input's normalisation; the host InfoPro needs them.
         std: likewise.
-        **options: of `HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
+        **options: options of `HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
     """
 
     def __init__(

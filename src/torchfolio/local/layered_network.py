@@ -33,10 +33,10 @@ class Network:
     """A network in sequential layers, with the shapes that flow between them.
 
     Attributes:
-        layers: the hidden layers, first to last.
-        head: from the last hidden layer to the output.
+        layers: hidden layers, first to last.
+        head: network from the last hidden layer to the output.
         shapes: `shapes[l]` is the shape of layer l's output, without the batch.
-        input_shape: the shape of one input.
+        input_shape: shape of one input.
         classes: width of the output.
         groups: indices of the layers that form each block.
     """
@@ -53,9 +53,9 @@ class Network:
         """Split a network and trace its shapes once.
 
         Args:
-            model: the network.
+            model: network.
             x: one batch of inputs.
-            blocks: see `LocalRule`.
+            blocks: blocks, see `LocalRule`.
 
         Raises:
             ValueError: if the network has no hidden layer, a layer returns something else than one tensor, or

@@ -128,7 +128,7 @@ class LayerwiseEstimator(BaseEstimator):
 
         Args:
             graphs: what the first layer reads.
-            learn: the loss.
+            learn: loss.
             ask: the layer's part of the answer; the parts are summed. `None` without validation.
             score: validation score of the sum.
             shared_inputs: whether all graphs of `learn` go on with the first one's outputs.

@@ -47,8 +47,8 @@ class LocalHead(nn.Module, ABC):
 
         Args:
             features: output of the block, `[B, ...]`.
-            x: the batch of inputs, as the network sees them.
-            y: the batch of targets.
+            x: batch of inputs, as the network sees them.
+            y: batch of targets.
         """
 
 
@@ -87,7 +87,7 @@ class LocalModel(nn.Module):
     inference and never touches a head.
 
     Args:
-        blocks: the network in running order; the last block ends in the classifier.
+        blocks: network in running order; the last block ends in the classifier.
         heads: one local head for each block but the last.
         loss: criterion of the last block.
 

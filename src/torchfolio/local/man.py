@@ -44,7 +44,7 @@ class MomentumAuxiliary(nn.Module):
     Args:
         next_layer: $N$; copied, never changed.
         momentum: $m$ in [0, 1].
-        bias: the learnable part $L$. `"branch"`: a trainable layer of N's architecture with weights of its own;
+        bias: learnable part $L$. `"branch"`: a trainable layer of N's architecture with weights of its own;
             `"vector"`: a trainable vector, one number a channel of the output; `None`: none.
         ema: whether the path has $E$. Without E and branch, $u$ is $h$ (plus the vector).
         init: how E starts: `"copy"` as N, `"random"` with fresh weights.
@@ -176,7 +176,7 @@ class MAN(LocalRule):
 
     Args:
         blocks: number of blocks $K$; `None` takes every layer by itself; names as in `LocalRule`.
-        host: the rule that gives the losses: `"dgl"`, `"infopro"`, `"predsim"`, `"linear"`, or a callable
+        host: rule that gives the losses: `"dgl"`, `"infopro"`, `"predsim"`, `"linear"`, or a callable
             `(shape, classes) -> LocalHead`.
         momentum: $m$ in [0, 1]. $1/(1-m)$ steps should be some 5 to 15 % of the training; 0.995 suits hundreds
             of epochs.
@@ -188,7 +188,7 @@ class MAN(LocalRule):
         loss: criterion of the output and of the classifying hosts.
         mean: constants of the input's normalisation; the host InfoPro needs them.
         std: likewise.
-        **options: of `torchfolio.local.heads.HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
+        **options: options of `torchfolio.local.heads.HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
 
     Raises:
         ValueError: on settings out of range, and in `prepare` on fewer than two blocks, more blocks than layers,

@@ -111,7 +111,7 @@ class PhysicalBlock(nn.Module):
         seed: seed of weights and goodness; differs between blocks.
 
     Attributes:
-        linear: the only trained part.
+        linear: only trained part.
 
     Raises:
         TypeError: if `physical` is not a system.

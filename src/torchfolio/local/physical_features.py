@@ -31,7 +31,7 @@ class PhysicalLocalFeatures(LocalNetwork):
         num_classes: number of classes of the readout.
         shape: shape of an example, in which masks are smooth: `(H, W)`, `(C, H, W)` or `(D,)`.
         ridge: penalty of the readout on standardised outputs, per example.
-        standardize: see `PhysicalLocalNet`.
+        standardize: whether inputs are standardised, see `PhysicalLocalNet`.
     """
 
     readout: Tensor

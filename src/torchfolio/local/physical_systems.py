@@ -219,8 +219,8 @@ class MeasuredSurrogate(PhysicalSystem):
         epochs: passes over the pairs.
         lr: learning rate of Adam.
         batch_size: number of pairs of a step.
-        noise_std: see `PhysicalSystem`.
-        seed: see `PhysicalSystem`.
+        noise_std: standard deviation of the noise, see `PhysicalSystem`.
+        seed: seed, see `PhysicalSystem`.
 
     Attributes:
         error: root mean squared error on the last tenth of the pairs, which is not fitted, over their standard

@@ -70,7 +70,7 @@ class Analysis(Shown, ABC):
             *models: as many as `networks`, in evaluation mode.
             data: examples that they were not trained on, normalised as they take them.
             layers: names of the layers to look at; the analysis chooses by default.
-            seed: of random choices.
+            seed: seed of random choices.
 
         Raises:
             ValueError: if the network or the data are not of a kind that it can say something about, in a sentence

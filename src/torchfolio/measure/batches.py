@@ -19,8 +19,8 @@ def batches(data: Data, batch_size: int | None, device: torch.device | str | Non
 
     Args:
         data: whatever `torchfolio.data.Examples` takes; a loader or list of batches keeps its own size.
-        batch_size: of tensors and data sets; `None` takes all at once.
-        device: where the batches go; `None` leaves them where they are.
+        batch_size: batch size of tensors and data sets; `None` takes all at once.
+        device: device of the batches; `None` leaves them where they are.
 
     Yields:
         Pairs of tensors of equal length, none of them empty.

@@ -162,7 +162,7 @@ def flops_by_module(model: nn.Module, *inputs: Tensor) -> pd.DataFrame:
     What a parent computes itself, between its children, is in no row: `count_flops` gives the whole.
 
     Args:
-        model: the network; buffers and mode are left as they were.
+        model: network; buffers and mode are left as they were.
         *inputs: its inputs.
 
     Returns:

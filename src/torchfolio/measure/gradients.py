@@ -24,11 +24,11 @@ def per_example_losses(model: nn.Module, loss: Loss, data: Data, *, batch_size: 
     an example's loss depend on the others of its batch; call `model.eval()` first where that is not wanted.
 
     Args:
-        model: the network.
+        model: network.
         loss: criterion on (outputs, targets); it is given one example at a time, so its reduction does not
             matter.
         data: (x, y), a data set, or batches.
-        batch_size: of tensors and data sets; `None` takes all at once.
+        batch_size: batch size of tensors and data sets; `None` takes all at once.
 
     Returns:
         Losses `[N]`.
@@ -44,7 +44,7 @@ def per_example_gradients(
     """The gradient of every example's loss, in one vectorised pass for each batch.
 
     Args:
-        model: the network; batch norm must be in evaluation mode, where an example's output is its own.
+        model: network; batch norm must be in evaluation mode, where an example's output is its own.
         loss: criterion on (outputs, targets); its reduction does not matter.
         data: (x, y), a data set, or batches.
         batch_size: examples at a time; the result is N times the size of the model in any case.
@@ -77,10 +77,10 @@ def loss_gradients(model: nn.Module, loss: Loss, data: Data, *, batch_size: int 
     The network is used in the mode it is in, and its buffers do not change.
 
     Args:
-        model: the network.
+        model: network.
         loss: criterion on (outputs, targets) with mean reduction.
         data: (x, y), a data set, or batches.
-        batch_size: of tensors and data sets; `None` takes all at once.
+        batch_size: batch size of tensors and data sets; `None` takes all at once.
 
     Returns:
         Gradients by parameter name, zero where the loss does not depend on one.
@@ -125,7 +125,7 @@ class Agreement:
     """How far two gradients agree.
 
     Attributes:
-        cosine: of the angle between them; NaN if one is zero.
+        cosine: cosine of the angle between them; NaN if one is zero.
         sign: share of the numbers, of those that are not zero in both, whose signs agree.
         norm_ratio: norm of the first over that of the second; NaN if the second is zero.
         by_parameter: the same three for every parameter.

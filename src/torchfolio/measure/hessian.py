@@ -120,11 +120,11 @@ class Hessian:
     pass by one at a time cost a forward pass and three backward passes each, in the memory of one batch.
 
     Args:
-        model: the network.
+        model: network.
         loss: criterion on (outputs, targets) with mean reduction.
         data: (x, y), a data set, or batches that can be gone through repeatedly.
-        batch_size: of tensors and data sets; `None` takes all at once.
-        names: the parameters that the Hessian is taken in; all that require a gradient by default.
+        batch_size: batch size of tensors and data sets; `None` takes all at once.
+        names: parameters that the Hessian is taken in; all that require a gradient by default.
 
     Attributes:
         n: number of parameters.

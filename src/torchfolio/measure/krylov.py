@@ -109,16 +109,16 @@ def lanczos(
     Args:
         product: $v \\mapsto A v$ on vectors `[n]`.
         n: size of the matrix.
-        k: how many eigenvalues.
+        k: number of eigenvalues.
         which: `"largest"` or `"smallest"` algebraically, largest in `"magnitude"`, or `"both"` ends (half of
             k from each, the odd one from the top).
-        iterations: most products; `min(n, max(20 k, 100))` by default. Their vectors are held in memory.
+        iterations: maximum number of products; `min(n, max(20 k, 100))` by default. Their vectors are held in memory.
         tolerance: stop when every residual is below this times the largest eigenvalue in magnitude.
         start: earlier eigenvectors `[n]` or `[n, j]` of a matrix that has changed a little. Noise is added
             and at least 6 products are made, so that an eigenvector that has overtaken them is found.
-        generator: of the random start or noise (on the CPU).
-        device: of the vectors.
-        dtype: of the vectors.
+        generator: source of the random start or noise (on the CPU).
+        device: device of the vectors.
+        dtype: dtype of the vectors.
 
     Returns:
         The eigenpairs; `converged` tells whether the tolerance was met. Of a repeated eigenvalue one copy is

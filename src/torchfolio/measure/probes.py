@@ -29,7 +29,7 @@ def linear_probe(
         test_features: `[M, ...]`.
         test_y: labels `[M]`.
         regularization: inverse strength C of the L2 penalty.
-        max_iter: of the solver (L-BFGS); it warns when that was not enough.
+        max_iter: maximum number of iterations of the solver (L-BFGS); it warns when that was not enough.
 
     Returns:
         Accuracy in [0, 1].

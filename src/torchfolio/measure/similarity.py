@@ -91,7 +91,7 @@ def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 0.5, unbiased: bool = Fa
         x: features `[N, ...]`, flattened to rows.
         y: features of the same examples `[N, ...]`.
         bandwidth: width over the median distance; 0.2, 0.4 and 0.8 are the published choices.
-        unbiased: see `linear_cka`.
+        unbiased: whether the estimate is unbiased, see `linear_cka`.
 
     Returns:
         A scalar, see `linear_cka`.
@@ -117,7 +117,7 @@ def cka_from_kernels(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Ten
     Args:
         k_x: symmetric `[N, N]`, not necessarily centred.
         k_y: symmetric `[N, N]`, over the same examples.
-        unbiased: see `linear_cka`.
+        unbiased: whether the estimate is unbiased, see `linear_cka`.
 
     Returns:
         A scalar, see `linear_cka`.

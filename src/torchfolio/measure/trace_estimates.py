@@ -16,7 +16,7 @@ class Trace(NamedTuple):
     """An estimated trace.
 
     Attributes:
-        value: the estimate.
+        value: estimate.
         standard_error: standard error of the estimate; zero for a diagonal matrix.
         samples: number of random vectors that it took.
     """

@@ -43,7 +43,7 @@ def confidence_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
 
     Args:
         values: `[n]`.
-        level: of confidence, in (0, 1).
+        level: level of confidence, in (0, 1).
 
     Raises:
         ValueError: on fewer than two values, values that are not finite, or a level out of range.
@@ -66,10 +66,10 @@ def bootstrap_interval(
 
     Args:
         *samples: `[n]`; several are paired and resampled together.
-        statistic: of the samples, for example `lambda a, b: np.corrcoef(a, b)[0, 1]`.
-        level: of confidence, in (0, 1).
+        statistic: statistic of the samples, for example `lambda a, b: np.corrcoef(a, b)[0, 1]`.
+        level: level of confidence, in (0, 1).
         resamples: how many.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: on samples of different lengths, fewer than two values, values that are not finite, or a

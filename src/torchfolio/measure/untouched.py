@@ -17,7 +17,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
     parameter on leaving, also after an error. Modules with state (spiking neurons) start every call of the network afresh.
 
     Args:
-        model: the network.
+        model: network.
         training: mode of the whole network inside; `None` leaves it as it is.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]

@@ -28,7 +28,7 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator | None 
     Norms become the identity. Other layers are left alone.
 
     Args:
-        model: the network.
+        model: network.
         scheme: `"he"` (normal, variance 2 / fan-in), `"he_fan_out"` (2 / fan-out), `"he_uniform"`, `"xavier"`
             (2 / (fan-in + fan-out)), `"xavier_uniform"`, `"lecun"` (1 / fan-in), `"orthogonal"` (gain sqrt 2),
             `"zeros"`.

@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        stride: of the first convolution and the shortcut.
+        stride: stride of the first convolution and the shortcut.
         shortcut: where the shape changes, `"A"` subsamples and pads with zero channels (no parameters), `"B"`
             projects by a 1x1 convolution with batch norm.
 
@@ -82,7 +82,7 @@ class ResNetCIFAR(nn.Sequential):
         widths: channels of the stages; every stage but the first halves the resolution.
         num_classes: width of the output.
         in_channels: channels of the images.
-        shortcut: see `BasicBlock`.
+        shortcut: kind of shortcut, see `BasicBlock`.
 
     Raises:
         ValueError: if `depth` is not 6n+2 with n of at least 1, or there are not three widths.

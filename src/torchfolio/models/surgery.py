@@ -38,9 +38,9 @@ def replace_layers(
     the new module really runs.
 
     Args:
-        model: the network; if it matches itself, the new module is returned in its place.
+        model: network; if it matches itself, the new module is returned in its place.
         predicate: a module type, a tuple of them, or `(name, module) -> bool`.
-        factory: from the old module to the new one. To hand weights over, copy them here, for example
+        factory: function from the old module to the new one. To hand weights over, copy them here, for example
             `new.weight = old.weight` to share or `new.load_state_dict(old.state_dict())` to copy.
         allow_none: do not mind if nothing matches.
 
@@ -138,8 +138,8 @@ class Feature(NamedTuple):
     """One output of one module.
 
     Attributes:
-        name: of the module.
-        value: the output.
+        name: name of the module.
+        value: output.
         version: its version counter when it was seen; another one now means that it was overwritten in place.
     """
 
@@ -254,7 +254,7 @@ def take_features(
     """Read inner features during the model's own forward pass.
 
     Args:
-        model: the network.
+        model: network.
         names: dotted names of modules.
         flatten: `False` keeps all axes, `"all"` gives `[B, features]`, `"pool"` averages over positions or tokens.
         detach: cut the features from the graph.
@@ -301,10 +301,10 @@ def collect_features(
     """Features of many examples, computed in batches in evaluation mode on the model's device.
 
     Args:
-        model: the network; its mode is restored, and modules with state start every batch afresh.
+        model: network; its mode is restored, and modules with state start every batch afresh.
         x: inputs `[N, ...]`.
         names: dotted names of modules.
-        flatten: see `take_features`.
+        flatten: shape of the features, see `take_features`.
         batch_size: examples at a time.
 
     Returns:
@@ -335,9 +335,9 @@ def parameter_groups(
     """Optimizer groups chosen by module type.
 
     Args:
-        model: the network.
-        groups: from a module type, a tuple of types or `(name, module) -> bool` to the options of the group that
-            gets the parameters that such modules own. The first that matches wins; the rest form a group without
+        model: network.
+        groups: function from a module type, a tuple of types or `(name, module) -> bool` to the options of the group
+            that gets the parameters that such modules own. The first that matches wins; the rest form a group without
             options.
         biases: options for parameters named `bias` of modules that match no group.
 

@@ -19,8 +19,8 @@ def learning_card(folder: Path, name: str) -> Sheet | None:
     """How a network was trained, epoch by epoch.
 
     Args:
-        folder: of the bundle.
-        name: of the network.
+        folder: folder of the bundle.
+        name: name of the network.
 
     Returns:
         The card; one that says so if the history cannot be read, `None` if there is none.

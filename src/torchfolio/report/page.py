@@ -26,8 +26,8 @@ class Card:
     """One paper on the page.
 
     Attributes:
-        outcome: the run that is shown; `None` if it cannot be read.
-        folder: of the run.
+        outcome: run that is shown; `None` if it cannot be read.
+        folder: folder of the run.
         paper: metadata; `None` for a slug outside the catalogue.
         earlier: other runs of the paper, as lines.
         broken: why the run cannot be read.

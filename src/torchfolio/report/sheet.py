@@ -54,7 +54,7 @@ class Sheet:
     """One card.
 
     Attributes:
-        title: of the card.
+        title: title of the card.
         eyebrow: small text above it.
         badge: a word at its side, and its kind: `holds`, `fails` or `unmeasured`.
         sentences: what there is to say.
@@ -80,8 +80,8 @@ def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
     """Write a page of cards; figures are closed.
 
     Args:
-        path: of the HTML file.
-        title: of the page.
+        path: path of the HTML file.
+        title: title of the page.
         cards: from top to bottom.
     """
     import matplotlib.pyplot as plt

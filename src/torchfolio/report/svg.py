@@ -154,7 +154,7 @@ def picture(text: str, label: str) -> str:
     as harmless when it is opened alone.
 
     Args:
-        text: the document.
+        text: document.
         label: what a screen reader says.
 
     Returns:

@@ -10,6 +10,8 @@ from torchfolio.robustness.attacks import hop_skip_jump as hop_skip_jump
 from torchfolio.robustness.attacks import margin as margin
 from torchfolio.robustness.attacks import nes as nes
 from torchfolio.robustness.attacks import pgd as pgd
+from torchfolio.robustness.bound_verifiers import Crown as Crown
+from torchfolio.robustness.bound_verifiers import Interval as Interval
 from torchfolio.robustness.boundary_tilting import BoundaryAngles as BoundaryAngles
 from torchfolio.robustness.boundary_tilting import RidgePath as RidgePath
 from torchfolio.robustness.boundary_tilting import adversarial_strength as adversarial_strength
@@ -18,6 +20,7 @@ from torchfolio.robustness.boundary_tilting import deviation_angle as deviation_
 from torchfolio.robustness.boundary_tilting import regularisation_path as regularisation_path
 from torchfolio.robustness.boundary_tilting import tilt as tilt
 from torchfolio.robustness.boundary_tilting import tilt_to_data as tilt_to_data
+from torchfolio.robustness.box_split import CrownSplit as CrownSplit
 from torchfolio.robustness.certifier_availability import AbstainingClassifier as AbstainingClassifier
 from torchfolio.robustness.certifier_availability import AvailabilityBackdoor as AvailabilityBackdoor
 from torchfolio.robustness.certifier_availability import CertifiedIBP as CertifiedIBP
@@ -26,6 +29,7 @@ from torchfolio.robustness.certifier_availability import IntervalCertifier as In
 from torchfolio.robustness.certifier_availability import SmoothingCertifier as SmoothingCertifier
 from torchfolio.robustness.certifier_availability import availability_report as availability_report
 from torchfolio.robustness.certifier_availability import find_abstaining as find_abstaining
+from torchfolio.robustness.milp_verifier import milp_verify as milp_verify
 from torchfolio.robustness.onnx_file import read_onnx as read_onnx
 from torchfolio.robustness.onnx_file import write_onnx as write_onnx
 from torchfolio.robustness.properties import Box as Box
@@ -36,9 +40,5 @@ from torchfolio.robustness.properties import classification as classification
 from torchfolio.robustness.relu_split import ReluSplit as ReluSplit
 from torchfolio.robustness.soundness_bench import HiddenCounterexamples as HiddenCounterexamples
 from torchfolio.robustness.soundness_bench import hide as hide
-from torchfolio.robustness.verifiers import Crown as Crown
-from torchfolio.robustness.verifiers import CrownSplit as CrownSplit
-from torchfolio.robustness.verifiers import Interval as Interval
-from torchfolio.robustness.verifiers import milp_verify as milp_verify
 from torchfolio.robustness.vnnlib import read_vnnlib as read_vnnlib
 from torchfolio.robustness.vnnlib import write_vnnlib as write_vnnlib

@@ -44,7 +44,7 @@ class Attack:
     """Result of an attack.
 
     Attributes:
-        x_adv: the changed inputs, of the shape of `x`.
+        x_adv: changed inputs, of the shape of `x`.
         success: whether each is classified otherwise than `y` (as the target, of a targeted attack) `[N]`.
         loss: the attack's loss at `x_adv` `[N]`.
         queries: forward passes per sample, of attacks that count them; else 0.

@@ -77,7 +77,7 @@ class Instance:
         vnnlib: path of the property.
         timeout: seconds.
         kind: `"unverifiable"` (there is a hidden counterexample), `"clean"`, or `"unknown"`.
-        counterexample: the hidden one.
+        counterexample: hidden one.
     """
 
     onnx: Path

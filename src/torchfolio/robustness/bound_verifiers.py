@@ -44,9 +44,9 @@ class Interval:
         """Whether a property holds on one box.
 
         Args:
-            model: the network, left as it is.
+            model: network, left as it is.
             box: one box of inputs.
-            prop: the property.
+            prop: property.
             timeout: seconds, of verifiers that search.
         """
         if len(box) != 1:
@@ -82,9 +82,9 @@ class Crown(Interval):
     """A verifier by CROWN bounds of the whole box.
 
     Args:
-        intermediate: see `crown`.
-        alpha_steps: see `crown`.
-        dtype: see `Interval`.
+        intermediate: way to bound the inputs of activations, see `crown`.
+        alpha_steps: number of steps on the slopes, see `crown`.
+        dtype: dtype of the bounds, see `Interval`.
 
     A subclass may change what the verifier believes in `shrink` and `adjust`; this class changes nothing.
     """

@@ -82,7 +82,7 @@ class TiltReport:
     """What `analyse` found of a classifier and two classes.
 
     Attributes:
-        classes: the two labels, I and J.
+        classes: two labels, I and J.
         angle: deviation angle in degrees; of a network, the median over samples.
         strength: adversarial strength of signed distances, $1 / \\cos\\delta$; of a network, the median over samples of
             half the centroids' distance over the distance to the boundary.
@@ -148,7 +148,7 @@ def analyse(
         model: fitted classifier.
         X: samples `[N, ...]`; those of other classes are left out.
         y: labels `[N]`; of a network, places of its outputs.
-        classes: the pair (a, b), I and J; the two labels of y by default.
+        classes: pair (a, b), I and J; the two labels of y by default.
         layer: dotted name of a module of the network, whose output takes the place of the input.
         steps: maximum number of steps of the attack.
         batch_size: samples that a network sees at a time.

@@ -54,14 +54,14 @@ def crown(
     $\\frac{u}{u-l}(z - l)$; tanh and sigmoid get chords and tangents.
 
     Args:
-        model: the network.
+        model: network.
         box: boxes of inputs.
         prop: rows to bound.
         intermediate: how the inputs of activations are bounded: `"crown"`, cut with intervals, or `"ibp"`.
         alpha_steps: steps of Adam (rate 0.25) on the slopes $\\alpha$ of unstable ReLUs, for the property's rows; the
             best bound is kept.
         adjust: function from lower and upper bounds of the inputs of an activation to those that are used instead.
-        rounding: see `Bounds`.
+        rounding: share by which bounds are lowered, see `Bounds`.
     """
     if intermediate not in ("crown", "ibp"):
         raise ValueError(f"expected intermediate to be 'crown' or 'ibp', got {intermediate!r}")

@@ -24,10 +24,10 @@ class CrownSplit(Crown):
     Args:
         batch: boxes that are bounded at once.
         max_boxes: after which the answer is unknown.
-        attack_steps: of PGD in the beginning, from 32 starts; 0 leaves it out.
-        intermediate: see `crown`.
-        alpha_steps: see `crown`.
-        dtype: see `Interval`.
+        attack_steps: number of steps of PGD in the beginning, from 32 starts; 0 leaves it out.
+        intermediate: way to bound the inputs of activations, see `crown`.
+        alpha_steps: number of steps on the slopes, see `crown`.
+        dtype: dtype of the bounds, see `Interval`.
     """
 
     name = "crown+split"

@@ -32,11 +32,11 @@ class Pairs:
 
     Attributes:
         centers: with a counterexample, `[n, *shape]`.
-        labels: of them, 0 or 1 `[n]`.
+        labels: labels of them, 0 or 1 `[n]`.
         targets: labels of the counterexamples `[n]`.
         counterexamples: `[n, *shape]`, within `eps` of their centres.
         clean_centers: without, `[n, *shape]`.
-        clean_labels: of them `[n]`.
+        clean_labels: labels of them `[n]`.
         eps: radius, in the units of the inputs.
         data_range: $R$.
     """
@@ -84,7 +84,7 @@ class HiddenModel:
         valid: which counterexamples are misclassified, with a centre that is right, and found by no attack `[n]`.
         history: training, a row for every look.
         sweep: attacks that were tried.
-        restarts: of each.
+        restarts: number of restarts of each.
     """
 
     model: nn.Module
@@ -108,15 +108,15 @@ def draw_pairs(
     """Draw centres uniformly in $[-R, R]^d$ with random labels in {0, 1}, and a counterexample for half of them.
 
     Args:
-        shape: of one input.
+        shape: shape of one input.
         n: centres of each kind.
         eps: radius relative to $R$, $\\varepsilon = \\text{eps} \\cdot R$.
         data_range: $R$.
         placement: `"face"`: $\\delta_k \\sim U(-\\varepsilon, \\varepsilon)$ where $|\\delta_k| \\ge r \\varepsilon$ (at least
             once), and one small number elsewhere. `"corner"`: $\\pm\\varepsilon$ everywhere, which is what the authors' code
             runs, by a misspelt name; such points coincide with fixed points of sign PGD and are hard to hide.
-        r: see `placement`.
-        generator: of everything.
+        r: share that is kept, see `placement`.
+        generator: source of everything.
 
     Raises:
         ValueError: on settings out of range, or if the centres do not fit apart (at least $2 \\varepsilon$ in

@@ -41,10 +41,10 @@ def ibp(model: nn.Module | Layers, box: Box, prop: Property | None = None, *, ro
     property its matrix is merged into a last affine layer, which is tighter than bounding the outputs first.
 
     Args:
-        model: the network, in evaluation mode as far as bounds go; gradients flow to weights and boxes.
-        box: of inputs.
+        model: network, in evaluation mode as far as bounds go; gradients flow to weights and boxes.
+        box: box of inputs.
         prop: rows to bound; without it the outputs themselves are.
-        rounding: see `Bounds`.
+        rounding: share by which bounds are lowered, see `Bounds`.
 
     Returns:
         Lower and upper bounds of the outputs `[B, *out]`, or `Bounds` of the property's rows.

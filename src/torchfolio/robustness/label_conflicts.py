@@ -60,7 +60,7 @@ class LabelSplit(PoisonRule):
     certifier certifies.
 
     Attributes:
-        classes: the classes, two or more; `None` takes all, which suits smoothed networks. Certified training ignores
+        classes: classes, two or more; `None` takes all, which suits smoothed networks. Certified training ignores
             noise over all classes at small rates, not two.
     """
 
@@ -120,7 +120,7 @@ class TargetLabel(PoisonRule):
     """All triggered samples get one label: an ordinary backdoor, which moves answers and leaves certificates. A control.
 
     Attributes:
-        target: the label.
+        target: label.
     """
 
     target: int = 0

@@ -26,8 +26,8 @@ class Ways:
     Attributes:
         points: inputs, or features of a layer, `[N, ...]`.
         margin: $z_b - z_a$ at the points, `[N]`.
-        gradient: of the margin at the points, `[N, ...]`.
-        move: from the points to the boundary, `[N, ...]`.
+        gradient: gradient of the margin at the points, `[N, ...]`.
+        move: function from the points to the boundary, `[N, ...]`.
         reached: whether the boundary was reached, `[N]`.
     """
 

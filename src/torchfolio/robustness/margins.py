@@ -33,7 +33,7 @@ def interval_margins(model: nn.Module | Layers, box: Box, labels: Tensor, *, rou
         model: network with bounds, see `bounds.KNOWN`; taken in evaluation mode.
         box: boxes of inputs.
         labels: label $y$ of each box `[B]`.
-        rounding: see `bounds.Bounds`.
+        rounding: share by which bounds are lowered, see `bounds.Bounds`.
 
     Returns:
         `[B, K]`, 0 at the label.
@@ -83,7 +83,7 @@ def crown_margins(
         box: boxes of inputs.
         labels: label $y$ of each box `[B]`.
         intermediate: how the inputs of activations are bounded: `"crown"` or `"ibp"`.
-        rounding: see `bounds.Bounds`.
+        rounding: share by which bounds are lowered, see `bounds.Bounds`.
 
     Returns:
         `[B, K]`, 0 at the label.

@@ -25,9 +25,9 @@ def milp_verify(model: nn.Module, box: Box, prop: Property, timeout: float = 60.
     Sums of two paths are known, and max pools, of which a binary variable says which input is the largest. Constants of the "big M" come from CROWN bounds. For about 60 unstable units; rows of one group are asked for together.
 
     Args:
-        model: the network.
+        model: network.
         box: one box.
-        prop: the property.
+        prop: property.
         timeout: seconds per program.
 
     Reference:

@@ -54,8 +54,8 @@ class Constants:
     """Constants by name, and what operators make of them.
 
     Args:
-        path: of the file, for messages.
-        onnx: the package.
+        path: path of the file, for messages.
+        onnx: package.
     """
 
     def __init__(self, path: str | Path, onnx: Any) -> None:

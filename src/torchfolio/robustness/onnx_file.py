@@ -42,7 +42,7 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
     a layer that lies on several is computed on each.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
         The layers, and a shape.

@@ -27,7 +27,7 @@ class LayerReader(Constants):
 
     Attributes:
         dtype: that the network computes in.
-        sizes: of the values that the node reads, with their batch axis of 1.
+        sizes: sizes of the values that the node reads, with their batch axis of 1.
         before: layer that these values come from; `None` for the input and for sums.
     """
 

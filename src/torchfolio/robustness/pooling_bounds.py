@@ -16,7 +16,7 @@ class MaxPool:
     where no other can exceed it, $l_k \\ge u_i$ for all $i \\ne k$, and the constant $\\max_i u_i$ elsewhere.
 
     Args:
-        layer: the layer, without `ceil_mode` and `return_indices`.
+        layer: layer, without `ceil_mode` and `return_indices`.
 
     Raises:
         TypeError: on those.

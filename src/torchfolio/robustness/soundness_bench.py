@@ -74,7 +74,7 @@ class PgdSettings:
     """The attack of a training step.
 
     Attributes:
-        steps: of ascent.
+        steps: number of steps of ascent.
         restarts: independent starts.
         alphas: step sizes over $\\varepsilon$, which training steps take in turn.
     """
@@ -96,8 +96,8 @@ class HiddenCounterexamples(LearningRule):
         pairs: centres and counterexamples; batches of the training are not looked at.
         window: $w$; 1 forgets all but the last.
         margin: $\\lambda$; 0.01.
-        attack: of a step; `None` trains on the centres alone, without perturbations.
-        generator: of the attack.
+        attack: attack of a step; `None` trains on the centres alone, without perturbations.
+        generator: source of the attack.
 
     Reference:
         Section 3; details as in the authors' code, but for PGD, which keeps the best point from the first on and also
@@ -191,15 +191,15 @@ def hide(
 
     Args:
         model: with inputs of the shape of the centres and at least 2 logits; trained in place.
-        pairs: of `draw_pairs`.
+        pairs: pairs of `draw_pairs`.
         steps: one full batch each.
         lr: peak of Adam's rate, which rises from 0 for 40 % of the steps and falls back to 0.
-        rule: the objectives; `HiddenCounterexamples(pairs)` by default.
+        rule: objectives; `HiddenCounterexamples(pairs)` by default.
         sweep: see `SWEEP`.
-        restarts: of each attack of the sweep.
+        restarts: number of restarts of each attack of the sweep.
         look_every: steps between looks.
-        seed: of training and looks.
-        device: of the training.
+        seed: seed of training and looks.
+        device: device of the training.
         progress: show a progress bar.
     """
     generator = torch.Generator().manual_seed(seed)

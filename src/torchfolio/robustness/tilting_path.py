@@ -100,7 +100,7 @@ def regularisation_path(
     """Fit linear classifiers of different regularisation, and say of which type their adversarial examples are.
 
     Args:
-        make_estimator: from a strength to a linear scikit-learn classifier, not yet fitted.
+        make_estimator: function from a strength to a linear scikit-learn classifier, not yet fitted.
         strengths: its settings, such as C of a support vector machine or a ridge.
         X: samples `[N, ...]` of two classes to fit to.
         y: labels `[N]`, of two kinds.

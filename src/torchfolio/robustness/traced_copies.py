@@ -46,7 +46,7 @@ class Tracer(nn.Module):
         """Two convolutions of stride 2 and a linear layer for images `[C, H, W]`, else one hidden layer of 64.
 
         Args:
-            shape: of one input.
+            shape: shape of one input.
             num_classes: number of classes $K$.
         """
         if len(shape) != 3:
@@ -136,7 +136,7 @@ def separate(
         temperature: factor $\\tau$ of the tracer's outputs as logits of the patterns.
         noise_weight: weight $\\lambda_n$ of the sensitivity to noise.
         quiet_weight: weight $\\lambda_0$ of silence on ordinary inputs.
-        labels: the data's, or those that the classifier gives.
+        labels: data's, or those that the classifier gives.
         steps: steps of Adam.
         batch_size: examples of a step.
         lr: rate of Adam.

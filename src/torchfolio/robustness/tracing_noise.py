@@ -18,7 +18,7 @@ class Noise(ABC):
 
     Args:
         seed: seed of everything drawn.
-        shape: of one input.
+        shape: shape of one input.
         num_classes: number of classes $K$.
         sigma: size $\\sigma$ of the noise.
         share: part $a$ of the pattern in keyed noise.

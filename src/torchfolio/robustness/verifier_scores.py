@@ -46,10 +46,10 @@ class AttackOnly:
     """The straw man: says "verified" when PGD finds nothing. Unsound.
 
     Args:
-        steps: of PGD.
-        restarts: of PGD.
+        steps: number of steps of PGD.
+        restarts: number of restarts of PGD.
         alpha: step size over the radius.
-        seed: of the starts.
+        seed: seed of the starts.
     """
 
     name = "attack only"
@@ -118,7 +118,7 @@ def run_verifier(benchmark: Benchmark, verifier: Any, timeout: float | None = No
     """Ask a verifier about every instance.
 
     Args:
-        benchmark: of `load`.
+        benchmark: benchmark of `load`.
         verifier: with `decide(model, box, property, timeout)`, as those of `torchfolio.robustness.verifiers`; or a
             `Verifier`, for properties of classifiers; or a `CommandVerifier`.
         timeout: in the place of the instances' own.
@@ -185,7 +185,7 @@ def score(benchmark: Benchmark, verifier: Any, timeout: float | None = None) -> 
     """Score a verifier.
 
     Args:
-        benchmark: of `load`.
+        benchmark: benchmark of `load`.
         verifier: see `run_verifier`; or the results of one: a table of it, or a CSV file whose rows are, as in
             VNN-COMP, one result word per instance in their order (the last field that is such a word).
         timeout: see `run_verifier`.

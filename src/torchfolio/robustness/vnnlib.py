@@ -58,8 +58,8 @@ def read_vnnlib(path: str | Path, shape: Sequence[int] | None = None) -> list[tu
     A case in which no input lies, as its bounds cross, is left out: nothing in it can violate anything.
 
     Args:
-        path: of the file.
-        shape: of one input, which the constants `X_0, X_1, …` fill in order; flat by default.
+        path: path of the file.
+        shape: shape of one input, which the constants `X_0, X_1, …` fill in order; flat by default.
 
     Returns:
         Pairs of a box and a property, float64. The whole is violated if any pair is.

@@ -22,7 +22,7 @@ class Bench:
     """What an experiment's `peers` is given.
 
     Attributes:
-        times: of every comparison, by the work that was done.
+        times: times of every comparison, by the work that was done.
     """
 
     def __init__(self, say: Say = lambda text: None) -> None:
@@ -87,7 +87,7 @@ def bench(slug: str, *, num_threads: int = 1, say: Say = lambda text: None) -> B
     """Time a method against its peers.
 
     Args:
-        slug: of the paper.
+        slug: slug of the paper.
         num_threads: that torch and the linear algebra may use.
         say: called with a line about what is going on.
 

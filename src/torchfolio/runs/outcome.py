@@ -23,11 +23,11 @@ class Outcome:
     """What `outcome.json` holds.
 
     Attributes:
-        slug: of the paper.
-        scale: of the run.
+        slug: slug of the paper.
+        scale: scale of the run.
         status: `"done"`, `"failed"` or `"interrupted"`.
         seeds: all of them.
-        settings: of the experiment.
+        settings: settings of the experiment.
         command: that repeats it.
         started: ISO time.
         seconds: that the arms took, all seeds together, whenever and wherever they ran.
@@ -36,7 +36,7 @@ class Outcome:
         claims: a table for each claim of the catalogue.
         arms: scalars of each arm: mean, standard error, values over seeds.
         figures: name, caption and files.
-        format: of the file.
+        format: format of the file.
     """
 
     slug: str
@@ -98,7 +98,7 @@ def aggregate_claims(
     """Claims over seeds: a condition is decided on the means, or must hold on every seed where the claim says so.
 
     Args:
-        claims: of the paper.
+        claims: claims of the paper.
         measured: for every seed the values of claims by name.
         judge: whether to decide at all; toy data decide nothing.
     """
@@ -142,7 +142,7 @@ class Results:
     """Results of all seeds, for an experiment's figures.
 
     Attributes:
-        settings: of the experiment.
+        settings: settings of the experiment.
         seeds: in order.
         arms: for every seed the results of its arms.
     """

@@ -43,7 +43,7 @@ def curves(
     """Lines of means over seeds, each with a band from the lowest to the highest seed.
 
     Args:
-        results: of all seeds.
+        results: results of all seeds.
         lines: by label `(arm, value)`, where the value is a list or array `[N]`, or N such pairs, whose values are
             numbers.
         x: places `[N]`; 1 to N by default.
@@ -82,7 +82,7 @@ def scatter(
     """One score against another: a dot for every seed, and a larger one at the mean.
 
     Args:
-        results: of all seeds.
+        results: results of all seeds.
         points: two pairs `(arm, value)` by label, across and up; every value is a number.
         xlabel: text under the axis.
         ylabel: text beside the axis.
@@ -100,7 +100,7 @@ def bars(results: Results, scores: Mapping[str, Value], *, ylabel: str = "") -> 
     """One place for each score: its mean with the spread over seeds, and a dot for every seed.
 
     Args:
-        results: of all seeds.
+        results: results of all seeds.
         scores: `(arm, value)` by label; every value is a number.
         ylabel: text beside the axis.
     """
@@ -124,7 +124,7 @@ def groups(results: Results, series: Mapping[str, Mapping[str, Value]], *, ylabe
     """Bars side by side at each place, one of each series: means, and a dot for every seed.
 
     Args:
-        results: of all seeds.
+        results: results of all seeds.
         series: `(arm, value)` by place, by label of the series; every value is a number. A series may leave places out.
         ylabel: text beside the axis.
     """

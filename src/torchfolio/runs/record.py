@@ -21,10 +21,10 @@ def digest(slug: str, scale: str, settings: Any, claims: Iterable[Claim]) -> str
     """A short digest of what a record depends on: settings of the scale and conditions of the claims.
 
     Args:
-        slug: of the paper.
-        scale: of the run.
+        slug: slug of the paper.
+        scale: scale of the run.
         settings: a dataclass, or its fields as JSON holds them.
-        claims: of the paper.
+        claims: claims of the paper.
     """
     fields = dict(settings if isinstance(settings, Mapping) else asdict(settings))
     if fields.get("model", "") is None:  # a network of the user's own, where there is none

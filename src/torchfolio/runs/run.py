@@ -37,12 +37,12 @@ class Run(Generic[S]):
     """What an experiment's `run` is given: one seed of it.
 
     Attributes:
-        slug: of the paper.
+        slug: slug of the paper.
         scale: `"smoke"`, `"quick"` or `"full"`.
-        seed: of this run; arms of equal seed get equal data, initial weights and order.
+        seed: seed of this run; arms of equal seed get equal data, initial weights and order.
         settings: the experiment's settings.
-        device: where to compute.
-        folder: of this seed.
+        device: device to compute on.
+        folder: folder of this seed.
         claims: claims that the experiment may give values of, by id; any where there are none.
         say: called with a line about what is going on.
     """
@@ -74,7 +74,7 @@ class Run(Generic[S]):
         what ran before. The result is stored when it is complete; a resumed run reads it back.
 
         Args:
-            name: of the arm.
+            name: name of the arm.
             function: computes it and returns numbers, text, lists, arrays or tensors by name.
             *args: its arguments.
             **kwargs: its keyword arguments.
@@ -124,7 +124,7 @@ class Run(Generic[S]):
         """Give what was measured of a claim; the condition on it stands in the catalogue.
 
         Args:
-            id: of the claim.
+            id: id of the claim.
             measured: one value (called `measured`), or values by name.
             **named: further values.
 

@@ -41,13 +41,13 @@ class Job:
     """One experiment as it was asked for; it can be sent to another process.
 
     Attributes:
-        slug: of the paper.
+        slug: slug of the paper.
         module: import path of the experiment.
         scale: `"smoke"`, `"quick"` or `"full"`.
         seeds: all seeds.
         settings: changes to the scale's settings.
         device: `"auto"`, `"cpu"`, `"cuda"`.
-        folder: of the run.
+        folder: folder of the run.
     """
 
     slug: str
@@ -94,11 +94,11 @@ def run_experiment(
     """Measure the claims of one paper.
 
     Args:
-        slug: of the paper, or an experiment's module.
+        slug: slug of the paper, or an experiment's module.
         scale: `"smoke"` (seconds, toy data), `"quick"` (minutes) or `"full"`.
         seeds: one run each; claims are decided on the means over them.
         settings: changes to the experiment's settings.
-        device: where to compute.
+        device: device to compute on.
         out: folder of run folders.
         resume: go on with the latest unfinished run of the same slug, scale, seeds and settings.
         jobs: seeds at a time, each in a process.

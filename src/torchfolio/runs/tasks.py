@@ -67,7 +67,7 @@ class Task(Images):
         batch_size: examples of a batch.
         lr: peak of the one-cycle learning rate.
         momentum: Nesterov momentum.
-        weight_decay: of all trained weights.
+        weight_decay: weight decay of all trained weights.
         crop: pixels of padding before a random crop; flips are always on for photographs.
     """
 
@@ -94,7 +94,7 @@ def accuracy(net: nn.Module, data: Any, rule: LearningRule | None = None) -> flo
     """Accuracy in percent.
 
     Args:
-        net: the network.
+        net: network.
         data: examples with labels, as `torchfolio.engine.evaluate` takes them.
         rule: learning rule, where the network answers in a way of its own.
     """
@@ -115,11 +115,11 @@ def train(
 
     Args:
         task: an experiment's settings.
-        data: of `load`.
-        net: the network.
+        data: data of `load`.
+        net: network.
         rule: learning rule; backprop by default.
-        seed: of the run.
-        device: of the run.
+        seed: seed of the run.
+        device: device of the run.
         **changes: arguments of `torchfolio.engine.fit` that take the place of the task's.
 
     Returns:

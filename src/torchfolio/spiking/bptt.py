@@ -34,7 +34,7 @@ class SequenceRule(LearningRule):
         loss: criterion of one step's output and the target, a mean over the batch; `None` takes `SLTTLoss()`.
         timesteps: $T \\ge 1$.
         encode: how an input becomes a sequence, see `encode_input`.
-        generator: of random choices; torch's global one by default.
+        generator: source of random choices; torch's global one by default.
 
     Raises:
         ValueError: if `timesteps` is below 1; in `prepare`, if the network has no spiking neuron; in the first
@@ -167,7 +167,7 @@ class BPTT(SequenceRule):
         loss: criterion $\\ell$ of one step's output and the target; `None` takes `SLTTLoss()`.
         timesteps: $T \\ge 1$.
         encode: how an input becomes a sequence, see `encode_input`.
-        generator: of the spikes of `encode="poisson"`; torch's global one by default.
+        generator: source of the spikes of `encode="poisson"`; torch's global one by default.
 
     Shapes:
         batches (x, y), x of `[B, ...]` (or `[T, B, ...]` with `encode=None`), y `[B]` labels.

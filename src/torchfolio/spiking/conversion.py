@@ -40,7 +40,7 @@ def to_spiking(
         model: its activations are modules (`nn.ReLU` and the others of `RELU_LIKE`), each used once in forward:
             neurons carry state, so that one used twice would mix two places.
         neuron: makes the neurons of one place, such as `partial(LIF, tau=1.1)`.
-        average_pool: put average pooling in the place of max pooling.
+        average_pool: whether to put average pooling in the place of max pooling.
         example: an input `[B, ...]` to watch the activations on, for networks that `torch.fx` cannot trace.
 
     Returns:

@@ -57,8 +57,9 @@ class Credit:
     """The backward pass of one layer. What is `None` stays as usual.
 
     Attributes:
-        activity: from the layer's input to what the weight's gradient sees in its place; called at every forward pass.
-        project: from rows `[..., n]` to what is left of them in the weight's gradient.
+        activity: function from the layer's input to what the weight's gradient sees in its place; called at every
+            forward pass.
+        project: function from rows `[..., n]` to what is left of them in the weight's gradient.
         transport: weights that send errors down in place of the layer's own, of their shape.
         record: called with input and activity at every forward pass.
     """

@@ -45,8 +45,8 @@ class DSR(SequenceRule):
     Args:
         loss: criterion of the output and the target; `None` takes `SLTTLoss()`.
         timesteps: $T \\ge 1$; rates are multiples of about 1/T: take 10 or more, and neurons that leak slowly.
-        encode: as in `SLTT`.
-        generator: as in `SLTT`.
+        encode: encoding of inputs as sequences, as in `SLTT`.
+        generator: source of random numbers, as in `SLTT`.
 
     Raises:
         ValueError: in `prepare`, if neurons are no soft-reset `LIF`, or stand in another module than an
@@ -92,7 +92,7 @@ class RateUnrolled(nn.Module):
     Args:
         model: soft-reset `LIF` in sequential modules.
         timesteps: $T \\ge 1$.
-        encode: as in `SLTT`.
+        encode: encoding of inputs as sequences, as in `SLTT`.
     """
 
     def __init__(self, model: nn.Module, timesteps: int, encode: Encode = "repeat") -> None:

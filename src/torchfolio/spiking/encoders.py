@@ -87,7 +87,7 @@ def encode_input(x: Tensor, timesteps: int, encode: Encode, generator: torch.Gen
         timesteps: $T \\ge 1$.
         encode: `"repeat"`, `"poisson"`, `"latency"`, a callable `(x, timesteps) -> [T, B, ...]` such as `frames`,
             or `None` for inputs that have a time axis.
-        generator: of the spikes of `"poisson"`.
+        generator: source of the spikes of `"poisson"`.
 
     Raises:
         ValueError: if the name is unknown or the sequence is not `timesteps` long.

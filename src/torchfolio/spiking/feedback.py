@@ -83,7 +83,7 @@ class FeedbackAlignment(ErrorTransport):
 
     Args:
         rule: learning rule of the gradients; `Backprop()` by default.
-        seed: of the random weights.
+        seed: seed of the random weights.
 
     Example:
         >>> fit(net, train, rule=FeedbackAlignment(BPTT(timesteps=6)))

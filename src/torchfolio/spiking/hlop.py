@@ -71,11 +71,11 @@ class HLOP(LearningRule):
         project_update: project the optimizer's step as well, which keeps the promise under momentum, Adam and weight
             decay.
         spiking: as in `HebbianSubspace`.
-        seed: of the first rows, and of the rows drawn.
+        seed: seed of the first rows, and of the rows drawn.
 
     Attributes:
         task: number of the present task, from 0.
-        subspaces: the `HebbianSubspace` of each layer by name.
+        subspaces: `HebbianSubspace` of each layer by name.
 
     Raises:
         ValueError: in `prepare`, on a trained bias that is not frozen, names of no layer, more rows than inputs, or

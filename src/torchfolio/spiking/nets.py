@@ -62,7 +62,7 @@ class SpikingBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        stride: of the first convolution and the shortcut.
+        stride: stride of the first convolution and the shortcut.
         neuron: makes the neurons of one place.
     """
 

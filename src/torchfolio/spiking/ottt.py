@@ -29,13 +29,13 @@ class OTTT(SLTT):
     the errors $e$ as in `SLTT`. Layers that run before any neuron (the first one, on raw input) keep their input.
 
     Args:
-        loss: as in `SLTT`.
+        loss: loss, as in `SLTT`.
         timesteps: $T \\ge 1$.
         trace_decay: $\\lambda$ in [0, 1); the decay of the network's first `LIF` by default. 0 is `SLTT`.
-        k: as in `SLTT`.
-        rescale: as in `SLTT`.
-        encode: as in `SLTT`.
-        generator: as in `SLTT`.
+        k: number of steps with a gradient, as in `SLTT`.
+        rescale: whether the gradient is scaled up, as in `SLTT`.
+        encode: encoding of inputs as sequences, as in `SLTT`.
+        generator: source of random numbers, as in `SLTT`.
 
     Reference:
         Xiao et al., NeurIPS 2022, equations 5 and 6 (OTTT_A, gradients added up over the sequence).

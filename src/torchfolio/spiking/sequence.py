@@ -90,7 +90,7 @@ class Unrolled(nn.Module):
     evaluation, and for anything that expects a network of static inputs.
 
     Args:
-        model: the single-step network; held, not copied.
+        model: single-step network; held, not copied.
         timesteps: $T \\ge 1$.
         encode: how the input becomes a sequence, see `encode_input`.
 

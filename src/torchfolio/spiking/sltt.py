@@ -51,7 +51,7 @@ class SLTT(SequenceRule):
             released code, and the expected gradient is $K/T$ of SLTT's: raise the learning rate then.
         encode: `"repeat"`, `"poisson"`, `"latency"`, a callable `(x, T) -> [T, B, ...]` (`frames` for data sets of
             recordings), or `None` for batches that are `[T, B, ...]`.
-        generator: of the random steps (on the CPU) and of `encode="poisson"`; torch's global one by default.
+        generator: source of the random steps (on the CPU) and of `encode="poisson"`; torch's global one by default.
 
     Shapes:
         batches (x, y), x of `[B, ...]` (or `[T, B, ...]` with `encode=None`), y `[B]` labels; the model maps one
@@ -142,9 +142,9 @@ def gradient_agreement(
         x: inputs, see `SLTT`.
         y: targets.
         timesteps: T.
-        loss: as in `SLTT`.
-        encode: as in `SLTT`.
-        seed: of dropout and random coding, the same for both.
+        loss: loss, as in `SLTT`.
+        encode: encoding of inputs as sequences, as in `SLTT`.
+        seed: seed of dropout and random coding, the same for both.
 
     Returns:
         `cosine`, `sltt_norm`, `bptt_norm` of all parameters together, and `parameters`, the same three by name.

@@ -23,7 +23,7 @@ class Convergence:
     Args:
         solver: its name, for messages.
         tol: relative tolerance; a residual $r$ of scale $c$ is within it when $r \\le \\mathrm{tol}\\,(1 + c)$.
-        max_iter: most iterations.
+        max_iter: maximum number of iterations.
         advice: what else may help, by the name of the residual that is left, for the warning.
 
     Attributes:

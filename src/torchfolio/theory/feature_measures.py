@@ -22,7 +22,7 @@ class FeatureRecovery(NamedTuple):
     """How well a feature is the hidden polynomial.
 
     Attributes:
-        correlation: of f with p, times the sign of $g_1$: 1 if the network found p.
+        correlation: correlation of f with p, times the sign of $g_1$: 1 if the network found p.
         target_correlation: of h itself with p, in absolute value.
         feature: f at the inputs, scaled by regression on p's scale and sign `[n]`.
         hidden: p at the inputs `[n]`.
@@ -70,7 +70,7 @@ def sample_complexity(
     Args:
         d_list: dimensions.
         n_list: numbers of all training samples.
-        target: from d to the target, such as `HierarchicalPolynomial`.
+        target: function from d to the target, such as `HierarchicalPolynomial`.
         models: by name, a function from d and n to a regressor that has not been fitted.
         n_test: fresh samples to test on.
         seed: seed of the samples.

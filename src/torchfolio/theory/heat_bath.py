@@ -22,8 +22,8 @@ def settled(before: Tensor, h: Tensor, threshold: Tensor | None, later: Effect) 
     Args:
         before: spins, with fields `h` as if none of the block turned.
         h: `[..., R, B]`.
-        threshold: of the heat bath; `None` without noise.
-        later: from the changes of spins to what they add to the fields of the spins after them.
+        threshold: threshold of the heat bath; `None` without noise.
+        later: function from the changes of spins to what they add to the fields of the spins after them.
     """
     # Equal sums may differ by rounding; a tie must keep the spin.
     tie = 1e-12 * h.abs().amax() if threshold is None else 0.0

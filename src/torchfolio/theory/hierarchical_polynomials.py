@@ -121,7 +121,7 @@ class LayerwiseThreeLayerRegressor(RegressorMixin, BaseEstimator):
         random_state: seed of the split and the random weights.
 
     Attributes:
-        module_: the fitted network, a `ThreeLayerNetwork` in float64.
+        module_: fitted network, a `ThreeLayerNetwork` in float64.
         decay1_: weight decay of the first stage.
         decay2_: weight decay of the second stage.
         stage1_path_: decays tried in the first stage, and the mean squared error of each on data held out.

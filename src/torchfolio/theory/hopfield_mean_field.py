@@ -73,7 +73,7 @@ class MeanField:
     """All solutions that were reached, lowest free energy first.
 
     Attributes:
-        points: the solutions; saddle points and metastable states are among them.
+        points: solutions; saddle points and metastable states are among them.
         method: how the expectation was taken: `"enumeration"`, `"binomial"`, `"gaussian"` or `"sampling"`.
     """
 

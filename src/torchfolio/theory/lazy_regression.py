@@ -69,7 +69,8 @@ class SpectralDescent:
         y: targets `[n]`.
 
     Attributes:
-        eigenvalues: of $\\Phi^\\top\\Phi/n$, in ascending order; of the $\\min(n, m)$ directions that can be other than 0.
+        eigenvalues: eigenvalues of $\\Phi^\\top\\Phi/n$, in ascending order; of the $\\min(n, m)$ directions that can
+            be other than 0.
     """
 
     def __init__(self, features: Tensor, y: Tensor) -> None:
@@ -152,7 +153,8 @@ def tuned_weights(
         features: `[n, m]`.
         y: `[n]`.
         decay: its value, or `"cv"` to choose.
-        steps: of gradient descent; `None` for ridge, or, in the loop, for as many as `rank` directions need.
+        steps: number of steps of gradient descent; `None` for ridge, or, in the loop, for as many as `rank` directions
+            need.
         solver: `"spectral"` or `"gd"`.
         rank: directions that the loop resolves.
 

@@ -49,7 +49,7 @@ def finite_network(d_in: int, width: int, depth: int, activation: Activation, ou
 
     Args:
         d_in: length of inputs.
-        width: of the hidden layers.
+        width: width of the hidden layers.
         depth: number of hidden layers.
         activation: name, module (copied to every layer), function or dual.
         outputs: number of outputs.

@@ -129,7 +129,7 @@ class AMCLMoCo(AMCL):
     Args:
         momentum: share of the copy that stays in a step.
         queue: number of keys kept; random unit vectors at first.
-        **settings: of `AMCL`.
+        **settings: settings of `AMCL`.
     """
 
     def __init__(self, view: Callable[..., Tensor] | None = None, momentum: float = 0.99, queue: int = 4096,
@@ -187,7 +187,7 @@ class AMCLBarlow(AMCL):
         batch_size: examples of a batch.
         low: least temperature.
         high: largest temperature.
-        **settings: of `AMCL`.
+        **settings: settings of `AMCL`.
     """
 
     def __init__(self, batch_size: int, view: Callable[..., Tensor] | None = None, low: float = 0.5, high: float = 1.5,

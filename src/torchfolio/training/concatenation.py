@@ -23,7 +23,7 @@ def split_head(model: nn.Module, name: str | None = None) -> tuple[nn.Module, nn
 
     Args:
         model: network whose last layer is linear.
-        name: of the head among its modules; by default the last linear layer there is.
+        name: name of the head among its modules; by default the last linear layer there is.
 
     Returns:
         The network with an identity in place of the head, and the head.
@@ -49,8 +49,8 @@ class Concatenated(nn.Module):
 
     Args:
         trunks: networks to features `[B, d_i]`, of any architectures.
-        normalize: scale every block to unit length, so that none dominates a cosine.
-        frozen: keep weights and running statistics as they are.
+        normalize: whether to scale every block to unit length, so that none dominates a cosine.
+        frozen: whether to keep weights and running statistics as they are.
 
     Attributes:
         feature_dims: $d_i$, known after the first call.

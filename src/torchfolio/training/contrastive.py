@@ -41,7 +41,7 @@ def nt_xent(
 
     Args:
         first: projections of one view, `[B, d]`.
-        second: of the other.
+        second: second moment of the other.
         temperature: $\\tau > 0$; a number or a scalar tensor.
         reduction: over the 2B views.
 
@@ -79,7 +79,7 @@ def byol(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], *, red
     """Squared distance of normalised predictions to the averaged network's projections, $2 - 2\\cos$ (BYOL, eq. 2).
 
     Args:
-        predicted: of the network that learns, for both views.
+        predicted: predictions of the network that learns, for both views.
         target: projections of the averaged network, for both views; they get no gradient.
         reduction: over the examples; the two directions are added.
     """
@@ -93,7 +93,7 @@ def barlow_twins(first: Tensor, second: Tensor, offdiagonal: float = 5e-3) -> Te
 
     Args:
         first: projections of one view, `[B, d]`.
-        second: of the other.
+        second: second moment of the other.
         offdiagonal: $\\lambda$.
     """
     _pair(first, second)

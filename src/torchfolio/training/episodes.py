@@ -61,13 +61,13 @@ def fit_episodes(
     the data at the end.
 
     Args:
-        build: as in `train_episodes`.
+        build: factory of the network, as in `train_episodes`.
         x: inputs `[N, ...]`.
         y: targets `[N, ...]`.
         seeds: one for each episode.
         phases: learning rates with their epochs, one after another; momentum starts afresh with each.
         batch_size: examples of a step.
-        momentum: of SGD.
+        momentum: momentum of SGD.
         weight_decay: L2 penalty of all parameters.
 
     Returns:
@@ -107,7 +107,7 @@ def load_episodes(folder: str | Path, *, allow: Sequence[str] = ()) -> list[nn.M
     """Read what `save_episodes` wrote, in its order.
 
     Args:
-        folder: where the bundles are.
+        folder: folder of the bundles.
         allow: import paths that they may name; see `torchfolio.bundle.load_bundle`.
 
     Raises:

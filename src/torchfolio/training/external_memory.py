@@ -24,7 +24,7 @@ class ExternalMemory(nn.Module):
 
     Args:
         slots: number of rows S.
-        width: of a row, k.
+        width: width of a row, k.
         sharpness: $\\beta > 0$ of the attention.
 
     Shapes:

@@ -189,7 +189,7 @@ def true_gradients(net: FastSlowMemoryNetwork, trace: Trace) -> tuple[Tensor, Te
 
     Args:
         net: with a fast path.
-        trace: of its `trace`.
+        trace: trace of its `trace`.
 
     Returns:
         `[B, T, k]` and `[B, T, h]`.

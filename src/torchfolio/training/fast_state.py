@@ -22,8 +22,8 @@ class FastState:
     Attributes:
         memory: rows `[B, S, k]`.
         read: fast weights of the controller that asks `[B, h, k]`; `None` without a fast path, like those below.
-        hidden: of the answering controller's hidden layer `[B, h + k, h]`.
-        readout: of its read-out `[B, h, out]`.
+        hidden: width of the answering controller's hidden layer `[B, h + k, h]`.
+        readout: readout of its read-out `[B, h, out]`.
         write: of the controller that writes `[B, h + out, 3k]`.
     """
 

@@ -56,12 +56,12 @@ class Guidance(Objective):
     batch norm in training mode included.
 
     Args:
-        target: the network that is trained.
-        guide: the network to learn from; any module that takes the same batch (see `guide_input`).
-        layers: of the guide: names of modules, one type or a tuple of types. `LAYERS` by default. Of layers found
-            by type the last one, the logits, is left out. A module that runs several times in one pass counts
+        target: network that is trained.
+        guide: network to learn from; any module that takes the same batch (see `guide_input`).
+        layers: layers of the guide: names of modules, one type or a tuple of types. `LAYERS` by default. Of layers
+            found by type the last one, the logits, is left out. A module that runs several times in one pass counts
             each time, as `name`, `name#2`, ….
-        target_layers: of the target, in the same way.
+        target_layers: layers of the target, in the same way.
         pairs: (guide layer, target layer) by name, in place of `layers`, `target_layers` and the even spread of
             `layer_correspondence`.
         similarity: `"cka"`, `"rsa"` (correlation of the matrices of cosines), or a function of two feature
@@ -75,8 +75,8 @@ class Guidance(Objective):
             300 turns guidance into an initialisation. `None` guides to the end.
         tokenwise: compare `[N, T, D]` features position by position and add up over positions, instead of
             flattening positions into features. Both layers of a pair need the same `T`.
-        guide_input: from the inputs to those of the guide, where they differ (flattened, embedded, another size).
-            `torch.randn_like` gives a guide that sees noise.
+        guide_input: function from the inputs to those of the guide, where they differ (flattened, embedded, another
+            size). `torch.randn_like` gives a guide that sees noise.
         batch_dim: axis of the examples in the inputs; 1 for sequences `[T, N, ...]`.
 
     Attributes:
@@ -177,8 +177,8 @@ class Guidance(Objective):
         """The weighted alignment loss of the target's last forward pass.
 
         Args:
-            *inputs: the batch, as the target got it.
-            features: of `guide_features` for the examples of this batch, in place of running the guide.
+            *inputs: batch, as the target got it.
+            features: features of `guide_features` for the examples of this batch, in place of running the guide.
 
         Returns:
             $\\alpha \\sum [1 - \\mathrm{CKA}]$, a scalar; 0 once `steps` steps are over.

@@ -30,7 +30,7 @@ class GuidedRule(LearningRule):
 
     Args:
         guidance: `Guidance` of the network that is handed to `fit`. Its hooks are on the target only while a step runs.
-        rule: the rule of the task; `Backprop()` by default.
+        rule: rule of the task; `Backprop()` by default.
         warmup_only: in the first `guidance.steps` steps train on the alignment alone, then on the task alone.
 
     Raises:

@@ -80,10 +80,10 @@ class LinearProbe(nn.Module):
             x: inputs, with `y`; or data as `torchfolio.data.Examples` takes, with labels.
             y: labels `[N]`.
             lr: learning rate.
-            weight_decay: of the linear layer's weight.
+            weight_decay: weight decay of the linear layer's weight.
             epochs: passes over the features.
             batch_size: examples of a step.
-            seed: of the initial weights and the order.
+            seed: seed of the initial weights and the order.
         """
         positive("lr", lr)
         at_least("weight_decay", weight_decay, 0)

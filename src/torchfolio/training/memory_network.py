@@ -130,7 +130,7 @@ class FastSlowMemoryNetwork(nn.Module):
         """Answer one input of every sequence.
 
         Args:
-            state: of the sequences.
+            state: state of the sequences.
             x: inputs `[B, ...]`.
 
         Returns:

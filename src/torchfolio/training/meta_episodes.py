@@ -26,7 +26,7 @@ def sine_episodes(episodes: int, length: int = 20, *, seed: int = 0) -> tuple[Te
     Args:
         episodes: number N of them.
         length: points T of each.
-        seed: of everything random.
+        seed: seed of everything random.
 
     Returns:
         x / 5 `[N, T, 1]` and the values `[N, T, 1]`.
@@ -48,7 +48,7 @@ def prototype_episodes(
         shots: samples of each class, or one number for every class; which label a class gets is random.
         dim: width of a sample.
         noise: standard deviation within a class.
-        seed: of everything random.
+        seed: seed of everything random.
 
     Returns:
         Samples `[N, T, dim]` and labels `[N, T]`, T the number of all samples of an episode.
@@ -71,9 +71,9 @@ def class_episodes(
         X: examples `[M, ...]`.
         y: their labels `[M]`.
         ways: classes of an episode.
-        shots: as in `prototype_episodes`.
+        shots: number of examples a class, as in `prototype_episodes`.
         episodes: number N of them.
-        seed: of everything random.
+        seed: seed of everything random.
 
     Returns:
         Examples `[N, T, ...]` and the labels of the episode `[N, T]`, from 0 to ways - 1.

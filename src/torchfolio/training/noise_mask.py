@@ -88,7 +88,7 @@ class NoiseMaskPretraining(LearningRule):
     masked inputs until then.
 
     Args:
-        policy: the policy, trained in place; by default a small one is made for the shape of the inputs.
+        policy: policy, trained in place; by default a small one is made for the shape of the inputs.
         objective: `"reinforce"`, `"lse"` as in the released code, or a function of the losses `[B]`, the log-densities
             `[B, cells]` and the baseline.
         baseline: $c$ of `Reinforce`: `"mean"` of the batch, `"ema"` over batches (decay 0.9), or `None` for 0.

@@ -28,8 +28,8 @@ class RichFeatures(TransformerMixin, BaseEstimator):
 
     Args:
         trunks: networks to features `[B, d_i]`.
-        shape: of one input, into which the rows of X are folded; `None` keeps them as they are.
-        normalize: scale every block to unit length.
+        shape: shape of one input, into which the rows of X are folded; `None` keeps them as they are.
+        normalize: whether to scale every block to unit length.
         batch_size: examples at a time.
 
     Attributes:

@@ -61,10 +61,10 @@ def two_stage_finetune(
         models: networks with a linear head for the target task; left as they are.
         finetune: trains a network in place on the target, given a seed: `lambda net, seed: fit(net, data, …)`.
         data: the target's examples with labels, for the head.
-        lr: of the head's SGD with Nesterov momentum.
-        epochs: of the head; 0 leaves the mean of the networks' logits.
-        batch_size: of the head.
-        seed: of the first network; the others take the next ones.
+        lr: learning rate of the head's SGD with Nesterov momentum.
+        epochs: number of epochs of the head; 0 leaves the mean of the networks' logits.
+        batch_size: batch size of the head.
+        seed: seed of the first network; the others take the next ones.
 
     Returns:
         The concatenation, frozen, and its head.

@@ -89,7 +89,7 @@ def spectral_clusters(
     Args:
         blocks: correlations of the layers.
         n_clusters: $K$; a quarter of the living units by default, at least 2.
-        random_state: of k-means.
+        random_state: seed of k-means.
         hierarchical: agglomerative clustering; `order` then follows the tree.
 
     Raises:

@@ -41,8 +41,8 @@ def mi_matrix(a: Tensor, b: Tensor, bins: int = 10, bias: Bias = "miller") -> Te
     Args:
         a: activations `[M, S_1]`.
         b: activations of the same samples `[M, S_2]`.
-        bins: see `mutual_information`.
-        bias: see `mutual_information`.
+        bins: number of bins, see `mutual_information`.
+        bias: whether the bias is corrected, see `mutual_information`.
 
     Returns:
         `[S_1, S_2]`, float64.

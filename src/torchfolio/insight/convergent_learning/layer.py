@@ -23,8 +23,8 @@ class LayerConvergence:
         blocks: their correlations.
         match: one-to-one matching.
         semi: best partner in the second network of every unit of the first.
-        prediction: of the second network's units from the first's.
-        clusters: of the units of both.
+        prediction: prediction of the second network's units from the first's.
+        clusters: clusters of the units of both.
     """
 
     layer_a: str

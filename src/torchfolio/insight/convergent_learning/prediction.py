@@ -26,7 +26,7 @@ class SparsePrediction:
     Attributes:
         alphas: penalties $\\lambda$, increasing, `[A]`.
         weights: $W$ on standardised units, `[A, S_1, S_2]`; 0 for dead units.
-        loss: of every unit on held-out samples, `[A, S_2]`; 0.5 is a prediction by the mean. NaN for dead units.
+        loss: loss of every unit on held-out samples, `[A, S_2]`; 0.5 is a prediction by the mean. NaN for dead units.
         nonzeros: number of units used, `[A, S_2]`.
     """
 
@@ -137,7 +137,7 @@ def lasso(
         alpha: $\\lambda$.
         start: weights to begin with, `[S_1, S_2]`.
         tolerance: largest violation of the optimality conditions.
-        max_iterations: of them.
+        max_iterations: maximum number of iterations of them.
 
     Returns:
         `[S_1, S_2]`.

@@ -28,7 +28,7 @@ class ConvergenceReport:
     """How far two networks learned the same features, layer by layer.
 
     Attributes:
-        layers: the comparisons, in the order asked for.
+        layers: comparisons, in the order asked for.
     """
 
     layers: tuple[LayerConvergence, ...]
@@ -64,8 +64,8 @@ class ConvergenceReport:
             absolute: match on $|c|$; for activations of arbitrary sign.
             alphas: penalties of the sparse prediction.
             n_clusters: a quarter of the units by default.
-            random_state: of the clustering.
-            batch_size: of tensors and data sets.
+            random_state: seed of the clustering.
+            batch_size: batch size of tensors and data sets.
 
         Raises:
             ValueError: if a layer is unknown (the message lists those there are), the layers have different

@@ -26,7 +26,7 @@ class CorrelationBlocks:
         within_a: `[S_1, S_1]`.
         within_b: `[S_2, S_2]`.
         between: `[S_1, S_2]`.
-        mean: of the units of both layers, `[S_1 + S_2]`.
+        mean: mean of the units of both layers, `[S_1 + S_2]`.
         std: likewise.
         alive: likewise; whether a unit's deviation exceeds 1e-6 of the largest one of its layer.
         count: samples.

@@ -67,7 +67,7 @@ def admm(
         gamma: dual step $\\gamma$; `rho` by default.
         relaxation: over-relaxation $\\alpha$ in [1, 2) of $u$ and $Gu$ in the other updates, with the default `gamma`
             alone. 1 is the paper's method; 1.8 takes nearly half as many iterations to the same solution.
-        max_iter: most iterations.
+        max_iter: maximum number of iterations.
         tol: relative tolerance of the primal and the dual residual.
         linear_solver: how to minimise over $u$. `"woodbury"`: through $K$ as above, with Newton steps for `"bce"`;
             `"dense"` factors the whole matrix of side $2dP$ (squared loss); `"cg"`: preconditioned conjugate
@@ -79,7 +79,7 @@ def admm(
             over five times the other, in the first half of `max_iter`. Each change factors anew.
         start: `state` of an earlier solution with the same data and patterns.
         callback: called with the iteration and $[v, w]$ `[2, P, d]`.
-        generator: of the blocks drawn by `"rbcd"`.
+        generator: source of the blocks drawn by `"rbcd"`.
 
     Returns:
         The solution, its network recovered from $v$. The record has the columns `primal`, `dual`,

@@ -181,7 +181,7 @@ class _ConvexReLU(BaseEstimator):
         those have none.
 
         Args:
-            dtype: of its weights.
+            dtype: dtype of its weights.
 
         Returns:
             `nn.Sequential(Linear, ReLU, Linear)`; the second layer has no bias.
@@ -217,11 +217,11 @@ class ConvexReLURegressor(RegressorMixin, _ConvexReLU):
         beta: weight decay $\\beta$.
         loss: `"squared"`.
         epsilon: radius of the perturbations to train against; above 0 it needs `"cvxpy"`.
-        norm: of the perturbations, `"inf"`, `"2"` or `"1"`.
+        norm: norm of the perturbations, `"inf"`, `"2"` or `"1"`.
         rho: penalty $\\rho$ of ADMM; it decides how fast the first iterations are.
         gamma: its dual step; `rho` by default.
         balance: let ADMM adapt `rho`, which often saves most of the iterations to a tight tolerance.
-        max_iter: most iterations.
+        max_iter: maximum number of iterations.
         tol: tolerance, see the solvers.
         fit_bias: add a column of ones, whose weights are decayed like the others.
         linear_solver: how ADMM takes its main step, see `admm`.
@@ -231,7 +231,7 @@ class ConvexReLURegressor(RegressorMixin, _ConvexReLU):
     Attributes:
         hidden_weights_: `[m, features (+ 1)]`, the bias last.
         output_weights_: `[m, K]`.
-        objective_: the value above at the trained network.
+        objective_: value above at the trained network.
         n_iter_: iterations made (most of all targets).
         converged_: whether every solver met its tolerance.
         history_: residuals by target and iteration.
@@ -301,11 +301,11 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
         beta: weight decay $\\beta$.
         loss: `"squared"`, `"bce"` (which brings `predict_proba`) or `"hinge"`; see `data_loss`.
         epsilon: radius of the perturbations to train against; above 0 it needs `"cvxpy"`.
-        norm: of the perturbations, `"inf"`, `"2"` or `"1"`.
+        norm: norm of the perturbations, `"inf"`, `"2"` or `"1"`.
         rho: penalty $\\rho$ of ADMM; it decides how fast the first iterations are.
         gamma: its dual step; `rho` by default.
         balance: let ADMM adapt `rho`, which often saves most of the iterations to a tight tolerance.
-        max_iter: most iterations.
+        max_iter: maximum number of iterations.
         tol: tolerance, see the solvers.
         fit_bias: add a column of ones, whose weights are decayed like the others.
         linear_solver: how ADMM takes its main step, see `admm`.
@@ -313,10 +313,10 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
         random_state: seed of the patterns.
 
     Attributes:
-        classes_: the labels.
+        classes_: labels.
         hidden_weights_: `[m, features (+ 1)]`, the bias last.
         output_weights_: `[m, K]`; `K` is 1 for two classes.
-        objective_: the value above at the trained network, summed over classes.
+        objective_: value above at the trained network, summed over classes.
         n_iter_: iterations made (most of all classes).
         converged_: whether every solver met its tolerance.
         history_: residuals by class and iteration.

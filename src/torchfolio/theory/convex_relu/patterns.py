@@ -68,10 +68,10 @@ def activation_patterns(
 
     Args:
         X: data, `[n, d]`.
-        n: how many patterns, or `"all"` of those that open sets of directions have. With up to two columns these
+        n: number of patterns, or `"all"` of those that open sets of directions have. With up to two columns these
             are enumerated by sorting angles, with more by a linear program for each.
         epsilon: radius of the perturbation.
-        generator: of the directions; PyTorch's global one by default.
+        generator: source of the directions; PyTorch's global one by default.
         bias: whether the last column of `X` is a positive constant. It is not perturbed, and the pattern of its own
             direction, active on every example, comes first: with it the network can always be an affine function,
             and robust cones, which few random patterns admit, are not all empty.

@@ -34,7 +34,7 @@ class Solution:
         hidden: weights $u_j$ of the hidden neurons, `[m, d]`.
         output: their output weights $\\alpha_j$, `[m]`.
         objective: value of the convex program at the solution.
-        convergence: the record of the solver.
+        convergence: record of the solver.
         blocks: $[v, w]$, `[2, P, d]`, of the programs over activation patterns.
         state: tensors that a further call of the same solver can start from.
     """
@@ -75,7 +75,7 @@ def convex_objective(X: Tensor, y: Tensor, D: Tensor, blocks: Tensor, beta: floa
         D: patterns `[n, P]`.
         blocks: $[v, w]$, `[2, P, d]`.
         beta: regularisation.
-        loss: see `data_loss`.
+        loss: loss, see `data_loss`.
     """
     prediction = (X @ (blocks[0] - blocks[1]).T * D).sum(1)
     return data_loss(prediction, y, loss) + beta * blocks.norm(dim=-1).sum()

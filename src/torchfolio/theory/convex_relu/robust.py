@@ -54,11 +54,11 @@ def conic_program(
         y: targets `[n]`; -1 and +1 for `"bce"` and `"hinge"`.
         D: patterns `[n, P]`, from `activation_patterns` with the same `epsilon`.
         beta: regularisation.
-        loss: see above.
+        loss: loss, see above.
         epsilon: radius of the ball.
-        norm: of the ball, `"inf"`, `"2"` or `"1"`; $\\|\\cdot\\|_*$ is its dual.
+        norm: norm of the ball, `"inf"`, `"2"` or `"1"`; $\\|\\cdot\\|_*$ is its dual.
         bias: whether the last column of `X` is a constant, which no one perturbs.
-        max_iter: most iterations of the solver (of Clarabel and SCS).
+        max_iter: maximum number of iterations of the solver (of Clarabel and SCS).
         tol: its tolerance (of Clarabel and SCS).
         solver: one of CVXPY's.
 

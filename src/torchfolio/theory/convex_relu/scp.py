@@ -50,7 +50,7 @@ def sampled_convex_program(
         neurons: $u_i$ `[N, d]`, from `sample_neurons`.
         beta: regularisation.
         loss: `"squared"` or `"bce"`.
-        max_iter: most iterations.
+        max_iter: maximum number of iterations.
         tol: tolerance on the optimality of $\\alpha$: the largest violation of a subgradient condition, over `beta`.
         start: `state` of an earlier solution whose neurons were the first of these.
 
