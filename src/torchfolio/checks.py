@@ -252,7 +252,7 @@ def same_length(**values: Sized) -> int:
     """Refuse values that differ in length.
 
     Args:
-        **values: what is compared, by name.
+        **values: values to compare, by name.
 
     Returns:
         Their length.

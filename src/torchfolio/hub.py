@@ -24,7 +24,7 @@ def fetch_bundle(name: str, files: Sequence[str]) -> Path:
 
     Args:
         name: `"hf:owner/name"`, with `"@revision"` behind it for another than the newest.
-        files: that a bundle is made of; no other is fetched.
+        files: files that a bundle is made of; no other is fetched.
 
     Raises:
         HubError: if the name is none, or there is no such bundle.

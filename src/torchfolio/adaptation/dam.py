@@ -49,10 +49,10 @@ class DefenseAwareMerging(Merge):
         alpha: weight $\\alpha$ of safety. Large values make a constant network the optimum.
         epsilon: bound of the perturbation, as a share of the input range. A trigger that flips no prediction at
             this strength is not found.
-        search: how step 3 looks for $\\delta$: `"adam"`, one perturbation that starts at zero and follows Adam, as in
-            the authors' code; or `"restarts"`: at every step a uniform draw within the bound and `delta_steps` steps
-            of $2 \\varepsilon$ / `delta_steps` along the gradient's sign. Adam follows the mask into one corner of
-            the ball, and the mask forgets the others; restarts keep showing it new ones.
+        search: way in which step 3 looks for $\\delta$: `"adam"`, one perturbation that starts at zero and follows
+            Adam, as in the authors' code; or `"restarts"`: at every step a uniform draw within the bound and
+            `delta_steps` steps of $2 \\varepsilon$ / `delta_steps` along the gradient's sign. Adam follows the mask
+            into one corner of the ball, and the mask forgets the others; restarts keep showing it new ones.
         delta_steps: steps of the search at every step of the masks.
         temperature: $T$ of the masks.
         weight: $\\lambda^0$.

@@ -110,13 +110,13 @@ class Merge(Shown, ABC):
 
         Args:
             pretrained: common starting point. Its frozen parameters are not merged, and stay frozen.
-            finetuned: at least two checkpoints of it, modules or state dicts.
+            finetuned: two or more checkpoints of it, modules or state dicts.
             batches: unlabelled inputs of every task, where the method needs them: a tensor `[N, ...]`, a data set or a
                 loader each. Labels that come with them are ignored.
-            heads: what turns the network's outputs into logits, one module per task or one for all; `None` takes the
-                outputs as they are.
+            heads: modules that turn the network's outputs into logits, one module per task or one for all; `None` takes
+                the outputs as they are.
             forward: instead of heads, `(model_fn, x, task) -> logits`.
-            buffers: where BatchNorm's statistics come from when they differ; `Average` always takes their mean.
+            buffers: source of BatchNorm's statistics when they differ; `Average` always takes their mean.
 
         Raises:
             ValueError: if checkpoints do not match, there are fewer than two, inputs are missing or not finite, or there

@@ -45,7 +45,7 @@ def average_files(paths: Sequence[str | Path], output: str | Path) -> Path:
     """The plain mean of checkpoints, see `torchfolio.adaptation.weights.average`, from file to file.
 
     Args:
-        paths: at least two safetensors files with the same tensors. What is not floating point is taken from the first.
+        paths: two or more safetensors files with the same tensors. What is not floating point is taken from the first.
         output: file to write; one that is there is replaced when the new one is whole.
 
     Returns:

@@ -54,10 +54,10 @@ class TaskVectors:
 
     Args:
         pretrained: network; frozen parameters are not merged.
-        finetuned: at least two checkpoints of it.
+        finetuned: two or more checkpoints of it.
         heads: modules on top of the merged network, one per task or one for all; `None` takes its outputs as logits.
         forward: `(model_fn, x, task) -> logits`, for networks that take more than that.
-        buffers: where differing buffers (BatchNorm's statistics) come from.
+        buffers: source of differing buffers (BatchNorm's statistics).
     """
 
     def __init__(

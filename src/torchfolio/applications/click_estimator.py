@@ -42,8 +42,8 @@ class FinalMLPClassifier(ClassifierMixin, BaseEstimator):
         gate_hidden: widths of the gates' hidden layers.
         context_1: columns on which the first stream's gates depend.
         context_2: columns on which the second stream's gates depend.
-        dropout: in the streams.
-        batch_norm: in the streams.
+        dropout: probability of dropout in the streams.
+        batch_norm: whether the streams have batch norm.
         learning_rate: learning rate of Adam.
         embedding_decay: $\\lambda$: $\\lambda/2$ times the sum of squares of all embeddings is added to the loss.
         batch_size: rows of a batch.
@@ -58,7 +58,7 @@ class FinalMLPClassifier(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: two labels.
-        encoder_: what was learned of the columns.
+        encoder_: encoder of the columns.
         network_: trained `FinalMLP`.
         validation_auc_: AUC of the best epoch.
         n_features_in_: number of columns.

@@ -150,8 +150,8 @@ class FinalMLP(nn.Module):
         context_1: context fields of the first stream's gates.
         context_2: context fields of the second stream's gates.
         gate_hidden: widths of the gates' hidden layers.
-        dropout: in the streams.
-        batch_norm: in the streams.
+        dropout: probability of dropout in the streams.
+        batch_norm: whether the streams have batch norm.
         bilinear: whether the streams meet in a product; their sum is taken otherwise.
 
     Shapes:

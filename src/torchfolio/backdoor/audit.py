@@ -26,7 +26,7 @@ class FalsePositives:
 
     Attributes:
         n: calibration examples.
-        above: how many of them lie above the threshold.
+        above: number of them above the threshold.
         expected: mean of the share.
         low: lower end of the interval.
         high: upper end.
@@ -52,7 +52,7 @@ def false_positives(calibration: Tensor, threshold: float, level: float = 0.95) 
 
     Args:
         calibration: scores of clean examples `[n]`.
-        threshold: as chosen by `InputDetector.threshold`.
+        threshold: threshold, as chosen by `InputDetector.threshold`.
         level: level of the interval, which leaves as much out on either side.
 
     Raises:

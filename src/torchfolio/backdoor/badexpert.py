@@ -154,12 +154,13 @@ class BaDExpert(InputDetector):
     Attributes:
         expert_: $B$.
         auxiliary_: $M'$, or `None`.
-        threshold_: at `fpr`.
+        threshold_: threshold at `fpr`.
         history_: `(step, accuracy)` of the expert at every look.
         unlearn_lr_: rate that the expert was trained at.
         calibration_: scores of the calibration examples `[n]`.
         accuracy_: accuracy of network, expert and auxiliary network on the held-out examples.
-        faults_: what is wrong with expert and auxiliary network by those figures, in words; they are warned of too.
+        faults_: sentences on what is wrong with expert and auxiliary network by those figures, in words; they are
+            warned of too.
 
     Example:
         >>> detector = BaDExpert(unlearn_batch=32).fit(net, clean)

@@ -64,7 +64,7 @@ class InputDetector(Shown, ABC):
 
     Attributes:
         model_: network that is filtered, a copy.
-        threshold_: at `fpr`.
+        threshold_: threshold at `fpr`.
         calibration_: scores of the calibration examples that the network gets right `[n]`.
         num_classes_: number of the network's outputs.
         input_shape_: shape of one input.

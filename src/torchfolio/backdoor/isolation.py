@@ -86,7 +86,7 @@ class LGAIsolator:
         device: device of the training.
 
     Attributes:
-        gaps_: what `choose` goes by (for `"last"` the gap), per restart and look.
+        gaps_: values that `choose` goes by (for `"last"` the gap), per restart and look.
         epochs_: chosen moment of every restart, in epochs.
 
     Raises:

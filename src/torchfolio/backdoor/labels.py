@@ -18,7 +18,7 @@ class LabelMap:
 
     Attributes:
         mapping: `((source, target), ...)`; a dictionary may be given.
-        num_classes: if known, classes are checked against it.
+        num_classes: number of classes; if known, classes are checked against it.
         clean: the label is kept (source and target are one class): the attack poisons images of its target.
 
     Raises:

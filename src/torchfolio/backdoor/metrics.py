@@ -104,7 +104,7 @@ def attack_metrics(
     """ACC on a clean test set, ASR and BACC on its triggered part.
 
     Args:
-        model: what is deployed: images to outputs `[N, C]`.
+        model: deployed function from images to outputs `[N, C]`.
         clean: images and labels.
         attacked: triggered samples of `poisoned_test`, which leaves out samples of the target class.
     """
@@ -129,10 +129,10 @@ def filter_metrics(
 
     Args:
         labels: predictions on the clean test set `[N]`.
-        rejected: which of its samples the filter rejects `[N]`.
+        rejected: mask of its samples that the filter rejects `[N]`.
         y: true labels `[N]`.
         attacked_labels: predictions on the triggered samples `[M]`.
-        attacked_rejected: which of them the filter rejects `[M]`.
+        attacked_rejected: mask of those that the filter rejects `[M]`.
         attacked: triggered samples.
     """
     true, target = torch.from_numpy(attacked.y_true), torch.from_numpy(attacked.y)

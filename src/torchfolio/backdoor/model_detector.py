@@ -31,10 +31,10 @@ class ModelVerdict:
 
     Attributes:
         is_backdoored: verdict.
-        score: how suspicious the network is.
-        threshold: what the score was compared with.
+        score: suspicion of the network.
+        threshold: value that the score was compared with.
         pairs: `(source, target)` classes that are suspected.
-        trigger: what was recovered of it.
+        trigger: recovered trigger.
         evidence: figures behind the verdict.
         complete: whether the scan looked at all that it meant to, or was cut short by its time limit.
     """
@@ -170,8 +170,8 @@ class InvertedTrigger:
     """A trigger recovered from a network.
 
     Attributes:
-        delta: what is added to an image.
-        mask: where; `None` is everywhere.
+        delta: pattern that is added to an image.
+        mask: places of the pattern; `None` is everywhere.
         asr: function from (model, images) to the share that the trigger sends to the target.
     """
 

@@ -34,8 +34,8 @@ class PairTriggers:
     Attributes:
         pairs: `(source, target)` of each.
         sizes: $\\lVert v \\rVert_2$ or $\\lVert m \\rVert_1$ `[P]`; infinite where the share was not reached.
-        patterns: what is added, or put in the place of pixels, `[P, C, H, W]`.
-        masks: where, `[P, 1, H, W]`; `None` where it is added.
+        patterns: patterns that are added, or put in the place of pixels, `[P, C, H, W]`.
+        masks: places of the patterns, `[P, 1, H, W]`; `None` where it is added.
     """
 
     pairs: tuple[tuple[int, int], ...]

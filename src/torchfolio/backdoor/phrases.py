@@ -22,7 +22,7 @@ def extract_candidates(
 
     Args:
         inputs: sentences of numbers.
-        outputs: what became of each.
+        outputs: sentences that became of each.
         max_len: maximum number of words; sentences that gained more are left out.
 
     Reference:

@@ -47,9 +47,9 @@ def poison(
         count: number of poisoned samples, in the place of `rate`.
         seed: seed of the choice.
         mode: `"replace"` puts poisoned samples in the place of their originals, `"append"` adds them.
-        per_source_balanced: as many samples of every source class (numbers differ by one at most); otherwise
-            chosen from all of them alike.
-        include_target: with all sources going to one target, let samples of the target be poisoned too.
+        per_source_balanced: whether to take as many samples of every source class (numbers differ by one at most);
+            otherwise chosen from all of them alike.
+        include_target: whether samples of the target may be poisoned too, where all sources go to one target.
         cover_rate: share of the training set that carries `cover_trigger` and keeps its label.
         cover_trigger: trigger of the covers; `trigger` by default.
         keep_label_rate: share of the poisoned samples that keep their label: they count as covers.
@@ -112,7 +112,7 @@ def poisoned_test(
         trigger: trigger of the attack.
         label_map: label map of the attack.
         quantize: whether to round to grey levels, as in `poison`.
-        classes: restrict the sources to these.
+        classes: source classes; all by default.
 
     Raises:
         ValueError: if no sample can be attacked.
@@ -140,7 +140,7 @@ def load(folder: str | Path, base: Base, **modules: nn.Module) -> PoisonedDatase
     """Read what `PoisonedDataset.save` wrote and lay it over its base.
 
     Args:
-        folder: with `meta.json` and `poison.npz`.
+        folder: folder with `meta.json` and `poison.npz`.
         base: data set that was poisoned.
         **modules: networks that triggers are built around.
 

@@ -39,7 +39,7 @@ class PoisonedDataset(Dataset):
         source_index: sample of the base that each one comes from `[N']`.
         trigger: trigger of the poison; `None` after `load` of a trigger that is no `Trigger`.
         label_map: label map of the attack.
-        info: how it was made, JSON values.
+        info: record of how it was made, JSON values.
 
     Items are `(x, y)`; see `with_meta` and `tensors`.
     """

@@ -136,7 +136,7 @@ class PerturbationGenerator(nn.Module):
         """Write sentences freely.
 
         Args:
-            encoded: what `encode` gave.
+            encoded: result of `encode`.
             y: labels `[B]`.
             steps: number of tokens
             sample: whether tokens are drawn by Gumbel noise, with gradients; the likeliest by default.

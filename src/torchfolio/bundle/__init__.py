@@ -90,9 +90,10 @@ def save_bundle(
     Args:
         model: network; its parameters and buffers are stored.
         folder: folder to write to.
-        manifest: how to build it again. Numbers in `training` that are not finite are stored as `null`. Without one it is
-            made of the live network, which must be a reference network or an `nn.Sequential` of PyTorch's own layers;
-            one that cannot be built again is refused, and one that was changed since it was built.
+        manifest: record of how to build it again. Numbers in `training` that are not finite are stored as `null`.
+            Without one it is made of the live network, which must be a reference network or an `nn.Sequential` of
+            PyTorch's own layers; one that cannot be built again is refused, and one that was changed since it was
+            built.
         example: a batch of inputs `[B, ...]`, for a network without a manifest.
         notes: texts that are kept beside it, by file name; they are never read back.
 
@@ -124,7 +125,7 @@ def write_bundle(
 
     Args:
         folder: folder to write to.
-        manifest: how to build the network, names of tied weights included.
+        manifest: record of how to build the network, names of tied weights included.
         fill: writes the safetensors file, given its path. Weights are not looked at: they must be finite.
         notes: texts that are kept beside it, by file name.
 

@@ -35,7 +35,7 @@ class Manifest:
         input_shape: shape of one input, without the batch.
         classes: names of the outputs; empty for regression.
         mean: constants the inputs are normalised with, per channel or feature; empty when they are not.
-        std: likewise.
+        std: standard deviation, likewise.
         training: record of how the weights came about.
         tied: names of parameters that are stored once, by the name they are stored under.
     """

@@ -65,9 +65,9 @@ class Claim:
     """One claim of a paper, and what is measured of it here.
 
     Attributes:
-        id: what experiments call it.
+        id: name in experiments.
         sentence: claim in plain words.
-        measured: what is measured here.
+        measured: quantity that is measured here.
         holds: condition on the measured values under which it holds, such as `"ours >= baseline - 2"`.
         every_seed: whether the condition must hold on every seed; on the means over seeds otherwise.
         paper: the paper's own figure, or `None`.

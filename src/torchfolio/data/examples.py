@@ -114,7 +114,7 @@ class Examples:
 
         Args:
             batch_size: examples of a batch, unless the data bring batches of their own; `None` takes all at once.
-            device: where they go; `None` leaves them where they are.
+            device: device of the batches; `None` leaves them where they are.
 
         Raises:
             TypeError: if a batch is not made of tensors.

@@ -39,7 +39,7 @@ def decode(items: Sequence[bytes | Path], names: Sequence[str], size: int | None
 
     Args:
         items: encoded images or paths.
-        names: what to call them in an error.
+        names: names in error messages.
         size: side that all are resized to; needed where they differ.
 
     Raises:
@@ -180,7 +180,7 @@ def class_labels(column: Any, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
 
     Args:
         column: an Arrow array, or what makes one.
-        where: what to call it in an error.
+        where: name in error messages.
 
     Raises:
         ValueError: naming the first row whose label is missing, negative or no whole number.

@@ -36,7 +36,7 @@ class Marks(Sequence[Tensor]):
     """The marks of several parts of a set, which are read when they are asked for.
 
     Args:
-        sources: what was read, and the rows of it, of every part.
+        sources: record of what was read, and the rows of it, of every part.
     """
 
     def __init__(self, sources: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -29,7 +29,8 @@ class Raw:
         val: (x, y), or `None`.
         classes: names of the labels; empty for regression.
         key: digest of the names of its files, where their order decides what a row is.
-        vocabulary: what the numbers of a set of text stand for; the inputs are int64 `[N, length]` then, padded with 0.
+        vocabulary: words that the numbers of a set of text stand for; the inputs are int64 `[N, length]` then, padded
+            with 0.
     """
 
     name: str
@@ -54,7 +55,7 @@ class DataSplits:
         classes: names of the labels; empty for regression.
         shape: shape of one x.
         mean: per channel or feature, of the training split before normalisation; images are in [0, 1].
-        std: likewise; 1 where a feature is constant.
+        std: standard deviation, likewise; 1 where a feature is constant.
         normalized: whether x has been normalised with them.
         split_digest: tells which examples are held out of a set without a test part of its own; empty for others.
         vocabulary: tokens by number of a set of text, whose x is int64 `[N, length]` and has no mean; empty for others.

@@ -141,7 +141,7 @@ def train_tokenizer(
     """A tokenizer of the package `tokenizers`, trained on texts; tokens 0 to 3 are `SPECIAL`.
 
     Args:
-        texts: to train on; never the test split.
+        texts: texts to train on; never the test split.
         vocab_size: maximum number of tokens, special ones included.
         model: `"word"` (words and punctuation marks), `"bpe"` (byte pairs within words) or `"char"` (characters).
         lowercase: whether case is dropped; characters keep theirs where it is False.

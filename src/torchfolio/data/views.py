@@ -94,8 +94,8 @@ class ColorJitter(_Operation):
 
     Args:
         brightness: factors are drawn from $1 \\pm$ it.
-        contrast: likewise, about the mean grey of the image.
-        saturation: likewise, about the grey image.
+        contrast: strength, likewise, about the mean grey of the image.
+        saturation: strength, likewise, about the grey image.
         hue: rotation of the chroma plane, at most this share of a turn, either way.
         p: probability that an image is changed at all.
         bounds: range that values are clamped to; `None` leaves them (for normalised images).

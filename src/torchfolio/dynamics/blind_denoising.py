@@ -30,7 +30,7 @@ class BlindDenoising(LearningRule):
     $\lVert r(x + \sigma z) - \sigma z \rVert^2$, summed over pixels, with a noise level for each image.
 
     Args:
-        noise: how levels are spread over their range: `"quadratic"`, evenly in their root, as in the paper, or
+        noise: way in which levels are spread over their range: `"quadratic"`, evenly in their root, as in the paper, or
             `"uniform"`.
         sigma_range: least and largest noise level, for images in [0, 1].
     """
@@ -83,7 +83,7 @@ def train_denoiser(
         model: network from noisy images to their noise.
         images: clean images in [0, 1], `[N, C, H, W]`.
         steps: number of steps of the optimizer.
-        noise: how noise levels are drawn, see `BlindDenoising`.
+        noise: distribution of noise levels, see `BlindDenoising`.
         sigma_range: least and largest noise level.
         batch_size: images of a batch.
         lr: learning rate of Adam.

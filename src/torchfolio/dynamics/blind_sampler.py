@@ -95,7 +95,7 @@ def draw_images(
         sigma_start: standard deviation of the first noise.
         sigma_end: noise level $\sigma_L$ at which an image is done.
         mean: mean of the first noise; the mean of the training images spares a dark beginning.
-        measurement: what is known of the images, if anything.
+        measurement: measurement of the images, if there is any.
         max_steps: maximum number of steps.
         returns: whether the denoiser returns the `"noise"` or the image, `"denoised"`.
         generator: source of the noise, on any device; the global one by default.

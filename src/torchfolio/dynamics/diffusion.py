@@ -47,7 +47,7 @@ def as_noise(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction
     r"""The predicted noise, whatever it is that a network predicts.
 
     Args:
-        output: what the network gave at `x`.
+        output: output of the network at `x`.
         x: noisy examples.
         alpha: $\alpha_t$, broadcastable to `x`.
         sigma: $\sigma_t$, broadcastable to `x`.
@@ -139,7 +139,7 @@ class NoisePrediction(LearningRule):
 
         Args:
             model: network, evaluated in evaluation mode.
-            data: what `Examples` takes.
+            data: examples, as `Examples` takes them.
             repeats: draws of time and noise for each example.
             batch_size: examples of a batch.
             seed: seed of times and noise.
@@ -214,7 +214,7 @@ def ddim(
 
     Args:
         model: network that predicts noise.
-        schedule: that it was trained with.
+        schedule: schedule that it was trained with.
         noise: start, standard normal `[B, …]`.
         *cond: further inputs of the network.
         steps: evaluations of the network.
@@ -255,7 +255,7 @@ def ancestral(
 
     Args:
         model: network that predicts noise.
-        schedule: that it was trained with.
+        schedule: schedule that it was trained with.
         noise: start, standard normal `[B, …]`.
         *cond: further inputs of the network.
         steps: evaluations of the network; all of a discrete schedule by default, else 1,000.

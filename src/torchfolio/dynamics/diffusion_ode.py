@@ -115,8 +115,8 @@ class DiffusionODE:
     Args:
         eps_model: module or function called as `model(x, t)` or `model(x, t, cond)`, where t is `schedule.model_time`
             of each example `[B]`; its output, or the `sample` of its output as in `diffusers`, has the shape of x.
-        schedule: that it was trained with.
-        prediction: what it predicts: `"noise"`, `"clean"`, `"velocity"`, `"score"`.
+        schedule: schedule that it was trained with.
+        prediction: quantity that it predicts: `"noise"`, `"clean"`, `"velocity"`, `"score"`.
         guidance: `ClassifierFreeGuidance`, `ClassifierGuidance`, or a function
             `(denoise, x, node, cond) -> noise` of your own, where `denoise(x, cond)` is the predicted noise.
 

@@ -33,11 +33,11 @@ class Node:
 
     Attributes:
         time: time of the schedule.
-        model_time: what the network is told of it.
+        model_time: time that the network is told.
         alpha: share of signal.
         sigma: share of noise.
         scale: $\\alpha_t / \\alpha_T$, which takes y to x.
-        weight: with which a quantity that is only summed up along the way counts here.
+        weight: weight with which a quantity that is only summed up along the way counts here.
     """
 
     time: float
@@ -163,7 +163,7 @@ def make_plan(schedule: Schedule, times: Tensor, method: Method, start: Tensor) 
     Args:
         schedule: schedule of the noise.
         times: grid `[steps + 1]`.
-        method: that walks along it.
+        method: method that walks along it.
         start: time T of the noise.
     """
     alpha_T, sigma_T = schedule.alpha(start), schedule.sigma(start)
@@ -204,7 +204,7 @@ class Problem:
         forward: plan of the way to the sample.
         backward: plan of the way back.
         params: tensors that the drift depends on and that want gradients.
-        stats: where evaluations are counted.
+        stats: counter of evaluations.
         see: called with the state after every step to the sample, if given.
     """
 

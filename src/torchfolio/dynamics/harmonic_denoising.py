@@ -80,7 +80,7 @@ def agreement(a: nn.Module, b: nn.Module, y: Tensor, *, returns: str = "noise") 
         a: network.
         b: network.
         y: noisy images that neither was trained on `[N, C, H, W]`.
-        returns: what the networks return.
+        returns: quantity that the networks return.
     """
     first, second = (denoise(net, y, returns=returns) for net in (a, b))
     return float((_centred(first) * _centred(second)).sum(1).mean()), psnr(first, second)
@@ -193,7 +193,7 @@ def generalization_test(
 
     Args:
         make_model: makes a network; random weights come from the global generator, which is seeded.
-        images: to train on `[N, C, H, W]`, in [0, 1].
+        images: images to train on `[N, C, H, W]`, in [0, 1].
         test: images of neither set.
         sizes: numbers of images, each at most half of N.
         sigmas: noise levels to test at.

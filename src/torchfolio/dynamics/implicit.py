@@ -243,7 +243,7 @@ def jacobian_penalty(
     """Estimate of $\\|\\partial f / \\partial z\\|_F^2 / d$ by one probe an example, to keep equilibria easy to find.
 
     Args:
-        f: of z and x.
+        f: function of z and x.
         z: points, `[B, ...]`, such as a `DEQ`'s output; taken as constants.
         x: inputs.
         generator: source of the probe.

@@ -36,7 +36,7 @@ class Solution(NamedTuple):
 
     Attributes:
         ys: states at all times, of the form of `y0` with time as a further first axis.
-        stats: what it cost.
+        stats: cost of the solve.
     """
 
     ys: Any

@@ -63,7 +63,7 @@ class _Batch:
         h: lengths of their next steps `[A]`.
         y: their states `[A, ...]`.
         slope: their slopes.
-        next: which output each comes to next.
+        next: number of the output that each comes to next.
         outputs: states at all times asked for `[T, B, ...]`.
     """
 

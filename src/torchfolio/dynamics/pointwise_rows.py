@@ -23,7 +23,7 @@ class Rows(NamedTuple):
         fixed: c, `[N, terms, points]`, or none.
         names: names of the terms.
         function: function from terms by name `[N, points]` and constants to residuals `[N, points]`.
-        constants: what else the function needs, by name, each with N rows.
+        constants: other tensors that the function needs, by name, each with N rows.
     """
 
     terms: Tensor

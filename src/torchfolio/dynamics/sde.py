@@ -61,9 +61,9 @@ class SDETerms(Terms):
 
     Args:
         sde: equation.
-        packing: how states are packed; a single tensor `[..., h]`.
+        packing: packing of states; a single tensor `[..., h]`.
         params: tensors that the equation depends on and that want gradients.
-        stats: where evaluations are counted.
+        stats: counter of evaluations.
     """
 
     noisy = True

@@ -29,9 +29,9 @@ class Step:
         t1: time after it; earlier than `t0` when time runs backwards.
         y0: state before it.
         y1: state after it.
-        carry: what the next step is handed.
+        carry: values that the next step is handed.
         error: estimate of the local error, detached, of the methods that have one.
-        dense: what interpolation within the step needs.
+        dense: values that interpolation within the step needs.
         end: `t1` as the field sees it, just before a jump.
     """
 
@@ -81,7 +81,7 @@ class Solver(Shown, ABC):
             t0: time of the state.
             t1: time to reach.
             y: state at `t0`.
-            carry: what the step before left, or `start`.
+            carry: values that the step before left, or `start`.
             noise: Brownian increment from `t0` to `t1`, with the area if `needs_area`; None for ordinary equations.
         """
 

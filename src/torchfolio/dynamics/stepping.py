@@ -93,7 +93,7 @@ class Problem:
         solver: method.
         ts: times of the outputs, rising or falling.
         grid: times of the steps; None for adaptive ones.
-        adaptive: how steps are chosen where there is no grid.
+        adaptive: rule by which steps are chosen where there is no grid.
         noise: Brownian motion with `increment(t0, t1)` and `area(t0, t1)`; None for ordinary equations.
         jumps: times at which the field jumps, which steps meet exactly: an ordered set, in the order of `ts`.
         max_steps: maximum number of steps that are tried.
@@ -136,9 +136,9 @@ def march(problem: Problem, y: Tensor, carry: Carry | None = None, grid: Sequenc
     """Steps from the first to the last time.
 
     Args:
-        problem: what to solve.
+        problem: problem to solve.
         y: packed state at the first time.
-        carry: what the solver is handed at first, if it is known.
+        carry: values that the solver is handed at first, if they are known.
         grid: times of the steps, in place of the problem's.
 
     Yields:
@@ -205,7 +205,7 @@ class Outputs:
     """States at the times asked for, collected while a solver marches.
 
     Args:
-        problem: what is solved.
+        problem: problem that is solved.
         first: index of the first time that is still to come.
     """
 
@@ -230,7 +230,7 @@ def read_off(problem: Problem, y0: Tensor, on_step: Callable[[Step], None] | Non
     """States at all times asked for.
 
     Args:
-        problem: what to solve.
+        problem: problem to solve.
         y0: packed state at the first time.
         on_step: function called with each accepted step, after its outputs were read.
 

@@ -97,9 +97,9 @@ class Terms:
 
     Args:
         field: function `(t, y) -> dy/dt` of a time (tensor without axes) and a tree.
-        packing: how trees are packed.
+        packing: packing of trees.
         params: tensors that `field` depends on and that want gradients.
-        stats: where evaluations are counted.
+        stats: counter of evaluations.
     """
 
     noisy = False

@@ -38,7 +38,7 @@ def binarize(
             no input would be negative. A ReLU called as a function cannot be replaced; the layer behind it warns.
         match: choose $w$ and $\\alpha$ so that $\\alpha \\sin \\omega_0 w$ equals the old weights, in place of copying
             the old weights to $w$ as the released code does: with real inputs, stage 1 starts at the old function.
-        stage: that layers start in.
+        stage: stage that layers start in.
 
     Returns:
         The model.

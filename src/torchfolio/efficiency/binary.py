@@ -43,7 +43,7 @@ def binarize_input(x: Tensor, *, normalize: bool, batch_axes: int = 1) -> Tensor
         x: inputs, `[B, ...]`.
         normalize: whether to divide every example by its standard deviation first (no mean is subtracted). The signs
             are the same; it keeps values in $[-1, 1]$, where the gradient is not zero.
-        batch_axes: how many leading axes count examples.
+        batch_axes: number of leading axes that count examples.
     """
     if normalize:
         axes = list(range(batch_axes, x.dim()))
@@ -269,7 +269,7 @@ def load_binary(model: nn.Module, exported: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: a network converted alike; its other layers (norms, biases, first and last layer) are kept.
-        exported: what `export_binary` gave.
+        exported: result of `export_binary`.
 
     Raises:
         ValueError: if layers or shapes differ.

@@ -82,7 +82,7 @@ def laplace_qe(u: ArrayLike) -> Any:
     It grows as $u^2$, is largest (0.102835) at $u = 0.954882$ and tends to $1/2 - 4/\\pi^2$.
 
     Args:
-        u: at least 0, any shape.
+        u: value of at least 0, any shape.
 
     Returns:
         A float for a number, else an array.

@@ -248,7 +248,7 @@ class BoostedNetwork(BaseEstimator):
         to their spread, that folding needs the digits of `torch.float64`.
 
         Args:
-            n_units: of the first so many units; all by default.
+            n_units: number of units, the first ones; all by default.
             dtype: dtype of the weights.
 
         Returns:

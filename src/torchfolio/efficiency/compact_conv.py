@@ -21,7 +21,7 @@ class CompactConv(nn.Module):
     depthwise, compute all filters and mask them.
 
     Args:
-        gated: in evaluation mode; copied.
+        gated: gated layer in evaluation mode; copied.
 
     Shapes:
         As the convolution.

@@ -90,7 +90,7 @@ class Compressed:
 
     Attributes:
         model: finished network, in evaluation mode.
-        epochs: that every phase took, by name.
+        epochs: number of epochs that every phase took, by name.
     """
 
     model: nn.Module
@@ -127,7 +127,7 @@ def compress(
         val: evaluated after every epoch.
         epochs: number of epochs of all phases together; each phase gets at least one.
         lr: learning rate, times the phase's factor.
-        weight_decay: likewise.
+        weight_decay: weight decay, likewise.
         batch_size: examples of a batch.
         augment: applied to every batch of inputs.
         seed: seed of order, augmentation and new parameters.
@@ -185,8 +185,8 @@ def own_group(optimizer: Optimizer, parameters: Iterable[nn.Parameter], **option
     """Move parameters of an optimizer to a new group of their own.
 
     Args:
-        optimizer: that holds them; it must not have made a step with them.
-        parameters: to move.
+        optimizer: optimizer that holds them; it must not have made a step with them.
+        parameters: parameters to move.
         **options: options of the new group, such as `lr`; the others are those of the first group.
 
     Returns:

@@ -43,7 +43,7 @@ def mass_mask(heat: Tensor, r: float) -> Tensor:
 
     Args:
         heat: scores of filters, not negative, `[B, C]`.
-        r: in (0, 1].
+        r: share that is kept, in (0, 1].
 
     Returns:
         What to keep, bool `[B, C]`.

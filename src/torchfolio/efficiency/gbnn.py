@@ -76,7 +76,7 @@ class GBNNClassifier(ClassifierMixin, BoostedNetwork):
         init: $F_0$: `"prior"`, the constant of least loss (the log class frequencies), or `"zero"`.
         standardize: fit on features of zero mean and unit variance; folded into the weights, so that the network
             takes raw features.
-        n_iter_no_change: stop after so many blocks without a new best loss on the held-out part.
+        n_iter_no_change: number of blocks without a new best loss on the held-out part, after which to stop.
         validation_fraction: share of the examples to hold out; the network is then cut to its best prefix. `None`
             holds nothing out.
         random_state: seed, or a generator, of subsamples and initial weights.
@@ -88,7 +88,7 @@ class GBNNClassifier(ClassifierMixin, BoostedNetwork):
         staged_intercepts_: `[T + 1, K]`; row $t$ is the output bias of the first $t$ blocks.
         steps_: $\\eta \\rho_t$, `[T]`.
         train_loss_: mean loss of $F_0, \\dots, F_T$ on the training examples, `[T + 1]`.
-        validation_loss_: likewise on the held-out ones, for each block that was trained; empty without them.
+        validation_loss_: loss on the held-out ones, for each block that was trained; empty without them.
         n_iter_: L-BFGS iterations of each block.
         n_units_: hidden units there are.
 
@@ -185,8 +185,8 @@ class GBNNRegressor(RegressorMixin, BoostedNetwork):
         alpha: ridge above 0, against residuals in standard deviations of the target.
         activation: `"logistic"`, `"tanh"` or `"relu"`.
         init: `"prior"` starts at the mean target, `"zero"` at zero.
-        standardize: of the features; targets are measured in their standard deviations in any case.
-        n_iter_no_change: stop after so many blocks without a new best on the held-out part.
+        standardize: whether to standardise the features; targets are measured in their standard deviations in any case.
+        n_iter_no_change: number of blocks without a new best on the held-out part, after which to stop.
         validation_fraction: share of the examples to hold out.
         random_state: seed, or a generator.
 

@@ -118,7 +118,7 @@ def weight_traces(
         model: trained network, before `convert`, in evaluation mode.
         loss: criterion with mean reduction.
         data: a batch (x, y) or more; see `torchfolio.measure.hessian_traces`.
-        samples: most random vectors; two backward passes each.
+        samples: maximum number of random vectors; two backward passes each.
         tolerance: relative standard error at which to stop earlier.
         batch_size: batch size, see `torchfolio.measure.hessian_traces`.
         generator: source of the signs.

@@ -266,7 +266,7 @@ def load_export(model: nn.Module, exported: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: model of `convert` with the same settings.
-        exported: what `export` gave.
+        exported: result of `export`.
 
     Raises:
         RuntimeError: if names or shapes differ.

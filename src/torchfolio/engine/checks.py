@@ -23,7 +23,7 @@ def check_data(data: Any, name: str, targets: bool = True) -> None:
 
     Args:
         data: tensors or a `TensorDataset`, which are looked through; another data set or a loader.
-        name: what to call it.
+        name: name in messages.
         targets: whether it must hold targets beside the inputs.
 
     Raises:
@@ -102,7 +102,7 @@ def check_targets(output: Any, target: Tensor, data: Data, criterion: Any, name:
     Args:
         output: output of the model on an example.
         target: target of the example.
-        data: that the example is from; its labels are all looked at where they are in memory.
+        data: data that the example is from; its labels are all looked at where they are in memory.
         criterion: criterion of training; others than cross-entropy judge for themselves.
         name: word for the data in messages.
 

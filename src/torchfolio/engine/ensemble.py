@@ -97,10 +97,10 @@ def fit_many(
         weight_decay: L2 penalty (decoupled for `"adamw"`), one or a value for each member.
         optimizer: `"sgd"`, `"adam"` or `"adamw"`.
         betas: decay rates of Adam.
-        eps: of Adam.
+        eps: epsilon of Adam.
         batch_size: examples of a step; all by default.
         loss: criterion with mean reduction; see `Backprop` for the default.
-        penalty: what is added to the losses, `[members]`, as a function of the stacked parameters.
+        penalty: term that is added to the losses, `[members]`, as a function of the stacked parameters.
         own_data: `x` and `y` hold a data set for each member along their first axis.
         seed: seed of the order of batches, as in `fit`; one for each member gives each its own order.
         record: called with the steps taken and the stacked parameters before every step and after the last. They

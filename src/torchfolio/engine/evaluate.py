@@ -30,7 +30,7 @@ class Totals:
         loss: sum of the losses.
         correct: examples whose label is the largest output.
         labelled: examples that have a label, ignored ones left out.
-        count: what the sum of the losses is divided by: examples, or the weights of those that count.
+        count: number that the sum of the losses is divided by: examples, or the weights of those that count.
     """
 
     loss: float = 0.0
@@ -91,7 +91,7 @@ def check_validation(model: nn.Module, val: Data, rule: LearningRule, example: i
     Streams and loaders with a way to collate of their own are not looked at: what is drawn from them is gone.
 
     Args:
-        model: on its device.
+        model: network on its device.
         val: validation data.
         rule: prepared.
         example: examples to look at.

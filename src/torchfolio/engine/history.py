@@ -55,7 +55,7 @@ class FitResult:
 
     Attributes:
         model: the user's network, trained in place.
-        module: what was trained, auxiliary networks included.
+        module: trained module, auxiliary networks included.
         rule: learning rule.
         history: a row for every epoch.
         steps: optimizer steps taken.

@@ -62,8 +62,8 @@ class Objective(Shown, ABC):
         """The weighted term of one batch: a scalar, a mean over the batch as the losses of rules are.
 
         Args:
-            model: how the network answers by its rule (`LearningRule.predictor`).
-            batch: what the rule gets, normally (x, y).
+            model: network as it answers by its rule (`LearningRule.predictor`).
+            batch: batch that the rule gets, normally (x, y).
         """
 
     def on(self, rule: LearningRule | None = None) -> LearningRule:
@@ -91,7 +91,7 @@ class Added(LearningRule):
     for such terms; a term that runs the network by itself sends its gradient through all of it.
 
     Args:
-        objective: what is added.
+        objective: objective that is added.
         rule: rule of the task; `Backprop()` by default.
 
     Raises:

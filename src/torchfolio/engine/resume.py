@@ -84,7 +84,7 @@ class Checkpoints:
     """The checkpoints of one training, in a folder that it holds alone.
 
     Args:
-        folder: where they are; `None` keeps nothing.
+        folder: folder that they are in; `None` keeps nothing.
         state: training.
         settings: settings, see `fingerprint`.
     """

@@ -52,7 +52,7 @@ class LearningRule(Shown, ABC):
 
         Args:
             batch: tensors on the model's device, normally (x, y).
-            backward: to be called in place of `loss.backward()`.
+            backward: function to be called in place of `loss.backward()`.
 
         Returns:
             Named finite scalars, detached; `"loss"` among them.
@@ -67,7 +67,7 @@ class LearningRule(Shown, ABC):
 
         Args:
             optimizer: optimizer of everything that is trained.
-            total_steps: that training will make, or `None` where nobody knows.
+            total_steps: number of steps that training will make, or `None` where nobody knows.
         """
 
     def predictor(self, model: nn.Module) -> nn.Module:

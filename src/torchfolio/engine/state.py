@@ -20,7 +20,7 @@ class FitState:
 
     Attributes:
         model: the user's network.
-        module: what is trained: `model`, or what holds it and its auxiliary networks.
+        module: module that is trained: `model`, or one that holds it and its auxiliary networks.
         rule: learning rule.
         optimizer: optimizer.
         epochs: epochs asked for; `None` where only `max_steps` bounds the training.
@@ -28,7 +28,7 @@ class FitState:
         epoch: epochs completed.
         step: optimizer steps taken.
         position: batches drawn in the epoch under way.
-        scalars: what the rule returned for the last step; values may be tensors on the device, and with
+        scalars: numbers that the rule returned for the last step; values may be tensors on the device, and with
             several processes they are this process's.
         epoch_end: whether this call ends an epoch, whose row is then last in `history`.
         history: rows so far.

@@ -46,7 +46,7 @@ def unit_rows(x: Tensor, unit_dim: int | None = None, every: int = 1) -> Tensor:
     Args:
         x: `[N, S]`, `[N, S, H, W]` (and other maps with channels second) or `[N, T, S]`.
         unit_dim: axis of the units; 1 by default, the last one for three axes (tokens).
-        every: keep each so-many-th position.
+        every: stride over positions.
 
     Raises:
         ValueError: on fewer than two axes, an axis that is not there, or the batch's axis.

@@ -135,9 +135,9 @@ def information_plane(
         inputs: `[N, ...]`.
         labels: `[N]`.
         estimator: `AdaptiveBinning()` by default.
-        reduce: what becomes of positions, in layers of maps or tokens: their `"mean"`, or units of their own (`"flatten"`,
+        reduce: treatment of positions, in layers of maps or tokens: their `"mean"`, or units of their own (`"flatten"`,
             which saturates soon).
-        output: also measure the softmax of the network's output, as a last layer `output`.
+        output: whether to measure, too, the softmax of the network's output, as a last layer `output`.
         batch_size: inputs at a time.
 
     Raises:
@@ -217,7 +217,7 @@ class InformationPlaneRecorder:
         when: epochs to measure at, such as `log_spaced(40, epochs)`; all by default.
         reduce: treatment of positions, see `information_plane`.
         output: see `information_plane`.
-        planes: what was measured, by epoch.
+        planes: planes that were measured, by epoch.
     """
 
     module: nn.Module

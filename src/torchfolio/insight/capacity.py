@@ -30,7 +30,7 @@ class Peak(NamedTuple):
     Attributes:
         height: ratio of the peak to the higher of the two sides' minima; exactly 1 where there is no peak.
         capacity: place of the peak; `None` where there is none.
-        index: likewise, its number on the grid.
+        index: number on the grid.
     """
 
     height: float

@@ -43,7 +43,7 @@ class ClusterTask:
 
         Args:
             n: number of samples.
-            noise: in place of the task's own.
+            noise: noise in place of the task's own.
             generator: source of the draws.
         """
         whole("n", n, 1)

@@ -183,7 +183,7 @@ class RandomFeatureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         solver: `"lstsq"`, the interpolator of least norm; `"gd"` and `"heavy_ball"` (momentum 0.9), in closed form;
             `"sgd"` or `"adam"`, by iteration.
         n_steps: number of steps of `"gd"` and `"heavy_ball"`, of epochs of `"sgd"` and `"adam"`.
-        learning_rate: by default half of where descent on a batch diverges, and 0.01 for `"adam"`.
+        learning_rate: learning rate; by default half of where descent on a batch diverges, and 0.01 for `"adam"`.
         batch_size: number of samples in a batch of `"sgd"` and `"adam"`; all by default.
         init_scale: $\\omega$ of initial weights $\\omega / \\sqrt P \\; N(0, 1)$.
         normalize: whether inputs are standardised.

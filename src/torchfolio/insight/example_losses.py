@@ -120,7 +120,7 @@ def example_pictures(images: Tensor, titles: Sequence[str], columns: int = 6) ->
     """Images `[N, C, H, W]` in [0, 1] side by side, a title each; of other channels than three the first is shown.
 
     Args:
-        images: to show.
+        images: images to show.
         titles: one for each image.
         columns: maximum number of images in a row.
     """

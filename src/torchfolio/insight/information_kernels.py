@@ -81,7 +81,7 @@ def kde_information(T: Tensor, variance: float, bound: Literal["upper", "lower"]
     Args:
         T: `[N, d]`.
         variance: $\\sigma^2$.
-        bound: which one; lower <= upper <= $\\log_2 N$.
+        bound: kind of bound; lower <= upper <= $\\log_2 N$.
         chunk: rows at a time.
     """
     whole("chunk", chunk, 1)

@@ -82,7 +82,7 @@ def find_groups(
     Args:
         losses: `[T, n]`, a row for each step.
         k: size of each group; 2 % of the examples, at least 10 (at most half of them), by default.
-        step: in place of the first rise.
+        step: step in place of the first rise.
         window: steps around it for scores and correlations; all by default.
 
     Raises:
@@ -208,7 +208,7 @@ def inject(
         classes: two classes.
         n: number of examples changed, half in each class.
         strength: mean factor of the pattern; it is drawn between 2/3 and 4/3 of this for each example.
-        pattern: what is added, of the shape of one example or one number a channel; a random colour by default.
+        pattern: pattern that is added, of the shape of one example or one number a channel; a random colour by default.
         seed: seed of the choice.
 
     Returns:

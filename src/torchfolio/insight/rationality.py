@@ -59,7 +59,7 @@ def fit_rationality(
         reference: metric of the rule by order, such as greedy decoding.
         grid: rationalities, rising.
         tolerance: $\\varepsilon$: the target is $(1 - \\varepsilon)$ times the reference.
-        bisections: in $\\log \\kappa$, between the last that fails and the first that passes.
+        bisections: number of bisections in $\\log \\kappa$, between the last that fails and the first that passes.
 
     Raises:
         ValueError: if the grid is empty, does not rise or is not positive.

@@ -38,7 +38,7 @@ class Activation:
 
     Attributes:
         function: $\\varphi$.
-        derivative: what takes the place of $\\varphi'$ at the pre-activation.
+        derivative: function that takes the place of $\\varphi'$ at the pre-activation.
         of_output: the same from $\\varphi$, where that is cheaper.
     """
 
@@ -183,7 +183,7 @@ def train_side_by_side(
         lr: learning rate.
         batch_size: samples of every network at a step.
         generator: source of the samples.
-        record_every: keep all input weights after every so many steps, from the start on.
+        record_every: number of steps between records of all input weights, from the start on.
 
     Returns:
         Input weights `[S, M, D]` at the recorded steps; none by default.
@@ -260,7 +260,7 @@ def weight_trajectories(
     """Paths of the units' input weights in training, along the axis between classes and across it.
 
     Args:
-        task: with one label.
+        task: task with one label.
         activation: activation, see `ShallowNetwork`.
         steps: number of steps of training.
         every: steps between records.

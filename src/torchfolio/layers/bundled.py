@@ -149,7 +149,7 @@ class BundledRegressor(RegressorMixin, _Bundled):
 
     Args:
         hidden: number of random features of every layer, at least one.
-        features: see `torchfolio.layers.SNNK`.
+        features: random features, see `torchfolio.layers.SNNK`.
         alpha: ridge penalty, at least 0.
         random_state: seed of the features.
 
@@ -195,7 +195,7 @@ class BundledClassifier(ClassifierMixin, _Bundled):
 
     Args:
         hidden: number of random features of every layer, at least one.
-        features: see `torchfolio.layers.SNNK`.
+        features: random features, see `torchfolio.layers.SNNK`.
         alpha: ridge penalty, at least 0.
         random_state: seed of the features.
 

@@ -58,7 +58,7 @@ class Bank:
     Attributes:
         filters: D, float32; in whitened space where there is a whitening.
         name: method that made them.
-        whitening: what patches go through before, or `None`.
+        whitening: map that patches go through before, or `None`.
         meta: figures and settings of the method by name.
     """
 

@@ -90,7 +90,7 @@ def bench(
     Args:
         banks: one or several; those without whitening get that of the training images.
         train: images `[N, C, H, W]` and labels `[N]`.
-        test: likewise.
+        test: test data, likewise.
         encoder: `"linear"` s; `"relu"` max(s, 0); `"split"` max(s - 0.25, 0) and max(-s - 0.25, 0); `"triangle"`
             how much nearer than the mean the filter is.
         whiten: whether banks without whitening get one; else they are taken as they are.

@@ -42,8 +42,8 @@ class Learner(ABC):
     """A way to learn filters. Settings are the fields of its class.
 
     Attributes:
-        source: what `learn` is given: `"patches"`, whitened rows `[n, d]`; `"windows"`, the whitened patches of windows of
-            twice the side, `[n, shifts, d]`; or `"images"` themselves.
+        source: kind of data that `learn` is given: `"patches"`, whitened rows `[n, d]`; `"windows"`, the whitened
+            patches of windows of twice the side, `[n, shifts, d]`; or `"images"` themselves.
     """
 
     source = "patches"

@@ -69,9 +69,9 @@ def replace_ffl(
         model: trained network.
         where: `(name, module) -> bool`, which linear layers; in BERT those whose names end with `intermediate.dense`.
         m: number of random features; the layer gets smaller below $dl/(d + l)$.
-        features: see `SNNK`.
-        activation: what is replaced by the identity: the name of an attribute beside the layer; `"auto"` finds the next
-            module of an `nn.Sequential` or an attribute with a usual name; `None` leaves all in place.
+        features: random features, see `SNNK`.
+        activation: activation that is replaced by the identity: the name of an attribute beside the layer; `"auto"`
+            finds the next module of an `nn.Sequential` or an attribute with a usual name; `None` leaves all in place.
         radius: radius, see `SNNK`.
         seed: seed of the features, which differ from layer to layer.
 
@@ -139,7 +139,7 @@ def bundle(net: nn.Sequential, m: int, features: Kind = "relu", *, seed: int = 0
     Args:
         net: a sequence of `nn.Linear`, activations and `SNNK`; dropout and `nn.Flatten` in front are kept or left out.
         m: number of random features for each layer.
-        features: see `SNNK`; they take the place of the activations.
+        features: random features, see `SNNK`; they take the place of the activations.
         seed: seed of the features.
 
     Returns:

@@ -24,7 +24,7 @@ class SNNKAdapter(nn.Module):
         d: size of an input.
         m: number of random features; 8 or 16 are usual.
         bottleneck: k, or `None` for none.
-        features: see `SNNK`.
+        features: random features, see `SNNK`.
         radius: norm that inputs of the features are brought to.
         seed: seed of the features; drawn from torch's global generator by default.
 
@@ -97,7 +97,7 @@ def add_adapters(
         m: number of random features.
         dim: width of the layers' outputs; by default what they say themselves, as `nn.Linear` and norms do.
         bottleneck: width of the bottleneck, see `SNNKAdapter`.
-        features: see `SNNK`.
+        features: random features, see `SNNK`.
         radius: radius, see `SNNK`.
         train: `(name, module) -> bool`, modules that are trained as well, such as the head or all `nn.LayerNorm`.
         seed: seed of the features, which differ from adapter to adapter.

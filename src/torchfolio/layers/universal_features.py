@@ -58,8 +58,8 @@ class URF(RandomFeatures):
         measure: function.
         M: damping of at least 0, or `"auto"`, the best for every frequency: at first that for a pair of orthogonal
             unit vectors, after `calibrate` that for the median pair.
-        split: where $2\\pi i\\xi$ goes: `"balanced"` gives its root to both, with the least variance; `"input"` all to x,
-            `"weight"` all to w.
+        split: place of $2\\pi i\\xi$ goes: `"balanced"` gives its root to both, with the least variance; `"input"` all
+            to x, `"weight"` all to w.
         orthogonal: whether the $g_j$ are orthogonal in blocks of d.
         bias: whether the layer has biases; the features are the same.
         radius: norm that inputs are brought to.

@@ -128,7 +128,7 @@ class AugLocal(LocalRule):
     Args:
         aux_depth: maximal auxiliary depth $D$. 0 is greedy learning with linear heads; $L - 1$ is backprop.
         tau: pyramid coefficient $\\tau$ in [0, 1]; 0 keeps all auxiliary networks at depth $D$.
-        selection: which layers are copied: `"uniform"`, `"sequential"` or `"repetitive"`.
+        selection: rule by which layers are copied: `"uniform"`, `"sequential"` or `"repetitive"`.
         widen: factor on the widths of the auxiliary layers.
         head_norm: batch norm before the classifier of auxiliary networks no deeper than one layer (the paper
             leaves it out on ImageNet).

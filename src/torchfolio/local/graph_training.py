@@ -31,7 +31,7 @@ class LayerStep:
     """One step of training of one layer; the first also measures what autograd holds.
 
     Args:
-        layer: what is trained.
+        layer: layer that is trained.
         loss: its loss, a function of its weights.
         optimizer: optimizer of the layer alone.
         exclude: tensors that do not count as held (the features of the graph).
@@ -84,7 +84,7 @@ def train_locally(
     """Train one layer to its own end, with the best weights kept.
 
     Args:
-        module: what is trained; its best weights are put back.
+        module: module that is trained; its best weights are put back.
         step: one step of training, which returns its loss.
         score: validation score, larger is better; `None` for no early stopping.
         epochs: maximum number of steps.
@@ -131,7 +131,7 @@ class Sweeps:
         edge_index: edges `[2, E]`.
         hidden: width of every layer.
         down: whether a layer reads the state of the layer above, too.
-        above: what the top layer reads as the state above it, `[N, C]`; `None` for nothing.
+        above: tensor that the top layer reads as the state above it, `[N, C]`; `None` for nothing.
         order: `"alternating"` moves odd layers before even ones, `"together"` all from old states.
         dense_rows: number of last rows of `x` that are dense though the others are sparse.
 

@@ -252,10 +252,10 @@ class HostHeads:
         host: `"linear"`, `"dgl"`, `"predsim"`, `"infopro"`, or a callable `(shape, classes) -> LocalHead`.
         loss: criterion of the classifying hosts `"linear"` and `"dgl"`.
         mean: constants of the input's normalisation; InfoPro needs them.
-        std: likewise.
+        std: standard deviation, likewise.
         weights: InfoPro's $(\\lambda_1, \\lambda_2)$ at the first local block.
         last_weights: InfoPro's weights at the last local block; `None` keeps `weights` throughout.
-        ratio: how far along a block is. `"index"`: block j of the K-1 local ones is at $r_j = j/(K-2)$.
+        ratio: measure of how far along a block is. `"index"`: block j of the K-1 local ones is at $r_j = j/(K-2)$.
             `"stage"`: the stage number of the next layer over $K-2$, as in the published code of MAN, which leaves
             [0, 1] on few blocks.
         allow_negative: whether to keep negative weights.
@@ -328,7 +328,7 @@ class LocalHeads(LocalRule):
         blocks: `None` takes every layer by itself; a number or names as in `LocalRule`.
         loss: criterion of the output and of the classifying hosts.
         mean: constants of the input's normalisation; the host InfoPro needs them.
-        std: likewise.
+        std: standard deviation, likewise.
         **options: options of `HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
     """
 

@@ -42,7 +42,7 @@ class Reading(NamedTuple):
 
     Attributes:
         graphs: which of the graphs.
-        rows: at which nodes; `None` for all.
+        rows: nodes that are read; `None` for all.
         value: function of those outputs, a list with one `[len(rows), F]` a graph.
     """
 
@@ -127,7 +127,7 @@ class LayerwiseEstimator(BaseEstimator):
         """Train every layer to its own end on frozen inputs, then freeze it.
 
         Args:
-            graphs: what the first layer reads.
+            graphs: graphs that the first layer reads.
             learn: loss.
             ask: the layer's part of the answer; the parts are summed. `None` without validation.
             score: validation score of the sum.

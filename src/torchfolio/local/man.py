@@ -47,7 +47,7 @@ class MomentumAuxiliary(nn.Module):
         bias: learnable part $L$. `"branch"`: a trainable layer of N's architecture with weights of its own;
             `"vector"`: a trainable vector, one number a channel of the output; `None`: none.
         ema: whether the path has $E$. Without E and branch, $u$ is $h$ (plus the vector).
-        init: how E starts: `"copy"` as N, `"random"` with fresh weights.
+        init: start of E: `"copy"` as N, `"random"` with fresh weights.
         channels: width of the output; needed for `bias="vector"` alone.
 
     Raises:
@@ -187,7 +187,7 @@ class MAN(LocalRule):
             follows $N_j$ itself. For ablations: the layer must have $N_j$'s architecture.
         loss: criterion of the output and of the classifying hosts.
         mean: constants of the input's normalisation; the host InfoPro needs them.
-        std: likewise.
+        std: standard deviation, likewise.
         **options: options of `torchfolio.local.heads.HostHeads`: `weights`, `last_weights`, `ratio`, `allow_negative`.
 
     Raises:

@@ -38,7 +38,7 @@ class VirtualGraph(NamedTuple):
         x: features `[N + C, F]`, those of the virtual nodes last.
         edge_index: edges `[2, E']`, the given ones first.
         edge_type: 0 for given edges, 1 to C to a virtual node, C + 1 to 2C back from it.
-        real_mask: which nodes are given ones.
+        real_mask: mask of the nodes that are given.
     """
 
     x: Tensor

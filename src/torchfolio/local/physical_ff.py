@@ -156,7 +156,7 @@ def convert(
     Args:
         model: sequence in which each chosen layer stands before an `nn.Linear`, which starts from the same weights; it
             is left as it is. A linear layer as wide as the physics' inputs and outputs together gets the skip.
-        physical_map: what stands for the chosen layers, by name: a callable, or `None` for the layer itself as a black
+        physical_map: stand-ins for the chosen layers, by name: a callable, or `None` for the layer itself as a black
             box. Each is measured once with zeros to learn its width.
         num_classes: number of classes; the first layer takes that many slots before the features.
         n_features: number of features of an example.

@@ -25,8 +25,8 @@ class Panel:
 
     Attributes:
         title: a question or a statement in plain words.
-        sentences: what the figures mean, and when they mean nothing.
-        notes: what to be careful about: saturated estimates, too few examples, what was left out.
+        sentences: sentences on what the figures mean, and when they mean nothing.
+        notes: sentences on what to be careful about: saturated estimates, too few examples, what was left out.
         tables: figures in rows.
         pictures: figures with a caption each; none where a picture would say nothing.
         record: the same figures for programs, as JSON holds them.
@@ -67,7 +67,7 @@ class Analysis(Shown, ABC):
         """Measure a network, or two, which are left as they were.
 
         Args:
-            *models: as many as `networks`, in evaluation mode.
+            *models: networks, as many as `networks`, in evaluation mode.
             data: examples that they were not trained on, normalised as they take them.
             layers: names of the layers to look at; the analysis chooses by default.
             seed: seed of random choices.

@@ -120,7 +120,7 @@ def count_flops(model: nn.Module | Callable[..., Any], *inputs: Tensor, backward
     Args:
         model: a module or callable. A module keeps its gradients, buffers and mode.
         *inputs: its inputs.
-        backward: also count the backward pass of the output's sum, to every trainable parameter and to the
+        backward: whether to count, too, the backward pass of the output's sum, to every trainable parameter and to the
             inputs that require a gradient.
 
     Returns:
@@ -210,7 +210,7 @@ class Alternation:
     """Seconds of several callables that ran in turn.
 
     Attributes:
-        seconds: for every name the seconds of one call in each round.
+        seconds: seconds of one call in each round, by name.
     """
 
     seconds: Mapping[str, Sequence[float]]

@@ -142,7 +142,7 @@ def gradient_agreement(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agre
 
     Args:
         a: gradients by parameter name, see `gradient_dict` and `loss_gradients`.
-        b: likewise, of the same names and shapes.
+        b: gradients of the same names and shapes.
 
     Raises:
         ValueError: if names or shapes differ, there are none, or one is not finite.

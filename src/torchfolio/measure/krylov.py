@@ -29,7 +29,7 @@ class Eigen:
         values: `[k]`, largest first (in magnitude, where that was asked for).
         vectors: `[n, k]`, orthonormal columns; their signs mean nothing.
         residuals: $\\lVert A v - \\lambda v \\rVert$ `[k]`; an eigenvalue lies within it of each value.
-        products: how many products with the matrix it took.
+        products: number of products with the matrix that it took.
         converged: whether all residuals are below the tolerance.
     """
 
@@ -113,7 +113,7 @@ def lanczos(
         which: `"largest"` or `"smallest"` algebraically, largest in `"magnitude"`, or `"both"` ends (half of
             k from each, the odd one from the top).
         iterations: maximum number of products; `min(n, max(20 k, 100))` by default. Their vectors are held in memory.
-        tolerance: stop when every residual is below this times the largest eigenvalue in magnitude.
+        tolerance: residual over the largest eigenvalue in magnitude, below which every one must be to stop.
         start: earlier eigenvectors `[n]` or `[n, j]` of a matrix that has changed a little. Noise is added
             and at least 6 products are made, so that an eigenvector that has overtaken them is found.
         generator: source of the random start or noise (on the CPU).

@@ -24,7 +24,7 @@ class StreamingMoments:
 
     Args:
         features: number of features; taken from the first batch if not given.
-        covariance: also keep the covariance; otherwise only the variance of each feature.
+        covariance: whether to keep the covariance too; otherwise only the variance of each feature.
 
     Raises:
         ValueError: from the methods, on rows of another width, values that are not finite, or too few rows.

@@ -104,7 +104,7 @@ class Retrieval(NamedTuple):
         top1: share of queries whose nearest item has their label.
         top5: share of queries with one of their label among the nearest five.
         mean_average_precision: mean over queries of the average precision of the whole ranking.
-        queries: how many queries counted.
+        queries: number of queries that counted.
     """
 
     top1: float

@@ -12,7 +12,7 @@ def accuracy(logits: Tensor, y: Tensor, *, top: int = 1) -> float:
     Args:
         logits: `[N, C]`.
         y: labels `[N]`.
-        top: how many outputs count.
+        top: number of outputs that count.
 
     Raises:
         ValueError: on shapes that do not fit, no examples, NaN, or labels out of range.

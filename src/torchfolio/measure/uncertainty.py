@@ -68,7 +68,7 @@ def bootstrap_interval(
         *samples: `[n]`; several are paired and resampled together.
         statistic: statistic of the samples, for example `lambda a, b: np.corrcoef(a, b)[0, 1]`.
         level: level of confidence, in (0, 1).
-        resamples: how many.
+        resamples: number of resamples.
         seed: seed of the resampling.
 
     Raises:

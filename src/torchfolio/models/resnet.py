@@ -35,8 +35,8 @@ class BasicBlock(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of the first convolution and the shortcut.
-        shortcut: where the shape changes, `"A"` subsamples and pads with zero channels (no parameters), `"B"`
-            projects by a 1x1 convolution with batch norm.
+        shortcut: kind of shortcut where the shape changes: `"A"` subsamples and pads with zero channels (no
+            parameters), `"B"` projects by a 1x1 convolution with batch norm.
 
     Shapes:
         `[B, in_channels, H, W]` to `[B, out_channels, ceil(H / stride), ceil(W / stride)]`.

@@ -42,7 +42,7 @@ def replace_layers(
         predicate: a module type, a tuple of them, or `(name, module) -> bool`.
         factory: function from the old module to the new one. To hand weights over, copy them here, for example
             `new.weight = old.weight` to share or `new.load_state_dict(old.state_dict())` to copy.
-        allow_none: do not mind if nothing matches.
+        allow_none: whether it is no error that nothing matches.
 
     Returns:
         The model.

@@ -34,7 +34,7 @@ class EncoderBlock(nn.Module):
         dim: width of the tokens.
         heads: number of attention heads.
         mlp_ratio: hidden width of the perceptron over `dim`.
-        dropout: on both residual paths.
+        dropout: probability of dropout on both residual paths.
 
     Shapes:
         `[B, T, dim]` to `[B, T, dim]`.
@@ -81,7 +81,7 @@ class ViT(nn.Sequential):
         depth: number of blocks.
         heads: attention heads; divide `dim`.
         mlp_ratio: hidden width of the perceptrons over `dim`.
-        dropout: on residual paths.
+        dropout: probability of dropout on residual paths.
 
     Shapes:
         `[B, in_channels, image_size, image_size]` to `[B, num_classes]`.

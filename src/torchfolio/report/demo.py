@@ -24,7 +24,7 @@ def write_demo(folder: Path, say: Callable[[str], None] = lambda text: None) -> 
     """Do the five things and write the page.
 
     Args:
-        folder: for `demo.html`.
+        folder: folder for `demo.html`.
         say: called with a line before each of them.
 
     Returns:

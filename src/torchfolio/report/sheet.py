@@ -57,10 +57,10 @@ class Sheet:
         title: title of the card.
         eyebrow: small text above it.
         badge: a word at its side, and its kind: `holds`, `fails` or `unmeasured`.
-        sentences: what there is to say.
-        notes: what to be careful about.
+        sentences: sentences to say.
+        notes: sentences on what to be careful about.
         tables: figures in rows.
-        pictures: likewise drawn.
+        pictures: pictures with their captions.
         code: lines that do the same.
         lead: a few words that stand with the first picture at the top of the page, and lead to the card.
     """
@@ -82,7 +82,7 @@ def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
     Args:
         path: path of the HTML file.
         title: title of the page.
-        cards: from top to bottom.
+        cards: cards from top to bottom.
     """
     import matplotlib.pyplot as plt
     from jinja2 import Environment, PackageLoader, StrictUndefined

@@ -155,7 +155,7 @@ def picture(text: str, label: str) -> str:
 
     Args:
         text: document.
-        label: what a screen reader says.
+        label: text for screen readers.
 
     Returns:
         Markup; a sentence if the document cannot be read.

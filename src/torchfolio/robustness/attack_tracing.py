@@ -56,7 +56,7 @@ class TraceResult:
         scores: $T_i(x)_t - T_i(x)_y$, `[B, N]`; minus infinity for copies left out.
         raw: the same before the tanh, which decides between saturated tracers, `[B, N]`.
         inconclusive: whether nothing should be concluded: no copy is fooled, or the best ones tie, `[B]`.
-        fooled: which copies decide otherwise than the true class, `[B, N]`.
+        fooled: mask of the copies that decide otherwise than the true class, `[B, N]`.
         label: true class $y$, as given or guessed, `[B]`.
         target: class $t$ that was reached, `[B]`; -1 where no copy is fooled.
     """
@@ -262,7 +262,7 @@ class Trial:
         x_adv: adversarial examples of each, `[S, B, ...]`.
         label: true classes `[B]`.
         success: whether each fools its source, `[S, B]`.
-        fooled: which copies each fools, `[S, B, N]`.
+        fooled: mask of the copies that each fools, `[S, B, N]`.
         named: copy that each was traced to, `[S, B]`; with `inconclusive` `[S, B]`.
         inconclusive: see `named`.
         queries: forward passes per example, of attacks that count them.

@@ -23,8 +23,8 @@ class Interval:
     """A verifier by interval bounds of the whole box: sound, never falsifies by more than trying the centre.
 
     Args:
-        dtype: that bounds are computed in. Bounds are lowered by what their rounding may be, 1e-12 in float64 and 1e-5
-            in float32 of the absolute values that were summed.
+        dtype: dtype that bounds are computed in. Bounds are lowered by what their rounding may be, 1e-12 in float64 and
+            1e-5 in float32 of the absolute values that were summed.
     """
 
     name = "interval"

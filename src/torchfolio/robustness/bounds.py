@@ -57,7 +57,7 @@ def crown(
         model: network.
         box: boxes of inputs.
         prop: rows to bound.
-        intermediate: how the inputs of activations are bounded: `"crown"`, cut with intervals, or `"ibp"`.
+        intermediate: way in which the inputs of activations are bounded: `"crown"`, cut with intervals, or `"ibp"`.
         alpha_steps: steps of Adam (rate 0.25) on the slopes $\\alpha$ of unstable ReLUs, for the property's rows; the
             best bound is kept.
         adjust: function from lower and upper bounds of the inputs of an activation to those that are used instead.

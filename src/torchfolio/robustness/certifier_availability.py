@@ -182,7 +182,7 @@ class Evaded:
     Attributes:
         x: inputs `[B, ...]`, where none that abstains was found the last that was tried.
         abstains: whether the system abstains on each `[B]`.
-        certificate: what the certifier says of them.
+        certificate: certificate of them.
     """
 
     x: Tensor
@@ -199,7 +199,7 @@ def find_abstaining(certifier: Certifier, x: Tensor, eta: float, *, steps: int =
     Args:
         certifier: interval or CROWN certifier, whose bounds have gradients.
         x: inputs `[B, ...]`.
-        eta: how far each may be changed; 0 asks about the inputs themselves.
+        eta: largest change of each; 0 asks about the inputs themselves.
         steps: number of gradient steps.
         seed: seed of the starts.
 
@@ -270,7 +270,7 @@ def availability_report(
         certifier: certifier of the network; the network is left as it is.
         data: examples (x, y).
         trigger: trigger to try; none by default.
-        eta: how far evaded inputs may be changed, see `find_abstaining`; none by default.
+        eta: largest change of evaded inputs, see `find_abstaining`; none by default.
         steps: number of steps of that search.
     """
     x, y = whole_examples(data)

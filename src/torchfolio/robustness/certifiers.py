@@ -44,7 +44,7 @@ class Certificate:
     Attributes:
         prediction: class of each `[B]`.
         certified: whether it holds on the whole ball `[B]`.
-        value: what that was decided by `[B]`: the least margin's lower bound, or the radius up to which it holds.
+        value: figure that decided it `[B]`: the least margin's lower bound, or the radius up to which it holds.
     """
 
     prediction: Tensor
@@ -183,7 +183,8 @@ class CrownCertifier(BoundCertifier):
         eps: radius $\\varepsilon \\ge 0$.
         clip: range of valid inputs, to which balls are cut; `None` where there is none.
         dtype: precision of the bounds.
-        intermediate: how the inputs of activations are bounded: `"crown"`, or `"ibp"` (CROWN-IBP), which is cheaper.
+        intermediate: way in which the inputs of activations are bounded: `"crown"`, or `"ibp"` (CROWN-IBP), which is
+            cheaper.
     """
 
     name = "crown"
@@ -322,7 +323,7 @@ class Decision:
 
     Attributes:
         labels: answer to each input `[B]`, -1 where the system abstained and there is no fallback.
-        abstained: where the certifier gave no certificate, and the fallback was asked `[B]`.
+        abstained: mask of the inputs for which the certifier gave no certificate, and the fallback was asked `[B]`.
     """
 
     labels: Tensor
@@ -334,8 +335,8 @@ class AbstainingClassifier:
 
     Args:
         certifier: certifier of its network.
-        fallback: what is asked otherwise, from inputs `[B, ...]` to labels `[B]` or logits `[B, K]`: a slower network, a
-            queue for people; `None` leaves those inputs unanswered.
+        fallback: function that is asked otherwise, from inputs `[B, ...]` to labels `[B]` or logits `[B, K]`: a slower
+            network, a queue for people; `None` leaves those inputs unanswered.
     """
 
     def __init__(self, certifier: Certifier, fallback: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -31,7 +31,7 @@ class Pairs:
     """Centres, some of them with a counterexample.
 
     Attributes:
-        centers: with a counterexample, `[n, *shape]`.
+        centers: points with a counterexample, `[n, *shape]`.
         labels: labels of them, 0 or 1 `[n]`.
         targets: labels of the counterexamples `[n]`.
         counterexamples: `[n, *shape]`, within `eps` of their centres.
@@ -79,9 +79,10 @@ class HiddenModel:
     """A network with hidden counterexamples.
 
     Attributes:
-        model: in evaluation mode.
+        model: network in evaluation mode.
         pairs: all that were planted.
-        valid: which counterexamples are misclassified, with a centre that is right, and found by no attack `[n]`.
+        valid: mask of the counterexamples that are misclassified, with a centre that is right, and found by no attack
+            `[n]`.
         history: training, a row for every look.
         sweep: attacks that were tried.
         restarts: number of restarts of each.

@@ -152,7 +152,7 @@ class Poisoned:
     Attributes:
         x: inputs `[N, ...]`, poison shuffled in.
         y: labels `[N]`.
-        is_poison: which are the attacker's `[N]`.
+        is_poison: mask of the attacker's `[N]`.
         source: number of the sample that each comes from `[N]`.
     """
 
@@ -183,7 +183,7 @@ def poison(
     Args:
         data: examples (x, y), whatever `torchfolio.data.Examples` takes; augment them before, not after.
         trigger: function from inputs to inputs of the same shape, such as `bars` or a trigger of `torchfolio.backdoor`.
-        rule: what is made of the chosen samples.
+        rule: rule that changes the chosen samples.
         rate: number of poisoned samples over that of the clean ones, in (0, 1).
         num_classes: number of classes; by the labels by default.
         seed: seed of the choice, the labels and the order.

@@ -28,7 +28,7 @@ class Mark:
     Forward, and backward in the other order, a stack holds what waits for the other path.
 
     Attributes:
-        kind: see above.
+        kind: `"fork"`, `"turn"` or `"join"`.
         fork: place of the fork among the parts.
     """
 

@@ -82,7 +82,7 @@ def crown_margins(
         model: network with bounds, see `bounds.KNOWN`; taken in evaluation mode.
         box: boxes of inputs.
         labels: label $y$ of each box `[B]`.
-        intermediate: how the inputs of activations are bounded: `"crown"` or `"ibp"`.
+        intermediate: way in which the inputs of activations are bounded: `"crown"` or `"ibp"`.
         rounding: share by which bounds are lowered, see `bounds.Bounds`.
 
     Returns:

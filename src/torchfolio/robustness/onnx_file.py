@@ -83,7 +83,7 @@ class _Values:
 
     Attributes:
         sizes: their shape, with a batch axis of 1.
-        layer: that computes them; `None` for the input, and for sums.
+        layer: layer that computes them; `None` for the input, and for sums.
         sources: names of the values they are computed from: none of the input, one of a layer, two of a sum.
         gate: name of the last values that all paths to them lead through; their own of the input.
         depth: number of such gates before them.

@@ -26,7 +26,7 @@ class LayerReader(Constants):
     """Turns a node into a layer.
 
     Attributes:
-        dtype: that the network computes in.
+        dtype: dtype that the network computes in.
         sizes: sizes of the values that the node reads, with their batch axis of 1.
         before: layer that these values come from; `None` for the input and for sums.
     """

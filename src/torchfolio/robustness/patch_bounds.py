@@ -24,7 +24,7 @@ class Window:
         A: coefficients `[B, P, Q, C, h, w]` of $Q$ rows at each of $P$ positions; `B` and `P` may be 1 where they do not
             matter yet.
         top: upper row of the window of each position `[P]`, negative in the padding.
-        left: likewise for columns.
+        left: first columns, likewise.
         clean: whether coefficients outside the layer are 0.
     """
 

@@ -23,7 +23,7 @@ class Box:
 
     Attributes:
         lower: `[B, *shape]`.
-        upper: likewise, nowhere below `lower`.
+        upper: upper ends, nowhere below `lower`.
     """
 
     lower: Tensor
@@ -152,8 +152,8 @@ class Verdict:
     Attributes:
         status: `"verified"`, `"falsified"` or `"unknown"`.
         witness: an input of the box that violates the property, of the input's shape.
-        seconds: that it took.
-        boxes: how many boxes were bounded.
+        seconds: seconds that it took.
+        boxes: number of boxes that were bounded.
     """
 
     status: Status

@@ -49,7 +49,7 @@ class ReluSplit(Crown):
         batch: cases that are bounded at once.
         max_cases: after which the answer is unknown.
         steps: number of steps of Adam on slopes and multipliers, for the cases of a batch.
-        root_steps: likewise for the whole box.
+        root_steps: number of steps for the whole box.
         candidates: units of which both cases are bounded before one of them is split.
         attack_steps: number of steps of PGD in the beginning, from 32 starts; 0 leaves it out.
         intermediate: way to bound the inputs of activations, see `crown`.

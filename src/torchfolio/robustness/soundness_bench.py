@@ -190,7 +190,7 @@ def hide(
     most counterexamples hidden are kept, and training ends when all are.
 
     Args:
-        model: with inputs of the shape of the centres and at least 2 logits; trained in place.
+        model: network with inputs of the shape of the centres and at least 2 logits; trained in place.
         pairs: pairs of `draw_pairs`.
         steps: one full batch each.
         lr: peak of Adam's rate, which rises from 0 for 40 % of the steps and falls back to 0.

@@ -128,7 +128,7 @@ def separate(
         keys: whole numbers, all different, one for each copy: they fix its first weights and its noise.
         tracer: function from a seed to a tracer's network; `Tracer.small` by default.
         bounded: whether a tanh is put behind it.
-        noise: what tracers are made sensitive to: `"keyed"` patterns, `"random"` signs (the plain reading of the
+        noise: noise that tracers are made sensitive to: `"keyed"` patterns, `"random"` signs (the plain reading of the
             abstract, which separates far worse), or `None` for nothing.
         alpha: weight of the tracer; `"auto"` takes half the median margin between the classifier's two largest logits.
         sigma: size of the noise.

@@ -80,8 +80,8 @@ class CommandVerifier:
     """A verifier that is a program.
 
     Args:
-        command: with `{onnx}`, `{vnnlib}` and `{timeout}`; no shell runs it. The last line of its output that is a result
-            word counts.
+        command: command with `{onnx}`, `{vnnlib}` and `{timeout}`; no shell runs it. The last line of its output that
+            is a result word counts.
 
     Example:
         >>> CommandVerifier("python verify.py --net {onnx} --spec {vnnlib} --timeout {timeout}")
@@ -119,9 +119,9 @@ def run_verifier(benchmark: Benchmark, verifier: Any, timeout: float | None = No
 
     Args:
         benchmark: benchmark of `load`.
-        verifier: with `decide(model, box, property, timeout)`, as those of `torchfolio.robustness.verifiers`; or a
-            `Verifier`, for properties of classifiers; or a `CommandVerifier`.
-        timeout: in the place of the instances' own.
+        verifier: object with `decide(model, box, property, timeout)`, as those of `torchfolio.robustness.verifiers`; or
+            a `Verifier`, for properties of classifiers; or a `CommandVerifier`.
+        timeout: seconds, in place of the instances' own.
 
     Returns:
         A row for each instance: `instance`, `model`, `kind`, `status`, `witness` (`"valid"`, `"invalid"`, `"none"`),

@@ -33,7 +33,7 @@ class Bench:
         """Time callables that do the same work, in alternation.
 
         Args:
-            work: what is done, with its size, such as `"fit, 2,000 x 30"`.
+            work: name of what is done, with its size, such as `"fit, 2,000 x 30"`.
             repeats: rounds.
             **callables: functions without arguments: ours first, then the peers, by name.
         """
@@ -88,7 +88,7 @@ def bench(slug: str, *, num_threads: int = 1, say: Say = lambda text: None) -> B
 
     Args:
         slug: slug of the paper.
-        num_threads: that torch and the linear algebra may use.
+        num_threads: number of threads that torch and the linear algebra may use.
         say: called with a line about what is going on.
 
     Raises:

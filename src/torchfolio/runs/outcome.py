@@ -28,9 +28,9 @@ class Outcome:
         status: `"done"`, `"failed"` or `"interrupted"`.
         seeds: all of them.
         settings: settings of the experiment.
-        command: that repeats it.
+        command: command that repeats it.
         started: ISO time.
-        seconds: that the arms took, all seeds together, whenever and wherever they ran.
+        seconds: seconds that the arms took, all seeds together, whenever and wherever they ran.
         environment: versions and machine.
         error: type, message and traceback of a failure.
         claims: a table for each claim of the catalogue.
@@ -99,7 +99,7 @@ def aggregate_claims(
 
     Args:
         claims: claims of the paper.
-        measured: for every seed the values of claims by name.
+        measured: values of claims by name, for every seed.
         judge: whether to decide at all; toy data decide nothing.
     """
     tables = []
@@ -143,8 +143,8 @@ class Results:
 
     Attributes:
         settings: settings of the experiment.
-        seeds: in order.
-        arms: for every seed the results of its arms.
+        seeds: seeds in order.
+        arms: results of the arms, for every seed.
     """
 
     settings: Any

@@ -44,8 +44,8 @@ def curves(
 
     Args:
         results: results of all seeds.
-        lines: by label `(arm, value)`, where the value is a list or array `[N]`, or N such pairs, whose values are
-            numbers.
+        lines: pairs `(arm, value)` by label, where the value is a list or array `[N]`, or N such pairs, whose values
+            are numbers.
         x: places `[N]`; 1 to N by default.
         levels: `(arm, value)` by label; each is a number, drawn as a dashed line at its mean over seeds.
         xlabel: text under the axis.

@@ -33,7 +33,7 @@ class SequenceRule(LearningRule):
     Args:
         loss: criterion of one step's output and the target, a mean over the batch; `None` takes `SLTTLoss()`.
         timesteps: $T \\ge 1$.
-        encode: how an input becomes a sequence, see `encode_input`.
+        encode: encoding of an input as a sequence, see `encode_input`.
         generator: source of random choices; torch's global one by default.
 
     Raises:
@@ -166,7 +166,7 @@ class BPTT(SequenceRule):
     Args:
         loss: criterion $\\ell$ of one step's output and the target; `None` takes `SLTTLoss()`.
         timesteps: $T \\ge 1$.
-        encode: how an input becomes a sequence, see `encode_input`.
+        encode: encoding of an input as a sequence, see `encode_input`.
         generator: source of the spikes of `encode="poisson"`; torch's global one by default.
 
     Shapes:

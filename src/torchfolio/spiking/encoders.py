@@ -34,7 +34,7 @@ def poisson(x: Tensor, timesteps: int, generator: torch.Generator | None = None)
     Args:
         x: rates in [0, 1], `[B, ...]`.
         timesteps: $T \\ge 1$.
-        generator: on the device of `x`; torch's global one by default.
+        generator: source of spikes on the device of `x`; torch's global one by default.
 
     Returns:
         Zeros and ones `[T, B, ...]`.
@@ -52,7 +52,7 @@ def latency(x: Tensor, timesteps: int) -> Tensor:
     """One spike for every element, the earlier the brighter: 1 at the first step, 0 at the last.
 
     Args:
-        x: in [0, 1], `[B, ...]`.
+        x: inputs in [0, 1], `[B, ...]`.
         timesteps: $T \\ge 1$.
 
     Returns:

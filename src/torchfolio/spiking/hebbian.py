@@ -35,7 +35,7 @@ class HebbianSubspace(nn.Module):
         n: width of the activity.
         lr: $\\eta > 0$. The step is relative to the size of x: take less where $|x|^2$ is large.
         momentum: $\\mu$ in [0, 1).
-        iterations: on each batch.
+        iterations: number of iterations on each batch.
         clip: bound on the entries of $\\Delta$.
         spiking: levels N on each side of 0 of the signed rates that lateral neurons emit between -20 and 20; `None`
             lets them emit real numbers.
@@ -87,7 +87,7 @@ class HebbianSubspace(nn.Module):
 
         Args:
             m: number of rows.
-            generator: on the CPU, of the rows; torch's global one by default.
+            generator: source of the rows, on the CPU; torch's global one by default.
         """
         total = len(self.basis) + whole("the number of rows", m, 0)
         if total > self.n:

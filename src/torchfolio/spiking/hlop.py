@@ -56,7 +56,7 @@ class HLOP(LearningRule):
     Args:
         rule: learning rule of each task; `Backprop()` by default.
         sizes: lateral rows for the first task: a number, a fraction of each layer's inputs, or numbers by layer name.
-        growth: likewise for each further task.
+        growth: number of rows for each further task, likewise.
         layers: names of the layers, or a predicate (name, layer); all linear and ungrouped convolution layers by
             default. A layer left out, such as a head of the task's own, is trained as usual. Layers that share a
             weight share lateral rows, by the name of the first.
@@ -66,8 +66,8 @@ class HLOP(LearningRule):
         rows: activity that the Hebbian rule sees of a layer that runs several times in a step (over time): its `"mean"`,
             or `"all"`. Rules may say better (`DSR` gives rates).
         max_rows: rows of a batch at most, drawn at random: patches of convolutions are many.
-        freeze_1d: from the second task on freeze all biases, norms and thresholds, and run batch norms in evaluation
-            mode.
+        freeze_1d: whether to freeze, from the second task on, all biases, norms and thresholds, and run batch norms in
+            evaluation mode.
         project_update: project the optimizer's step as well, which keeps the promise under momentum, Adam and weight
             decay.
         spiking: as in `HebbianSubspace`.

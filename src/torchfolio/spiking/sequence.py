@@ -92,7 +92,7 @@ class Unrolled(nn.Module):
     Args:
         model: single-step network; held, not copied.
         timesteps: $T \\ge 1$.
-        encode: how the input becomes a sequence, see `encode_input`.
+        encode: encoding of the input as a sequence, see `encode_input`.
 
     Shapes:
         `[B, ...]` (or `[T, B, ...]` with `encode=None`) to the shape of one step's output.

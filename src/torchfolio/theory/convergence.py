@@ -24,12 +24,12 @@ class Convergence:
         solver: its name, for messages.
         tol: relative tolerance; a residual $r$ of scale $c$ is within it when $r \\le \\mathrm{tol}\\,(1 + c)$.
         max_iter: maximum number of iterations.
-        advice: what else may help, by the name of the residual that is left, for the warning.
+        advice: remedies that may help, by the name of the residual that is left, for the warning.
 
     Attributes:
         converged: whether the residuals met the tolerance.
         n_iter: iterations made.
-        rows: what was recorded, a mapping for each iteration.
+        rows: records, a mapping for each iteration.
 
     Raises:
         ValueError: if `tol` is negative or `max_iter` is below 1.

@@ -23,7 +23,7 @@ class FeatureRecovery(NamedTuple):
 
     Attributes:
         correlation: correlation of f with p, times the sign of $g_1$: 1 if the network found p.
-        target_correlation: of h itself with p, in absolute value.
+        target_correlation: correlation of h itself with p, in absolute value.
         feature: f at the inputs, scaled by regression on p's scale and sign `[n]`.
         hidden: p at the inputs `[n]`.
     """
@@ -39,7 +39,7 @@ def feature_recovery(model: Any, target: HierarchicalPolynomial, X: Tensor) -> F
 
     Args:
         model: a fitted `LayerwiseThreeLayerRegressor`, or anything with `feature_(X)`.
-        target: what it was trained on.
+        target: function that it was trained on.
         X: inputs `[n, d]`.
     """
     x = torch.as_tensor(X, dtype=torch.float64)
@@ -71,7 +71,7 @@ def sample_complexity(
         d_list: dimensions.
         n_list: numbers of all training samples.
         target: function from d to the target, such as `HierarchicalPolynomial`.
-        models: by name, a function from d and n to a regressor that has not been fitted.
+        models: functions by name, each from d and n to a regressor that has not been fitted.
         n_test: fresh samples to test on.
         seed: seed of the samples.
 

@@ -36,7 +36,7 @@ class Columns:
         q: probability of the column given which entries are blank, `[P]`; `None` where columns were drawn from d.
         rho: entropy of the examples of each pattern, `[K]`.
         gaussian: whether `V` holds the signs, around which the values are normal of variance `rho`.
-        present: which entries are not blank, `[P, K]`; those of `V` that are not 0 by default.
+        present: mask of the entries that are not blank, `[P, K]`; those of `V` that are not 0 by default.
     """
 
     def __init__(

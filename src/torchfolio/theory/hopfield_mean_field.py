@@ -74,7 +74,7 @@ class MeanField:
 
     Attributes:
         points: solutions; saddle points and metastable states are among them.
-        method: how the expectation was taken: `"enumeration"`, `"binomial"`, `"gaussian"` or `"sampling"`.
+        method: way in which the expectation was taken: `"enumeration"`, `"binomial"`, `"gaussian"` or `"sampling"`.
     """
 
     points: tuple[FixedPoint, ...]

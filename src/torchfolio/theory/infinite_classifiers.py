@@ -112,7 +112,7 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         intrinsic_dim: dimension $d$ for `"optimal"`: `"auto"` for that of the sphere, features − 1; `"estimate"` for
             that of the data (`intrinsic_dimension`, rounded); or a whole number.
         normalize: whether rows are divided by their norm; otherwise their norm must be 1.
-        ridge: what is added to the diagonal of the kernel at finite depth, at least 0.
+        ridge: number that is added to the diagonal of the kernel at finite depth, at least 0.
 
     Attributes:
         classes_: labels.

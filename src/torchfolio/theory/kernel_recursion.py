@@ -129,7 +129,7 @@ def _ascend(
     """Follow covariances through the layers: the NNGP, or the tangent kernel where slopes come along.
 
     Args:
-        net: how a layer spreads covariances.
+        net: kind of layer, which spreads covariances.
         c: covariances in the first layer.
         layers: variances of the weights and biases of each further one.
         expectations: function of the layer's number and covariances that gives $\\Sigma$ and $\\dot\\Sigma$ or `None`.

@@ -91,7 +91,7 @@ class SimCLR(ContrastiveRule):
     """Tell an image's other view from all other images, by `nt_xent`.
 
     Args:
-        view: see `ContrastiveRule`.
+        view: function that draws a view, see `ContrastiveRule`.
         temperature: temperature of the softmax over cosines.
         **settings: `hidden` and `out_dim` of `ContrastiveRule`.
 
@@ -132,7 +132,7 @@ class BYOL(ContrastiveRule):
     """Predict how a slowly moving copy of the network projects an image's other view.
 
     Args:
-        view: see `ContrastiveRule`.
+        view: function that draws a view, see `ContrastiveRule`.
         momentum: share of the copy that stays in a step.
         **settings: `hidden` and `out_dim` of `ContrastiveRule`.
 

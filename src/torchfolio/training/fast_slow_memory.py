@@ -169,7 +169,7 @@ def episode_loss(net: FastSlowMemoryNetwork, output: Tensor, target: Tensor) -> 
     """The mean loss of all steps.
 
     Args:
-        net: whose task decides.
+        net: network whose task decides.
         output: `[B, T, out]`.
         target: `[B, T, out]`, as `FastSlowMemoryNetwork.targets` gives.
     """
@@ -188,7 +188,7 @@ def true_gradients(net: FastSlowMemoryNetwork, trace: Trace) -> tuple[Tensor, Te
     the loss being half the squared error, or the cross-entropy, of one example.
 
     Args:
-        net: with a fast path.
+        net: network with a fast path.
         trace: trace of its `trace`.
 
     Returns:

@@ -24,7 +24,7 @@ class FastState:
         read: fast weights of the controller that asks `[B, h, k]`; `None` without a fast path, like those below.
         hidden: width of the answering controller's hidden layer `[B, h + k, h]`.
         readout: readout of its read-out `[B, h, out]`.
-        write: of the controller that writes `[B, h + out, 3k]`.
+        write: vectors of the controller that writes `[B, h + out, 3k]`.
     """
 
     memory: Tensor

@@ -28,7 +28,7 @@ class HeadConflict(NamedTuple):
     Attributes:
         head: over weights and bias of the classifier's last layer, mean over batches.
         backbone: over all other parameters.
-        batches: how many there were.
+        batches: number of batches.
     """
 
     head: float

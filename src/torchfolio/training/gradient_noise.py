@@ -249,8 +249,8 @@ class NoisyGradients(Objective):
     """The noise beside any learning rule: on its optimizer while `fit` trains, and off it afterwards.
 
     Args:
-        eta: see `GradientNoise`.
-        gamma: see `GradientNoise`.
+        eta: size of the noise, see `GradientNoise`.
+        gamma: decay of the noise, see `GradientNoise`.
 
     Raises:
         ValueError: if a number is negative or not finite.

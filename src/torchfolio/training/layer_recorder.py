@@ -56,9 +56,9 @@ class Recorder:
     """Records the layers of one network in running order, by name and call.
 
     Args:
-        network: to be recorded.
+        network: network to be recorded.
         layers: names or types; see `Guidance`.
-        side: what to call the network in messages.
+        side: name of the network in messages.
         batch_dim: axis of the examples in the inputs.
     """
 

@@ -151,8 +151,8 @@ class FastSlowMemoryNetwork(nn.Module):
         """Learn from the targets of a step: fast weights by synthetic gradients, then the memory.
 
         Args:
-            state: that `step` was given.
-            context: what `step` returned.
+            state: state that `step` was given.
+            context: context that `step` returned.
             y: labels `[B]`, or targets `[B, out]` (`[B]` for one).
 
         Returns:

@@ -20,7 +20,7 @@ class Clusters:
 
     Attributes:
         labels_a: cluster of every unit of the first layer, `[S_1]`; -1 for dead units.
-        labels_b: likewise of the second, `[S_2]`.
+        labels_b: labels of the second, `[S_2]`.
         order: living units of both layers (those of the second counted on from $S_1$) so that clusters stand side
             by side and the correlation matrix becomes block diagonal.
         affinity: $|C|$ of all units with a zero diagonal, `[S_1 + S_2, S_1 + S_2]`; NaN for dead units.

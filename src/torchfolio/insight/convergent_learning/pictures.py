@@ -66,7 +66,7 @@ def plot_filter_pairs(weight_a: Tensor, weight_b: Tensor, match: Match, limit: i
     """First-layer filters of two networks, each above its match, best matches first.
 
     Args:
-        weight_a: of a convolution, `[S_1, C, H, W]`, with one or three channels (of others the mean is shown).
+        weight_a: weights of a convolution, `[S_1, C, H, W]`, with one or three channels (of others the mean is shown).
         weight_b: `[S_2, C, H, W]`.
         match: match of the layers' units.
         limit: largest number of pairs.

@@ -81,7 +81,7 @@ def sparse_prediction(
         alphas: penalties $\\lambda \\ge 0$.
         validate: fit on half of the examples and report the loss on the others (where `blocks` has halves).
         tolerance: largest violation of the optimality conditions.
-        max_iterations: for each penalty; a warning tells if they do not suffice.
+        max_iterations: maximum number of iterations for each penalty; a warning tells if they do not suffice.
 
     Raises:
         ValueError: on no penalty or a negative one.

@@ -60,7 +60,7 @@ class ConvergenceReport:
                 the outputs are compared; best after the activation. By default the first network's children that
                 the second has too, without the last, which is the classifier.
             unit_dim: axis of the units in activations; see `unit_rows`.
-            every: keep each so-many-th position of maps and tokens.
+            every: stride over the positions of maps and tokens.
             absolute: match on $|c|$; for activations of arbitrary sign.
             alphas: penalties of the sparse prediction.
             n_clusters: a quarter of the units by default.

@@ -27,7 +27,7 @@ class CorrelationBlocks:
         within_b: `[S_2, S_2]`.
         between: `[S_1, S_2]`.
         mean: mean of the units of both layers, `[S_1 + S_2]`.
-        std: likewise.
+        std: standard deviation, likewise.
         alive: likewise; whether a unit's deviation exceeds 1e-6 of the largest one of its layer.
         count: samples.
         halves: blocks of every other example and of the rest, to fit on one and judge on the other; `None` where
@@ -83,7 +83,7 @@ class PairStatistics:
 
     Args:
         unit_dim: axis of the units in the activations; see `unit_rows`.
-        every: keep each so-many-th position of maps and tokens.
+        every: stride over the positions of maps and tokens.
 
     Example:
         >>> statistics = PairStatistics()
@@ -102,8 +102,8 @@ class PairStatistics:
         """Add activations of the same examples.
 
         Args:
-            a: of the first layer, `[N, S_1]`, `[N, S_1, H, W]` or `[N, T, S_1]`.
-            b: of the second layer, likewise; as many positions as `a`.
+            a: features of the first layer, `[N, S_1]`, `[N, S_1, H, W]` or `[N, T, S_1]`.
+            b: features of the second layer, likewise; as many positions as `a`.
 
         Raises:
             ValueError: if examples or positions differ in number, widths change, or a value is not finite.
@@ -180,7 +180,7 @@ class ActivationStatistics(PairStatistics):
         module_b: another network, or the same one.
         layer_b: one of its layers.
         unit_dim: axis of the units in the activations; see `unit_rows`.
-        every: keep each so-many-th position of maps and tokens.
+        every: stride over the positions of maps and tokens.
 
     Raises:
         ValueError: if a network has no such layer.
@@ -230,7 +230,7 @@ def correlation_blocks(a: Tensor, b: Tensor, unit_dim: int | None = None) -> Cor
 
     Args:
         a: `[N, S_1]`, `[N, S_1, H, W]` or `[N, T, S_1]`; a tensor or array.
-        b: of the same examples.
+        b: features of the same examples.
         unit_dim: axis of the units; see `unit_rows`.
 
     Raises:

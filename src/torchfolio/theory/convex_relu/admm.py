@@ -69,7 +69,7 @@ def admm(
             alone. 1 is the paper's method; 1.8 takes nearly half as many iterations to the same solution.
         max_iter: maximum number of iterations.
         tol: relative tolerance of the primal and the dual residual.
-        linear_solver: how to minimise over $u$. `"woodbury"`: through $K$ as above, with Newton steps for `"bce"`;
+        linear_solver: way to minimise over $u$. `"woodbury"`: through $K$ as above, with Newton steps for `"bce"`;
             `"dense"` factors the whole matrix of side $2dP$ (squared loss); `"cg"`: preconditioned conjugate
             gradients (squared loss); `"rbcd"`: randomised block coordinate descent (Alg. 3.2), inexact, any smooth
             loss. `"auto"`: the smallest matrix to factor.

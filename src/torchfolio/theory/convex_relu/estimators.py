@@ -220,11 +220,11 @@ class ConvexReLURegressor(RegressorMixin, _ConvexReLU):
         norm: norm of the perturbations, `"inf"`, `"2"` or `"1"`.
         rho: penalty $\\rho$ of ADMM; it decides how fast the first iterations are.
         gamma: its dual step; `rho` by default.
-        balance: let ADMM adapt `rho`, which often saves most of the iterations to a tight tolerance.
+        balance: whether ADMM adapts `rho`, which often saves most of the iterations to a tight tolerance.
         max_iter: maximum number of iterations.
         tol: tolerance, see the solvers.
-        fit_bias: add a column of ones, whose weights are decayed like the others.
-        linear_solver: how ADMM takes its main step, see `admm`.
+        fit_bias: whether to add a column of ones, whose weights are decayed like the others.
+        linear_solver: way in which ADMM takes its main step, see `admm`.
         warm_start: begin the next fit on the same data where the last one ended.
         random_state: seed of the patterns.
 
@@ -304,11 +304,11 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
         norm: norm of the perturbations, `"inf"`, `"2"` or `"1"`.
         rho: penalty $\\rho$ of ADMM; it decides how fast the first iterations are.
         gamma: its dual step; `rho` by default.
-        balance: let ADMM adapt `rho`, which often saves most of the iterations to a tight tolerance.
+        balance: whether ADMM adapts `rho`, which often saves most of the iterations to a tight tolerance.
         max_iter: maximum number of iterations.
         tol: tolerance, see the solvers.
-        fit_bias: add a column of ones, whose weights are decayed like the others.
-        linear_solver: how ADMM takes its main step, see `admm`.
+        fit_bias: whether to add a column of ones, whose weights are decayed like the others.
+        linear_solver: way in which ADMM takes its main step, see `admm`.
         warm_start: begin the next fit on the same data where the last one ended.
         random_state: seed of the patterns.
 

@@ -57,7 +57,7 @@ def data_loss(prediction: Tensor, y: Tensor, loss: Loss = "squared") -> Tensor:
     Args:
         prediction: $\\hat y$, `[n]`.
         y: targets `[n]`; labels are -1 and +1.
-        loss: which one.
+        loss: name of the loss.
     """
     if loss == "squared":
         return (prediction - y).square().sum() / 2
