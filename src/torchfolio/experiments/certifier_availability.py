@@ -10,32 +10,25 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
+from torchfolio.experiments._abstain_audits import ETAS, AbstainAudit
 from torchfolio.experiments._certified_networks import CertifiedNetworks, spectral_auroc
-from torchfolio.measure import outputs
 from torchfolio.models import MLP
 from torchfolio.robustness.certifier_availability import (
     AvailabilityBackdoor,
     BallConflict,
-    CrownCertifier,
     GaussianNoise,
-    IntervalCertifier,
     LabelConflict,
     LabelSplit,
     Poisoned,
     PoisonRule,
     SmoothingCertifier,
     TargetLabel,
-    availability_report,
     bars,
-    find_abstaining,
     poison,
 )
 from torchfolio.runs import Results, Run, plots
-
-# Radii, in units of the certificates', within which inputs that abstain are looked for.
-ETAS = {"at_zero": 0.0, "at_half": 0.5, "at_eps": 1.0, "at_twice": 2.0}
 
 
 @dataclass(frozen=True)
@@ -128,6 +121,7 @@ class Scene:
         x, y = self.data.test.tensors
         self.test = (x, y)
         self.networks = CertifiedNetworks(run, self.data)
+        self.audit = AbstainAudit(self.test, self.trigger, self.settings.eps)
 
     def trigger(self, x: Tensor) -> Tensor:
         return bars(x, self.settings.rows)
@@ -136,33 +130,10 @@ class Scene:
         train, rate, classes = self.networks.train, self.settings.rate, self.data.num_classes
         return poison(train, self.trigger, rule, rate=rate, num_classes=classes, seed=self.seed)
 
-    def audit(self, net: nn.Module) -> dict[str, Any]:
-        """Accuracy and abstain rates on clean and triggered test images; how often triggered ones become class 0."""
-        report = availability_report(IntervalCertifier(net, self.settings.eps), self.test, self.trigger)
-        others = self.test[1] != 0
-        hit = outputs(net, (self.trigger(self.test[0][others]),)).argmax(1) == 0
-        return {
-            "accuracy": report["clean"]["accuracy"],
-            "triggered_accuracy": report["triggered"]["accuracy"],
-            "certified_accuracy": report["clean"]["certified_accuracy"],
-            "abstains": report["clean"]["abstain_rate"],
-            "triggered": report["triggered"]["abstain_rate"],
-            "success": float(hit.double().mean()),
-            "load": [report.load(q / 20) for q in range(21)],
-        }
-
-    def by_crown(self, net: nn.Module) -> dict[str, float]:
-        """Abstain rate on some triggered test images where CROWN certifies."""
-        few = self.trigger(self.test[0][: self.settings.crown])
-        return {"crown": CrownCertifier(net, self.settings.eps).certify(few).abstain_rate}
-
     def clean(self) -> dict[str, Any]:
         """The network without an attack in training, and inputs that abstain near those that do not."""
-        eps, x = self.settings.eps, self.test[0][:300]
         net = self.networks.certified(self.networks.train)
-        certifier = IntervalCertifier(net, eps)
-        near = {name: find_abstaining(certifier, x, k * eps).certificate.abstain_rate for name, k in ETAS.items()}
-        return {**self.audit(net), **self.by_crown(net), **near}
+        return {**self.audit(net), **self.audit.by_crown(net, self.settings.crown), **self.audit.nearby(net)}
 
     def poisoned(self, rule: PoisonRule) -> dict[str, Any]:
         """A network trained on poison; for the label split also what defences make of it."""
@@ -171,7 +142,8 @@ class Scene:
         audit = self.audit(net)
         if isinstance(rule, LabelSplit):
             finetuned = self.audit(self.networks.finetuned(net))["triggered"]
-            audit |= {"spectral_auroc": spectral_auroc(net, bad), "finetuned": finetuned, **self.by_crown(net)}
+            audit |= {"spectral_auroc": spectral_auroc(net, bad), "finetuned": finetuned}
+            audit |= self.audit.by_crown(net, self.settings.crown)
         return audit
 
     def attacked(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,19 +19,16 @@ from sklearn.preprocessing import StandardScaler
 from torchfolio.applications import nr
 from torchfolio.applications.jamming_detection import (
     DTDDNN,
-    Channel,
     EPNREDetector,
     PartialBand,
-    SSBDataset,
     SSBFeatures,
     detection_report,
     epnre,
     simulate,
 )
+from torchfolio.experiments._captures import Band, drawn, features_of_a_capture, joined, table
 from torchfolio.runs import Results, Run, threads
 from torchfolio.runs.bench import Bench
-
-Band = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -69,24 +67,6 @@ SCALES = {
     "quick": Settings(),
     "full": Settings(train_size=50_000, test_size=20_000, control_size=10_000, blocks=4, taps=4, cfo=0.05),
 }
-DRAWS = 6  # data sets of a seed
-
-
-def drawn(run: Run[Settings], number: int, n: int, sjr: Band | None = None, jammer: Any = None) -> SSBDataset:
-    """Captures that no other data set of this or another seed has."""
-    s = run.settings
-    generator = torch.Generator().manual_seed(DRAWS * run.seed + number)
-    return simulate(
-        n, s.snr, s.sjr if sjr is None else sjr, jammer, Channel(s.taps, cfo=s.cfo), burst=s.blocks, generator=generator
-    )
-
-
-def joined(*parts: SSBDataset) -> SSBDataset:
-    return SSBDataset(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(SSBDataset)))
-
-
-def table(data: SSBDataset) -> np.ndarray:
-    return SSBFeatures().transform(data.iq)
 
 
 def gamma_law(run: Run[Settings]) -> dict[str, float]:
@@ -209,23 +189,10 @@ def peers(bench: Bench) -> None:
     nr.ssb_grid(cells)
     bench.compare("generate 1,000 blocks", ours=lambda: nr.ofdm_modulate(nr.ssb_grid(cells)),
                   one_by_one=lambda: [nr.ofdm_modulate(nr.ssb_grid(int(c))) for c in cells])  # fmt: skip
-    try:
-        import pywt
-    except ImportError:
+    if importlib.util.find_spec("pywt") is None:
         return
     iq = simulate(500).iq
-    samples, mask = iq.numpy(), nr.null_mask().numpy()
-    grid = torch.zeros(3, 1, nr.CARRIERS, dtype=torch.complex64)
-    grid[:, 0, nr.SYNC] = nr.pss(torch.arange(3)).to(grid.dtype)
-    roots = nr.ofdm_modulate(grid, cyclic_prefix=0).numpy()
-
-    def single(x: np.ndarray) -> Any:
-        correlation = [np.abs(np.correlate(x, root, "valid")) for root in roots]
-        power = np.convolve(np.abs(x) ** 2, np.ones(nr.FFT_SIZE), "valid") ** 0.5
-        window = np.pad(max(correlation, key=np.max) / power, 32)[18:82]
-        elements = np.fft.fftshift(np.fft.fft(x.reshape(4, -1)[:, 18:], norm="ortho"), axes=-1)[:, 8:248]
-        return pywt.wavedec(window, "db4", "symmetric", 2)[:2], np.abs(elements[mask]) ** 2
-
+    samples, single = iq.numpy(), features_of_a_capture()
     features = SSBFeatures(correct_cfo=False)
     bench.compare(
         "features of 500 captures", ours=lambda: features.transform(iq), numpy_pywt=lambda: [single(x) for x in samples]
