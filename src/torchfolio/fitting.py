@@ -69,9 +69,9 @@ def _parameters(factory: Callable[..., nn.Module], signature: Any) -> set[str]:
 
     names = {n for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not inspect.isclass(factory):
-        made = typing.get_type_hints(factory).get("return")
-        if inspect.isclass(made):
-            names |= set(inspect.signature(made).parameters)
+        product = typing.get_type_hints(factory).get("return")
+        if inspect.isclass(product):
+            names |= set(inspect.signature(product).parameters)
     return names
 
 

@@ -131,8 +131,8 @@ class BackwardCompatible(nn.Module):
 
     def outputs(self, x: Tensor) -> BT2Output:
         """Logits, compatible part, new branch and embedding."""
-        found = self.transformation(self.backbone(x).flatten(1))
-        return found._replace(logits=self.head(found.new))
+        transformed = self.transformation(self.backbone(x).flatten(1))
+        return transformed._replace(logits=self.head(transformed.new))
 
     def embed(self, x: Tensor) -> Tensor:
         """The embedding, of constant length: to be compared whole with its like, by its first m coordinates with the old."""

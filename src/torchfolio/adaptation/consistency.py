@@ -101,8 +101,8 @@ def _gamma_inverse(x: Array, start: Array) -> Array:
 
 
 def _array(values: Any) -> Array:
-    given = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
-    return np.asarray(given, dtype=np.float64)
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+    return np.asarray(array, dtype=np.float64)
 
 
 def _like(values: Array, given: Any) -> Any:

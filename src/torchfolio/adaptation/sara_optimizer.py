@@ -46,7 +46,7 @@ class SaRA(Optimizer):
     Args:
         model: network, or its named parameters. Parameters without trained entries stop requiring gradients.
         threshold: $\\theta$; magnitudes below it are trained.
-        fraction: share of all entries that is trained, in the place of the threshold.
+        fraction: share of all entries that is trained, in place of the threshold.
         lr: learning rate; $10^{-3} e^{-350 \\theta}$ by default, which was found for Stable Diffusion.
         betas: decay of the two moments.
         eps: term that keeps the denominator from 0.
@@ -265,8 +265,8 @@ class SaRA(Optimizer):
         shape = self._matrix_shape(e)
         assert shape is not None
         sparse = e.param.new_zeros(e.param.numel()).index_copy_(0, e.index.long(), e.values())
-        found = nuclear_gradient(sparse.view(shape)).reshape(-1).index_select(0, e.index)
-        self._grad[e.part].add_(found, alpha=self.rank_weight)
+        gradient_part = nuclear_gradient(sparse.view(shape)).reshape(-1).index_select(0, e.index)
+        self._grad[e.part].add_(gradient_part, alpha=self.rank_weight)
 
     def _matrix_shape(self, e: PackedEntries) -> tuple[int, int] | None:
         p = e.param

@@ -187,26 +187,26 @@ def check_frozen(name: str, value: Tensor, others: Sequence[Tensor | None]) -> N
 def _matched(wanted: State, like: Checkpoint, state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     """A checkpoint's entries by the names that are wanted; of tied ones it may hold any one."""
     whole = state_of(like)
-    found = dict(state)
+    entries = dict(state)
     for first, *others in tied_names(like):
         there = [name for name in (first, *others) if name in state]
         for name in there[1:]:
             if not _same(state[name], state[there[0]]):
                 raise ValueError(f"checkpoint {index} holds two values for one tensor, named {there[0]} and {name}")
         if there and first not in state:
-            found[first] = state[there[0]]
-    missing = [name for name in wanted if name not in found]
+            entries[first] = state[there[0]]
+    missing = [name for name in wanted if name not in entries]
     strange = [name for name in state if name not in whole]
     if missing or strange:
         parts = [f"lacks {', '.join(missing[:3])}"] * bool(missing) + [f"adds {', '.join(strange[:3])}"] * bool(strange)
         raise ValueError(f"checkpoint {index} is not of the same network: it {' and '.join(parts)}")
     for name, value in wanted.items():
-        if value.shape != found[name].shape:
-            got, expected = list(found[name].shape), list(value.shape)
+        if value.shape != entries[name].shape:
+            got, expected = list(entries[name].shape), list(value.shape)
             raise ValueError(f"checkpoint {index} has {name} of shape {got}, expected {expected}")
-        if found[name].is_complex() and not value.is_complex():
+        if entries[name].is_complex() and not value.is_complex():
             raise ValueError(f"checkpoint {index} has complex values in {name}, expected {value.dtype}")
-    return found
+    return entries
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -227,16 +227,16 @@ def _complete(base: Checkpoint, merged: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def coefficients(weights: Weights, tasks: int, tensors: int) -> Tensor:
     """Coefficients `[T, 1]` or `[T, n_tensors]`."""
-    given = torch.as_tensor(weights, dtype=torch.float64)
-    if given.dim() == 0:
-        given = given.expand(tasks)
-    if given.dim() == 1:
-        given = given[:, None]
-    if tuple(given.shape) not in ((tasks, 1), (tasks, tensors)):
-        raise ValueError(f"expected weights of shape [], [{tasks}] or [{tasks}, {tensors}], got {list(given.shape)}")
-    if not torch.isfinite(given).all():
+    values = torch.as_tensor(weights, dtype=torch.float64)
+    if values.dim() == 0:
+        values = values.expand(tasks)
+    if values.dim() == 1:
+        values = values[:, None]
+    if tuple(values.shape) not in ((tasks, 1), (tasks, tensors)):
+        raise ValueError(f"expected weights of shape [], [{tasks}] or [{tasks}, {tensors}], got {list(values.shape)}")
+    if not torch.isfinite(values).all():
         raise ValueError("expected finite weights, got NaN or infinity")
-    return given
+    return values
 
 
 # Sums

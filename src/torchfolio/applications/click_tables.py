@@ -72,8 +72,8 @@ class TableEncoder:
                 return "bucket", np.unique(np.quantile(values, np.linspace(0, 1, BUCKETS + 1)[1:-1]))
             return "numeric", (float(values.mean()), float(values.std()) or 1.0)
         counts = column.astype(str).value_counts()
-        kept = sorted(counts[counts >= self.min_count].index)
-        return "category", {value: k for k, value in enumerate(kept, start=1)}
+        frequent = sorted(counts[counts >= self.min_count].index)
+        return "category", {value: k for k, value in enumerate(frequent, start=1)}
 
     def _transformed(self, column: Any) -> np.ndarray:
         values = column.to_numpy(dtype=float)

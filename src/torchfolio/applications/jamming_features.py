@@ -69,10 +69,10 @@ def pss_correlation(iq: Tensor) -> Tensor:
     lags, size = iq.shape[-1] - nr.FFT_SIZE + 1, 2 ** math.ceil(math.log2(iq.shape[-1]))
     # The lags that are kept do not wrap around.
     spectrum = torch.fft.fft(iq, size)[:, None] * torch.fft.fft(roots, size).conj()
-    found = torch.fft.ifft(spectrum)[..., :lags].abs()
+    correlation = torch.fft.ifft(spectrum)[..., :lags].abs()
     power = F.pad(iq.abs().square().double().cumsum(-1), (1, 0))
-    energy = (power[:, nr.FFT_SIZE :] - power[:, : -nr.FFT_SIZE]).clamp_min(1e-30).sqrt().to(found.dtype)
-    return found / (energy[:, None] * math.sqrt(127))
+    energy = (power[:, nr.FFT_SIZE :] - power[:, : -nr.FFT_SIZE]).clamp_min(1e-30).sqrt().to(correlation.dtype)
+    return correlation / (energy[:, None] * math.sqrt(127))
 
 
 def epnre(iq: Tensor) -> Tensor:

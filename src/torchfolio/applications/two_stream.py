@@ -202,8 +202,8 @@ class FinalMLP(nn.Module):
             count = len(next(iter(x.values()))) if isinstance(x, Mapping) else len(x)
             ones = torch.ones(count, len(self.embedding.fields))
             return ones, ones.clone()
-        found = [gate(x, others).unflatten(1, (-1, self.embedding.dim)).mean(2) for gate in self.gates]
-        return found[0], found[1]
+        gates = [gate(x, others).unflatten(1, (-1, self.embedding.dim)).mean(2) for gate in self.gates]
+        return gates[0], gates[1]
 
     def penalty(self) -> Tensor:
         """Half the sum of squares of all embedding tables, those of the gates' contexts included."""

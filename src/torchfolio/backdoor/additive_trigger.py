@@ -80,10 +80,10 @@ def _figure(name: str, height: int, width: int, seed: int) -> Tensor:
     }
     if name not in small:
         raise ValueError(f"expected a shape among {', '.join(ADDITIVE_SHAPES)}, got {name!r}")
-    figure, made = torch.tensor(small[name], dtype=torch.float32), torch.zeros(height, width)
+    figure, canvas = torch.tensor(small[name], dtype=torch.float32), torch.zeros(height, width)
     if height < len(figure) or width < len(figure[0]):
         raise ValueError(f"images of {height}x{width} are too small for the shape {name}")
     u = keyed_uniform(seed, torch.zeros(1, dtype=torch.long), (2,))[0]
     top, left = int(u[0] * (height - len(figure) + 1)), int(u[1] * (width - len(figure[0]) + 1))
-    made[top : top + len(figure), left : left + len(figure[0])] = figure
-    return made
+    canvas[top : top + len(figure), left : left + len(figure[0])] = figure
+    return canvas

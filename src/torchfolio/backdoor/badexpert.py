@@ -139,7 +139,7 @@ class BaDExpert(InputDetector):
         finetune_epochs: passes of the auxiliary network. `"auto"` makes 10, and at least 600 steps.
         finetune_batch: batch size. `"auto"` makes 22 steps an epoch in the same way (batches of 64). With few examples
             this matters: an auxiliary network that took few steps keeps the backdoor.
-        auxiliary: another repaired network in the place of the finetuned one.
+        auxiliary: another repaired network in place of the finetuned one.
         calib_frac: share of the examples that the threshold is chosen on.
         augment: augmentation of the auxiliary network's batches; `"auto"` crops images `[N, C, H, W]` at random, padded
             by an eighth of their height (4 of 32), as the authors do, and leaves other inputs as they are. A network
@@ -215,16 +215,16 @@ class BaDExpert(InputDetector):
 
     def _fit(self, model: nn.Module, clean: tuple[Tensor, Tensor]) -> None:
         classes = outputs(model, clean[0][:1]).shape[1]
-        made = self.unlearning(model, clean, classes)
-        self.expert_, self.history_, self.unlearn_lr_ = made.model, made.history, made.lr
-        self.stop_ = made.stop
+        expert = self.unlearning(model, clean, classes)
+        self.expert_, self.history_, self.unlearn_lr_ = expert.model, expert.history, expert.lr
+        self.stop_ = expert.stop
         self.auxiliary_ = self._finetune(model, clean)
 
     def _assess(self, held_out: tuple[Tensor, Tensor]) -> None:
         nets = {"network": self.model_, "expert": self.expert_, "auxiliary": self.auxiliary_}
         self.accuracy_ = {name: accuracy_of(net, *held_out) for name, net in nets.items() if net is not None}
-        made = Expert(self.expert_, self.history_, self.unlearn_lr_, self.stop_)
-        self.faults_ = self.unlearning.faults(made, self.accuracy_["expert"], self.num_classes_)
+        expert = Expert(self.expert_, self.history_, self.unlearn_lr_, self.stop_)
+        self.faults_ = self.unlearning.faults(expert, self.accuracy_["expert"], self.num_classes_)
         right, left = self.accuracy_["network"], self.accuracy_.get("auxiliary", 1.0)
         if left < KEPT * right:
             self.faults_.append(

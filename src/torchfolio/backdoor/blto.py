@@ -171,11 +171,11 @@ class BLTO(Attack):
                 self.history.lives.append(self._life(surrogate, others if len(others) else x, references))
 
     def _poisoned(self, x: Tensor, chosen: Tensor) -> Tensor:
-        made = x.clone()
+        poisoned = x.clone()
         self.trigger.eval()
         with torch.no_grad():
-            made[chosen] = self.trigger(x[chosen])
-        return made
+            poisoned[chosen] = self.trigger(x[chosen])
+        return poisoned
 
     def _outer_steps(self, surrogate: _Surrogate, outer: Optimizer, x: Tensor, references: Tensor) -> float:
         total = 0.0

@@ -108,13 +108,13 @@ def judge(shares: Tensor, references: Sequence[Tensor], alpha: float) -> Concent
     rank = math.floor(alpha * (len(others) + 1) + 1e-9)
     threshold = others[rank - 1] if rank else math.inf
     suspected = int(shares.argmax())
-    found = score > threshold
+    suspicious = score > threshold
     evidence = {
         "shares": shares.tolist(), "references": others, "alpha": alpha, "class": suspected,
         "p_value": (1 + sum(other >= score for other in others)) / (len(others) + 1),
     }  # fmt: skip
-    pairs = tuple((k, suspected) for k in range(len(shares)) if k != suspected) if found else ()
-    return ConcentrationVerdict(found, score, threshold, pairs, evidence=evidence)
+    pairs = tuple((k, suspected) for k in range(len(shares)) if k != suspected) if suspicious else ()
+    return ConcentrationVerdict(suspicious, score, threshold, pairs, evidence=evidence)
 
 
 def needed(alpha: float) -> int:

@@ -162,18 +162,18 @@ def _gentlest(attempt: Callable[[float], Expert]) -> Expert:
         return made.history[-1][1] <= made.stop
 
     k = FIRST
-    found = attempt(RATES[k])
-    while not reached(found) and k + 1 < len(RATES):
+    expert = attempt(RATES[k])
+    while not reached(expert) and k + 1 < len(RATES):
         k += 1
-        found = attempt(RATES[k])
+        expert = attempt(RATES[k])
     # A rate three times lower takes about three times as many steps.
-    while 0 < k <= FIRST and reached(found) and 3 * found.history[-1][0] <= STEPS:
+    while 0 < k <= FIRST and reached(expert) and 3 * expert.history[-1][0] <= STEPS:
         k -= 1
         lower = attempt(RATES[k])
         if not reached(lower):
             break
-        found = lower
-    return found
+        expert = lower
+    return expert
 
 
 def extract_backdoor_expert(
@@ -203,10 +203,10 @@ def extract_backdoor_expert(
     x, y = collected(clean)
     net = private(model, None)
     classes = checked_classes(outputs(net, x), y)
-    made = unlearning(net, (x, y), classes)
-    for fault in unlearning.faults(made, made.history[-1][1], classes):
+    expert = unlearning(net, (x, y), classes)
+    for fault in unlearning.faults(expert, expert.history[-1][1], classes):
         warnings.warn(fault, stacklevel=2)
-    return made.model
+    return expert.model
 
 
 # Settings that both finetunings have

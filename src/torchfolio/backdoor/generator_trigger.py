@@ -38,6 +38,6 @@ class GeneratorTrigger(Trigger):
     ) -> Trigger:
         if "net" not in modules:
             raise ValueError("a GeneratorTrigger is built around a network: pass it as net=")
-        made = cls(modules["net"], **settings)
-        made.load_state_dict(tensors)
-        return made
+        trigger = cls(modules["net"], **settings)
+        trigger.load_state_dict(tensors)
+        return trigger

@@ -1,7 +1,7 @@
 """Networks that put images and class names into one space, as the guides of attacks.
 
 Each gives class scores $\\text{scale} \\cdot \\cos(E_i(x), E_t(c))$ of images in [0, 1]: CLIP, from the weights of a
-user's own disk or of the hub, or any network with a prototype for each class in the place of its name.
+user's own disk or of the hub, or any network with a prototype for each class in place of its name.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ImageTextEncoder(nn.Module, ABC):
 
 
 class PrototypeEncoder(ImageTextEncoder):
-    """Any network of images, with a prototype for each class in the place of its name.
+    """Any network of images, with a prototype for each class in place of its name.
 
     Args:
         backbone: network from images to features `[N, d]`; the user's own module, not a copy.

@@ -283,17 +283,17 @@ class InputDetector(Shown, ABC):
         if record["network"] != fingerprint(model):
             raise ValueError(f"the filter in {folder} was fitted to another network than this one")
         try:
-            made = cls(**record["settings"])
+            detector = cls(**record["settings"])
         except TypeError as error:
             raise ValueError(f"the settings in {folder} are not those of {cls.__name__}: {error}") from error
-        made.model_ = private(model, None)
-        made._restore(record["values"], tensors)
-        missing = [n for n in ("calibration_", "num_classes_", "input_shape_") if n not in vars(made)]
+        detector.model_ = private(model, None)
+        detector._restore(record["values"], tensors)
+        missing = [n for n in ("calibration_", "num_classes_", "input_shape_") if n not in vars(detector)]
         if missing:
             raise ValueError(f"the filter in {folder} lacks {', '.join(missing)}")
-        made.input_shape_ = tuple(made.input_shape_)
-        made.threshold_ = made.threshold(made.fpr)
-        return made
+        detector.input_shape_ = tuple(detector.input_shape_)
+        detector.threshold_ = detector.threshold(detector.fpr)
+        return detector
 
     def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Set what was learned."""

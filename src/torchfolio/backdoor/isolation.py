@@ -138,18 +138,18 @@ class LGAIsolator:
         steps = max(1, len(data[0]) // self.batch_size if drop else -(-len(data[0]) // self.batch_size))
         moments = {round(steps * look / self.looks) for look in range(1, self.looks + 1)}
         gaps: list[float] = []
-        found = (-math.inf, torch.empty(0), 0.0)
+        best = (-math.inf, torch.empty(0), 0.0)
 
         def look(state: Any) -> None:
-            nonlocal found
+            nonlocal best
             step = (state.step - 1) % steps + 1
             # Called at the end of an epoch too, after its last step.
             if state.epoch_end or step not in moments:
                 return
             losses = _losses(state.model, data, self.statistics == "batch", self.batch_size, seed)
             gaps.append(_gap(losses, self.ratio, logarithms=self.choose == "log_gap"))
-            if self.choose == "last" or gaps[-1] > found[0]:
-                found = (gaps[-1], losses, state.step / steps)
+            if self.choose == "last" or gaps[-1] > best[0]:
+                best = (gaps[-1], losses, state.step / steps)
 
         with seeded(seed):
             net = self.model_fn()
@@ -160,8 +160,8 @@ class LGAIsolator:
             batch_size=self.batch_size, drop_last=drop, callbacks=[look], seed=seed, device=self.device, progress=False,
         )  # fmt: skip
         self.gaps_.append(gaps)
-        self.epochs_.append(found[2])
-        return found[1]
+        self.epochs_.append(best[2])
+        return best[1]
 
 
 def _flooded(output: Tensor, target: Tensor, gamma: float) -> Tensor:

@@ -34,7 +34,7 @@ class PairTriggers:
     Attributes:
         pairs: `(source, target)` of each.
         sizes: $\\lVert v \\rVert_2$ or $\\lVert m \\rVert_1$ `[P]`; infinite where the share was not reached.
-        patterns: patterns that are added, or put in the place of pixels, `[P, C, H, W]`.
+        patterns: patterns that are added, or put in place of pixels, `[P, C, H, W]`.
         masks: places of the patterns, `[P, 1, H, W]`; `None` where it is added.
     """
 
@@ -106,8 +106,8 @@ class PairInversion(ABC):
             checks.whole("target", t, 0, classes - 1)
         rows = torch.tensor([used.index(s) for s in sources], device=stack.device)
         with torch.enable_grad():
-            found = self._estimate(net, stack, rows, torch.tensor(targets, device=stack.device), generator)
-        return PairTriggers(tuple(zip(sources, targets, strict=True)), *found)
+            triggers = self._estimate(net, stack, rows, torch.tensor(targets, device=stack.device), generator)
+        return PairTriggers(tuple(zip(sources, targets, strict=True)), *triggers)
 
     @abstractmethod
     def _estimate(
@@ -185,7 +185,7 @@ class AdditiveInversion(PairInversion):
 
 
 class PatchInversion(PairInversion):
-    """What is put in the place of pixels, $x \\oplus v = (1 - m) x + m p$ with $p = (\\tanh \\tilde p + 1) / 2$ and $m$ likewise,
+    """What is put in place of pixels, $x \\oplus v = (1 - m) x + m p$ with $p = (\\tanh \\tilde p + 1) / 2$ and $m$ likewise,
     one mask for all channels.
 
     First without a penalty until the share is reached ten steps in a row, then with $\\operatorname{CE} + \\lambda

@@ -17,7 +17,7 @@ Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
 
 
 class PatchTrigger(Trigger):
-    """A patch in the place of pixels, $x' = x + \\alpha\\, m \\odot (p - x)$.
+    """A patch in place of pixels, $x' = x + \\alpha\\, m \\odot (p - x)$.
 
     Args:
         pattern: $p$, `[C, H, W]` or `[1, H, W]` for all channels.

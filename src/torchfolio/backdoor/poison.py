@@ -44,9 +44,9 @@ def poison(
         trigger: a `Trigger`, or any function `(x, index=...)` on images.
         label_map: labels that triggered samples get.
         rate: share of the whole training set that is poisoned.
-        count: number of poisoned samples, in the place of `rate`.
+        count: number of poisoned samples, in place of `rate`.
         seed: seed of the choice.
-        mode: `"replace"` puts poisoned samples in the place of their originals, `"append"` adds them.
+        mode: `"replace"` puts poisoned samples in place of their originals, `"append"` adds them.
         per_source_balanced: whether to take as many samples of every source class (numbers differ by one at most);
             otherwise chosen from all of them alike.
         include_target: whether samples of the target may be poisoned too, where all sources go to one target.
@@ -70,7 +70,7 @@ def poison(
     generator = np.random.default_rng(seed)
     groups = _eligible(y_true, label_map, include_target)
     chosen = _choose(groups, wanted, per_source_balanced, generator)
-    kept = generator.permutation(chosen)[: round(keep_label_rate * wanted)]
+    own_label = generator.permutation(chosen)[: round(keep_label_rate * wanted)]
     covers = _covers(total, chosen, round(cover_rate * total), generator)
 
     flags, y = np.zeros(total, np.uint8), y_true.copy()
@@ -79,11 +79,11 @@ def poison(
     if mode == "append":
         source_index = np.concatenate([source_index, chosen, covers])
         flags = np.concatenate([flags, np.ones(len(chosen), np.uint8), np.full(len(covers), 2, np.uint8)])
-        flags[total:][np.isin(source_index[total:], kept) & (flags[total:] == 1)] = 2
+        flags[total:][np.isin(source_index[total:], own_label) & (flags[total:] == 1)] = 2
         y = np.concatenate([y, adversarial, y_true[covers]])
         y_true = y_true[source_index]
     elif mode == "replace":
-        flags[chosen], flags[covers], flags[kept] = 1, 2, 2
+        flags[chosen], flags[covers], flags[own_label] = 1, 2, 2
         y[chosen] = adversarial
     else:
         raise ValueError(f"expected mode to be 'replace' or 'append', got {mode!r}")

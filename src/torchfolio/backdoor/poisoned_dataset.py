@@ -82,12 +82,14 @@ class PoisonedDataset(Dataset):
         """The triggered samples, poison and cover in the order of the data set, `[M, C, H, W]`."""
         if self._block is None:
             rows = np.flatnonzero(self.is_poison | self.is_cover)
-            made = _triggered(self.base, self.source_index[rows], self.trigger, self.is_poison[rows])
+            triggered = _triggered(self.base, self.source_index[rows], self.trigger, self.is_poison[rows])
             if self.is_cover.any():
                 cover = self.is_cover[rows]
-                made[cover] = _triggered(self.base, self.source_index[rows][cover], self.cover_trigger, cover[cover])
+                triggered[cover] = _triggered(
+                    self.base, self.source_index[rows][cover], self.cover_trigger, cover[cover]
+                )
             # In place: the images were copied from the base.
-            self._block = made.mul_(255).round_().div_(255) if self.info["quantize"] else made
+            self._block = triggered.mul_(255).round_().div_(255) if self.info["quantize"] else triggered
         return self._block
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -108,10 +110,12 @@ class PoisonedDataset(Dataset):
 
     def subset(self, mask: np.ndarray | Tensor) -> PoisonedDataset:
         """The samples that a boolean mask `[N']` keeps."""
-        kept = np.asarray(mask)
-        if kept.dtype != bool or kept.shape != (len(self),):
-            raise ValueError(f"expected a boolean mask of {len(self)} samples, got {kept.dtype} of shape {kept.shape}")
-        return self._like(np.flatnonzero(kept))
+        chosen = np.asarray(mask)
+        if chosen.dtype != bool or chosen.shape != (len(self),):
+            raise ValueError(
+                f"expected a boolean mask of {len(self)} samples, got {chosen.dtype} of shape {chosen.shape}"
+            )
+        return self._like(np.flatnonzero(chosen))
 
     def relabelled(self, y: np.ndarray | Tensor) -> PoisonedDataset:
         """The same samples with other labels `[N']`.
@@ -226,15 +230,15 @@ def _triggered(base: Base, index: np.ndarray, trigger: ImageMap | None, which: n
     if trigger is not None and rows.any():
         keys = torch.from_numpy(index)[rows]
         part = x if rows.all() else x[rows]
-        made = trigger(part, index=keys) if isinstance(trigger, Trigger) else trigger(part.clone())
-        low, high = map(float, made.aminmax())
-        if made.shape != part.shape or not (low >= 0 and high <= 1):
+        triggered = trigger(part, index=keys) if isinstance(trigger, Trigger) else trigger(part.clone())
+        low, high = map(float, triggered.aminmax())
+        if triggered.shape != part.shape or not (low >= 0 and high <= 1):
             raise ValueError(
-                f"expected a trigger to keep images of shape {tuple(part.shape)} in [0, 1], got {tuple(made.shape)} from {low:g} "
+                f"expected a trigger to keep images of shape {tuple(part.shape)} in [0, 1], got {tuple(triggered.shape)} from {low:g} "
                 f"to {high:g}"
             )
         if part is x:
-            x.copy_(made)
+            x.copy_(triggered)
         else:
-            x[rows] = made.to(x.dtype)
+            x[rows] = triggered.to(x.dtype)
     return x

@@ -153,14 +153,14 @@ class SmoothInv(TriggerInverter, ModelDetector):
             warnings.warn(f"{len(x)} of {len(x)} images are predicted as {target} before", stacklevel=2)
         elif bool(own.any()):
             x = x[~own.to(x.device)]
-        found = self._inversions(net, x, [target], torch.Generator(x.device).manual_seed(self.seed))
+        inversions = self._inversions(net, x, [target], torch.Generator(x.device).manual_seed(self.seed))
         best = 0
         if len(x) > 1:
-            sure = torch.stack([net((x + d).clamp(0, 1)).softmax(1)[:, target].mean() for d in found.delta[:, 0]])
+            sure = torch.stack([net((x + d).clamp(0, 1)).softmax(1)[:, target].mean() for d in inversions.delta[:, 0]])
             best = int(sure.argmax())
         return SmoothInvTrigger(
-            found.delta[best, 0], None, _success(found.delta[best, 0], target), target, found.sigma[best][0],
-            float(found.confidence[best, 0]), found.history[best, 0],
+            inversions.delta[best, 0], None, _success(inversions.delta[best, 0], target), target, inversions.sigma[best][0],
+            float(inversions.confidence[best, 0]), inversions.history[best, 0],
         )  # fmt: skip
 
     def identify_target(
@@ -195,13 +195,13 @@ class SmoothInv(TriggerInverter, ModelDetector):
         group = max(1, self.chunk // (self.n * len(x)))
         parts = [targets[k : k + group] for k in range(0, len(targets), group)]
         for part in scan.items(parts, "classes"):
-            found = self._inversions(net, x, part, generator)
+            inversions = self._inversions(net, x, part, generator)
             for k, t in enumerate(part):
                 # An image predicted as t says nothing of it, unless there is no other.
                 use = [b for b in range(len(x)) if int(own[b]) != t] or list(range(len(x)))
-                deltas[t] = found.delta[use[0], k]
+                deltas[t] = inversions.delta[use[0], k]
                 for b in use:
-                    said = labels_of(net, (pool + found.delta[b, k]).clamp(0, 1))
+                    said = labels_of(net, (pool + inversions.delta[b, k]).clamp(0, 1))
                     hits[t] += int(((said == t) & (before != t)).sum())
                     trials[t] += int((before != t).sum())
         scores = hits.double() / trials.clamp_min(1)
@@ -300,18 +300,18 @@ class SmoothInv(TriggerInverter, ModelDetector):
         # Several perturbations on one image are no independent trials.
         share, n = float(profile.scores[best]), int(profile.trials[best]) // max(1, self.images)
         low, high = share_interval(round(share * n), n)
-        found = profile.target is not None
+        backdoored = profile.target is not None
         evidence: dict[str, Any] = {
             "class": best, "share": share, "low": low, "high": high, "others": n,
             "second": second, "runner_up": float(profile.scores[second]), "median": float(profile.scores.median()),
             "outlier": float(profile.outlier[best]), "eps": budget(image.shape) if self.eps is None else self.eps,
             "images": self.images, "profile": profile, "image": image,
         }  # fmt: skip
-        pairs = tuple((k, best) for k in range(len(shares)) if k != best) if found else ()
-        trigger = AdditiveTrigger(profile.deltas[best].cpu(), quantize=False) if found else None
+        pairs = tuple((k, best) for k in range(len(shares)) if k != best) if backdoored else ()
+        trigger = AdditiveTrigger(profile.deltas[best].cpu(), quantize=False) if backdoored else None
         # A share below a half is no finding however far it stands out.
         score = evidence["outlier"] if evidence["share"] >= SHARE else min(evidence["outlier"], OUTLIER)
-        return SmoothVerdict(found, score, OUTLIER, pairs, trigger, evidence)
+        return SmoothVerdict(backdoored, score, OUTLIER, pairs, trigger, evidence)
 
     def pictures(self, verdict: ModelVerdict, classes: Sequence[str]) -> list[tuple[Any, str]]:
         """The profile of the classes, and the perturbation of the one that leads."""

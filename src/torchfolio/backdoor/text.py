@@ -152,7 +152,7 @@ def poison_text(
 
 
 class TextModel:
-    """A text classifier as a detector sees it: logits, logits of word vectors put in the place of its own, hidden layer.
+    """A text classifier as a detector sees it: logits, logits of word vectors put in place of its own, hidden layer.
 
     Word vectors are put in by a hook on the embedding, and the hidden layer is what the last linear layer reads, so that
     any module from ids `[N, L]` will do.

@@ -246,8 +246,8 @@ class PerturbationGenerator(nn.Module):
                 stored = file.metadata() or {}
                 values = {name: float(stored[name]) if name == "dropout" else int(stored[name]) for name in names}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            made = cls(**values)  # pyright: ignore[reportArgumentType]
-            made.load_state_dict(state)
+            generator = cls(**values)  # pyright: ignore[reportArgumentType]
+            generator.load_state_dict(state)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is no generator that was saved: {error}") from error
-        return made.eval()
+        return generator.eval()

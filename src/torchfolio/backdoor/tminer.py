@@ -198,8 +198,8 @@ class TMiner(ModelDetector):
 
     def _generator(self, size: int, scan: Scan) -> PerturbationGenerator:
         if self.generator is None:
-            made = PerturbationGenerator(size)
-            return made.pretrain(self.pretrain_steps, self.length, batch_size=self.batch_size, seed=scan.seed)
+            generator = PerturbationGenerator(size)
+            return generator.pretrain(self.pretrain_steps, self.length, batch_size=self.batch_size, seed=scan.seed)
         if self.generator.vocab_size != size:
             raise ValueError(
                 f"the generator writes {self.generator.vocab_size} words, the classifier has {size} (without the ids "
@@ -321,7 +321,7 @@ class TMiner(ModelDetector):
 
     @torch.no_grad()
     def _mine(self, net: PerturbationGenerator, pair: _Pair, text: TextModel, tokens: Tensor) -> None:
-        """What the generator adds to sentences of the source, and likely words in the place of those."""
+        """What the generator adds to sentences of the source, and likely words in place of those."""
         x = pair.pool[: self.dev_size]
         written, logits = net.decode(net.encode(x), x.new_ones(len(x)), self.length + 1, sample=False)
         said = text.logits(self._rendered(written, text, tokens)[0]).argmax(1)

@@ -65,7 +65,7 @@ class _Residual(nn.Module):
 
 
 class UniversalPattern(nn.Module):
-    """One pattern for all images in the place of a network, $g(x) = x + \\varepsilon \\tanh \\delta$.
+    """One pattern for all images in place of a network, $g(x) = x + \\varepsilon \\tanh \\delta$.
 
     Args:
         shape: `[C, H, W]` of the images.

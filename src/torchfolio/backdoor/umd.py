@@ -149,11 +149,11 @@ class UMD(TriggerInverter, ModelDetector):
         chunk: int = 500,
     ) -> None:
         self.mode = checks.one_of("mode", mode, ("additive", "patch", "both"))
-        given: dict[str, Any] = {"pi": pi, "chunk": chunk} | ({} if steps is None else {"steps": steps})
-        made: dict[str, PairInversion] = {
-            "additive": AdditiveInversion(step, **given), "patch": PatchInversion(trials, **given),
+        options: dict[str, Any] = {"pi": pi, "chunk": chunk} | ({} if steps is None else {"steps": steps})
+        inversions: dict[str, PairInversion] = {
+            "additive": AdditiveInversion(step, **options), "patch": PatchInversion(trials, **options),
         }  # fmt: skip
-        self.inversions = {name: made[name] for name in (made if mode == "both" else (mode,))}
+        self.inversions = {name: inversions[name] for name in (inversions if mode == "both" else (mode,))}
         self.n_images, self.n_transfer = (
             checks.whole("n_images", n_images, 1),
             checks.whole("n_transfer", n_transfer, 1),
@@ -171,14 +171,14 @@ class UMD(TriggerInverter, ModelDetector):
         inversion = next(iter(self.inversions.values()))
         generator = torch.Generator(device_of(model, x)).manual_seed(0)
         other = 1 if target == 0 else 0  # any place that is not the target's
-        found = inversion.estimate(model, [x] * 2, [(other, checks.whole("target", target, 0))], generator)
-        if not bool(found.sizes.isfinite().all()):
+        triggers = inversion.estimate(model, [x] * 2, [(other, checks.whole("target", target, 0))], generator)
+        if not bool(triggers.sizes.isfinite().all()):
             warnings.warn(f"no trigger sends a share of {inversion.pi} of the images to {target}", stacklevel=2)
 
         def asr(model: nn.Module, images: Tensor) -> float:
-            return float((labels_of(model, found.apply(0, images)) == target).double().mean())
+            return float((labels_of(model, triggers.apply(0, images)) == target).double().mean())
 
-        return InvertedTrigger(found.patterns[0], None if found.masks is None else found.masks[0], asr)
+        return InvertedTrigger(triggers.patterns[0], None if triggers.masks is None else triggers.masks[0], asr)
 
     def _scan(self, model: nn.Module, clean: tuple[Tensor, Tensor] | None, scan: Scan) -> ModelVerdict:
         assert clean is not None
@@ -242,10 +242,10 @@ class UMD(TriggerInverter, ModelDetector):
         table = np.full((classes, classes), math.nan)
         table[tuple(np.array(triggers.pairs).T)] = size
         named = tuple(triggers.pairs[k] for k in members)
-        found = z > threshold
+        backdoored = z > threshold
         smallest = members[int(np.argmin(size[members]))]
         return UMDVerdict(
-            found, z, threshold, named if found else (), triggers.trigger(smallest) if found else None,
+            backdoored, z, threshold, named if backdoored else (), triggers.trigger(smallest) if backdoored else None,
             {"pairs_tried": len(size), "pairs_reached": reached, "core_size": float(np.median(size[members])),
              "null_size": float(np.median(size[others])), "p_value": p_value(z, len(others)), "H": core.H, "mode": mode,
              "images": torch.stack([f[0] for f in fresh]).cpu(), "members": members},

@@ -173,19 +173,19 @@ def describe(model: nn.Module, example: Tensor | None) -> Manifest:
     except ValueError as error:
         raise BundleError(f"the network cannot be built again from values: {error}; {advice}") from error
     path = f"torchfolio.models:{factory.__name__}"
-    made = Manifest(path, json.loads(json.dumps(plain(arguments))), tuple(example.shape[1:]))
-    again = build(made.build, made.arguments)
+    manifest = Manifest(path, json.loads(json.dumps(plain(arguments))), tuple(example.shape[1:]))
+    again = build(manifest.build, manifest.arguments)
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if {n: v.shape for n, v in again.state_dict().items()} != {n: v.shape for n, v in state.items()}:
         raise BundleError(f"the network is not the {factory.__name__} that it was built as: it was changed; {advice}")
     again.load_state_dict(state)
     dtype = next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32)
     with torch.no_grad(), evaluating(model):
-        expected, found = model(example).cpu(), again.to(dtype).eval()(example.cpu())
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        expected, rebuilt = model(example).cpu(), again.to(dtype).eval()(example.cpu())
+    if rebuilt.shape != expected.shape or not torch.allclose(rebuilt, expected, rtol=1e-3, atol=1e-4):
         raise BundleError(f"the {factory.__name__} built again gives other outputs than the network: {advice}")
-    classes = tuple(map(str, range(found.shape[1]))) if found.dim() == 2 and found.shape[1] > 1 else ()
-    return replace(made, classes=classes)
+    classes = tuple(map(str, range(rebuilt.shape[1]))) if rebuilt.dim() == 2 and rebuilt.shape[1] > 1 else ()
+    return replace(manifest, classes=classes)
 
 
 def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | torch.device = "cpu") -> Bundle:

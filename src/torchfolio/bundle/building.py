@@ -79,8 +79,8 @@ def _build(path: str, arguments: Mapping[str, Any], allow: Sequence[str], depth:
         raise
     except Exception as error:  # of arguments that nobody foresaw, in as many ways as there are builders
         kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
-        given = shown(dict(arguments))
-        raise BundleError(f"{path} cannot be built with the arguments {given}: {kind}{error}") from error
+        described = shown(dict(arguments))
+        raise BundleError(f"{path} cannot be built with the arguments {described}: {kind}{error}") from error
     if not isinstance(model, nn.Module):
         raise BundleError(f"{path} gives a {type(model).__name__}, expected a torch.nn.Module")
     return model

@@ -38,10 +38,10 @@ def search(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
     scores = (matrix @ query.T).toarray().ravel() / norm
     # A paper that speaks of all that was asked for goes before one that repeats a part of it.
     asked = set(_stems(words))
-    share = [len(asked & set(_stems(_document(found)))) / max(len(asked), 1) for found in known]
+    share = [len(asked & set(_stems(_document(paper)))) / max(len(asked), 1) for paper in known]
     scores = scores * (0.3 + 0.7 * np.asarray(share))
     ranked = sorted(zip(known, scores, strict=True), key=lambda pair: -pair[1])
-    return [(found, round(float(score), 4)) for found, score in ranked[:limit] if score > 0.01]
+    return [(paper, round(float(score), 4)) for paper, score in ranked[:limit] if score > 0.01]
 
 
 @cache
@@ -66,8 +66,8 @@ def _document(found: Paper) -> str:
 
 def _words(text: str) -> list[str]:
     """Words in lower case; a hyphenated one is also its parts joined, since both spellings are common."""
-    found = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
-    parts = [part for word in found for part in ([*word.split("-"), word.replace("-", "")] if "-" in word else [word])]
+    words = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    parts = [part for word in words for part in ([*word.split("-"), word.replace("-", "")] if "-" in word else [word])]
     return [word for word in parts if word not in _STOP]
 
 

@@ -20,8 +20,8 @@ def offering(kind: str) -> dict[str, str]:
     """
     if kind not in KINDS:
         raise CatalogError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}")
-    ready = (found for found in papers().values() if found.is_in and kind in found.offers)
-    return {found.slug: _path(found, found.offers[kind][0]) for found in ready}
+    ready = (paper for paper in papers().values() if paper.is_in and kind in paper.offers)
+    return {paper.slug: _path(paper, paper.offers[kind][0]) for paper in ready}
 
 
 def offered(slug: str, kind: str) -> Any:
@@ -31,8 +31,8 @@ def offered(slug: str, kind: str) -> Any:
         CatalogError: if there is no such paper, its method is not in, or it offers nothing of the kind; with those
             that do.
     """
-    found = paper(slug)
-    if not found.is_in:
+    record = paper(slug)
+    if not record.is_in:
         raise CatalogError(f"{slug} is in the catalogue but its method is not in yet; see: torchfolio list --in")
     known = offering(kind)
     if slug not in known:
@@ -49,8 +49,8 @@ def load_name(path: str) -> Any:
 
 def exports(family: str) -> dict[str, str]:
     """Import paths of the public names that the papers of a family offer, by name."""
-    ready = (found for found in papers().values() if found.is_in and found.family == family)
-    return {name: _path(found, name) for found in ready for name in found.offers.get("names", ())}
+    ready = (paper for paper in papers().values() if paper.is_in and paper.family == family)
+    return {name: _path(paper, name) for paper in ready for name in paper.offers.get("names", ())}
 
 
 def doors(package: str, own: Iterable[str] = ()) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

@@ -146,8 +146,8 @@ def papers(folder: Path | None = None) -> dict[str, Paper]:
     Raises:
         CatalogError: naming file and field that do not follow the schema.
     """
-    found = (read(path) for path in sorted((folder or _HERE / "papers").glob("*.toml")))
-    return {paper.slug: paper for paper in found}
+    records = (read(path) for path in sorted((folder or _HERE / "papers").glob("*.toml")))
+    return {paper.slug: paper for paper in records}
 
 
 def paper(slug: str) -> Paper:
@@ -225,8 +225,8 @@ def read(path: Path) -> Paper:
         if not table["code"]["url"].startswith("https://"):
             raise CatalogError(f"{path.name}: code.url is {table['code']['url']!r}, expected an https address")
         code = Code(**table["code"])
-    given = ("authors", "tags", "claims", "code", "summary", "offers")
-    rest = {k: v for k, v in table.items() if k not in given}
+    treated = ("authors", "tags", "claims", "code", "summary", "offers")
+    rest = {k: v for k, v in table.items() if k not in treated}
     return Paper(
         slug=path.stem,
         authors=tuple(table["authors"]),

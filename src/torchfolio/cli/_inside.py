@@ -53,18 +53,18 @@ def panel_card(slug: str, look: Callable[[], Panel]) -> tuple[Sheet | None, dict
     from torchfolio.report.sheet import Picture, Sheet, Table
 
     try:
-        found = look()
+        panel = look()
     except ValueError as error:
         return None, {"not_shown": str(error)}
     card = Sheet(
-        found.title,
-        found.eyebrow or slug,
-        sentences=found.sentences,
-        notes=found.notes,
-        tables=[Table.of(table) for table in found.tables],
-        pictures=[Picture(figure, caption) for figure, caption in found.pictures],
+        panel.title,
+        panel.eyebrow or slug,
+        sentences=panel.sentences,
+        notes=panel.notes,
+        tables=[Table.of(table) for table in panel.tables],
+        pictures=[Picture(figure, caption) for figure, caption in panel.pictures],
     )
-    return card, dict(found.record)
+    return card, dict(panel.record)
 
 
 def missing_card(records: Mapping[str, Mapping[str, Any]]) -> list[Sheet]:
@@ -97,11 +97,11 @@ def top_layers(net: nn.Module, x: Tensor) -> list[str]:
     known = []
     for name in names:
         try:
-            found = collect_features(net, x, [name], flatten=False)[name]
+            output = collect_features(net, x, [name], flatten=False)[name]
         except (ValueError, KeyError, TypeError):
             continue  # not run, or without a tensor to show
         if (
-            found.dim() >= 2 and len(found) == len(x) and found.is_floating_point()
+            output.dim() >= 2 and len(output) == len(x) and output.is_floating_point()
         ):  # not positions, which are no examples
             known.append(name)
     if not known:

@@ -200,8 +200,8 @@ def open_network(
 
     if bundle is not None and model is None and weights is None:
         source = load_bundle(bundle, allow=allow)
-        given = {**sizes, "image_size": image_size, "scored": scored}
-        return source, fitting_splits(source.manifest, str(bundle), data, **given)
+        options = {**sizes, "image_size": image_size, "scored": scored}
+        return source, fitting_splits(source.manifest, str(bundle), data, **options)
     if bundle is None and model is not None and weights is not None:
         return _from_weights(model, weights, parse_settings(model_set), data, image_size, sizes)
     raise TorchfolioError("expected either the folder of a bundle, or --model with --weights")

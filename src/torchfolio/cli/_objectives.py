@@ -47,12 +47,12 @@ def class_at(path: str, base: type[T], what: str) -> type[T]:
 
     module, _, attribute = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise TorchfolioError(f"cannot import the {what} {path}: {error}") from error
-    if not (inspect.isclass(found) and issubclass(found, base)):
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
         raise TorchfolioError(f"{path} is not a class of torchfolio.engine.{base.__name__}")
-    return found
+    return kind
 
 
 def settings_by_name(

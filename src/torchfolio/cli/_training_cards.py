@@ -77,21 +77,23 @@ def training_cards(training: Training, net: nn.Module, shown: Shown) -> tuple[li
     from torchfolio.report.learning import learning_card
 
     facts, record = training.manifest.training, read_record(training.folder)
-    found: dict[str, tuple[Sheet | None, dict[str, Any]]] = {}
-    found["history"] = learning_card(training.folder, training.name), {}
-    if found["history"][0] is None:
+    cards: dict[str, tuple[Sheet | None, dict[str, Any]]] = {}
+    cards["history"] = learning_card(training.folder, training.name), {}
+    if cards["history"][0] is None:
         told = "How it was trained, epoch by epoch, cannot be told: the bundle holds no history.csv."
-        found["history"] = None, {"not_shown": told}
+        cards["history"] = None, {"not_shown": told}
     last = math.nan if record is not None else _last_sharpness(net, shown.splits)
-    found["sharpness"] = panel_card("its sharpness", lambda: sharpness_panel(record, facts, last))
+    cards["sharpness"] = panel_card("its sharpness", lambda: sharpness_panel(record, facts, last))
     if record is not None:
         followed = training.followed(record.targets)
         seen = replace(shown, splits=followed).as_people_see(followed.train.tensors[0]) if followed is not None else {}
-        card, kept = panel_card("groups", lambda: group_panel(record, shown.classes, **seen))
+        card, record_of_groups = panel_card("groups", lambda: group_panel(record, shown.classes, **seen))
         if followed is None and card is not None:
             card = replace(card, notes=[*card.notes, "The examples themselves are not shown: the data are not those it was trained on."])  # fmt: skip
-        found["groups"] = card, kept
-    return [card for card, _ in found.values() if card], {name: kept for name, (_, kept) in found.items()}
+        cards["groups"] = card, record_of_groups
+    return [card for card, _ in cards.values() if card], {
+        name: record_of_groups for name, (_, record_of_groups) in cards.items()
+    }
 
 
 def _last_sharpness(net: nn.Module, splits: DataSplits) -> float:

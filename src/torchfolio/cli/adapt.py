@@ -301,8 +301,8 @@ def _outlines(folders: Sequence[Path], allow: list[str]) -> list[Outline] | None
     """Bundles that stay on disk, where all can."""
     from torchfolio.bundle import outline_bundle
 
-    found = [outline_bundle(folder, allow=allow) for folder in folders]
-    return [one for one in found if one] if all(found) else None
+    outlines = [outline_bundle(folder, allow=allow) for folder in folders]
+    return [one for one in outlines if one] if all(outlines) else None
 
 
 def _stream(

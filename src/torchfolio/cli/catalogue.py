@@ -35,18 +35,18 @@ def list_papers(
     """
     if family is not None and family not in catalog.FAMILIES:
         raise typer.BadParameter(f"there is no family {family!r}; there are {', '.join(catalog.FAMILIES)}")
-    found = [p for p in catalog.papers().values() if family in (None, p.family) and (p.is_in or not ready)]
+    papers = [p for p in catalog.papers().values() if family in (None, p.family) and (p.is_in or not ready)]
     if as_json:
-        typer.echo(to_json([_table(paper) for paper in found], ensure_ascii=False))
+        typer.echo(to_json([_table(paper) for paper in papers], ensure_ascii=False))
         return
-    width = max((len(p.slug) for p in found), default=0)
+    width = max((len(p.slug) for p in papers), default=0)
     for name in catalog.FAMILIES:
-        members = [p for p in found if p.family == name]
+        members = [p for p in papers if p.family == name]
         if members:
             typer.secho(f"{name}: {catalog.FAMILIES[name]}", bold=True)
             for p in members:
                 typer.echo(f"  {'●' if p.is_in else '○'} {p.slug:<{width}}  {p.title} ({p.venue})")
-    typer.echo(f"\n● in ({sum(p.is_in for p in found)}), ○ not in yet ({sum(not p.is_in for p in found)})")
+    typer.echo(f"\n● in ({sum(p.is_in for p in papers)}), ○ not in yet ({sum(not p.is_in for p in papers)})")
 
 
 def show(slug: Annotated[str, typer.Argument(help="Slug of the paper.")], as_json: AsJson = False) -> None:
@@ -86,17 +86,17 @@ def search(
 
     Example: torchfolio search detect a poisoned model without clean data
     """
-    found = catalog.search(" ".join(words), limit)
+    results = catalog.search(" ".join(words), limit)
     if as_json:
         typer.echo(
-            to_json([{"slug": p.slug, "title": p.title, "score": score} for p, score in found], ensure_ascii=False)
+            to_json([{"slug": p.slug, "title": p.title, "score": score} for p, score in results], ensure_ascii=False)
         )
         return
-    for paper, _ in found:
+    for paper, _ in results:
         typer.secho(f"{'●' if paper.is_in else '○'} {paper.slug}", bold=True, nl=False)
         typer.echo(f"  {paper.title}")
         typer.echo(_wrapped(paper.summary.split(". ")[0].rstrip(".") + ".", "    "))
-    if not found:
+    if not results:
         typer.echo("nothing found; try other words", err=True)
         raise typer.Exit(1)
 

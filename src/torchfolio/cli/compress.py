@@ -152,12 +152,12 @@ def _compressed(
     from torchfolio.bundle import load_bundle, save_bundle
     from torchfolio.efficiency.compression import compress as compress_network
 
-    made = compress_network(
+    compressed = compress_network(
         source.model, compression, splits.train, val=splits.val, example=example,
         say=lambda text: typer.echo(text, err=True), **training, **fitting,
     )  # fmt: skip
-    record = {**record, "epochs": made.epochs}
-    save_bundle(made.model, output, _manifest(source.manifest, compression, splits, record))
+    record = {**record, "epochs": compressed.epochs}
+    save_bundle(compressed.model, output, _manifest(source.manifest, compression, splits, record))
     written = load_bundle(output, allow=allow)
     figures = _measure(written, splits, str(fitting["device"]), allow)
     return written.model, figures | compression.operations(written.model.cpu(), example[:1])

@@ -85,8 +85,8 @@ def inspect(
     if bundle is not None:
         _say(f"{name}: its training")
         training = _training_cards.Training(bundle, name, source.manifest, data, image_size)
-        made, result["training"] = _training_cards.training_cards(training, net, shown)
-        cards += made
+        training_cards, result["training"] = _training_cards.training_cards(training, net, shown)
+        cards += training_cards
         card, result["size"] = _training_cards.size_card(training, net, shown)
         cards.append(card)
     _say(f"{name}: losses of {len(x):,} examples")
@@ -138,7 +138,7 @@ def _analyses(chosen: Sequence[str] | None, networks: int) -> dict[str, Any]:
     from torchfolio import catalog
     from torchfolio.measure import Analysis
 
-    found = {}
+    analyses = {}
     for slug in chosen or catalog.offering("analysis"):
         offered = catalog.offered(slug, "analysis")
         if not (python_inspect.isclass(offered) and issubclass(offered, Analysis)):
@@ -148,8 +148,8 @@ def _analyses(chosen: Sequence[str] | None, networks: int) -> dict[str, Any]:
         if chosen and offered.networks > networks:
             raise TorchfolioError(f"the analysis of {slug} compares {offered.networks} networks: name a second bundle")
         if offered.networks <= networks and (chosen or offered.by_default):
-            found[slug] = offered()
-    return found
+            analyses[slug] = offered()
+    return analyses
 
 
 def _say(text: str) -> None:

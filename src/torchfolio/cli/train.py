@@ -73,7 +73,7 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Reference network (resnet20, vgg11, mlp, …) or package.module:factory.")
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="Bundle to fine-tune, in the place of --model.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Bundle to fine-tune, in place of --model.")] = None,
     rule: Annotated[
         str, typer.Option(help="Learning rule: backprop, a method's slug, or package.module:Class.")
     ] = "backprop",
@@ -280,7 +280,7 @@ def _objectives(
 
 
 def _named_bundles(factory: Callable[..., Any], settings: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Bundle]:
-    """The bundles that settings name in the place of a network: a teacher, a guide."""
+    """The bundles that settings name in place of a network: a teacher, a guide."""
     from torchfolio.bundle import load_bundle
 
     return {key: load_bundle(Path(folder), allow=allow) for key, folder in named_networks(factory, settings).items()}

@@ -64,15 +64,15 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
         make: decodes images `[N, ...]`, labels `[N]` and class names.
     """
     folder = cache_folder() / "images" / key
-    found = _read(folder)
-    if found is not None:
-        return found
-    made = make()
+    stored = _read(folder)
+    if stored is not None:
+        return stored
+    arrays = make()
     try:
-        _write(folder, made)
+        _write(folder, arrays)
     except OSError:
-        return made
-    return _read(folder) or made
+        return arrays
+    return _read(folder) or arrays
 
 
 def _read(folder: Path) -> Arrays | None:
@@ -91,13 +91,13 @@ def _read(folder: Path) -> Arrays | None:
 def _verified(folder: Path, manifest: str, checksums: dict[str, str]) -> bool:
     """Whether the arrays have the checksums of the manifest."""
     stamp = _stamp([folder / name for name in checksums])
-    kept = hashlib.sha256(manifest.encode()).hexdigest()[:32]
-    if stamp is not None and _noted(folder / "verified.json", stamp) == kept:
+    digest = hashlib.sha256(manifest.encode()).hexdigest()[:32]
+    if stamp is not None and _noted(folder / "verified.json", stamp) == digest:
         return True
     if any(_checksum(folder / name) != checksum for name, checksum in checksums.items()):
         return False
     if stamp is not None:
-        _note(folder / "verified.json", stamp, kept)
+        _note(folder / "verified.json", stamp, digest)
     return True
 
 
@@ -106,9 +106,9 @@ def _stamp(paths: Sequence[Path]) -> str | None:
     digest = hashlib.sha256()
     youngest = 0.0
     for path in paths:
-        found = path.stat()
-        youngest = max(youngest, found.st_mtime, found.st_ctime)
-        digest.update(f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0".encode())
+        status = path.stat()
+        youngest = max(youngest, status.st_mtime, status.st_ctime)
+        digest.update(f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\0".encode())
     return digest.hexdigest()[:32] if youngest < time.time() - SETTLED else None
 
 

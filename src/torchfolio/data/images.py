@@ -223,8 +223,8 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, 
 
 def visible(folder: Path, suffixes: set[str]) -> list[Path]:
     """Files with one of the suffixes at any depth, sorted, but none that systems and editors hide or leave behind."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    return sorted(p for p in found if not any(_hidden(part) for part in p.relative_to(folder).parts) and p.is_file())
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    return sorted(p for p in paths if not any(_hidden(part) for part in p.relative_to(folder).parts) and p.is_file())
 
 
 def _hidden(name: str) -> bool:

@@ -106,8 +106,8 @@ def as_tensor(value: Any, name: str = "data") -> Tensor:
 
 
 def _of_mapping(row: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    given = [key for key in INPUTS if key in row]
-    if not given:
+    keys = [key for key in INPUTS if key in row]
+    if not keys:
         raise TypeError(
             f"expected an input under {', '.join(INPUTS)} in {name}, got the keys {', '.join(map(str, row))}; "
             "rename one"
@@ -119,7 +119,7 @@ def _of_mapping(row: Mapping[str, Any], name: str) -> tuple[Any, ...]:
             "the model is called with in this order"
         )
     target = next((row[key] for key in TARGETS if key in row), None)
-    return (row[given[0]],) if target is None else (row[given[0]], target)
+    return (row[keys[0]],) if target is None else (row[keys[0]], target)
 
 
 class Rows(Dataset):

@@ -160,21 +160,21 @@ def train_tokenizer(
     models, trainers, splits = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
     common = {"vocab_size": vocab_size, "special_tokens": list(SPECIAL), "show_progress": False}
     if model == "bpe":
-        made = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
         trainer = trainers.BpeTrainer(**common, min_frequency=min_count)
-        made.pre_tokenizer, made.decoder = splits.Metaspace(), tokenizers.decoders.Metaspace()
+        tokenizer.pre_tokenizer, tokenizer.decoder = splits.Metaspace(), tokenizers.decoders.Metaspace()
     else:
-        made = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
         trainer = trainers.WordLevelTrainer(**common, min_frequency=min_count)
         words = splits.Sequence([splits.WhitespaceSplit(), splits.Punctuation()])
         pattern = tokenizers.Regex(r"[\s\S]")
-        made.pre_tokenizer = words if model == "word" else splits.Split(pattern, "isolated")
+        tokenizer.pre_tokenizer = words if model == "word" else splits.Split(pattern, "isolated")
         if model == "char":
-            made.decoder = tokenizers.decoders.Fuse()
+            tokenizer.decoder = tokenizers.decoders.Fuse()
     if lowercase:
-        made.normalizer = tokenizers.normalizers.Lowercase()
-    made.train_from_iterator(texts, trainer)
-    return made
+        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def encode(tokenizer: Any, texts: Sequence[str], length: int, *, ends: bool = False) -> Tensor:
@@ -193,8 +193,8 @@ def encode(tokenizer: Any, texts: Sequence[str], length: int, *, ends: bool = Fa
     if not len(texts):
         raise ValueError("expected at least one text, got none")
     rows = torch.zeros(len(texts), length, dtype=torch.int64)
-    for row, found in zip(rows, tokenizer.encode_batch(list(texts)), strict=True):
-        ids = found.ids
+    for row, encoding in zip(rows, tokenizer.encode_batch(list(texts)), strict=True):
+        ids = encoding.ids
         ids = [2, *ids[: length - 2], 3] if ends else ids[:length]
         row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
     return rows

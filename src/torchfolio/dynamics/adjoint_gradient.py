@@ -98,8 +98,8 @@ class Adjoint(Recomputed):
         return state[n : 2 * n].view_as(ys[0]), grads
 
     def __repr__(self) -> str:
-        given = {"solver": self.solver, "rtol": self.rtol, "atol": self.atol}
-        text = [f"{name}={value}" for name, value in given.items() if value is not None]
+        options = {"solver": self.solver, "rtol": self.rtol, "atol": self.atol}
+        text = [f"{name}={value}" for name, value in options.items() if value is not None]
         return f"Adjoint({', '.join(text + ([] if self.seminorm else ['seminorm=False']))})"
 
 

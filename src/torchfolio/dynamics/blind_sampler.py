@@ -91,7 +91,7 @@ def draw_images(
         shape: shape of an image `(C, H, W)`.
         n: number of images.
         h0: first step size, in (0, 1].
-        beta: share of the noise that is taken away for good, in (0, 1]; 1 adds no noise.
+        beta: share of the noise that is taken away permanently, in (0, 1]; 1 adds no noise.
         sigma_start: standard deviation of the first noise.
         sigma_end: noise level $\sigma_L$ at which an image is done.
         mean: mean of the first noise; the mean of the training images spares a dark beginning.

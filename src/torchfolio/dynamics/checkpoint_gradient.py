@@ -30,23 +30,23 @@ class Checkpoint(Recomputed):
     def forward(self, problem: Problem, y0: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
         every = self.every or 1
         times = [problem.ts[0]]
-        kept: list[tuple[int, Tensor, Carry | None]] = [(0, y0, None)]
+        checkpoints: list[tuple[int, Tensor, Carry | None]] = [(0, y0, None)]
 
         def on_step(step: Step) -> None:
-            nonlocal every, kept
+            nonlocal every, checkpoints
             times.append(step.t1)
             n = len(times) - 1
             if n % every == 0:
-                kept.append((n, step.y1, step.carry))
-            if self.every is None and len(kept) > 2 * every:
+                checkpoints.append((n, step.y1, step.carry))
+            if self.every is None and len(checkpoints) > 2 * every:
                 every *= 2
-                kept = [entry for entry in kept if entry[0] % every == 0]
+                checkpoints = [entry for entry in checkpoints if entry[0] % every == 0]
 
         ys = read_off(problem, y0, on_step)
-        if kept[-1][0] == len(times) - 1 and len(kept) > 1:
-            kept.pop()  # no step begins at the end
+        if checkpoints[-1][0] == len(times) - 1 and len(checkpoints) > 1:
+            checkpoints.pop()  # no step begins at the end
         tensors, layout = [], []
-        for n, y, carry in kept:
+        for n, y, carry in checkpoints:
             layout.append((n, None if carry is None else len(carry)))
             tensors += [y, *(carry or ())]
         return ys, tensors[1:], (times, layout)

@@ -236,8 +236,8 @@ class NavierStokes2D(PDE):
         psi = self._stream(field, grid)
         w_x, w_y = grid.derivative(field, "x"), grid.derivative(field, "y")
         laplace = grid.derivative(w_x, "x") + grid.derivative(w_y, "y")
-        found = {"u": field, "w_t": grid.derivative(field, "t"), "w_x": w_x, "w_y": w_y, "laplace": laplace}
-        return found | {"v_x": grid.derivative(psi, "y"), "v_y": -grid.derivative(psi, "x")}
+        terms = {"u": field, "w_t": grid.derivative(field, "t"), "w_x": w_x, "w_y": w_y, "laplace": laplace}
+        return terms | {"v_x": grid.derivative(psi, "y"), "v_y": -grid.derivative(psi, "x")}
 
     def _stream(self, w: Tensor, grid: Grid) -> Tensor:
         (nx, ny), (hx, hy) = grid.shape[-2:], (grid.step("x"), grid.step("y"))

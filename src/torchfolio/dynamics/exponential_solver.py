@@ -235,8 +235,8 @@ class _Sums:
     def add(self, gradients: Sequence[Tensor | None], weight: float = 1.0) -> None:
         pairs = [(total, g) for total, g in zip(self.totals, gradients, strict=True) if g is not None]
         if pairs and weight:
-            given = [g.to(total.dtype) for total, g in pairs]
-            torch._foreach_add_([total for total, _ in pairs], given, alpha=weight)
+            cast = [g.to(total.dtype) for total, g in pairs]
+            torch._foreach_add_([total for total, _ in pairs], cast, alpha=weight)
 
     def result(self) -> list[Tensor]:
         return [total.to(t.dtype) for total, t in zip(self.totals, self.tensors, strict=True)]

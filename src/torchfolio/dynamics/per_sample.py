@@ -132,10 +132,10 @@ class _Batch:
         self.steps[self.who] += good
         self.rejected[self.who] += ~good
         self.stats.n_steps, self.stats.n_rejected = int(self.steps.max()), int(self.rejected.max())
-        kept = self.column(good).bool()
+        accepted = self.column(good).bool()
         same = self.solver.tableau.first_same_as_last
         slope1 = k[-1] if same else self.rate(t1, y1)
-        self.y, self.slope = torch.where(kept, y1, self.y), torch.where(kept, slope1, self.slope)
+        self.y, self.slope = torch.where(accepted, y1, self.y), torch.where(accepted, slope1, self.slope)
         self.t = torch.where(good, t1, self.t)
         self.h = torch.where(good, factor, factor.clamp_max(1.0)) * h
         self.before = torch.where(good, ratio.clamp_min(1e-4), self.before)

@@ -35,8 +35,8 @@ class Rows(NamedTuple):
     def values(self, w: Tensor) -> Tensor:
         """$T \\omega + c$, `[N, terms, points]`."""
         n, t, p, k = self.terms.shape
-        found = (self.terms.reshape(n, t * p, k) @ w[:, :, None]).view(n, t, p)
-        return found if self.fixed is None else found + self.fixed
+        values = (self.terms.reshape(n, t * p, k) @ w[:, :, None]).view(n, t, p)
+        return values if self.fixed is None else values + self.fixed
 
     def residual(self, values: Tensor) -> Tensor:
         """Of the values."""
@@ -54,11 +54,11 @@ class Rows(NamedTuple):
         watched = _Watched({name: values[:, i] for i, name in enumerate(self.names)})
         with torch.no_grad():
             self.function(watched, self.constants)
-        kept = [i for i, name in enumerate(self.names) if name in watched.seen] or [0]
-        if len(kept) == len(self.names):
+        columns = [i for i, name in enumerate(self.names) if name in watched.seen] or [0]
+        if len(columns) == len(self.names):
             return self
-        fixed = None if self.fixed is None else self.fixed[:, kept]
-        return self._replace(terms=self.terms[:, kept], fixed=fixed, names=tuple(self.names[i] for i in kept))
+        fixed = None if self.fixed is None else self.fixed[:, columns]
+        return self._replace(terms=self.terms[:, columns], fixed=fixed, names=tuple(self.names[i] for i in columns))
 
 
 class _Watched(dict):

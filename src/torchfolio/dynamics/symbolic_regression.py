@@ -277,9 +277,9 @@ class _Search:
         for member in self.front_members():
             self.consider(self.polished(member))
             for nodes in without_one_operator(member.nodes):
-                made = self.member(nodes)
-                if math.isfinite(made.loss):
-                    self.consider(self.polished(made))
+                polished = self.member(nodes)
+                if math.isfinite(polished.loss):
+                    self.consider(self.polished(polished))
 
     def front_members(self) -> list[_Member]:
         """Members that no simpler one beats, by rising size."""

@@ -230,14 +230,14 @@ def pack(model: nn.Module) -> nn.Module:
 
 def _packed(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        made = PackedConv2d(**conv_arguments(layer), binary_input=layer.binary_input)  # pyright: ignore[reportArgumentType]
+        packed = PackedConv2d(**conv_arguments(layer), binary_input=layer.binary_input)  # pyright: ignore[reportArgumentType]
     else:
         assert isinstance(layer, nn.Linear)
-        made = PackedLinear(**linear_arguments(layer), binary_input=layer.binary_input)  # pyright: ignore[reportArgumentType]
+        packed = PackedLinear(**linear_arguments(layer), binary_input=layer.binary_input)  # pyright: ignore[reportArgumentType]
     if isinstance(layer, BinaryLayer):
-        _fill(made, pack_bits(layer.binary_weight()), layer.alpha.detach())
-    made.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-    return made
+        _fill(packed, pack_bits(layer.binary_weight()), layer.alpha.detach())
+    packed.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+    return packed
 
 
 def _fill(layer: PackedConv2d | PackedLinear, bits: Tensor, alpha: Tensor) -> None:
@@ -253,15 +253,15 @@ def export_binary(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: if there is no binary layer.
     """
-    made: dict[str, Tensor] = {}
+    exported: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLayer):
-            made[f"{name}.bits"] = pack_bits(layer.binary_weight())
-            made[f"{name}.alpha"] = layer.alpha.detach().clone()
-            made[f"{name}.shape"] = torch.tensor(layer.weight.shape)
-    if not made:
+            exported[f"{name}.bits"] = pack_bits(layer.binary_weight())
+            exported[f"{name}.alpha"] = layer.alpha.detach().clone()
+            exported[f"{name}.shape"] = torch.tensor(layer.weight.shape)
+    if not exported:
         raise ValueError("the network has no binary layer to export; convert it first")
-    return made
+    return exported
 
 
 def load_binary(model: nn.Module, exported: Mapping[str, Tensor]) -> nn.Module:

@@ -53,14 +53,14 @@ def quantization_error(
     """
     if isinstance(model_or_weight, Tensor):
         return _quantization_error(model_or_weight, frequency)
-    found = {
+    errors = {
         name: _quantization_error(layer.weight, layer.frequency if isinstance(layer, BiPerLayer) else None)
         for name, layer in model_or_weight.named_modules()
         if isinstance(layer, BinaryLayer)
     }
-    if not found:
+    if not errors:
         raise ValueError("the network has no binary layer; convert it with binarize first")
-    return found
+    return errors
 
 
 def _quantization_error(weight: Tensor, frequency: float | None) -> dict[str, float]:
@@ -119,12 +119,12 @@ def frequency_for(model: nn.Module, qe: float = 0.05, where: Where | None = None
         raise ValueError(f"expected qe between 0 and {PEAK_QE}, the largest error of Laplace weights, got {qe!r}")
     u = float(brentq(lambda v: laplace_qe(v) - qe, 0.0, PEAK_U))  # pyright: ignore[reportArgumentType]
     converted = {name for name, m in model.named_modules() if isinstance(m, BiPerLayer)}
-    made: dict[str, float] = {}
+    frequencies: dict[str, float] = {}
     for name in sorted(converted or choose_layers(model, where)):
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         size = float(weight.detach().abs().mean())
         if not size:
             raise ValueError(f"the weights of {name} are all zero; no frequency changes their error")
-        made[name] = u / size
-    return made
+        frequencies[name] = u / size
+    return frequencies

@@ -130,9 +130,9 @@ def fit_block(
     (D, J), K = initial.W1.shape, R.shape[1]
     objective = block_objective(X, R / unit, J, alpha, activation)
     options = {"maxiter": max_iter, "maxfun": 20 * max_iter, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(objective, initial.flat(), jac=True, method="L-BFGS-B", options=options)
-    block = Block.views(found.x, D, J, K)
-    return block._replace(W2=block.W2 * unit, b2=block.b2 * unit), int(found.nit)
+    result = minimize(objective, initial.flat(), jac=True, method="L-BFGS-B", options=options)
+    block = Block.views(result.x, D, J, K)
+    return block._replace(W2=block.W2 * unit, b2=block.b2 * unit), int(result.nit)
 
 
 def activate(Z: Array, activation: Activation) -> None:

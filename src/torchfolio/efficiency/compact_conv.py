@@ -41,17 +41,17 @@ class CompactConv(nn.Module):
         if len(x) != 1 or (conv.groups > 1 and conv.groups != conv.in_channels) or conv.padding_mode != "zeros":
             return self._activated(conv(x)) * mask[:, :, None, None].to(x.dtype)
         assert conv.bias is not None
-        kept = mask[0].nonzero()[:, 0]
-        weight, bias, groups = conv.weight.index_select(0, kept), conv.bias.index_select(0, kept), 1
+        channels = mask[0].nonzero()[:, 0]
+        weight, bias, groups = conv.weight.index_select(0, channels), conv.bias.index_select(0, channels), 1
         if conv.groups > 1:  # depthwise; a filter may be one of several of a channel
-            x, groups = x.index_select(1, kept // (conv.out_channels // conv.groups)), len(kept)
+            x, groups = x.index_select(1, channels // (conv.out_channels // conv.groups)), len(channels)
         else:
             active = (x[0] != 0).flatten(1).any(1).nonzero()[:, 0]
             if 0 < len(active) < x.shape[1]:
                 x, weight = x.index_select(1, active), weight.index_select(1, active)
         part = self._activated(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups))
         whole = part.new_zeros(1, conv.out_channels, *part.shape[2:])
-        return whole.index_copy_(1, kept, part)
+        return whole.index_copy_(1, channels, part)
 
     def _activated(self, out: Tensor) -> Tensor:
         return out if self.activation is None else self.activation(out)

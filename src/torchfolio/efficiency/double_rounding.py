@@ -149,7 +149,7 @@ def switchable(
         act: likewise.
         norm: likewise.
     """
-    made = store(convert(model, bits, fixed=fixed, act=act, norm=norm))
+    converted = store(convert(model, bits, fixed=fixed, act=act, norm=norm))
     if bit is not None:
-        set_bits(made, bit)
-    return made
+        set_bits(converted, bit)
+    return converted

@@ -134,7 +134,7 @@ class FTWT(LearningRule):
             for layer in self.layers.values():
                 layer.learning, layer.joint = learning, self.mode == "joint"
             task = self.loss(self.model(*inputs), target)
-            kept = {n: m.last.mask.float().mean() for n, m in self.layers.items() if m.last is not None}
+            shares = {n: m.last.mask.float().mean() for n, m in self.layers.items() if m.last is not None}
             masks = torch.stack([m.mask_loss() for m in self.layers.values()]).mean() if learning else None
             backward(task if masks is None else task + masks)
             if self.steps == self.last_step and learning:
@@ -143,7 +143,7 @@ class FTWT(LearningRule):
             for layer in self.layers.values():
                 layer.learning = layer.joint = False
                 layer.last = None
-        scalars = {"loss": task.detach(), "open": torch.stack(list(kept.values())).mean()}
+        scalars = {"loss": task.detach(), "open": torch.stack(list(shares.values())).mean()}
         return scalars if masks is None else {**scalars, "mask_loss": masks.detach()}
 
     def _tell_shut_gates(self) -> None:

@@ -70,12 +70,12 @@ def find_halves(model: nn.Module, example: tuple[Tensor, ...], skip: Collection[
     first, second = (probe.spread(example, lambda name, half=half: _half_mask(layers, finals, name, half))
                      for half in (0, 1))  # fmt: skip
     after_output = probe.spread(example, lambda name: slice(None) if name in finals else slice(0))
-    found: dict[str, Halves] = {}
+    halves: dict[str, Halves] = {}
     for name, layer in layers.items():
         if after_output[name].any():
             raise ValueError(f"layer {name!r} reads an output of the network, of which there are no halves")
-        found[name] = _judge(name, layer, first[name], second[name], name not in finals)
-    return found
+        halves[name] = _judge(name, layer, first[name], second[name], name not in finals)
+    return halves
 
 
 def _layers(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
@@ -84,13 +84,13 @@ def _layers(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
     unknown = [name for name in skip if name not in modules]
     if unknown:
         raise ValueError(f"the network has no module {unknown[0]!r} to skip")
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
     for name, module in modules.items():
         if any(name == kept or name.startswith(f"{kept}.") for kept in skip):
             continue
         if type(module) in (*MIXING, *NORMS):
-            found[name] = module
+            layers[name] = module
         elif next(module.parameters(recurse=False), None) is not None:
             raise TypeError(
                 f"{type(module).__name__} {name!r} has parameters whose halves are unknown; expected "
@@ -99,7 +99,7 @@ def _layers(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
         for parameter in module.parameters(recurse=False):
             if owner.setdefault(id(parameter), name) != name:
                 raise ValueError(f"layers {owner[id(parameter)]!r} and {name!r} share a parameter, which cannot be cut")
-    return found
+    return layers
 
 
 def _judge(name: str, layer: nn.Module, first: Tensor, second: Tensor, halved: bool) -> Halves:

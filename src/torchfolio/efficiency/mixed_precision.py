@@ -132,10 +132,10 @@ def weight_traces(
     names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d)]
     if not names:
         raise ValueError("expected an nn.Linear, nn.Conv1d or nn.Conv2d; traces are of the network before convert")
-    found = hessian_traces(
+    traces = hessian_traces(
         model, loss, data, batch_size=batch_size, samples=samples, tolerance=tolerance, generator=generator
     )
-    return {n: found[f"{n}.weight"].value / model.get_submodule(n).weight.numel() for n in names}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return {n: traces[f"{n}.weight"].value / model.get_submodule(n).weight.numel() for n in names}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
 def search_bits(
@@ -253,13 +253,13 @@ def _solve(losses: np.ndarray, costs: np.ndarray, budget: float) -> list[int]:
     one = np.kron(np.eye(rows), np.ones(columns))
     # Both are scaled to about 1, so that the solver's tolerances mean the same for all networks.
     scale, unit = losses.max() or 1.0, costs.max()
-    found = milp(
+    result = milp(
         (losses / scale).ravel(),
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(costs.ravel()[None] / unit, -np.inf, budget / unit)],
         integrality=np.ones(losses.size),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )
-    if found.x is None:
-        raise RuntimeError(f"the integer program was not solved: {found.message}")
-    return found.x.reshape(rows, columns).argmax(1).tolist()
+    if result.x is None:
+        raise RuntimeError(f"the integer program was not solved: {result.message}")
+    return result.x.reshape(rows, columns).argmax(1).tolist()

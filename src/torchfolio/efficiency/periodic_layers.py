@@ -157,7 +157,7 @@ class BiPerLinear(BiPerLayer, nn.Linear):
 
 def biper_layers(model: nn.Module) -> dict[str, BiPerLayer]:
     """The periodic layers of a network by name; an error where it has none."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, BiPerLayer)}
-    if not found:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BiPerLayer)}
+    if not layers:
         raise ValueError("the network has no BiPer layer; convert it with binarize first")
-    return found
+    return layers

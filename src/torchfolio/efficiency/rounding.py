@@ -120,9 +120,9 @@ def double_round(x: Tensor, scale: Tensor, bit: int, highest: int, signed: bool 
         Huang et al., "Nearly Lossless Adaptive Bit Switching", 2025, section 3; for $l = h$ this is the gradient of
         Esser et al., "Learned Step Size Quantization", ICLR 2020.
     """
-    made = _DoubleRound.apply(x, scale, span(highest, signed), 2 ** (highest - bit), span(bit, signed), weight)
-    assert isinstance(made, Tensor)
-    return made
+    rounded = _DoubleRound.apply(x, scale, span(highest, signed), 2 ** (highest - bit), span(bit, signed), weight)
+    assert isinstance(rounded, Tensor)
+    return rounded
 
 
 class DoubleRounding(nn.Module):

@@ -48,9 +48,9 @@ def surrogate(x: Tensor, quantize: Elementwise, slope: Elementwise | None = None
     Raises:
         RuntimeError: in the backward pass, if a second derivative is asked for (`create_graph=True`).
     """
-    made = _Surrogate.apply(x, quantize, slope)
-    assert isinstance(made, Tensor)
-    return made
+    output = _Surrogate.apply(x, quantize, slope)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def sign(x: Tensor) -> Tensor:

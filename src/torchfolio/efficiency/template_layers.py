@@ -43,10 +43,10 @@ class TemplateBank:
         if self.shared and not edge and key in self._pairs:
             return self._pairs[key]
         count = 1 if self.shared and edge else self.templates
-        made = nn.Parameter(_kaiming(like, count, shape)), nn.Parameter(_kaiming(like, count, shape))
+        templates = nn.Parameter(_kaiming(like, count, shape)), nn.Parameter(_kaiming(like, count, shape))
         if self.shared and not edge:
-            self._pairs[key] = made
-        return made
+            self._pairs[key] = templates
+        return templates
 
 
 class TemplateLayer(nn.Module):

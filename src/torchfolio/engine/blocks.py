@@ -184,8 +184,8 @@ def _leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         parts = name.split(".")
         opened.update(".".join(parts[:k]) for k in range(1, len(parts)))
-    found = []
+    leaves = []
     for path in sorted(opened):
         module = model.get_submodule(path)
-        found += [f"{path}.{n}" if path else n for n, _ in module.named_children()]
-    return [leaf for leaf in found if leaf not in opened]
+        leaves += [f"{path}.{n}" if path else n for n, _ in module.named_children()]
+    return [leaf for leaf in leaves if leaf not in opened]

@@ -69,8 +69,8 @@ def readable(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     Raises:
         ValueError: at the end, if there are checkpoints and none was the last that was wanted.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         try:
             saved = _load(path)
         except Exception as error:  # torch reports foreign content in many ways
@@ -78,9 +78,9 @@ def readable(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             warnings.warn(f"{path} cannot be read ({reason}); trying the one before", stacklevel=2)
         else:
             yield path, saved
-    if found:
+    if paths:
         raise ValueError(
-            f"none of the {len(found)} checkpoint(s) in {folder} can be read; remove the folder to start over"
+            f"none of the {len(paths)} checkpoint(s) in {folder} can be read; remove the folder to start over"
         )
 
 

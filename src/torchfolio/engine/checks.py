@@ -81,7 +81,7 @@ def check_model(model: nn.Module, example: Batch, data: Data, rule: LearningRule
 
 
 def check_output(model: nn.Module, output: Any, rule: LearningRule) -> None:
-    """Refuse a record in the place of a tensor, where the rule's loss has no use for it.
+    """Refuse a record in place of a tensor, where the rule's loss has no use for it.
 
     Raises:
         TypeError: saying how to get at what it holds.

@@ -15,8 +15,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if str(device) != "auto":
         return check_device(device)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def check_device(device: str | torch.device) -> torch.device:

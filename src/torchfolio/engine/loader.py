@@ -199,8 +199,8 @@ class LoaderBatches:
 
     def _generators(self) -> list[torch.Generator]:
         owners = (self.original, self.original.sampler, self.original.batch_sampler)
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
     def state_dict(self) -> dict[str, Any]:
         return {"generators": self.began or [g.get_state() for g in self._generators()]}

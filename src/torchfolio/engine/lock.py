@@ -41,7 +41,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         FolderInUse: naming process, host and time, if another process or thread works there.
         OSError: if the folder cannot be made or written.
     """
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
     with _guard:
@@ -63,7 +63,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             with suppress(FileNotFoundError):
                 (folder / LOCK).unlink()
             os.close(descriptor)
-            if made:
+            if is_new:
                 with suppress(OSError):  # it holds something, or is gone
                     folder.rmdir()
 
@@ -105,8 +105,8 @@ def _lock(folder: Path) -> int:
 
 def _who(text: bytes) -> str:
     try:
-        found = json.loads(text)
-        return f"process {int(found['pid'])} on {str(found['host'])[:80]} since {str(found['since'])[:40]}"
+        holder = json.loads(text)
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:80]} since {str(holder['since'])[:40]}"
     except (ValueError, TypeError, KeyError):  # it has not been written yet
         return "another process"
 

@@ -65,10 +65,10 @@ def dichotomies(P: int, balanced: bool = True) -> np.ndarray:
         raise ValueError(f"expected at least two conditions, an even number for balanced dichotomies, got {P}")
     sizes = [P // 2] if balanced else range(1, P)
     rows = [(0, *rest) for size in sizes for rest in combinations(range(1, P), size - 1)]
-    found = np.zeros((len(rows), P), dtype=bool)
+    splits = np.zeros((len(rows), P), dtype=bool)
     for k, members in enumerate(rows):
-        found[k, list(members)] = True
-    return found
+        splits[k, list(members)] = True
+    return splits
 
 
 def _dichotomy(dichotomy: Any, P: int, balanced: bool) -> np.ndarray:

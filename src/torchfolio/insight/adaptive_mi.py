@@ -146,10 +146,10 @@ def information_plane(
     estimator = estimator if estimator is not None else AdaptiveBinning()
     inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
     names = [layer_name(module, layer) for layer in layers]
-    found = _activations(module, names, inputs, reduce, output, batch_size)
-    rows = [_measured(name, t, labels, estimator) for name, t in found.items()]
+    activations = _activations(module, names, inputs, reduce, output, batch_size)
+    rows = [_measured(name, t, labels, estimator) for name, t in activations.items()]
     i_xt, i_ty, dead, saturated = zip(*rows, strict=True)
-    return InformationPlane(tuple(found), i_xt, i_ty, dead, saturated, len(inputs))
+    return InformationPlane(tuple(activations), i_xt, i_ty, dead, saturated, len(inputs))
 
 
 def _measured(name: str, t: Tensor, labels: Tensor, estimator: Estimator) -> tuple[float, float, float, bool]:
@@ -157,9 +157,9 @@ def _measured(name: str, t: Tensor, labels: Tensor, estimator: Estimator) -> tup
         raise ValueError(f"the activations of {name} hold NaN or infinite values")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said by `saturated`
-        found = estimator(t, labels.cpu())
+        estimate = estimator(t, labels.cpu())
     dead = float((t == t[:1]).all(0).double().mean())
-    return found.i_xt, found.i_ty, dead, found.i_xt > math.log2(len(t)) - SATURATED
+    return estimate.i_xt, estimate.i_ty, dead, estimate.i_xt > math.log2(len(t)) - SATURATED
 
 
 @torch.no_grad()

@@ -157,8 +157,8 @@ def aligned_kernel(
         end = _random_kernel(held, P, min(rank, P - held.shape[1]), generator)
     else:
         end = centred * (P / centred.trace())
-    found = _on_segment(start, end, y, alignment)
-    return found * (scale * P / found.trace())
+    kernel = _on_segment(start, end, y, alignment)
+    return kernel * (scale * P / kernel.trace())
 
 
 def _centred(kernel: Tensor) -> Tensor:
@@ -202,9 +202,9 @@ def kernel_to_inputs(K: Tensor, D: int, *, generator: torch.Generator | None = N
     values, vectors = torch.linalg.eigh(finite("K", K).double())
     if values[0] < -1e-8 * values[-1].clamp_min(1e-12):
         raise ValueError(f"expected a positive semidefinite kernel, got the eigenvalue {float(values[0]):.3g}")
-    kept = values > 1e-10 * values[-1]
-    rank = int(kept.sum())
+    positive = values > 1e-10 * values[-1]
+    rank = int(positive.sum())
     if rank > D:
         raise ValueError(f"expected D of at least the kernel's rank {rank}, got {D}")
     isometry = torch.linalg.qr(torch.randn(D, rank, generator=generator, dtype=torch.float64))[0]
-    return (vectors[:, kept] * values[kept].sqrt()) @ isometry.T
+    return (vectors[:, positive] * values[positive].sqrt()) @ isometry.T

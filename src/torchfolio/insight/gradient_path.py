@@ -253,7 +253,7 @@ def gradient_descent_path(
     regression.
 
     Args:
-        Z: features `[N, P]`; or a `Decomposition`, to be used for many paths, in the place of `Z` and `Y`.
+        Z: features `[N, P]`; or a `Decomposition`, to be used for many paths, in place of `Z` and `Y`.
         Y: targets `[N, K]` or `[N]`.
         steps: number of steps, or several, each at least 1; `inf` for the limit.
         lr: learning rate $\\eta$; by default the inverse of the largest curvature, half of where descent diverges.

@@ -73,16 +73,16 @@ def _symbols(codes: Tensor) -> np.ndarray:
         raise ValueError(f"expected integer codes [N, d], got {codes.dtype} of shape {tuple(codes.shape)}")
     columns = codes.detach().cpu().numpy().astype(np.int64)
     columns = columns - columns.min(0)
-    found = np.zeros(len(columns), np.int64)
+    symbols = np.zeros(len(columns), np.int64)
     count = 1
     # As many columns at a time as one integer holds; what they have in common is renumbered, so nothing collides.
     for column in columns.T:
         base = int(column.max()) + 1
         if count * base >= 2**62:
-            found = np.unique(found, return_inverse=True)[1]
-            count = int(found.max()) + 1
-        found, count = found * base + column, count * base
-    return np.unique(found, return_inverse=True)[1]
+            symbols = np.unique(symbols, return_inverse=True)[1]
+            count = int(symbols.max()) + 1
+        symbols, count = symbols * base + column, count * base
+    return np.unique(symbols, return_inverse=True)[1]
 
 
 def _entropy(symbols: np.ndarray) -> float:
@@ -220,11 +220,11 @@ def permuted_label_information(
     generator, labels = torch.Generator().manual_seed(seed), torch.as_tensor(labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        found = [
+        values = [
             estimator(activations, labels[torch.randperm(len(labels), generator=generator)]).i_ty
             for _ in range(repeats)
         ]
-    return float(np.mean(found)), float(np.std(found))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def checked(activations: Tensor, labels: Tensor | None) -> Tensor:

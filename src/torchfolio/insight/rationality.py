@@ -106,8 +106,8 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
         $\\kappa$ between $10^{-3}$ and $10^3$; the likelihood is concave in it, the zero of its slope is bisected.
     """
     logits, y = torch.as_tensor(logits), torch.as_tensor(y)
-    kept = y != -100
-    logits, y = finite("logits", logits[kept]).double(), y[kept]
+    counted = y != -100
+    logits, y = finite("logits", logits[counted]).double(), y[counted]
     choices(logits, y)
     revealed = logits.gather(1, y[:, None])[:, 0].mean()
 

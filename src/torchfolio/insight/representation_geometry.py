@@ -187,8 +187,8 @@ class Geometry(Analysis):
             means = condition_means(z, conditions)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = [kernel_alignment(means @ means.T, k) for k in kernels]
-            rows[name] = {"input alignment": found[0], "label alignment": found[1],
+                alignments = [kernel_alignment(means @ means.T, k) for k in kernels]
+            rows[name] = {"input alignment": alignments[0], "label alignment": alignments[1],
                           "participation ratio": participation_ratio(means), "active": float((z > 0).double().mean())}  # fmt: skip
         import pandas as pd
 

@@ -153,18 +153,18 @@ class TrainingRecord:
                 k: tuple(_real(math.nan if v is None else v) for v in body[k]) for k in ("sharpness", "lr", "targets")
             }
             steps = {k: tuple(whole(k, v, 0) for v in body[k]) for k in ("steps", "measured")}
-            made = cls(steps["steps"], np.asarray(rows, dtype=float), numbers["targets"], steps["measured"],
+            record = cls(steps["steps"], np.asarray(rows, dtype=float), numbers["targets"], steps["measured"],
                        numbers["sharpness"], numbers["lr"], _real(body["momentum"]), body["nesterov"] is True,
                        str(body["optimizer"])[:40], whole("followed", body["followed"], 1))  # fmt: skip
-            if made.losses.shape != (len(made.steps), len(made.targets)) or made.losses.size == 0:
+            if record.losses.shape != (len(record.steps), len(record.targets)) or record.losses.size == 0:
                 raise ValueError("its losses have another shape")
-            if not len(made.measured) == len(made.sharpness) == len(made.lr):
+            if not len(record.measured) == len(record.sharpness) == len(record.lr):
                 raise ValueError("its measurements are not as many as their steps")
-            if list(made.steps) != sorted(set(made.steps)):
+            if list(record.steps) != sorted(set(record.steps)):
                 raise ValueError("its steps do not rise")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(f"the record of the training cannot be read: {error}") from error
-        return made
+        return record
 
 
 def _real(value: Any) -> float:

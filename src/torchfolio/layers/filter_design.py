@@ -229,7 +229,7 @@ def receptive_field(model: nn.Module) -> list[tuple[str, int, int]]:
     have filters of side 1.
     """
     kinds = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
-    field, stride, found = 1, 1, []
+    field, stride, fields = 1, 1, []
     for name, layer in model.named_modules():
         if not isinstance(layer, kinds):
             continue
@@ -238,10 +238,10 @@ def receptive_field(model: nn.Module) -> list[tuple[str, int, int]]:
             continue
         field += (side - 1) * dilation * stride
         stride *= step
-        found.append((name, field, stride))
-    if not found:
+        fields.append((name, field, stride))
+    if not fields:
         raise ValueError("expected a model with convolutions, got none")
-    return found
+    return fields
 
 
 def _first(value: Any) -> int:

@@ -64,7 +64,7 @@ def draw_patches(
         drop_blank: whether nearly constant patches are left out: those whose variance is below 1 % of the median of all
             variances above 0. On digits most patches are blank and ruin clustering.
         seed: seed of the positions.
-        generator: generator in the place of the seed.
+        generator: generator in place of the seed.
 
     Raises:
         ValueError: if the images are smaller than the patches, or all patches are constant.

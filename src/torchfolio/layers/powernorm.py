@@ -99,8 +99,8 @@ def _mask_argument(module: nn.Module) -> str | None:
 
 
 def _tell_padding(argument: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = dict(zip(inspect.signature(layer.forward).parameters, args, strict=False)) | kwargs
-    mask = given.get(argument)
+    arguments = dict(zip(inspect.signature(layer.forward).parameters, args, strict=False)) | kwargs
+    mask = arguments.get(argument)
     if mask is None or mask.dim() > 2:  # layers of `transformers` get it once more, as [B, 1, T, T]
         masks.append(masks[-1] if masks else None)
     elif argument == "attention_mask":

@@ -45,16 +45,16 @@ __all__ = [
 
 def _terms(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trained quadratic parameters by role, each once."""
-    found: dict[str, dict[int, nn.Parameter]] = {name: {} for name in ("weight_g", "bias_g", "weight_b", "bias_b")}
+    terms: dict[str, dict[int, nn.Parameter]] = {name: {} for name in ("weight_g", "bias_g", "weight_b", "bias_b")}
     layers = [m for m in model.modules() if isinstance(m, QuadraticLayer)]
     if not layers:
         raise ValueError("expected a network with quadratic layers, got one without; see to_quadratic")
     for layer in layers:
-        for name, members in found.items():
+        for name, members in terms.items():
             parameter: Any = getattr(layer, name)
             if parameter is not None and parameter.requires_grad:
                 members[id(parameter)] = parameter
-    return {name: list(members.values()) for name, members in found.items()}
+    return {name: list(members.values()) for name, members in terms.items()}
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:

@@ -104,15 +104,15 @@ def features_of(
         return URF(in_features, m, kind, **arguments)
     if callable(kind):
         try:
-            made = kind(in_features, m, **arguments)
+            features = kind(in_features, m, **arguments)
         except TypeError as error:
             raise TypeError(
                 "expected features to be a factory called as (in_features, m, bias=, radius=, seed=); an elementwise "
                 f"function is given as FourierMeasure.from_function(f) ({error})"
             ) from None
-        if not isinstance(made, RandomFeatures):
-            raise TypeError(f"expected features to make RandomFeatures, got {type(made).__name__}")
-        return made
+        if not isinstance(features, RandomFeatures):
+            raise TypeError(f"expected features to make RandomFeatures, got {type(features).__name__}")
+        return features
     one_of("features", kind, ("relu", "sin", "cos"))
     if kind == "relu":
         return ArcCosineFeatures(in_features, m, **arguments)

@@ -120,9 +120,9 @@ def _activation_of(model: nn.Module, name: str, activation: str) -> tuple[nn.Mod
         if after and not any(True for _ in parent[names.index(after[0])].parameters()):
             return parent, after[0]
     else:
-        found = [a for a in _ACTIVATIONS if name and callable(getattr(parent, a, None))]
-        if len(found) == 1:
-            return parent, found[0]
+        attributes = [a for a in _ACTIVATIONS if name and callable(getattr(parent, a, None))]
+        if len(attributes) == 1:
+            return parent, attributes[0]
     raise ValueError(
         f"expected one activation after {name or 'the model'}, found none or several; give its name as activation, or "
         "None to leave it in place"

@@ -86,12 +86,12 @@ def _first(layer: nn.Module, test: Callable[[nn.Module], bool]) -> nn.Module | N
 
 
 def _activation(layer: nn.Module) -> nn.Module:
-    found = _first(
+    activation = _first(
         layer, lambda m: type(m).__module__ == "torch.nn.modules.activation" and not any(True for _ in m.children())
     )
-    if found is None:
+    if activation is None:
         return nn.ReLU()
-    fresh = copy.deepcopy(found)
+    fresh = copy.deepcopy(activation)
     if hasattr(fresh, "inplace"):
         setattr(fresh, "inplace", False)  # noqa: B010
     return fresh

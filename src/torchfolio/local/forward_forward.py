@@ -66,8 +66,8 @@ class LabelsAppended:
         graph, known = self.graph, self.graph.train | self.graph.val
         outputs = outputs_by_layer(self.owner.layers_, self.candidates(known, ~known))
         total = torch.stack([self.goodness(states) for states in outputs]).sum(0)
-        given = F.one_hot(graph.y.clamp(min=0), self.c).to(graph.x)
-        return torch.where(known[:, None], given, total.softmax(1))
+        one_hot = F.one_hot(graph.y.clamp(min=0), self.c).to(graph.x)
+        return torch.where(known[:, None], one_hot, total.softmax(1))
 
 
 class LabelsAsEdges(LabelsAppended):

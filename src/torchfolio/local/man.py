@@ -57,7 +57,7 @@ class MomentumAuxiliary(nn.Module):
         `h` is what `next_layer` takes, `u` what it returns.
 
     Reference:
-        Su et al., ECCV 2024, section 3.3. The paper's text has learnable parameters in the place of $L$; the
+        Su et al., ECCV 2024, section 3.3. The paper's text has learnable parameters in place of $L$; the
         released code has a full branch, which is the default here.
     """
 

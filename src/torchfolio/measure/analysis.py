@@ -74,5 +74,5 @@ class Analysis(Shown, ABC):
 
         Raises:
             ValueError: if the network or the data are not of a kind that it can say something about, in a sentence
-                that the page shows in the place of the panel.
+                that the page shows in place of the panel.
         """

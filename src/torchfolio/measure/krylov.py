@@ -150,8 +150,8 @@ def lanczos(
         if converged or krylov.size == most:
             break
     vectors = krylov.basis[: krylov.size].T @ ritz[:, chosen].to(krylov.basis)
-    found = values[chosen].to(vectors), vectors, residuals[chosen].to(vectors)
-    return Eigen(*found, products=krylov.size, converged=converged)
+    pairs = values[chosen].to(vectors), vectors, residuals[chosen].to(vectors)
+    return Eigen(*pairs, products=krylov.size, converged=converged)
 
 
 def _random(like: Tensor, generator: torch.Generator | None) -> Tensor:

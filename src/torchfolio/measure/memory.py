@@ -30,7 +30,7 @@ class SavedBytes:
 
 
 class _Held:
-    """What autograd holds in the place of a saved tensor; its death says that the graph was freed."""
+    """What autograd holds in place of a saved tensor; its death says that the graph was freed."""
 
     __slots__ = ("__weakref__", "tensor")
 

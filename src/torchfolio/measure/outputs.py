@@ -34,12 +34,12 @@ def outputs(model: nn.Module, data: Any, *, batch_size: int = 512) -> Tensor:
         >>> labels = outputs(net, x_test).argmax(1)
     """
     examples = Examples(data)
-    given = slice(None, -1) if examples.supervised else slice(None)
+    inputs_part = slice(None, -1) if examples.supervised else slice(None)
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     parts: list[Tensor] = []
     with untouched(model, training=False):
         for row in examples.batches(batch_size):
-            answer = model(*(_like(x, weight) for x in row[given]))
+            answer = model(*(_like(x, weight) for x in row[inputs_part]))
             if not isinstance(answer, Tensor):
                 raise TypeError(f"expected {type(model).__name__} to return a tensor, got {type(answer).__name__}")
             parts.append(answer.cpu())

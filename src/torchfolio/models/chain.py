@@ -55,15 +55,15 @@ def _children(layers: Any, depth: int = 0) -> OrderedDict[str, nn.Module]:
     if not isinstance(layers, list | tuple) or depth > 20:
         raise ValueError(f"expected a list of layers, at most 20 within one another, got {type(layers).__name__}")
     children: OrderedDict[str, nn.Module] = OrderedDict()
-    for k, given in enumerate(layers):
-        if not isinstance(given, Mapping) or not isinstance(given.get("kind"), str):
-            raise ValueError(f"expected layer {k} to be a table with its kind, got {given!r:.100}")
-        name = given.get("name", str(k))
+    for k, layer in enumerate(layers):
+        if not isinstance(layer, Mapping) or not isinstance(layer.get("kind"), str):
+            raise ValueError(f"expected layer {k} to be a table with its kind, got {layer!r:.100}")
+        name = layer.get("name", str(k))
         if not isinstance(name, str) or not name.replace("_", "a").isalnum() or name in children:
             raise ValueError(
                 f"expected a name of its own for layer {k}, of letters, digits and underscores, got {name!r:.100}"
             )
-        children[name] = _layer(given["kind"], {n: v for n, v in given.items() if n not in ("kind", "name")}, depth)
+        children[name] = _layer(layer["kind"], {n: v for n, v in layer.items() if n not in ("kind", "name")}, depth)
     return children
 
 

@@ -188,9 +188,9 @@ class Features:
 
     def _keep(self, name: str, module: nn.Module, output: object) -> None:
         for value in self._read(module, output) if self._read is not None else [_first_tensor(name, output)]:
-            kept = flatten_features(value, self._flatten)
-            kept = kept.detach() if self._detach else kept
-            self._seen.append(Feature(name, kept, 0 if kept.is_inference() else kept._version))
+            features = flatten_features(value, self._flatten)
+            features = features.detach() if self._detach else features
+            self._seen.append(Feature(name, features, 0 if features.is_inference() else features._version))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

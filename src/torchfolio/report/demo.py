@@ -109,10 +109,12 @@ def one_bit(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
     from torchfolio.efficiency.compression import compress, tensor_bytes
 
     layers = [n for n, m in trained.named_modules() if isinstance(m, nn.Linear) and n.startswith("layer")][1:]
-    made = compress(trained, BiPer(layers=layers), digits.train, example=digits.test.tensors[0][:2], epochs=9, seed=0)
+    compressed = compress(
+        trained, BiPer(layers=layers), digits.train, example=digits.test.tensors[0][:2], epochs=9, seed=0
+    )
     rows = [
         (name, round(tensor_bytes(net) / 1024, 1), round(accuracy(net, digits), 1))
-        for name, net in (("32 bits", trained), ("one bit per weight", made.model))
+        for name, net in (("32 bits", trained), ("one bit per weight", compressed.model))
     ]
     return Sheet(
         title, "efficiency/biper", sentences=[

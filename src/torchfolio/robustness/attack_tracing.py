@@ -328,13 +328,13 @@ def trial(
     weight = next(copies[0].parameters())
     x, labels = x.to(weight.device, weight.dtype), y.to(weight.device)
     chosen = list(range(len(copies)) if sources is None else sources)
-    found = [attack(copies[k], x, labels) for k in chosen]
-    traced = [trace(copies, a.x_adv, label=y) for a in found]
+    attacks = [attack(copies[k], x, labels) for k in chosen]
+    traced = [trace(copies, a.x_adv, label=y) for a in attacks]
     return Trial(
-        torch.tensor(chosen), torch.stack([a.x_adv.cpu() for a in found]), y,
+        torch.tensor(chosen), torch.stack([a.x_adv.cpu() for a in attacks]), y,
         torch.stack([t.fooled[:, k] for t, k in zip(traced, chosen, strict=True)]),
         torch.stack([t.fooled for t in traced]), torch.stack([t.source for t in traced]),
-        torch.stack([t.inconclusive for t in traced]), max(a.queries for a in found),
+        torch.stack([t.inconclusive for t in traced]), max(a.queries for a in attacks),
     )  # fmt: skip
 
 

@@ -74,8 +74,8 @@ class Interval:
         if bool(prop.holds(bounds.lower)[0]):
             return Verdict("verified", boxes=1)
         with torch.no_grad():
-            found = prop.violated(model(box.center))
-        return Verdict("falsified", box.center[0], boxes=1) if bool(found[0]) else Verdict("unknown", boxes=1)
+            violated = prop.violated(model(box.center))
+        return Verdict("falsified", box.center[0], boxes=1) if bool(violated[0]) else Verdict("unknown", boxes=1)
 
 
 class Crown(Interval):
@@ -96,11 +96,11 @@ class Crown(Interval):
         self.intermediate, self.alpha_steps = intermediate, whole("alpha_steps", alpha_steps, 0)
 
     def shrink(self, box: Box) -> Box:
-        """The box that is looked at in the place of the one that was asked for."""
+        """The box that is looked at in place of the one that was asked for."""
         return box
 
     def adjust(self, low: Tensor, high: Tensor) -> Range:
-        """The bounds of the inputs of an activation that are used in the place of those found."""
+        """The bounds of the inputs of an activation that are used in place of those found."""
         return low, high
 
     def bounds(self, layers: Layers, box: Box, prop: Property) -> Bounds:

@@ -74,8 +74,8 @@ class CrownSplit(Crown):
             halves, order = _halved(boxes, prop, lower, A)
             if halves is None:
                 return Verdict("unknown", boxes=seen)
-            kept = self.keep(halves)
-            queue.push(halves[kept], order[kept])
+            open_halves = self.keep(halves)
+            queue.push(halves[open_halves], order[open_halves])
         return Verdict("verified", boxes=seen)
 
 

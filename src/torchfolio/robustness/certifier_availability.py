@@ -216,11 +216,11 @@ def find_abstaining(certifier: Certifier, x: Tensor, eta: float, *, steps: int =
     if eta:
         bounds, moved = certifier.bounds(), []
         for part, own in zip(x.split(certifier.batch_size), labels.split(certifier.batch_size), strict=True):
-            found = pgd(
+            attacked = pgd(
                 lambda z, own=own: -bounds(z, own).to(z.dtype), part, own, eps=eta, alpha=2.5 * eta / steps, steps=steps,
                 clip=certifier.clip, max_batch=len(part), generator=generator,
             )  # fmt: skip
-            moved.append(found.x_adv)
+            moved.append(attacked.x_adv)
     changed = torch.cat(moved)
     certificate = certifier.certify(changed)
     return Evaded(changed, ~certificate.certified, certificate)
@@ -275,10 +275,10 @@ def availability_report(
     """
     x, y = whole_examples(data)
     with untouched(certifier.model, training=False):
-        found = {"clean": certifier.certify(x)}
+        certificates = {"clean": certifier.certify(x)}
         if trigger is not None:
-            found["triggered"] = certifier.certify(stamped_by(trigger, x))
+            certificates["triggered"] = certifier.certify(stamped_by(trigger, x))
         if eta is not None:
-            found["evaded"] = find_abstaining(certifier, x, eta, steps=steps).certificate
-    values = [(c.accuracy(y), c.certified_accuracy(y), c.abstain_rate) for c in found.values()]
-    return AvailabilityReport(tuple(found), *(tuple(column) for column in zip(*values, strict=True)))
+            certificates["evaded"] = find_abstaining(certifier, x, eta, steps=steps).certificate
+    values = [(c.accuracy(y), c.certified_accuracy(y), c.abstain_rate) for c in certificates.values()]
+    return AvailabilityReport(tuple(certificates), *(tuple(column) for column in zip(*values, strict=True)))

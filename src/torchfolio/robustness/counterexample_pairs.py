@@ -158,14 +158,14 @@ def _displacement(
     delta = radius * (2 * torch.rand(*shape, generator=generator) - 1)
     if placement == "corner":
         return radius * torch.where(delta < 0, -1.0, 1.0)
-    kept = delta.abs() >= r * radius
-    if not kept.any():
+    far = delta.abs() >= r * radius
+    if not far.any():
         chosen = int(torch.randint(delta.numel(), (), generator=generator))
         side = 1.0 if float(delta.flatten()[chosen]) >= 0 else -1.0
         size = radius * (r + (1 - r) * float(torch.rand((), generator=generator)))
-        kept.view(-1)[chosen], delta.view(-1)[chosen] = True, side * size
+        far.view(-1)[chosen], delta.view(-1)[chosen] = True, side * size
     small = data_range / 100 * (2 * float(torch.rand((), generator=generator)) - 1)
-    return torch.where(kept, delta, torch.full_like(delta, max(-radius, min(radius, small))))
+    return torch.where(far, delta, torch.full_like(delta, max(-radius, min(radius, small))))
 
 
 def withstands(
@@ -179,11 +179,11 @@ def withstands(
         if not len(rows):
             break
         generator = torch.Generator(x.device).manual_seed(seed)
-        found = pgd(
+        attacked = pgd(
             model, x[rows], y[rows], eps=pairs.eps, alpha=alpha * pairs.eps, steps=steps, restarts=restarts,
             loss="sum_margin", clip=pairs.clip, generator=generator,
         )  # fmt: skip
-        held[rows] = ~found.success
+        held[rows] = ~attacked.success
     return held
 
 

@@ -23,11 +23,11 @@ def places(model: Any, classes: tuple[Any, Any]) -> tuple[int, int]:
     known = getattr(model, "classes_", None)
     if known is None:
         raise TypeError(f"expected a fitted classifier, a layer or a network, got {type(model).__name__}")
-    found = [np.flatnonzero(np.asarray(known) == c) for c in classes]
-    missing = next((c for c, place in zip(classes, found, strict=True) if not len(place)), None)
+    rows = [np.flatnonzero(np.asarray(known) == c) for c in classes]
+    missing = next((c for c, place in zip(classes, rows, strict=True) if not len(place)), None)
     if missing is not None:
         raise ValueError(f"expected classes among {np.asarray(known)}, got {missing!r}")
-    return int(found[0][0]), int(found[1][0])
+    return int(rows[0][0]), int(rows[1][0])
 
 
 def weights(model: Any, X: Array, a: int, b: int) -> tuple[Array, float]:

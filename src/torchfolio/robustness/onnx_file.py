@@ -136,13 +136,13 @@ class _Reader(LayerReader):
         strange = [n for n in names if n and n not in self.values and n not in self.constants]
         if strange:
             raise self.refuse(f"reads {strange[0]}, which nothing before it gives")
-        given = [self.constants.get(n) for n in names]
+        constants = [self.constants.get(n) for n in names]
         computed = [n for n in names if n in self.values]
         if not computed:
-            self.keep(outputs[0], self.folded(node.op_type, attributes, given))
+            self.keep(outputs[0], self.folded(node.op_type, attributes, constants))
         elif len(computed) == 1:
             self.values[outputs[0]] = self._behind(
-                computed[0], node.op_type, attributes, given, names.index(computed[0])
+                computed[0], node.op_type, attributes, constants, names.index(computed[0])
             )
         else:
             self.values[outputs[0]] = self._sum(node.op_type, names, outputs[0])

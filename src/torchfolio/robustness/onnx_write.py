@@ -79,9 +79,9 @@ class _Writer:
         kind = proto.DOUBLE if self.double else proto.FLOAT
         ends = [helper.make_tensor_value_info(n, kind, [1, *size]) for n, size in (("X", shape), ("Y", outputs))]
         graph = helper.make_graph(self.nodes, "network", [ends[0]], [ends[1]], self.constants)
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-        self.onnx.checker.check_model(made)
-        self.onnx.save(made, str(path))
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        self.onnx.checker.check_model(model)
+        self.onnx.save(model, str(path))
         return Path(path)
 
 

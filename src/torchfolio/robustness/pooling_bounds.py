@@ -50,11 +50,16 @@ class MaxPool:
         """
         place, sure, top = self._chosen(low, high)
         positive, negative = A.clamp_min(0), A.clamp_max(0)
-        kept = (positive + negative * sure[:, None]).flatten(3)
+        coefficients = (positive + negative * sure[:, None]).flatten(3)
         shape = (max(len(A), len(low)), A.shape[1], *low.shape[1:])
         where = place.flatten(2)[:, None].expand(shape[0], A.shape[1], -1, -1)
-        kept = kept.expand(shape[0], -1, -1, -1)
-        back = torch.zeros(shape, dtype=A.dtype, device=A.device).flatten(3).scatter_add(3, where, kept).view(shape)
+        coefficients = coefficients.expand(shape[0], -1, -1, -1)
+        back = (
+            torch.zeros(shape, dtype=A.dtype, device=A.device)
+            .flatten(3)
+            .scatter_add(3, where, coefficients)
+            .view(shape)
+        )
         constant = (negative * torch.where(sure, torch.zeros_like(top), top)[:, None]).flatten(2).sum(2)
         absolute = None if sizes is None else (A.abs() * self.layer(sizes)[:, None]).flatten(2).sum(2)
         return back, constant, absolute

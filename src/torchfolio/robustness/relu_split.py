@@ -363,10 +363,10 @@ class _Search:
             if isinstance(part, Mark):
                 if part.kind != "fork":
                     before = waiting.pop()
-                    M, m, kept = (M + before[0], m + before[1], None) if part.kind == "join" else (*before, (M, m))
+                    M, m, bounds = (M + before[0], m + before[1], None) if part.kind == "join" else (*before, (M, m))
                 else:
-                    kept = M, m
-                waiting += [kept] if kept is not None else []
+                    bounds = M, m
+                waiting += [bounds] if bounds is not None else []
                 continue
             if isinstance(part, Affine):
                 L, b = matrix_of(part, self.layers.shapes[k])

@@ -152,11 +152,11 @@ class HiddenCounterexamples(LearningRule):
         assert self.attack is not None
         assert self.model is not None
         alpha = self.attack.alphas[self.count % len(self.attack.alphas)] * self.pairs.eps
-        found = pgd(
+        attacked = pgd(
             self.model, self.x, self.y, eps=self.pairs.eps, alpha=alpha, steps=self.attack.steps,
             restarts=self.attack.restarts, loss="sum_margin", clip=self.pairs.clip, generator=self.generator,
         )  # fmt: skip
-        self.seen[self.count % self.window] = found.x_adv
+        self.seen[self.count % self.window] = attacked.x_adv
         self.count += 1
         return self.seen[: min(self.count, self.window)]
 

@@ -315,10 +315,12 @@ def _alike(tracers: Sequence[nn.Module]) -> bool:
 def _keys(keys: Sequence[int] | None, n_copies: int | None) -> list[int]:
     if (keys is None) == (n_copies is None):
         raise ValueError("expected exactly one of n_copies and keys")
-    found = list(range(checks.whole("n_copies", n_copies))) if keys is None else [checks.whole("key", k) for k in keys]
-    if len(found) < 2 or len(set(found)) < len(found):
-        raise ValueError(f"expected two keys or more, all different, got {found}")
-    return found
+    numbers = (
+        list(range(checks.whole("n_copies", n_copies))) if keys is None else [checks.whole("key", k) for k in keys]
+    )
+    if len(numbers) < 2 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"expected two keys or more, all different, got {numbers}")
+    return numbers
 
 
 def _derived(key: int, use: str) -> int:
@@ -344,7 +346,7 @@ def _shell(classifier: nn.Module) -> nn.Module:
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    found = outputs(model, (x,))
-    if found.dim() != 2 or found.shape[1] < 2:
-        raise ValueError(f"expected logits [N, K] of two classes or more, got shape {tuple(found.shape)}")
-    return found
+    logits = outputs(model, (x,))
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"expected logits [N, K] of two classes or more, got shape {tuple(logits.shape)}")
+    return logits

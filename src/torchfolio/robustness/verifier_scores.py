@@ -36,10 +36,10 @@ def status_of(word: str) -> Status:
     Raises:
         ValueError: on another word.
     """
-    found = WORDS.get(word.strip().lower())
-    if found is None:
+    status = WORDS.get(word.strip().lower())
+    if status is None:
         raise ValueError(f"expected a result among {', '.join(WORDS)}, got {word!r}")
-    return found
+    return status
 
 
 class AttackOnly:

@@ -104,15 +104,15 @@ def aggregate_claims(
     """
     tables = []
     for claim in claims:
-        found = [seed[claim.id] for seed in measured if claim.id in seed]
+        by_seed = [seed[claim.id] for seed in measured if claim.id in seed]
         table: dict[str, Any] = {
             "id": claim.id, "sentence": claim.sentence, "paper": claim.paper, "what": claim.measured,
-            "expression": claim.holds, "values": {}, "holds": None, "held_on": 0, "of": len(found),
-            "note": None if found else "not measured at this scale",
+            "expression": claim.holds, "values": {}, "holds": None, "held_on": 0, "of": len(by_seed),
+            "note": None if by_seed else "not measured at this scale",
         }  # fmt: skip
-        if found:
-            table["values"] = {name: summary([values[name] for values in found]) for name in found[0]}
-            table |= _decide(claim, found, table["values"]) if judge else {"note": "toy data: not judged"}
+        if by_seed:
+            table["values"] = {name: summary([values[name] for values in by_seed]) for name in by_seed[0]}
+            table |= _decide(claim, by_seed, table["values"]) if judge else {"note": "toy data: not judged"}
         tables.append(table)
     return tables
 
@@ -131,9 +131,9 @@ def aggregate_arms(arms: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str,
     """Scalars of every arm over the seeds that have it: what a seed chose on validation data, others may lack."""
     tables: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for seed in arms for name in seed):
-        found = [seed[name] for seed in arms if name in seed]
-        scalars = [k for k, v in found[0].items() if isinstance(v, int | float)]
-        tables[name] = {k: summary([float(values[k]) for values in found]) for k in scalars}
+        by_seed = [seed[name] for seed in arms if name in seed]
+        scalars = [k for k, v in by_seed[0].items() if isinstance(v, int | float)]
+        tables[name] = {k: summary([float(values[k]) for values in by_seed]) for k in scalars}
     return tables
 
 

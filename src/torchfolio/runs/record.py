@@ -66,10 +66,10 @@ def record(outcome: Outcome, claims: Iterable[Claim], folder: Path) -> Path:
 def record_peers(slug: str, peers: Mapping[str, Mapping[str, float]], folder: Path) -> Path:
     """Add ratios of times, a peer's over ours, by work and peer, to `folder/SLUG.json`."""
     path = folder / f"{slug}.json"
-    kept = read(path) or {"slug": slug, "claims": []}
-    head = {key: value for key, value in kept.items() if key not in ("claims", "peers")}
+    outcome = read(path) or {"slug": slug, "claims": []}
+    head = {key: value for key, value in outcome.items() if key not in ("claims", "peers")}
     short = {work: {name: _short(ratio) for name, ratio in ratios.items()} for work, ratios in peers.items()}
-    return _write(path, head, kept["claims"], short)
+    return _write(path, head, outcome["claims"], short)
 
 
 def read(path: Path) -> dict[str, Any]:

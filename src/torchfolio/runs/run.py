@@ -138,8 +138,8 @@ class Run(Generic[S]):
             )
         if id in self.measured:
             raise ValueError(f"the claim {id!r} was measured before")
-        given = measured if isinstance(measured, Mapping) else {} if measured is None else {"measured": measured}
-        values = {name: float(value) for name, value in {**given, **named}.items()}
+        figures = measured if isinstance(measured, Mapping) else {} if measured is None else {"measured": measured}
+        values = {name: float(value) for name, value in {**figures, **named}.items()}
         condition = self.claims[id].holds if id in self.claims else None
         if condition is not None and self.scale != "smoke":
             expression.parse(condition, values)

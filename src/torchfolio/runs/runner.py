@@ -326,17 +326,17 @@ def _conclude(job: Job, say: Say) -> Outcome:
 
 def _figures(module: ModuleType, settings: Any, job: Job, runs: Sequence[Run[Any]]) -> list[dict[str, str]]:
     """Pictures over all seeds, then those of single seeds."""
-    made = []
+    figures = []
     if hasattr(module, "figures"):
         results = Results(settings, job.seeds, tuple(run.arms for run in runs))
         for name, figure in module.figures(results).items():
             save_figure(job.folder / "figures", name, figure)
-            made.append(_files(name, "", "figures"))
+            figures.append(_files(name, "", "figures"))
     for run in runs:
         for name, caption in run.figures.items():
             label = f"{name} (seed {run.seed})" if len(runs) > 1 else name
-            made.append(_files(name, caption, f"seed-{run.seed}/figures") | {"name": label})
-    return made
+            figures.append(_files(name, caption, f"seed-{run.seed}/figures") | {"name": label})
+    return figures
 
 
 def _files(name: str, caption: str, folder: str) -> dict[str, str]:

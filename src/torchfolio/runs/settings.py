@@ -71,10 +71,10 @@ def parse(pairs: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: if a pair has no `=`.
     """
-    made = {}
+    settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"expected key=value, got {pair!r}")
-        made[key.strip()] = value.strip()
-    return made
+        settings[key.strip()] = value.strip()
+    return settings

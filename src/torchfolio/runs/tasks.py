@@ -28,7 +28,7 @@ class OwnNetwork:
     """Settings of an experiment that may be measured on any network.
 
     Attributes:
-        model: reference network or `package.module:factory` in the place of the experiment's own; `None` takes that.
+        model: reference network or `package.module:factory` in place of the experiment's own; `None` takes that.
     """
 
     model: str | None = None
@@ -80,7 +80,7 @@ class Task(Images):
 
 
 SMOKE: dict[str, Any] = {"data": "digits", "train_size": 512, "test_size": None, "val_size": 100, "image_size": None}
-"""Embedded data in the place of a task's own."""
+"""Embedded data in place of a task's own."""
 
 
 def load(run: Run[Any], **changes: Any) -> DataSplits:

@@ -1,6 +1,6 @@
 """Spiking neural networks and the rules that train them.
 
-A spiking network is an ordinary module that is called once for every time step, with neurons in the place of
+A spiking network is an ordinary module that is called once for every time step, with neurons in place of
 activations. The parts, one module each:
 
 - `surrogates`: derivatives that stand in for the spike's: `Rectangle`, `Triangle`, `Sigmoid`, `ATan`.

@@ -34,13 +34,13 @@ def to_spiking(
     average_pool: bool = False,
     example: Tensor | None = None,
 ) -> nn.Module:
-    """Put a layer of spiking neurons in the place of every ReLU-like activation, in place.
+    """Put a layer of spiking neurons in place of every ReLU-like activation, in place.
 
     Args:
         model: its activations are modules (`nn.ReLU` and the others of `RELU_LIKE`), each used once in forward:
             neurons carry state, so that one used twice would mix two places.
         neuron: makes the neurons of one place, such as `partial(LIF, tau=1.1)`.
-        average_pool: whether to put average pooling in the place of max pooling.
+        average_pool: whether to put average pooling in place of max pooling.
         example: an input `[B, ...]` to watch the activations on, for networks that `torch.fx` cannot trace.
 
     Returns:

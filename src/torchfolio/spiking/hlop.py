@@ -327,8 +327,8 @@ class HLOP(LearningRule):
                 kinds = [[host.presynaptic(x) for x in kind] for kind in kinds]
             if self.rows == "mean":
                 kinds = [_mean(kind) for kind in kinds]
-            given = [rows_of(layer, x) for kind in kinds for x in kind]
-            rows = torch.cat(given) if len(given) > 1 else given[0]
+            rows_by_kind = [rows_of(layer, x) for kind in kinds for x in kind]
+            rows = torch.cat(rows_by_kind) if len(rows_by_kind) > 1 else rows_by_kind[0]
             if len(rows) > self.max_rows:
                 drawn = torch.randperm(len(rows), generator=self.generator)[: self.max_rows]
                 rows = rows[drawn.to(rows.device)]

@@ -77,8 +77,8 @@ class SpikingBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spikes = self.fire1(x)
-        kept = x if self.shortcut is None else self.shortcut(spikes)
-        return self.conv2(self.fire2(self.conv1(spikes))) + kept
+        shortcut = x if self.shortcut is None else self.shortcut(spikes)
+        return self.conv2(self.fire2(self.conv1(spikes))) + shortcut
 
 
 class SpikingResNet18(nn.Sequential):
@@ -113,7 +113,7 @@ class SpikingResNet18(nn.Sequential):
 
 
 def spiking_vgg11(num_classes: int = 10, in_channels: int = 2, width: float = 1.0, neuron: Neuron = LIF) -> nn.Module:
-    """VGG-11 with batch norm, neurons in the place of ReLUs, and average pooling; for event cameras by default.
+    """VGG-11 with batch norm, neurons in place of ReLUs, and average pooling; for event cameras by default.
 
     Args:
         num_classes: width of the output.

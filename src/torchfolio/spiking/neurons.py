@@ -143,10 +143,10 @@ def find_neurons(module: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: if there is none.
     """
-    found = [m for m in state_modules(module) if hasattr(m, "v")]
-    if not found:
+    neurons = [m for m in state_modules(module) if hasattr(m, "v")]
+    if not neurons:
         raise ValueError(
             f"expected a spiking neuron in the network, got {type(module).__name__} with none; "
-            "to_spiking(model, LIF) puts them in the place of ReLUs"
+            "to_spiking(model, LIF) puts them in place of ReLUs"
         )
-    return found
+    return neurons

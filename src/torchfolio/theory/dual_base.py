@@ -79,11 +79,11 @@ class DualActivation:
         second_moment: float | None = None,
         slope_at_one: float | None = None,
     ) -> None:
-        given = np.asarray([float(c) for c in coefficients])
-        if given.ndim != 1 or not len(given) or not np.isfinite(given).all() or not given.any():
-            raise ValueError(f"expected finite Hermite coefficients that are not all zero, got {given.tolist()}")
-        mass = float(given @ given)
-        self.coefficients = tuple(float(c) for c in given / math.sqrt(mass))
+        values = np.asarray([float(c) for c in coefficients])
+        if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or not values.any():
+            raise ValueError(f"expected finite Hermite coefficients that are not all zero, got {values.tolist()}")
+        mass = float(values @ values)
+        self.coefficients = tuple(float(c) for c in values / math.sqrt(mass))
         self.second_moment = mass if second_moment is None else float(second_moment)
         self._function = function
         squares = [c * c for c in self.coefficients]
@@ -154,15 +154,15 @@ class DualActivation:
             raise ValueError(f"expected an activation with A = 0, A' ≠ 0 that is not linear, got {self!r}")
         if (xi is None) == (eta is None):
             raise ValueError("expected one of xi and eta")
-        given = xi if xi is not None else eta
-        assert given is not None
-        lowest, highest = (given.min(), given.max()) if given.numel() else (0, 1)
+        argument = xi if xi is not None else eta
+        assert argument is not None
+        lowest, highest = (argument.min(), argument.max()) if argument.numel() else (0, 1)
         if not (lowest >= (-1 if eta is None else 0) - 1e-9 and highest <= (1 if eta is None else 2) + 1e-9):
             what = "correlations from -1 to 1" if eta is None else "eta from 0 to 2"
             raise ValueError(f"expected {what}, got {float(lowest)} to {float(highest)}")
-        value = torch.empty_like(given, memory_format=torch.contiguous_format)
+        value = torch.empty_like(argument, memory_format=torch.contiguous_format)
         series, radius = self._local
-        for x, out in zip(given.reshape(-1).split(TILE), value.view(-1).split(TILE), strict=True):
+        for x, out in zip(argument.reshape(-1).split(TILE), value.view(-1).split(TILE), strict=True):
             t, e = (x.clone(), 1 - x) if eta is None else (1 - x, x)
             self._iterate(t, e, out, series, radius)
         return value

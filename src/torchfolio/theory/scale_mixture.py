@@ -91,8 +91,8 @@ class ScaleMixtureRegressor(MixtureProcess):
             log_weight, values = self._importance(prior, checks.whole("nodes", self.nodes or 1000, 1))
         total = torch.logsumexp(log_weight, 0)
         weights = (log_weight - total).exp()
-        kept = weights > 0
-        self.weights_, self.variances_ = weights[kept].numpy(), values[kept].numpy()
+        positive = weights > 0
+        self.weights_, self.variances_ = weights[positive].numpy(), values[positive].numpy()
         self.effective_sample_size_ = float(1 / weights.square().sum())
         if self.inference == "importance" and self.effective_sample_size_ < 10:
             warnings.warn(

@@ -135,7 +135,7 @@ class MoCoQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, key: Tensor) -> None:
-        """Take keys `[B, d]` in, in the place of the oldest."""
+        """Take keys `[B, d]` in, in place of the oldest."""
         size = len(self.keys)
         fresh = F.normalize(key.detach(), dim=1)[-size:].to(self.keys)
         index = (int(self.place) + torch.arange(len(fresh), device=self.keys.device)) % size

@@ -113,10 +113,10 @@ def load_episodes(folder: str | Path, *, allow: Sequence[str] = ()) -> list[nn.M
     Raises:
         ValueError: if there is none.
     """
-    found = sorted(Path(folder).glob("episode-*"), key=lambda path: int(path.name.split("-")[1]))
-    if not found:
+    folders = sorted(Path(folder).glob("episode-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not folders:
         raise ValueError(f"expected bundles episode-0, episode-1, … in {folder}, got none")
-    return [load_bundle(path, allow=allow).model for path in found]
+    return [load_bundle(path, allow=allow).model for path in folders]
 
 
 def _built(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[nn.Module]:
@@ -136,7 +136,7 @@ def _built(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[nn.Modu
 def _without_statistics(models: Sequence[nn.Module]) -> Iterator[list[_NormBase]]:
     """Batch norms without running statistics, which a vectorised pass cannot keep; put back on leaving."""
     norms = [m for model in models for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    kept = [{name: getattr(norm, name) for name in STATISTICS} for norm in norms]
+    statistics = [{name: getattr(norm, name) for name in STATISTICS} for norm in norms]
     try:
         for norm in norms:
             norm.track_running_stats = False
@@ -144,7 +144,7 @@ def _without_statistics(models: Sequence[nn.Module]) -> Iterator[list[_NormBase]
                 setattr(norm, name, None)
         yield norms
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+        for norm, buffers in zip(norms, statistics, strict=True):
             norm.track_running_stats = True
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer)

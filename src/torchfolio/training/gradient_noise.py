@@ -193,8 +193,8 @@ class GradientNoise:
         state = {
             name: value for name, value in self.__dict__.items() if name not in ("_handles", "_buffers", "generator")
         }
-        given = None if self.generator is None else (str(self.generator.device), self.generator.get_state())
-        return {**state, "generator": given, "attached": bool(self._handles)}
+        generator = None if self.generator is None else (str(self.generator.device), self.generator.get_state())
+        return {**state, "generator": generator, "attached": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         given, attached = state.pop("generator"), state.pop("attached")

@@ -197,14 +197,14 @@ class Guidance(Objective):
     def guide_features(self, *inputs: Tensor) -> Maps:
         """Features `[N, ...]` of the guide's layers in running order, without gradients."""
         n = examples_in(inputs, self.batch_dim)
-        given = self.guide_input(*inputs) if self.guide_input is not None else inputs
-        given = given if isinstance(given, tuple | list) else (given,)
+        guide_inputs = self.guide_input(*inputs) if self.guide_input is not None else inputs
+        guide_inputs = guide_inputs if isinstance(guide_inputs, tuple | list) else (guide_inputs,)
         weight = next((p for p in self.guide.parameters() if p.is_floating_point()), None)
         if weight is not None:
-            given = [placed(x, weight) for x in given]
+            guide_inputs = [placed(x, weight) for x in guide_inputs]
         training = self.guide_mode == "train"
         with torch.no_grad(), untouched(self.guide, training=training), self._guide_layers:
-            self.guide(*given)
+            self.guide(*guide_inputs)
             return self._guide_layers.take(n)
 
     def correspond(self, guide: Sequence[str], target: Sequence[str]) -> list[Pair]:

@@ -134,14 +134,14 @@ class Recorder:
     def _modules(self) -> list[str]:
         if self.kinds is None:
             return list(dict.fromkeys(name.split("#")[0] for name in self.names))
-        found = [name for name, module in self.network.named_modules() if isinstance(module, self.kinds)]
-        if not found:
+        names = [name for name, module in self.network.named_modules() if isinstance(module, self.kinds)]
+        if not names:
             types_seen = _some(sorted({type(m).__name__ for m in self.network.modules()}))
             raise ValueError(
                 f"the {self.side} has no module of the types {_some(kind.__name__ for kind in self.kinds)}; it is "
                 f"made of {types_seen}; name its layers"
             )
-        return found
+        return names
 
     def _examples_first(self, name: str, value: Tensor, n: int) -> Tensor | None:
         """The features with the axis of examples first; `None` for outputs of a type search that have none."""

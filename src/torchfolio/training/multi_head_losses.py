@@ -54,7 +54,7 @@ class AMCLLoss(nn.Module):
       - \\beta\\,\\frac{1}{|n|}\\sum_n \\Omega(\\tau_{in}),$$
 
     with $s$ the cosine and $\\Omega$ of `temperature_penalty`. That is this library's soft form, which with one head, a
-    fixed temperature and $\\beta = 0$ is exactly NT-Xent. The paper's own, `negatives="max"`, has in the place of the
+    fixed temperature and $\\beta = 0$ is exactly NT-Xent. The paper's own, `negatives="max"`, has in place of the
     sum the hardest negative alone (largest $s$, the positive left out), which trained far worse at small scale.
 
     Args:

@@ -192,8 +192,8 @@ class NoiseMaskPretraining(LearningRule):
                 "torchfolio.models.Logits(model)"
             )
         if (mass := self._mass(y)) is not None and not mass.all():
-            kept = mass > 0
-            output, y, log_p, mass = output[kept], y[kept], log_p[kept], mass[kept]
+            masked = mass > 0
+            output, y, log_p, mass = output[masked], y[masked], log_p[masked], mass[masked]
         losses = self._losses(output, y)
         losses = losses if mass is None else losses * (mass / mass.mean())
         backward(self._objective(losses, log_p, self._constant(losses.detach())))

@@ -144,8 +144,8 @@ def lasso(
     """
     if alpha == 0:
         values, vectors = torch.linalg.eigh(gram)
-        kept = values > _CUTOFF * values[-1]
-        return (vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ cross)
+        significant = values > _CUTOFF * values[-1]
+        return (vectors[:, significant] / values[significant]) @ (vectors[:, significant].T @ cross)
     step = 1 / float(torch.linalg.eigvalsh(gram)[-1])
     w = y = start
     t = 1.0

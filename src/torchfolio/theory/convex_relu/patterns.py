@@ -108,12 +108,12 @@ def activation_patterns(
 def _sample(X: Tensor, n: int, epsilon: float, generator: torch.Generator | None, bias: bool, variants: int) -> Tensor:
     # More than this many cannot be found, so that a small data set does not exhaust the draws.
     most = pattern_count_bound(*X.shape) if epsilon == 0 else 2 ** min(len(X), 62)
-    found: dict[bytes, Tensor] = {}
+    patterns: dict[bytes, Tensor] = {}
     if bias:
         everything = torch.ones(len(X), dtype=torch.bool)
-        found[everything.numpy().tobytes()] = everything
+        patterns[everything.numpy().tobytes()] = everything
     draws = 0
-    while len(found) < min(n, most) and draws < DRAWS_PER_PATTERN * n:
+    while len(patterns) < min(n, most) and draws < DRAWS_PER_PATTERN * n:
         directions = torch.randn(X.shape[1], n, generator=generator, dtype=torch.float64)
         draws += n
         seen = [X @ directions >= 0]
@@ -121,14 +121,14 @@ def _sample(X: Tensor, n: int, epsilon: float, generator: torch.Generator | None
             seen += [_perturb(X, epsilon, generator, bias) @ directions >= 0 for _ in range(variants)]
         # A direction's own pattern comes first, then those of its perturbed copies.
         for pattern in torch.stack(seen, 1).flatten(1).unbind(1) if len(seen) == 1 else _interleave(seen):
-            found.setdefault(pattern.numpy().tobytes(), pattern)
-    if len(found) < n:
+            patterns.setdefault(pattern.numpy().tobytes(), pattern)
+    if len(patterns) < n:
         warnings.warn(
-            f"found {len(found)} distinct activation patterns in {draws} draws, fewer than the {n} asked for; "
+            f"found {len(patterns)} distinct activation patterns in {draws} draws, fewer than the {n} asked for; "
             "going on with these",
             stacklevel=3,
         )
-    return torch.stack(list(found.values())[:n], 1)
+    return torch.stack(list(patterns.values())[:n], 1)
 
 
 def _interleave(seen: list[Tensor]) -> list[Tensor]:
@@ -179,10 +179,10 @@ def _by_programs(X: np.ndarray) -> Tensor:
             for other in {1.0, -1.0} - set(sides):
                 wanted = np.append(signs, other)
                 # Strictly inside is a matter of scale: signed products of at least 1.
-                found = linprog(
+                program = linprog(
                     np.zeros(X.shape[1]), -wanted[:, None] * rows[: k + 1], -np.ones(k + 1), bounds=(None, None)
                 )
-                if found.status == 0:
-                    split.append((wanted, found.x))
+                if program.status == 0:
+                    split.append((wanted, program.x))
         cells = split
     return torch.from_numpy(np.stack([direction for _, direction in cells], 1))

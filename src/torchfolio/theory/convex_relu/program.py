@@ -111,9 +111,9 @@ def network_from_blocks(v: Tensor, w: Tensor, threshold: float = 1e-8) -> tuple[
     blocks = torch.cat([v, w])
     signs = torch.cat([torch.ones_like(v[:, 0]), -torch.ones_like(w[:, 0])])
     norms = blocks.norm(dim=1)
-    kept = norms > threshold * norms.max()
-    root = norms[kept].sqrt()
-    return blocks[kept] / root[:, None], signs[kept] * root
+    active = norms > threshold * norms.max()
+    root = norms[active].sqrt()
+    return blocks[active] / root[:, None], signs[active] * root
 
 
 def check_problem(X: Tensor, y: Tensor, beta: float, loss: str, D: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -82,10 +82,10 @@ def sampled_convex_program(
     # Both losses have a second derivative of at most 1.
     lipschitz = float(torch.linalg.matrix_norm(features, 2)) ** 2 or 1.0
     _fista(features, y, alpha, beta, loss, 1 / lipschitz, progress)
-    kept = alpha != 0
-    root = alpha[kept].abs().sqrt()
+    active = alpha != 0
+    root = alpha[active].abs().sqrt()
     objective = float(data_loss(features @ alpha, y, loss) + beta * alpha.abs().sum())
-    return Solution(neurons[kept] * root[:, None], alpha[kept].sign() * root, objective, progress, state=(alpha,))
+    return Solution(neurons[active] * root[:, None], alpha[active].sign() * root, objective, progress, state=(alpha,))
 
 
 def _fista(
