@@ -5,7 +5,7 @@ The same seed gives every rule the same images, the same initial network and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,21 @@ def step_cost(task: Task, data: DataSplits, rule: LearningRule, depth: int | Non
     with FlopCounterMode(display=False) as counter:
         rule.step((x, y), Tensor.backward)
     return {"saved_mb": peak / 1e6, "gigaflops": counter.get_total_flops() / 1e9}
+
+
+def costs(task: Task, data: DataSplits, rules: Mapping[str, RuleFactory], deep: Mapping[str, int]) -> dict[str, float]:
+    """`step_cost` of every rule, and the megabytes that some of them save on a network of another depth.
+
+    Args:
+        task: an experiment's settings.
+        data: data of `load`.
+        rules: learning rules by name.
+        deep: depth of another network, by the name of a rule.
+    """
+    found = {f"{name}_{k}": v for name, rule in rules.items() for k, v in step_cost(task, data, rule()).items()}
+    for name, depth in deep.items():
+        found[f"deep_{name}_saved_mb"] = step_cost(task, data, rules[name](), depth)["saved_mb"]
+    return found
 
 
 def stepper(rule: LearningRule, batch_size: int = 32) -> Callable[[], object]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -16,15 +16,15 @@ from torchfolio.experiments._local_learning import (
     CheckpointedBackprop,
     RuleFactory,
     Task,
+    costs,
     network,
-    step_cost,
     stepper,
     train,
 )
 from torchfolio.local.auglocal import AugLocal
 from torchfolio.local.heads import LocalHeads
 from torchfolio.local.local_model import LocalHead, Network
-from torchfolio.runs import Results, Run
+from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.runs.tasks import load
 
@@ -85,27 +85,29 @@ def run(run: Run[Settings]) -> None:
     }
     for depth in settings.sweep:
         rules[f"depth_{depth}"] = lambda depth=depth: AugLocal(**{**own, "aux_depth": depth})
-    accuracy, done = {}, {}
+    done = {}
     for name, rule in rules.items():
         done[name] = run.arm(name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=run.device))
-        accuracy[name] = done[name]["accuracy"]
-    run.values(
-        "accuracy",
-        {name: accuracy[name] for name in ("auglocal", "backprop", "dgl", "linear")},
-    )
+    accuracy = {name: arm["accuracy"] for name, arm in done.items()}
+    run.values("accuracy", {name: accuracy[name] for name in ("auglocal", "backprop", "dgl", "linear")})
     # The stem and the residual blocks below the last module; none of them may have moved.
     trained = _share_of_last_module(settings, data)
-    run.values(
-        "negative_control",
-        {
-            "auglocal": accuracy["auglocal"],
-            "blind": accuracy["blind"],
-            "moved": done["blind"]["weights_moved"],
-            "last_module": trained,
-        },
-    )
-    _memory(run, data, rules)
-    _pyramid(run, data)
+    run.values("negative_control", auglocal=accuracy["auglocal"], blind=accuracy["blind"],
+               moved=done["blind"]["weights_moved"], last_module=trained)  # fmt: skip
+    cases = {**{name: rules[name] for name in ARMS}, "checkpointed": CheckpointedBackprop}
+    deep = dict.fromkeys(("backprop", "auglocal"), settings.deep)
+    cost = run.arm("cost", costs, settings, data, cases, deep)
+    run.values("memory", ratio=cost["auglocal_saved_mb"] / cost["backprop_saved_mb"],
+               deep_ratio=cost["deep_auglocal_saved_mb"] / cost["deep_backprop_saved_mb"])  # fmt: skip
+    plan = run.arm("plans", _plans, run, data)
+    depths = plan["pyramid_depths"]
+    ordered = all(a >= b for a, b in pairwise(depths))
+    run.values("pyramid", ratio=plan["pyramid_flops"] / plan["constant_flops"], first_depth=depths[0],
+               least_depth=min(depths), non_increasing=float(ordered))  # fmt: skip
+
+
+ARMS = ("backprop", "linear", "dgl", "auglocal")
+"""Rules that the figures compare."""
 
 
 def _share_of_last_module(settings: Settings, data: DataSplits) -> float:
@@ -115,100 +117,37 @@ def _share_of_last_module(settings: Settings, data: DataSplits) -> float:
     return len(list(local.blocks[-1].parameters())) / len(list(net.parameters()))
 
 
-def _memory(run: Run[Settings], data: DataSplits, rules: dict[str, RuleFactory]) -> None:
-    def measure() -> dict[str, float]:
-        costs: dict[str, float] = {}
-        cases = {
-            **{n: rules[n] for n in ("backprop", "linear", "dgl", "auglocal")},
-            "checkpointed": CheckpointedBackprop,
-        }
-        for name, rule in cases.items():
-            for key, value in step_cost(run.settings, data, rule()).items():
-                costs[f"{name}_{key}"] = value
-        for name in ("backprop", "auglocal"):
-            costs[f"deep_{name}_saved_mb"] = step_cost(run.settings, data, rules[name](), run.settings.deep)["saved_mb"]
-        return costs
-
-    costs = run.arm("cost", measure)
-    run.values(
-        "memory",
-        {
-            "ratio": costs["auglocal_saved_mb"] / costs["backprop_saved_mb"],
-            "deep_ratio": costs["deep_auglocal_saved_mb"] / costs["deep_backprop_saved_mb"],
-        },
-    )
-
-
-def _pyramid(run: Run[Settings], data: DataSplits) -> None:
-    def plans() -> dict[str, object]:
-        outcome: dict[str, object] = {}
-        for name, tau in (("constant", 0.0), ("pyramid", 0.5)):
-            rule = AugLocal(5, tau=tau)
-            rule.prepare(network(run.settings, data, 56), tuple(t[:2] for t in data.train.tensors))
-            plan = rule.auxiliary_plan()
-            outcome[f"{name}_flops"] = int(plan["flops"].to_numpy().sum())
-            outcome[f"{name}_depths"] = plan["depth"].tolist()
-        return outcome
-
-    plan = run.arm("plans", plans)
-    depths = plan["pyramid_depths"]
-    ordered = all(a >= b for a, b in zip(depths, depths[1:], strict=False))
-    run.values(
-        "pyramid",
-        {
-            "ratio": plan["pyramid_flops"] / plan["constant_flops"],
-            "first_depth": depths[0],
-            "least_depth": min(depths),
-            "non_increasing": float(ordered),
-        },
-    )
+def _plans(run: Run[Settings], data: DataSplits) -> dict[str, object]:
+    """Depths and operations of the auxiliary networks of a ResNet-56, alike and in a pyramid."""
+    outcome: dict[str, object] = {}
+    for name, tau in (("constant", 0.0), ("pyramid", 0.5)):
+        rule = AugLocal(5, tau=tau)
+        rule.prepare(network(run.settings, data, 56), tuple(t[:2] for t in data.train.tensors))
+        plan = rule.auxiliary_plan()
+        outcome[f"{name}_flops"] = int(plan["flops"].to_numpy().sum())
+        outcome[f"{name}_depths"] = plan["depth"].tolist()
+    return outcome
 
 
 def figures(results: Results) -> dict[str, Figure]:
     """Accuracy beside saved memory, accuracy against auxiliary depth, and probes where they were measured."""
-    made = {"accuracy and memory": _trade_off(results)}
     settings: Settings = results.settings
+    points = {name: (("cost", f"{name}_saved_mb"), (name, "accuracy")) for name in ARMS}
+    made = {"accuracy and memory": plots.scatter(
+        results, points, xlabel="peak saved for backward (MB, one batch)", ylabel="test accuracy (%)")}  # fmt: skip
+    checkpointed = results.values("cost", "checkpointed_saved_mb").mean()
+    made["accuracy and memory"].axes[0].axvline(checkpointed, ls=":", c="grey")
     if settings.sweep:
-        made["auxiliary depth"] = _sweep(results, settings)
+        depths = sorted({*settings.sweep, settings.aux_depth})
+        arms = ["auglocal" if depth == settings.aux_depth else f"depth_{depth}" for depth in depths]
+        made["auxiliary depth"] = plots.curves(
+            results, {"AugLocal": [(arm, "accuracy") for arm in arms]}, x=depths,
+            levels={"backprop": ("backprop", "accuracy")}, xlabel="maximal auxiliary depth D", ylabel="test accuracy (%)",
+        )  # fmt: skip
     if settings.probes:
-        made["linear probes"] = _probes(results)
+        made["linear probes"] = plots.curves(results, {name: (name, "probes") for name in ARMS}, xlabel="hidden layer",
+                                             ylabel="linear probe accuracy (%)")  # fmt: skip
     return made
-
-
-def _trade_off(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in ("backprop", "linear", "dgl", "auglocal"):
-        accuracy = results.values(name, "accuracy")
-        memory = results.values("cost", f"{name}_saved_mb")
-        ax.errorbar(memory.mean(), accuracy.mean(), yerr=accuracy.std(), fmt="o", markersize=8, capsize=3)
-        ax.annotate(name, (memory.mean(), accuracy.mean()), xytext=(8, 6), textcoords="offset points")
-    ax.axvline(results.values("cost", "checkpointed_saved_mb").mean(), ls=":", c="grey", label="checkpointed backprop")
-    ax.set(xlabel="peak saved for backward (MB, one batch)", ylabel="test accuracy (%)", xlim=(0, None))
-    ax.legend(loc="lower right")
-    ax.grid(alpha=0.3)
-    return fig
-
-
-def _sweep(results: Results, settings: Settings) -> Figure:
-    arms = sorted([(depth, f"depth_{depth}") for depth in settings.sweep] + [(settings.aux_depth, "auglocal")])
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    values = [results.values(arm, "accuracy") for _, arm in arms]
-    ax.errorbar([d for d, _ in arms], [v.mean() for v in values], yerr=[v.std() for v in values], marker="o", capsize=3)
-    ax.axhline(results.values("backprop", "accuracy").mean(), ls="--", c="grey", label="backprop")
-    ax.set(xlabel="maximal auxiliary depth D", ylabel="test accuracy (%)")
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
-
-
-def _probes(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in ("backprop", "linear", "dgl", "auglocal"):
-        ax.plot(results.values(name, "probes").mean(0), marker=".", label=name)
-    ax.set(xlabel="hidden layer", ylabel="linear probe accuracy (%)")
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
 
 
 def peers(bench: Bench) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from torchfolio.data import DataSplits
@@ -15,15 +14,15 @@ from torchfolio.experiments._local_learning import (
     CheckpointedBackprop,
     RuleFactory,
     Task,
+    costs,
     network,
-    step_cost,
     stepper,
     train,
 )
 from torchfolio.local.heads import Host, LocalHeads
 from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
-from torchfolio.runs import Results, Run
+from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.runs.tasks import load
 
@@ -75,13 +74,17 @@ def run(run: Run[Settings]) -> None:
         accuracy[name] = run.arm(
             name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=run.device)
         )["accuracy"]
-    run.values(
-        "accuracy",
-        {name: accuracy[name] for name in ("man", "host", "backprop")},
-    )
+    run.values("accuracy", {name: accuracy[name] for name in ("man", "host", "backprop")})
     run.values("control_frozen", {name: accuracy[name] for name in ("man", "frozen")})
     run.values("control_wrong_block", {name: accuracy[name] for name in ("man", "wrong_block")})
-    _memory(run, data, {name: rules[name] for name in ("backprop", "host", "man")})
+    cases = {name: rules[name] for name in ("backprop", "host", "man")}
+    cost = run.arm("cost", costs, settings, data, cases, dict.fromkeys(cases, settings.deep))
+    run.values(
+        "memory",
+        ratio=cost["man_saved_mb"] / cost["backprop_saved_mb"],
+        deep_ratio=cost["deep_man_saved_mb"] / cost["deep_backprop_saved_mb"],
+        growth=cost["deep_man_saved_mb"] / cost["man_saved_mb"],
+    )
 
 
 def _other_layers(settings: Settings, data: DataSplits) -> dict[int, int]:
@@ -94,57 +97,20 @@ def _other_layers(settings: Settings, data: DataSplits) -> dict[int, int]:
     }
 
 
-def _memory(run: Run[Settings], data: DataSplits, rules: dict[str, RuleFactory]) -> None:
-    def measure() -> dict[str, float]:
-        costs: dict[str, float] = {}
-        for name, rule in rules.items():
-            for key, value in step_cost(run.settings, data, rule()).items():
-                costs[f"{name}_{key}"] = value
-            costs[f"deep_{name}_saved_mb"] = step_cost(run.settings, data, rule(), run.settings.deep)["saved_mb"]
-        return costs
-
-    costs = run.arm("cost", measure)
-    run.values(
-        "memory",
-        {
-            "ratio": costs["man_saved_mb"] / costs["backprop_saved_mb"],
-            "deep_ratio": costs["deep_man_saved_mb"] / costs["deep_backprop_saved_mb"],
-            "growth": costs["deep_man_saved_mb"] / costs["man_saved_mb"],
-        },
-    )
-
-
 def figures(results: Results) -> dict[str, Figure]:
-    """Accuracy of every variant, and saved memory beside it."""
-    names = ["host", "wrong_block", "frozen", "man", "backprop"]
-    if results.settings.ablations:
-        names[1:1] = ["average_only", "branch_only"]
-    made = {"accuracy": _bars(results, names)}
+    """Accuracy of every variant, and saved memory."""
+    ablations = ("average_only", "branch_only") if results.settings.ablations else ()
+    names = ("host", *ablations, "wrong_block", "frozen", "man", "backprop")
+    compared = ("backprop", "host", "man")
+    made = {
+        "accuracy": plots.bars(results, {name: (name, "accuracy") for name in names}, ylabel="test accuracy (%)"),
+        "memory": plots.bars(results, {name: ("cost", f"{name}_saved_mb") for name in compared},
+                             ylabel="peak saved for backward (MB)"),
+    }  # fmt: skip
     if results.settings.probes:
-        made["linear probes"] = _probes(results)
+        made["linear probes"] = plots.curves(results, {name: (name, "probes") for name in compared},
+                                             xlabel="hidden layer", ylabel="linear probe accuracy (%)")  # fmt: skip
     return made
-
-
-def _bars(results: Results, names: list[str]) -> Figure:
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", width_ratios=(2, 1))
-    values = [results.values(name, "accuracy") for name in names]
-    left.bar(names, [v.mean() for v in values], yerr=[v.std() for v in values], capsize=3, color="C0")
-    left.set(ylabel="test accuracy (%)", ylim=(max(0.0, min(v.min() for v in values) - 5), None))
-    left.tick_params(axis="x", rotation=20)
-    costs = ["host", "man", "backprop"]
-    right.bar(costs, [results.values("cost", f"{name}_saved_mb").mean() for name in costs], color="C1")
-    right.set(ylabel="peak saved for backward (MB)")
-    return fig
-
-
-def _probes(results: Results) -> Figure:
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in ("backprop", "host", "man"):
-        ax.plot(results.values(name, "probes").mean(0), marker=".", label=name)
-    ax.set(xlabel="hidden layer", ylabel="linear probe accuracy (%)")
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
 
 
 def peers(bench: Bench) -> None:
