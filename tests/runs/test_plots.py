@@ -65,3 +65,12 @@ def test_scatter_shows_seeds_and_their_mean(results):
     ax = plots.scatter(results, {"a": (("a", "cost"), ("a", "score"))}).axes[0]
     assert [line.get_xdata().tolist() for line in ax.lines] == [[10.0, 12.0], [11.0]]
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1.0, 3.0], [2.0]]
+
+
+def test_matrices_share_a_scale_and_leave_cells_of_nan_empty():
+    fig = plots.matrices({"a": [[0.0, np.nan], [1.0, 2.0]], "b": [[4.0]]}, digits=1)
+    one, other = fig.axes
+    assert [text.get_text() for text in one.texts] == ["0.0", "1.0", "2.0"]
+    assert [text.get_text() for text in other.texts] == ["4.0"]
+    assert one.images[0].get_clim() == other.images[0].get_clim() == (0.0, 4.0)
+    plt.close(fig)

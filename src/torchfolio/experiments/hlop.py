@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import sgd
-from torchfolio.runs import Results, Run
+from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
+from torchfolio.runs.tasks import accuracy
 from torchfolio.spiking.bptt import BPTT
 from torchfolio.spiking.hlop import DSR, HLOP, OTTT, FeedbackAlignment, HebbianSubspace, continual_metrics
 from torchfolio.spiking.neurons import LIF
@@ -96,10 +97,10 @@ def learn(run: Run[Settings], rule: Any, tasks: int, epochs: int, tau: float = 2
     """Learn task after task; accuracy (%) on every task so far after each."""
     s = run.settings
     data = run.data(s.data)
-    train, test = data.train.tensors, data.test.tensors
-    net = network(train[0][0].numel(), s.width, tau).to(run.device)
+    train, test, pixels = data.train.tensors, data.test.tensors, math.prod(data.shape)
+    net = network(pixels, s.width, tau).to(run.device)
     generator = torch.Generator().manual_seed(run.seed)
-    orders = [torch.randperm(train[0][0].numel(), generator=generator) for _ in range(tasks)]
+    orders = [torch.randperm(pixels, generator=generator) for _ in range(tasks)]
 
     def permuted(part: Part, k: int) -> Part:
         return part[0].flatten(1)[:, orders[k]], part[1]
@@ -111,7 +112,7 @@ def learn(run: Run[Settings], rule: Any, tasks: int, epochs: int, tau: float = 2
         if isinstance(rule, HLOP) and k + 1 < tasks:
             rule.end_task()
         for j in range(k + 1):
-            matrix[k, j] = 100 * rule.evaluate(net, permuted(test, j))["accuracy"]
+            matrix[k, j] = accuracy(net, permuted(test, j), rule)
     errors = max(rule.orthonormality_error().values()) if isinstance(rule, HLOP) else 0.0
     return {**continual_metrics(matrix), "matrix": matrix.nan_to_num(-1), "orthonormality": errors}
 
@@ -163,18 +164,9 @@ def run(run: Run[Settings]) -> None:
 def figures(results: Results) -> dict[str, Figure]:
     """The accuracy on every task after every task, a mean over seeds."""
     titles = {"hlop": "with lateral rows", "sequential": "without", "random": "rows left at random"}
-    fig, places = plt.subplots(1, len(titles), figsize=(12, 4), layout="constrained")
-    shown = None
-    for ax, (arm, title) in zip(places, titles.items(), strict=True):
-        matrix = results.values(arm, "matrix").mean(0)
-        shown = ax.imshow(np.where(matrix < 0, np.nan, matrix), vmin=50, vmax=100, cmap="viridis")
-        for (k, j), value in np.ndenumerate(matrix):
-            if value >= 0:
-                ax.text(j, k, f"{value:.0f}", ha="center", va="center", color="white" if value < 85 else "black")
-        ax.set(title=title, xlabel="accuracy (%) on task", ylabel="after task")
-    assert shown is not None
-    fig.colorbar(shown, ax=places, shrink=0.7)
-    return {"accuracy": fig}
+    means = {title: results.values(arm, "matrix").mean(0) for arm, title in titles.items()}
+    tables = {title: np.where(mean < 0, np.nan, mean) for title, mean in means.items()}
+    return {"accuracy": plots.matrices(tables, xlabel="accuracy (%) on task", ylabel="after task")}
 
 
 def peers(bench: Bench) -> None:

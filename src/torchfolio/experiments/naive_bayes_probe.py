@@ -1,7 +1,4 @@
-"""Measures naive Bayes beside logistic regression: samples needed by dimension, and on features of networks.
-
-Longer than most, as it is two experiments: the paper's simulation, and its probing of features.
-"""
+"""Measures naive Bayes beside logistic regression: samples needed by dimension, and on features of networks."""
 
 from __future__ import annotations
 
@@ -23,12 +20,11 @@ from torchfolio.adaptation.naive_bayes_probe import (
     NaiveBayesProbe,
     crossover,
     gaussian_fit,
-    gaussian_mixture,
     learning_curve,
-    samples_to_reach,
 )
 from torchfolio.data import load
 from torchfolio.engine import fit
+from torchfolio.experiments._samples_needed import log_slope, samples_needed
 from torchfolio.models import ConvNet, collect_features
 from torchfolio.runs import Results, Run, plots
 
@@ -77,41 +73,19 @@ SCALES = {
 def run(run: Run[Settings]) -> None:
     """Simulate, then probe features; one thread, as most matrices are small."""
     with threadpool_limits(1):
-        needed = run.arm("two_classes", _samples_needed, run.settings, 2, run.settings.dimensions, run.seed)
-        run.arm("three_classes", _samples_needed, run.settings, 3, run.settings.dimensions_3, run.seed)
-        _claim_complexity(run, needed)
-        supervised = run.arm("supervised", _probe, run, run.settings.epochs)
+        s = run.settings
+        own = {"pool": s.pool, "test_points": s.test_points, "points": s.points, "seed": run.seed}
+        needed = run.arm("two_classes", samples_needed, 2, s.dimensions, **own)
+        run.arm("three_classes", samples_needed, 3, s.dimensions_3, **own)
+        slopes = {f"{head}_slope": log_slope(needed["dimensions"], needed[head]) for head in ("nb", "lr")}
+        run.values("sample_complexity", slopes, ratio=needed["lr"][-1] / needed["nb"][-1])
+        supervised = run.arm("supervised", _probe, run, s.epochs)
         untrained = run.arm("untrained", _probe, run, 0)
-        run.arm("transfer", _probe, run, run.settings.epochs, transfer=True)
+        run.arm("transfer", _probe, run, s.epochs, transfer=True)
         _claim_regimes(run, supervised, untrained)
         pixels = run.arm("class_variances", _class_variances, run.seed)
         by_class, shared = pixels["by_class"], pixels["shared"]
         run.values("control_class_variances", lead_20=by_class[0] - shared[0], lead_30=by_class[1] - shared[1])
-
-
-def _samples_needed(settings: Settings, K: int, dimensions: tuple[int, ...], seed: int) -> Arm:
-    """Samples to come within 0.01 of the Bayes error, which is 0 to six digits from 50 features on."""
-    needed: dict[str, list[float]] = {"nb": [], "lr": []}
-    for n in dimensions:
-        m = settings.pool * n
-        X, y = gaussian_mixture(n, K, m + settings.test_points, seed=seed)
-        parts = X[:m], y[:m], X[m:], y[m:]
-        sizes = sorted({round(size) for size in np.geomspace(2 * K, m, settings.points)})
-        curve = learning_curve(*parts, sizes, 10, {"nb": NaiveBayesProbe(scale=None)}, seed=seed)["nb"]
-        needed["nb"].append(samples_to_reach(curve, 0.01) or np.nan)
-        needed["lr"].append(np.nan)
-        for size in sizes:  # one size at a time: none is fitted beyond the first that reaches the target
-            lr = learning_curve(*parts, [size], 3, {"lr": LogisticRegression(max_iter=1000)}, seed=seed)["lr"]
-            if samples_to_reach(lr, 0.01):
-                needed["lr"][-1] = size
-                break
-    return {"dimensions": list(dimensions), **needed}
-
-
-def _claim_complexity(run: Run[Settings], needed: Arm) -> None:
-    n, nb, lr = (np.array(needed[key], dtype=float) for key in ("dimensions", "nb", "lr"))
-    slopes = [np.polyfit(np.log(n[-4:]), np.log(values[-4:]), 1)[0] for values in (nb, lr)]
-    run.values("sample_complexity", nb_slope=slopes[0], lr_slope=slopes[1], ratio=lr[-1] / nb[-1])
 
 
 def _features(run: Run[Settings], epochs: int, transfer: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,13 +127,8 @@ def _claim_regimes(run: Run[Settings], supervised: Arm, untrained: Arm) -> None:
     sizes, nb, lr = (np.array(supervised[key]) for key in ("sizes", "nb", "lr"))
     m = dict(zip(sizes.tolist(), (lr - nb).tolist(), strict=True))
     many = sizes >= 100
-    run.values(
-        "two_regimes",
-        lead_20=m[20],
-        lead_30=m[30],
-        lr_lead_many=(nb - lr)[many].min(),
-        crossover=supervised["crossover"],
-    )
+    run.values("two_regimes", lead_20=m[20], lead_30=m[30], lr_lead_many=(nb - lr)[many].min(),
+               crossover=supervised["crossover"])  # fmt: skip
     at = int(np.flatnonzero(sizes == 200)[0])
     run.values("plateau", nb_left=nb[at] - nb[-1], lr_left=lr[at] - lr[-1])
     sizes, nb, lr = (np.array(untrained[key]) for key in ("sizes", "nb", "lr"))

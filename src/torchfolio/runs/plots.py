@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torchfolio.runs.outcome import Results
 
-__all__ = ["axes", "bars", "curves", "grid", "groups", "scatter"]
+__all__ = ["axes", "bars", "curves", "grid", "groups", "matrices", "scatter"]
 
 Value = tuple[str, str]
 """An arm, and the name of one of its values."""
@@ -163,4 +163,30 @@ def grid(images: Any, titles: Sequence[str] = (), *, columns: int = 8) -> Figure
         ax.imshow(image[0] if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
         if titles:
             ax.set_title(titles[k], fontsize=8)
+    return fig
+
+
+def matrices(tables: Mapping[str, Any], *, xlabel: str = "", ylabel: str = "", digits: int = 0) -> Figure:
+    """Tables of numbers side by side in one scale of colours, with a number in every cell.
+
+    Args:
+        tables: arrays `[rows, columns]` by title; a cell of NaN stays empty.
+        xlabel: text under the axis.
+        ylabel: text beside the axis.
+        digits: digits after the point.
+    """
+    import matplotlib.pyplot as plt
+
+    arrays = {title: np.asarray(table, dtype=float) for title, table in tables.items()}
+    low, high = (f([f(array) for array in arrays.values()]) for f in (np.nanmin, np.nanmax))
+    fig, places = plt.subplots(1, len(arrays), figsize=(4 * len(arrays), 4), layout="constrained", squeeze=False)
+    for ax, (title, array) in zip(places.flat, arrays.items(), strict=True):
+        ax.imshow(array, vmin=low, vmax=high, cmap="Blues")
+        for (row, column), value in np.ndenumerate(array):
+            if np.isfinite(value):
+                dark = value > (low + high) / 2
+                ax.text(
+                    column, row, f"{value:.{digits}f}", ha="center", va="center", color="white" if dark else "black"
+                )
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return fig
