@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchfolio.data import DataSplits
+from torchfolio.data import DataSplits, load
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._pixel_watermarks import Masked, random_masks, watermarked
-from torchfolio.models import ResNetCIFAR
+from torchfolio.experiments._strided_classifiers import classifier, two_convolutions
 from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
 from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.tasks import OwnNetwork, own_network
+from torchfolio.runs.tasks import OwnNetwork
 
 
 @dataclass(frozen=True)
@@ -92,32 +92,10 @@ class Scene:
 
     def __init__(self, run: Run[Settings], data: DataSplits) -> None:
         self.run, self.settings, self.data = run, run.settings, data
-        self.classifier = self.trained()
+        self.classifier = classifier(run, data)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(run.seed))
         x, y = data.test.tensors
         self.test = x[order[: self.settings.images]], y[order[: self.settings.images]]
-
-    def network(self) -> nn.Module:
-        """A residual network for photographs, else two convolutions of stride 2, on small images 3 wide."""
-        channels, side = self.data.shape[0], self.data.shape[1]
-        if channels > 1:
-            return ResNetCIFAR(20, num_classes=self.data.num_classes)
-        kernel = 5 if side >= 16 else 3
-        small = ((side - kernel) // 2 + 1 - kernel) // 2 + 1
-        return nn.Sequential(
-            nn.Conv2d(channels, 16, kernel, 2), nn.ReLU(), nn.Conv2d(16, 32, kernel, 2), nn.ReLU(), nn.Flatten(),
-            nn.Linear(32 * small**2, self.data.num_classes),
-        )  # fmt: skip
-
-    def trained(self) -> nn.Module:
-        """The classifier that copies are made of."""
-        torch.manual_seed(self.run.seed)
-        net = own_network(self.settings, self.data, self.network)
-        fit(
-            net, self.data.train, optimizer=adam(self.settings.lr), epochs=self.settings.epochs, batch_size=64,
-            seed=self.run.seed, device=self.run.device,
-        )  # fmt: skip
-        return net
 
     def copies(self, how: dict[str, Any]) -> dict[str, Any]:
         """Copies of one kind under attack by gradients; keyed ones by queries too."""
@@ -206,12 +184,8 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def peers(bench: Any) -> None:
     """Six copies by tracers beside six fine-tuned ones, each blind to pixels of its own."""
-    from torchfolio.data import load
-
     data = load("mnist10k", val=0, normalize=False)
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
-    )
+    net = two_convolutions(data)
 
     def finetuned() -> None:
         for seed in range(6):

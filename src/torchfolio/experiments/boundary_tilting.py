@@ -9,21 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeClassifier
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
-from torch.utils.data import TensorDataset
 
-from torchfolio.engine import evaluate, fit
-from torchfolio.engine.recipes import sgd
-from torchfolio.models import MLP
+from torchfolio.experiments._image_pairs import ImagePair, image_pair, of_networks
+from torchfolio.experiments._many_pixels import of_many_pixels
 from torchfolio.robustness.boundary_tilting import (
     RidgePath,
-    TiltReport,
     analyse,
     deviation_angle,
     plot_mirrors,
@@ -73,23 +69,10 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Images `[N, d]` in [0, 1] and labels of the two classes: to fit, to choose by, to report on."""
-
-    X: Array
-    y: Array
-    X_val: Array
-    y_val: Array
-    X_test: Array
-    y_test: Array
-    shape: tuple[int, ...]
-
-
 def run(run: Run[Settings]) -> None:
     """Go along the paths, tilt the best classifier of the ridge path, then enlarge images and look at networks."""
     with threadpool_limits(1):
-        data = _load(run)
+        data = image_pair(run)
         alphas = np.logspace(run.settings.alphas[0], run.settings.alphas[1], run.settings.points)
         path = RidgePath(data.X, data.y, alphas)
         ridge = run.arm("ridge", lambda: _columns(path.to_frame(data.X_val, data.y_val)))
@@ -97,35 +80,23 @@ def run(run: Run[Settings]) -> None:
         _claim_paths(run, ridge, best, run.arm("svm", _machines, run.settings, data))
         tilted = run.arm("tilt", _tilted, run.settings, data, path.coef_[best], path.intercept_[best])
         _claim_tilts(run, tilted)
-        grown = run.arm("dimension", _dimension, run, data, alphas[best])
+        parts = data.X, data.y, data.X_test, data.shape
+        grown = run.arm("dimension", of_many_pixels, *parts, alphas[best], run.settings.enlarged, run.seed)
         toy, angle = np.array(grown["toy_angles"]), np.array(grown["enlarged_angles"])
         changes = max(grown["changed_predictions"])
         run.values("dimension", spread=np.ptp(angle), changed=changes, toy_angle=toy.max())
-        run.arm("network", _networks, run, data)
+        run.arm("network", of_networks, run, data)
         report = analyse(RidgeClassifier(alpha=len(data.X) * alphas[best]).fit(data.X, data.y), data.X, data.y)
         if data.shape[0] == 1:
-            run.figure(
-                "mirrors", plot_mirrors(report, (data.shape[1], data.shape[2])), "ridge of least validation error"
-            )
-
-
-def _load(run: Run[Settings]) -> _Data:
-    """The two classes; the seed draws which training images are held out."""
-    data = run.data(run.settings.images, val=0, normalize=False)
-    (X, y), (X_test, y_test) = (
-        (x.flatten(1).double().numpy()[np.isin(t, run.settings.pair)], t.numpy()[np.isin(t, run.settings.pair)])
-        for x, t in (data.train.tensors, data.test.tensors)
-    )
-    order = np.random.default_rng(run.seed).permutation(len(X))
-    held, used = np.split(order, [round(run.settings.val * len(X))])
-    return _Data(X[used], y[used], X[held], y[held], X_test, y_test, data.shape)
+            mirrors = plot_mirrors(report, (data.shape[1], data.shape[2]))
+            run.figure("mirrors", mirrors, "ridge of least validation error")
 
 
 def _columns(frame: Any) -> dict[str, list[float]]:
     return {name: frame[name].tolist() for name in frame}
 
 
-def _machines(settings: Settings, data: _Data) -> dict[str, list[float]]:
+def _machines(settings: Settings, data: ImagePair) -> dict[str, list[float]]:
     """Support vector machines by C, their intercept scaled up so that the penalty hardly holds it back."""
     frame = regularisation_path(
         lambda C: LinearSVC(C=C, loss="hinge", intercept_scaling=10, max_iter=20_000, random_state=0),
@@ -136,11 +107,8 @@ def _machines(settings: Settings, data: _Data) -> dict[str, list[float]]:
 
 def _claim_paths(run: Run[Settings], ridge: dict[str, Any], best: int, machines: dict[str, Any]) -> None:
     angle, error = np.array(ridge["angle"]), 100 * np.array(ridge["val_error"])
-    run.values(
-        "ridge_path",
-        first=angle[0], last=angle[-1], least_step=np.diff(angle).min(),
-        ratio=ridge["strength"][-1] / ridge["strength"][best],
-    )  # fmt: skip
+    ratio = ridge["strength"][-1] / ridge["strength"][best]
+    run.values("ridge_path", first=angle[0], last=angle[-1], least_step=np.diff(angle).min(), ratio=ratio)
     ends = min(error[0], error[-1])
     run.values("error_path", gain=ends - error[best], best=error[best], types=len(set(ridge["type"])))
     angle, C = np.array(machines["angle"]), np.array(machines["regularisation"])
@@ -149,7 +117,7 @@ def _claim_paths(run: Run[Settings], ridge: dict[str, Any], best: int, machines:
     run.values("svm", smallest=angle[0], at_a_tenth=angle[at], rank=rank)
 
 
-def _tilted(settings: Settings, data: _Data, w: Array, b: float) -> dict[str, Any]:
+def _tilted(settings: Settings, data: ImagePair, w: Array, b: float) -> dict[str, Any]:
     """Tilt a classifier to and fro: where the training images do not vary, and where they vary the most."""
     mean = data.X.mean(0)
     _, size, rows = np.linalg.svd(data.X - mean, full_matrices=False)
@@ -174,56 +142,6 @@ def _claim_tilts(run: Run[Settings], tilted: dict[str, Any]) -> None:
     growth = tilted["strength"][at] / tilted["strength"][0]
     run.values("free_tilting", changed=tilted["changed"][at], growth=growth, off_span=tilted["off_span"][at])
     run.values("negative_control", error=tilted["error"][at], untilted=tilted["error"][0])
-
-
-def _dimension(run: Run[Settings], data: _Data, alpha: float) -> dict[str, Any]:
-    """Enlarged images, whose ridge grows with their size; and a half-plane under noise, in more and more pixels."""
-    angles, changed, first = [], [], None
-    keep = slice(0, 300)  # enlarged images are many numbers
-    for k in run.settings.enlarged:
-        large, test = (_enlarged(part, data.shape, k) for part in (data.X[keep], data.X_test[keep]))
-        path = RidgePath(large, data.y[keep], [k**2 * alpha])
-        prediction = test @ path.coef_[0] + path.intercept_[0] > 0
-        first = prediction if first is None else first
-        angles.append(float(path.angles[0]))
-        changed.append(int((prediction != first).sum()))
-    sides, toy = (10, 20, 30), []
-    for side in sides:
-        rng = np.random.default_rng(run.seed)
-        y = np.arange(10 * side**2) % 2
-        pattern = np.repeat(np.where(np.arange(side) < side // 2, 1.0, -1.0)[None], side, 0).ravel()
-        X = (2.0 * y - 1)[:, None] * pattern + 0.5 * rng.standard_normal((len(y), side**2))
-        toy.append(float(RidgePath(X, y, [1.0]).angles[0]))
-    return {"sides": list(sides), "enlarged_angles": angles, "changed_predictions": changed, "toy_angles": toy}
-
-
-def _enlarged(X: Array, shape: tuple[int, ...], k: int) -> Array:
-    return X.reshape(-1, *shape).repeat(k, -1).repeat(k, -2).reshape(len(X), -1)
-
-
-def _networks(run: Run[Settings], data: _Data) -> dict[str, Any]:
-    """A network by weight decay: median angle and strength at the validation images, and test accuracy."""
-    out: dict[str, list[float]] = {"decays": [], "angle": [], "strength": [], "accuracy": []}
-    parts = [
-        TensorDataset(torch.from_numpy(X).float(), torch.from_numpy((y == y.max()).astype(np.int64)))
-        for X, y in ((data.X, data.y), (data.X_val, data.y_val), (data.X_test, data.y_test))
-    ]
-    for decay in run.settings.decays:
-        torch.manual_seed(run.seed)
-        net = MLP(data.X.shape[1], 2, (100,))
-        fit(
-            net,
-            parts[0],
-            optimizer=sgd(lr=0.05, weight_decay=decay),
-            epochs=run.settings.epochs,
-            device=run.device,
-            seed=run.seed,
-        )
-        report: TiltReport = analyse(net, *parts[1].tensors, classes=(0, 1))
-        accuracy = 100 * evaluate(net, parts[2], device=run.device)["accuracy"]
-        for key, value in zip(out, (decay, report.angle, report.strength, accuracy), strict=True):
-            out[key].append(value)
-    return out
 
 
 def figures(results: Results) -> dict[str, Figure]:

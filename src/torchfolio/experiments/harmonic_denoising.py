@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +10,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.dynamics.bias_free import BiasFreeBatchNorm2d, BiasFreeUNet, homogeneity
+from torchfolio.dynamics.bias_free import BiasFreeUNet
 from torchfolio.dynamics.blind_sampler import draw_images
-from torchfolio.dynamics.denoiser_jacobian import harmonic_basis, jacobian, sure
+from torchfolio.dynamics.denoiser_jacobian import harmonic_basis, sure
 from torchfolio.dynamics.geometric_images import shuffle_pixels
 from torchfolio.dynamics.harmonic_denoising import (
     denoise,
     generalization_test,
     nearest_training,
     psnr,
-    remove_repeats,
     train_denoiser,
 )
-from torchfolio.models import replace_layers
+from torchfolio.experiments._grey_pictures import pictures
+from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 
@@ -64,40 +63,6 @@ SCALES = {
     "quick": Settings(),
     "full": Settings(image_size=32, pool=45_000, sizes=(4, 64, 1000, 20_000), base=32, steps=8000, samples=32),
 }
-
-
-def grey(images: Tensor) -> Tensor:
-    """Luminance."""
-    if images.shape[1] == 1:
-        return images
-    return (images * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
-
-
-def pictures(run: Run[Settings]) -> tuple[Tensor, Tensor]:
-    """Training pool and test images, without near-copies, in an order of the seed."""
-    settings = run.settings
-    data = run.data(settings.data, image_size=settings.image_size, normalize=False, train_size=settings.pool)
-    images = grey(data.train.tensors[0])
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.seed))
-    images = images[order]
-    images = images[remove_repeats(images)]
-    return images[: -settings.test], images[-settings.test :]
-
-
-def ordinary(net: nn.Module) -> nn.Module:
-    """The same network with biases and ordinary batch norms."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.bias = nn.Parameter(0.02 * torch.randn(module.out_channels))
-    return replace_layers(net, BiasFreeBatchNorm2d, lambda m: nn.BatchNorm2d(m.get_parameter("weight").numel()))
-
-
-def errors_of_homogeneity(net: nn.Module, y: Tensor) -> dict[str, float]:
-    """Relative errors of f(ay) = a f(y) and of J(y) y = f(y)."""
-    scaled = [homogeneity(net, y, factor) for factor in (0.1, 3.0)]
-    denoised = denoise(net, y[:1])[0].flatten()
-    product = jacobian(net, y[0]) @ y[0].flatten()
-    return {"scaling": max(scaled), "jacobian": float((product - denoised).norm() / denoised.norm())}
 
 
 def error_of_sure(net: nn.Module, test: Tensor, sigma: float, draws: int, seed: int) -> float:
@@ -172,33 +137,40 @@ def control(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict
 
 
 def run(run: Run[Settings]) -> None:
+    """Train in both regimes, look inside, then train on shuffled pixels and with biases."""
     settings = run.settings
     images, test = pictures(run)
     both = run.arm("regimes", regimes, settings, images, test, run.seed)
     other = run.arm("shuffled", shuffled, settings, images, test, run.seed)
     plain = run.arm("control", control, settings, images, test, run.seed)
     run.values("homogeneity", scaling=both["scaling"], jacobian=both["jacobian"])
-    run.values("memorization", gap=both["few_train_psnr"] - both["few_test_psnr"], correlation=both["few_correlation"])
-    run.values("generalization", gap=both["many_train_psnr"] - both["many_test_psnr"], correlation=both["many_correlation"],
-               between=both["many_psnr_between"], test=both["many_test_psnr"],
-               sample_agreement=both["sample_agreement"], sample_nearest=both["sample_nearest"])  # fmt: skip
-    run.values("sure", {f"error_{100 * sigma:.0f}": both[f"sure_{sigma}"] for sigma in settings.sigmas})
-    run.values("shrinkage", {name: both[name] for name in ("mass", "asymmetry", "dimension", "oracle_over_mse")} | {
-        f"trace_{100 * sigma:.0f}": both[f"trace_{sigma}"] for sigma in settings.sigmas
-    })  # fmt: skip
+    gaps = {name: both[f"{name}_train_psnr"] - both[f"{name}_test_psnr"] for name in ("few", "many")}
+    run.values("memorization", gap=gaps["few"], correlation=both["few_correlation"])
+    run.values(
+        "generalization",
+        {name: both[name] for name in ("sample_agreement", "sample_nearest")},
+        gap=gaps["many"],
+        correlation=both["many_correlation"],
+        between=both["many_psnr_between"],
+        test=both["many_test_psnr"],
+    )
+    percent = {sigma: f"{100 * sigma:.0f}" for sigma in settings.sigmas}
+    run.values("sure", {f"error_{name}": both[f"sure_{sigma}"] for sigma, name in percent.items()})
+    traces = {f"trace_{name}": both[f"trace_{sigma}"] for sigma, name in percent.items()}
+    inside = {name: both[name] for name in ("mass", "asymmetry", "dimension", "oracle_over_mse")}
+    run.values("shrinkage", inside | traces)
     run.values("shuffled_pixels", straight=both["test_psnr"], shuffled=other["test_psnr"])
     run.values("negative_control", plain)
 
 
 def figures(results: Results) -> dict[str, Figure]:
+    """Shrinkage by direction, the directions, and samples of two denoisers."""
     samples, vectors = (results.values("regimes", name)[0] for name in ("samples", "eigenvectors"))
-    titles: Sequence[str] = [name for name in ("one denoiser", "the other") for _ in range(len(samples) // 2)]
-    vectors = 0.5 + vectors / (2 * abs(vectors).max())
+    titles = [name for name in ("one denoiser", "the other") for _ in range(len(samples) // 2)]
+    shrinkage = {"shrinkage": ("regimes", "eigenvalues")}
     return {
-        "spectrum": plots.curves(
-            results, {"shrinkage": ("regimes", "eigenvalues")}, xlabel="direction", ylabel="factor"
-        ),
-        "basis": plots.grid(vectors),
+        "spectrum": plots.curves(results, shrinkage, xlabel="direction", ylabel="factor"),
+        "basis": plots.grid(0.5 + vectors / (2 * abs(vectors).max())),
         "samples": plots.grid(samples.clip(0, 1), titles, columns=len(samples) // 2),
     }
 

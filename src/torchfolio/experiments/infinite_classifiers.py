@@ -1,5 +1,4 @@
-"""Measures the limits of wide and deep networks on the sphere against the Bayes rule, the nearest neighbour and each
-other."""
+"""Measures limits of wide and deep networks on the sphere against the Bayes rule, the nearest neighbour, each other."""
 
 from __future__ import annotations
 
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import dirichlet
 from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor
 
+from torchfolio.experiments._dirichlet_spheres import draw
+from torchfolio.experiments._kernel_recursions import recursion
 from torchfolio.runs import Results, Run, plots
 from torchfolio.theory.infinite_classifiers import (
     DualActivation,
@@ -23,14 +22,6 @@ from torchfolio.theory.infinite_classifiers import (
 )
 
 Points = tuple[np.ndarray, np.ndarray]
-PRIOR = (0.4, 0.6)
-# Parameters of the two classes' Dirichlet distributions, by the dimension of the sphere.
-DIRICHLET = {
-    1: ((1, 2), (2, 1)),
-    2: ((0.5, 0.5, 2.5), (2.5, 0.1, 0.5)),
-    4: ((3, 1, 2, 1, 1), (1, 2, 2, 2, 3)),
-    8: ((1, 2, 1, 2, 1, 1, 1, 1, 1), (1, 1, 1, 2, 3, 4, 2, 2, 1)),
-}
 DEEP_DIM = 4  # of the data for finite depths: on the circle hundreds of points are nearer than 14 layers resolve
 SECOND = HermiteActivation([0, 0, 1])
 FLAT = DualActivation([0, 0.9**0.5, *[0.0] * 9, 0.1**0.5])  # dual .9 ξ + .1 ξ¹¹, exponent 0.304
@@ -79,30 +70,20 @@ def run(run: Run[Settings]) -> None:
     run.values("optimality", bayes=bayes, optimal=optimal, nearest=nearest, first_gap=gap[0], last_gap=gap[-1])
     run.values("hilbert", agreement=circle["hilbert_agreement"][-1])
     run.values("control_large_exponent", optimal=optimal, exponent_2=circle["exponent_2"][-1])
-    run.values("nearest_neighbor", **run.arm("nearest", _nearest, settings))
+    run.values("nearest_neighbor", run.arm("nearest", _nearest, settings))
     votes = run.arm("votes", _votes, settings)
     run.values(
         "majority_vote", cubic=min(votes["cubic"]), relu=votes["relu"][-1], on_circle=votes["cubic_on_circle"][-1]
     )
-    run.values("control_small_exponent", **run.arm("clusters", _clusters, settings))
+    run.values("control_small_exponent", run.arm("clusters", _clusters, settings))
     if settings.images:
         run.arm("images", _images, run)
 
 
-def _draw(dim: int, n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points on the sphere, labels, and what the Bayes rule says."""
-    y = (generator.random(n) >= PRIOR[0]).astype(int)
-    first, second = (generator.dirichlet(alpha, n) for alpha in DIRICHLET[dim])
-    simplex = np.where(y[:, None] == 1, second, first).clip(1e-12)
-    # A point of the sphere and one of the simplex determine each other: their likelihood ratio is the same.
-    density = [p * dirichlet.pdf(simplex.T / simplex.sum(1), a) for p, a in zip(PRIOR, DIRICHLET[dim], strict=True)]
-    return simplex / np.linalg.norm(simplex, axis=1, keepdims=True), y, (density[1] > density[0]).astype(int)
-
-
 def _sphere(settings: Settings, dim: int) -> dict[str, Any]:
     generator = np.random.default_rng(torch.initial_seed())
-    X_test, y_test, bayes = _draw(dim, settings.test_size, generator)
-    X, y, _ = _draw(dim, settings.sizes[-1], generator)
+    X_test, y_test, bayes = draw(dim, settings.test_size, generator)
+    X, y, _ = draw(dim, settings.sizes[-1], generator)
     activations = {"optimal": "optimal", "sine": "sine", "erf": "erf", "nearest": SECOND, "relu": "relu"}
     if dim == 1:
         activations["exponent_2"] = OptimalActivation(2)
@@ -128,7 +109,7 @@ def _predict(activation: Any, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, 
 def _nearest(settings: Settings) -> dict[str, float]:
     """Agreement with the nearest neighbour; on the sphere whose points a network of depth 14 can tell apart."""
     generator = np.random.default_rng(torch.initial_seed())
-    (X, y, _), (X_test, _, _) = (_draw(DEEP_DIM, n, generator) for n in (settings.sizes[-1], settings.test_size))
+    (X, y, _), (X_test, _, _) = (draw(DEEP_DIM, n, generator) for n in (settings.sizes[-1], settings.test_size))
     nearest = KNeighborsClassifier(1).fit(X, y).predict(X_test)
     said = {"depth_14": _predict(SECOND, X, y, X_test, depth=14), "infinite": _predict(SECOND, X, y, X_test)}
     return {name: float((labels == nearest).mean()) for name, labels in said.items()}
@@ -143,7 +124,7 @@ def _votes(settings: Settings) -> dict[str, list[float]]:
         ("cubic_on_circle", 1, CUBIC, (20, 30, 40)),
         ("relu", DEEP_DIM, "relu", settings.relu_depths),
     ):
-        (X, y, _), (X_test, _, _) = (_draw(dim, n, generator) for n in (settings.vote_size, settings.vote_test_size))
+        (X, y, _), (X_test, _, _) = (draw(dim, n, generator) for n in (settings.vote_size, settings.vote_test_size))
         majority = int(2 * y.sum() > len(y))
         said = [_predict(phi, X, y, X_test, depth=depth) for depth in depths]
         shares[name] = [float((labels == majority).mean()) for labels in said]
@@ -180,53 +161,24 @@ def figures(results: Results) -> dict[str, Figure]:
     """Accuracy by the number of samples on every sphere, and how a deep ReLU network becomes a majority vote."""
     settings = results.settings
     names = {"Bayes rule": "bayes", "optimal": "optimal", "sine": "sine", "erf": "erf", "nearest neighbour": "nearest"}
-    drawn = {
-        f"accuracy, dimension {d}": plots.curves(
-            results,
-            {label: (f"sphere_{d}", name) for label, name in names.items()},
-            x=settings.sizes,
-            xlabel="training points",
-            ylabel="test accuracy",
-            logx=True,
-        )
-        for d in settings.dims
-    }
-    drawn["ReLU votes"] = plots.curves(
-        results,
-        {"ReLU": ("votes", "relu")},
-        x=settings.relu_depths,
-        xlabel="depth",
-        ylabel="share of majority labels",
-        logx=True,
-    )
+    drawn = {}
+    for d in settings.dims:
+        lines = {label: (f"sphere_{d}", name) for label, name in names.items()}
+        axes = {"xlabel": "training points", "ylabel": "test accuracy", "logx": True}
+        drawn[f"accuracy, dimension {d}"] = plots.curves(results, lines, x=settings.sizes, **axes)
+    axes = {"xlabel": "depth", "ylabel": "share of majority labels", "logx": True}
+    drawn["ReLU votes"] = plots.curves(results, {"ReLU": ("votes", "relu")}, x=settings.relu_depths, **axes)
     return drawn
 
 
 def peers(bench: Any) -> None:
-    """The published way, a recursion of depth 100 and a solve, on whole matrices; powers as products."""
+    """The published way, a recursion of depth 100 and a solve, on whole matrices."""
     generator = np.random.default_rng(0)
-    (X, y, _), (X_test, _, _) = (_draw(1, 2000, generator) for _ in range(2))
-
-    def recursion(tangent: bool) -> Tensor:
-        train, test = torch.from_numpy(X), torch.from_numpy(X_test)
-        kernels = []
-        for first in (train, test):
-            xi = (first @ train.T).clamp_(-1, 1)
-            theta = xi.clone()
-            for _ in range(100):
-                square = xi * xi
-                sixth = square * square * square
-                after = (sixth + 1).mul_(xi).div_(2)
-                if tangent:
-                    theta = theta.mul_(sixth.mul_(3.5).add_(0.5)).add_(after)
-                xi = after
-            kernels.append(theta if tangent else xi)
-        kernels[0].fill_diagonal_(1 if not tangent else 4.0**100)
-        return kernels[1] @ torch.linalg.solve(kernels[0], torch.from_numpy(2.0 * y - 1))
+    (X, y, _), (X_test, _, _) = (draw(1, 2000, generator) for _ in range(2))
 
     bench.compare(
         "fit and predict, 2,000 and 2,000 points on the circle",
         ours=lambda: _predict("optimal", X, y, X_test),
-        recursion_nngp=lambda: recursion(False),
-        recursion_ntk=lambda: recursion(True),
+        recursion_nngp=lambda: recursion(X, y, X_test, tangent=False),
+        recursion_ntk=lambda: recursion(X, y, X_test, tangent=True),
     )
