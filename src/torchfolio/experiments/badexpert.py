@@ -7,10 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -21,6 +19,7 @@ from torchfolio.backdoor.metrics import attack_metrics, auroc, labels_of
 from torchfolio.backdoor.zoo import SmallConvNet, fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
+from torchfolio.experiments._confidence_plane import confidence_plane
 from torchfolio.experiments._expert_controls import step_by_step, without_forgetting
 from torchfolio.experiments._strip import strip
 from torchfolio.runs import Results, Run, plots
@@ -43,8 +42,8 @@ class Settings(OwnNetwork):
         unlearn_lr: of the expert; `"auto"` finds one on the trusted images.
         unlearn_batch: of the expert.
         finetune_lr: of the auxiliary network.
-        finetune_batch: of the auxiliary network; 350 images in batches of 16 are as many steps as the authors take, 1,400
-            in batches of 64.
+        finetune_batch: of the auxiliary network; 350 images in batches of 16 are as many steps as the authors take,
+            1,400 in batches of 64.
         kappa: of the score.
         batch_size: of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in four epochs.
         flip: train victims and finetune on flipped images too. The auxiliary network always sees random crops.
@@ -168,39 +167,10 @@ def figures(results: Results) -> dict[str, Figure]:
     for step in results.values("badnets", "stopped_at"):
         unlearning.axes[0].axvline(step, c="k", ls=":", lw=1)  # where unlearning stopped
     return {
-        "confidences": _plane(results),
+        "confidences": confidence_plane(results),
         "auroc": plots.groups(results, series, ylabel="AUROC"),
         "unlearning": unlearning,
     }
-
-
-def _plane(results: Results) -> Figure:
-    settings = results.settings
-    names = settings.attacks
-    fig, axes = plt.subplots(
-        1, len(names), figsize=(3.6 * len(names), 3.8), layout="constrained", squeeze=False, sharey=True
-    )
-    for ax, name in zip(axes[0], names, strict=True):
-        first = results.arms[0][name]  # the first seed's; seeds differ in how many attacks succeed
-        points, clean = np.asarray(first["points"]), int(first["clean_points"])
-        ax.scatter(*points[:, :clean], s=8, alpha=0.5, label="clean")
-        ax.scatter(*points[:, clean:], s=8, alpha=0.5, marker="x", label="triggered")
-        _rays(ax, -float(first["threshold"]), settings.kappa)
-        ax.set(
-            xlabel="$b$, confidence of the expert", title=name.replace("_", " "), xlim=(-0.03, 1.03), ylim=(-0.03, 1.03)
-        )
-    axes[0, 0].set_ylabel("$m$, confidence of the auxiliary network")
-    axes[0, -1].legend(loc="center left", framealpha=0.9)
-    return fig
-
-
-def _rays(ax: Axes, a: float, kappa: float) -> None:
-    """Where the score equals the threshold: rejected is what lies below the one ray or right of the other."""
-    m = np.linspace(0, 1, 101)
-    if a > 0:
-        ax.plot(m, np.minimum(a * kappa * m, 2), "k-", lw=1, label="threshold")
-    below = m[m <= kappa]
-    ax.plot(1 - a * (kappa - below), below, "k--", lw=1)
 
 
 def peers(bench: Any) -> None:

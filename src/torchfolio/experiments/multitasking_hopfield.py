@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from torchfolio.experiments._hopfield_recall import by_examples, drawn_patterns, in_theory, relaxed, unbalanced
+from torchfolio.experiments._numpy_hopfield import all_at_once, one_by_one
 from torchfolio.runs import Results, Run, plots, threads
 from torchfolio.theory.multitasking_hopfield import (
     MultitaskingHopfield,
@@ -189,26 +190,10 @@ def peers(bench: Any) -> None:
     """20 replicas of 2,000 spins through 10 sweeps: against dense NumPy networks, one state at a time and all at once."""
     patterns = sparse_patterns(2000, 3, 0.25)
     network, starts = MultitaskingHopfield().fit(patterns), fill_blanks(patterns[0], 20)
-    J, S = network.couplings().numpy(), starts.numpy()
-
-    def one_by_one() -> None:
-        for state in S.copy():
-            for _ in range(10):
-                for i in np.random.permutation(len(state)):  # noqa: NPY002
-                    h = J[i] @ state
-                    if h:
-                        state[i] = 1.0 if h > 0 else -1.0
-
-    def all_at_once() -> None:
-        states = np.ascontiguousarray(S.T)
-        for _ in range(10):
-            for i in np.random.permutation(len(states)):  # noqa: NPY002
-                h = J[i] @ states
-                states[i] = np.where(h == 0, states[i], np.sign(h))
-
+    J, states = network.couplings().numpy(), starts.numpy()
     bench.compare(
         "20 replicas of 2,000 spins, 10 sweeps",
         ours=lambda: network.relax(starts, 10, record_every=10),
-        numpy_one_by_one=one_by_one,
-        numpy_all_at_once=all_at_once,
+        numpy_one_by_one=lambda: one_by_one(J, states.copy()),
+        numpy_all_at_once=lambda: all_at_once(J, np.ascontiguousarray(states.T)),
     )
