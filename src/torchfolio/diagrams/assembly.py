@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from torchfolio.diagrams.fonts import Span, name_spans
 from torchfolio.diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.memory import with_copies
 from torchfolio.diagrams.repeats import fold_repeats
 from torchfolio.diagrams.sheet import Fence, Sheet, Step, Tensor, Wire
+from torchfolio.diagrams.simplify import simplified, without_views
 from torchfolio.errors import TorchfolioError
-
-TOGETHER = 5
-"""Uses of a tensor that are at most so many operations apart are served by one copy."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,14 @@ class View:
         opened: paths of modules that are drawn out nevertheless.
         repeats: copies of a part from which they are drawn as one, between parentheses; 0 for never.
         batch: whether the first axis of the first input has wires.
+        memory: whether what is used far away is named and picked up there, not drawn across.
     """
 
     depth: int | None = None
     opened: tuple[str, ...] = ()
     repeats: int = 0
     batch: bool = True
+    memory: bool = True
 
 
 def assemble(graph: Graph, title: str, view: View | None = None) -> Sheet:
@@ -47,16 +48,17 @@ def assemble(graph: Graph, title: str, view: View | None = None) -> Sheet:
     """
     view = view or View()
     graph = graph.copy()
-    steps, outputs = _without_views(graph, graph.alive())
+    steps = without_views(graph, graph.alive())
     repeats: dict[str, int] = {}
     if view.repeats:
-        steps, repeats = fold_repeats(graph, steps, outputs, view.repeats)
+        steps, repeats = fold_repeats(graph, steps, graph.outputs, view.repeats)
+    steps = simplified(graph, steps)
     hidden = _hidden(graph, steps) if not view.batch else set()
     names = _names(graph, steps)
     if view.depth is not None:
-        steps = _folded(steps, outputs, view.depth, view.opened)
-    steps = _with_copies(steps, graph.inputs, outputs)
-    return _Assembly(graph, steps, outputs, names, title, repeats, hidden).sheet()
+        steps = _folded(steps, graph.outputs, view.depth, view.opened)
+    steps = with_copies(graph, steps, view.memory)
+    return _Assembly(graph, steps, names, title, repeats, hidden).sheet()
 
 
 def _hidden(graph: Graph, steps: list[Draft]) -> set[int]:
@@ -68,18 +70,6 @@ def _hidden(graph: Graph, steps: list[Draft]) -> set[int]:
                 f"the batch cannot be hidden: the {step.kind} of {step.stack[-1:] or 'the network'} is about it"
             )
     return batch
-
-
-def _without_views(graph: Graph, steps: list[Draft]) -> tuple[list[Draft], list[Value]]:
-    """Without operations that change nothing that is drawn; their results are uses of what they took."""
-    kept = []
-    for step in steps:
-        moves = step.kind in ("view", "transpose")
-        if moves and graph.visible(step.outputs[0]) == graph.visible(step.inputs[0]):
-            step.outputs[0].origin = step.inputs[0]
-        else:
-            kept.append(step)
-    return kept, graph.outputs
 
 
 def _folded(steps: list[Draft], outputs: list[Value], depth: int, opened: tuple[str, ...]) -> list[Draft]:
@@ -128,58 +118,6 @@ def _holds(path: str, others: tuple[str, ...]) -> bool:
     return any(other.startswith(f"{path}.") for other in others)
 
 
-def _with_copies(steps: list[Draft], inputs: list[Value], outputs: list[Value]) -> list[Draft]:
-    """With an explicit copy wherever a tensor is used more than once."""
-    uses: dict[int, list[tuple[int, Value]]] = defaultdict(list)
-    for i, step in enumerate(steps):
-        for value in step.inputs:
-            uses[id(value.root)].append((i, value))
-    for value in outputs:
-        uses[id(value.root)].append((len(steps), value))
-    before: dict[int, list[Draft]] = defaultdict(list)
-    made = [*inputs, *(o for s in steps for o in s.outputs)]
-    for value in made:
-        if id(value) not in uses:
-            continue
-        source, rest = value, uses[id(value)]
-        while len(rest) > 1:
-            first = rest[0][0]
-            group = [u for u in rest if u[0] - first <= TOGETHER]
-            group = rest if len(rest) - len(group) <= 1 else group
-            rest = rest[len(group) :]
-            results = [v for _, v in group]
-            if rest:
-                keep = Value(list(source.axes), source)
-                results.append(keep)
-            stack = steps[first].stack if first < len(steps) else ()
-            common = [s.stack for s in (steps[i] for i, _ in group if i < len(steps))]
-            stack = _common([stack, *common]) if not rest and group[-1][0] < len(steps) else ()
-            times = min((steps[i].times for i, _ in group if i < len(steps)), default=1) if stack else 1
-            before[first].append(Draft("copy", [source], results, stack=stack, times=times))
-            if rest:
-                source = keep
-        if len(rest) == 1 and rest[0][1] is not source:
-            _alias(rest[0][1], source)
-    ordered = []
-    for i in range(len(steps) + 1):
-        ordered += before[i]
-        ordered += steps[i : i + 1]
-    return ordered
-
-
-def _alias(use: Value, source: Value) -> None:
-    use.origin = source
-
-
-def _common(stacks: list[tuple[tuple[str, str], ...]]) -> tuple[tuple[str, str], ...]:
-    result = []
-    for level in zip(*stacks, strict=False):
-        if len(set(level)) > 1:
-            break
-        result.append(level[0])
-    return tuple(result)
-
-
 def _names(graph: Graph, steps: list[Draft]) -> dict[int, str]:
     """A name for every axis, no two alike, in the order in which they appear."""
     names: dict[int, str] = {}
@@ -224,13 +162,12 @@ class _Assembly:
         self,
         graph: Graph,
         steps: list[Draft],
-        outputs: list[Value],
         names: dict[int, str],
         title: str,
         repeats: dict[str, int],
         hidden: set[int],
     ) -> None:
-        self.graph, self.steps, self.outputs, self.names, self.title = graph, steps, outputs, names, title
+        self.graph, self.steps, self.outputs, self.names, self.title = graph, steps, graph.outputs, names, title
         self.repeats, self.hidden = repeats, hidden
         self.tensors: dict[int, Tensor] = {}
         self.numbers = itertools.count(1)
@@ -247,13 +184,7 @@ class _Assembly:
         self.sources = {id(v) for v in [*self.graph.inputs, *(o for s in self.steps for o in s.outputs)]}
         used = [*(v for s in self.steps for v in s.inputs), *self.outputs]
         self.wanted = {id(self.base(v)) for v in used}
-        column: dict[int, int] = {}
-        ready: dict[int, int] = {}
-        for i, step in enumerate(self.steps):
-            column[i] = max((ready.get(id(self.base(v)), 0) for v in step.inputs), default=0)
-            ready |= {id(o): column[i] + 1 for o in step.outputs}
-            if step.kind == "binary" and step.params.get("what") in ("add", "mul"):  # a skip connection runs below
-                step.inputs.sort(key=lambda v: -ready.get(id(self.base(v)), 0))
+        column = self._columns()
         count = max(column.values(), default=-1) + 1
         columns: list[list[Step]] = [[] for _ in range(count)]
         for i, step in enumerate(self.steps):
@@ -262,6 +193,47 @@ class _Assembly:
         ends = (tuple(map(self._tensor, values)) for values in (self.graph.inputs, self.graph.outputs))
         fences, legend = tuple(self._fences(column)), tuple(self._legend())
         return Sheet(levels, tuple(map(tuple, columns)), fences, self.title, legend, *ends)
+
+    def _columns(self) -> dict[int, int]:
+        """The column of every operation: after what it needs, and after all that its module needs of others.
+
+        What comes from memory, and what needs nothing else, is late: just before it is used.
+        """
+        maker = {id(o): i for i, s in enumerate(self.steps) for o in s.outputs}
+        saver = {s.params["index"]: i for i, s in enumerate(self.steps) if s.kind == "save"}
+        inside: dict[str, list[int]] = defaultdict(list)
+        needs: list[list[int]] = []
+        for i, step in enumerate(self.steps):
+            needs.append([maker[k] for v in step.inputs if (k := id(self.base(v))) in maker])
+            if step.kind != "save" and "index" in step.params:
+                needs[i].append(saver[step.params["index"]])
+            for path, _ in step.stack:
+                inside[path].append(i)
+        floor: dict[str, int] = {}
+        column: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            paths = [p for p, _ in step.stack if len(inside[p]) > 1]
+            for path in paths:
+                if path not in floor:
+                    before = [
+                        column[j] for k in inside[path] for j in needs[k] if j in column and j not in inside[path]
+                    ]
+                    floor[path] = max(before, default=-1) + 1
+            column[i] = max([*(column[j] + 1 for j in needs[i]), *(floor[p] for p in paths)], default=0)
+            if step.kind == "binary" and step.params.get("what") in ("add", "mul"):  # a skip connection runs below
+                step.inputs.sort(key=lambda v: -column.get(maker.get(id(self.base(v)), -1), -1))
+        users: dict[int, list[int]] = defaultdict(list)
+        loose = set[int]()
+        for i, step in enumerate(self.steps):
+            made = all(id(self.base(v)) in maker for v in step.inputs)
+            if step.kind == "load" or (made and needs[i] and loose.issuperset(needs[i])):
+                loose.add(i)
+            for j in needs[i]:
+                users[j].append(i)
+        for i in reversed(range(len(self.steps))):
+            if i in loose and users[i]:
+                column[i] = min(column[j] for j in users[i]) - 1
+        return column
 
     def _tensor(self, value: Value) -> Tensor:
         value = self.base(value)

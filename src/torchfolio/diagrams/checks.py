@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -53,6 +54,8 @@ class Check:
         wires: number of wires.
         through: axes of wires that run through a box of an operation they have no part in, with its kind.
         width, height: of the drawing, px.
+        crossings: places where a wire crosses another.
+        smallest: size of the smallest text, px.
     """
 
     columns: tuple[ColumnCount, ...]
@@ -61,6 +64,8 @@ class Check:
     through: tuple[tuple[str, str], ...]
     width: float
     height: float
+    crossings: int
+    smallest: float
 
     @property
     def clear(self) -> float:
@@ -91,7 +96,11 @@ def check_svg(svg: str) -> Check:
         ColumnCount(c["index"], _crossings(wires, c), _crossings(dashes, c), c["wires"], c["dashes"]) for c in stated
     )
     size = float(root.get("width", 0)), float(root.get("height", 0))
-    return Check(columns, tuple(_overlaps(list(_texts(root)))), len(wires), tuple(_through(root)), *size)
+    texts = list(_texts(root))
+    smallest = min((t.size * s.scale for t in texts for s in t.spans), default=0.0)
+    return Check(
+        columns, tuple(_overlaps(texts)), len(wires), tuple(_through(root)), *size, _crossed(wires), round(smallest, 2)
+    )
 
 
 def svg_metadata(root: ElementTree.Element | str) -> dict[str, Any]:
@@ -130,6 +139,28 @@ def _crossings(lines: Sequence[Sequence[tuple[float, float]]], column: dict[str,
                 y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
                 count += column["top"] <= y <= column["bottom"]
     return count
+
+
+def _crossed(lines: Sequence[Sequence[tuple[float, float]]], cell: float = 16.0) -> int:
+    """How often two lines cross. Where they meet at an end, as at a dot, they do not."""
+    cells: dict[int, list[tuple[int, tuple[float, float], tuple[float, float]]]] = defaultdict(list)
+    for i, points in enumerate(lines):
+        for a, b in pairwise(points):
+            for c in range(int(min(a[0], b[0]) // cell), int(max(a[0], b[0]) // cell) + 1):
+                cells[c].append((i, a, b))
+    found = set[tuple[int, int, int, int]]()
+    for pieces in cells.values():
+        for (i, a, b), (j, c, d) in combinations(pieces, 2):
+            if i != j and min(a[1], b[1]) <= max(c[1], d[1]) and min(c[1], d[1]) <= max(a[1], b[1]):
+                sides = [(q[0] - p[0]) * (s[1] - p[1]) - (q[1] - p[1]) * (s[0] - p[0])
+                         for p, q, s in ((a, b, c), (a, b, d), (c, d, a), (c, d, b))]  # fmt: skip
+                if (sides[0] > 0) != (sides[1] > 0) and (sides[2] > 0) != (sides[3] > 0):
+                    t = sides[2] / (sides[2] - sides[3])
+                    place = a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])
+                    ends = [lines[k][e] for k in (i, j) for e in (0, -1)]
+                    if all(abs(place[0] - x) + abs(place[1] - y) > 1 for x, y in ends):
+                        found.add((min(i, j), max(i, j), round(place[0] / 2), round(place[1] / 2)))
+    return len(found)
 
 
 def _texts(root: ElementTree.Element) -> Iterator[Text]:

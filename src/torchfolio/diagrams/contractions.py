@@ -74,7 +74,7 @@ def _contracted(
         for letter, axis in zip(term, value.axes if value is not None else (), strict=False):
             old = letters.setdefault(letter, axis)
             if r.size[old] == r.size[axis]:
-                r.unite(old, axis)
+                r.merge(old, axis)
             elif r.size[old] == 1:  # one of them is of length one
                 letters[letter] = axis
     inside = set(letters)
@@ -99,7 +99,7 @@ def _contracted(
         return r.add("einsum", sources, made, core, **writing)
     core = core or [a for w in writing["weights"] for a in w.axes]
     return r.add("linear", sources, made, core, bias=bias is not None, name=_superscript(r) if bias is not None or
-                 node.target is torch.ops.aten.linear.default else "", learned=trained(writing["weights"]), **writing)  # fmt: skip
+                 node.target is torch.ops.aten.linear.default else "", learned=trained(r, writing["weights"]), **writing)  # fmt: skip
 
 
 def _superscript(r: Reader) -> str:
@@ -139,7 +139,7 @@ def broadcast(r: Reader, a: Sequence[int], b: Sequence[int], unite: bool = True)
         if one is None or other is None:
             axes.append(one if one is not None else other)  # type: ignore[arg-type]
         elif r.size[one] == r.size[other] and r.size[one] != 1:
-            axes.append(r.unite(one, other) if unite else one)
+            axes.append(r.merge(one, other) if unite else one)
         else:
             axes.append(one if r.size[one] != 1 else other)
     return axes
@@ -160,7 +160,7 @@ def attention(r: Reader, node: Any, name: str) -> Value | None:
     outer = r._stack
     r._stack = (*outer, (f"{outer[-1][0] if outer else ''}.sdpa{len(r.steps)}", "Scaled Dot-Product Attention"))
     batch = broadcast(r, q.axes[:-2], k.axes[:-2])
-    shared = r.unite(q.axes[-1], k.axes[-1])
+    shared = r.merge(q.axes[-1], k.axes[-1])
     score = r.add("einsum", [q, k], [Value([*batch, q.axes[-2], k.axes[-2]])], [shared],
                   code="torch.matmul({0}, {1}.transpose(-2, -1))")  # fmt: skip
     code, sizes = ("{0} * {s0} ** -0.5", [shared]) if scale is None else (f"{{0}} * {scale!r}", [])
@@ -187,7 +187,7 @@ def attention(r: Reader, node: Any, name: str) -> Value | None:
         made = Value(list(score.axes))
         score = r.add("dropout", [score], [made], sign=f"dropout {rate:g}", code=f"F.dropout({{0}}, {rate!r}, True)",
                       random=True)  # fmt: skip
-    key = r.unite(k.axes[-2], v.axes[-2])
+    key = r.merge(k.axes[-2], v.axes[-2])
     made = Value([*broadcast(r, batch, v.axes[:-2]), q.axes[-2], v.axes[-1]])
     made = r.add("einsum", [score, v], [made], [key], code="torch.matmul({0}, {1})")
     r._stack = outer

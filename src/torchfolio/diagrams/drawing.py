@@ -92,8 +92,7 @@ class Drawing:
 
     def cost(self) -> Cost:
         """Time and memory, as formulas in the names of axes and as numbers; of what is in boxes and hidden too."""
-        plain = self.view.depth is None and self.view.batch
-        return cost_of(self.sheet if plain else self._seen(replace(self.view, depth=None, batch=True)).sheet)
+        return cost_of(self._seen(replace(self.view, depth=None, batch=True, memory=False)).sheet)
 
     def _seen(self, view: View) -> Drawing:
         """The same diagram, drawn in another way."""

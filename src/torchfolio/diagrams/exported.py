@@ -15,7 +15,7 @@ from torch import nn
 
 from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.diagrams.rules import FILLED, read_node
-from torchfolio.diagrams.writing import call, nodes_of
+from torchfolio.diagrams.writing import call, nodes_of, trained
 from torchfolio.errors import TorchfolioError
 from torchfolio.models.stateful import fresh
 
@@ -225,6 +225,7 @@ class Reader(Graph):
         constants = {k: v for k, v in (program.constants or {}).items() if isinstance(v, TorchTensor)}
         self.weights |= constants | state
         self.saved = set(module.state_dict())
+        self.grown: set[int] = set()  # constants that are made of what is learned
         self._learned = {k for k, v in module.named_parameters(remove_duplicate=False) if v.requires_grad}
 
     def plain(self) -> Graph:
@@ -316,6 +317,8 @@ class Reader(Graph):
         target = f"torch.ops.{node.target.name().replace('::', '.')}" if changed is not None else ""
         effect = {"effect": True} if isinstance(changed, Value) and changed.name else {}
         self.constants.append(Draft("constant", [], outputs, params=effect, **call(self, node, target)))
+        if trained(self, self.constants[-1].weights):
+            self.grown |= set(map(id, outputs))
         self.fixed[node] = outputs if isinstance(made, list | tuple) else outputs[0]
         if changed is not None and not effect:
             self.fixed = {k: self.fixed[node] if v is changed else v for k, v in self.fixed.items()}

@@ -48,7 +48,7 @@ def boxed(r: Reader, node: Any, name: str) -> Any:
     sources = [v for v in map(r.value, taken) if v is not None]
     axes = _axes(r, node, sources, made)
     writing = call(r, node)
-    learned = trained(writing["weights"])
+    learned = trained(r, writing["weights"])
     if pointwise(node):
         kind = "elementwise" if len(sources) == 1 else "binary"
         more = {"function" if len(sources) == 1 else "what": SIGNS.get(name, name), "other": True}

@@ -335,6 +335,7 @@ class _Line:
         for level, keys in ((k, core_in), (k + 1, core_out)):
             places = [i for i, slot in enumerate(self.order[level]) if slot.kind == "wire" and slot.key in keys]
             if not places:
+                self._apart(k, level, step, (top, bottom))
                 continue
             order = self.order[level]
             self.rows.below(top, self.slots[order[places[0]]], need.above)
@@ -345,6 +346,26 @@ class _Line:
             if places[-1] + 1 < len(order):
                 lower = order[places[-1] + 1]
                 self.rows.below(bottom, self.slots[lower], 3.0 if lower.kind == "dash" else 4.0, soft=True)
+
+    def _apart(self, k: int, level: int, step: Step, box: tuple[int, int]) -> None:
+        """Keep what goes on beside a box away from it on the side where it has no wires: where a tag ends, or memory begins."""
+        onward = {a: b for s in self.sheet.columns[k] for a, b in s.through}
+        taken = {t.key for s in self.sheet.columns[k] for t in s.inputs}
+        onward |= {w.key: w.key for t in self.sheet.levels[k] if t.key not in taken for w in t.wires}
+        across = {b: a for a, b in onward.items()} if level == k else onward
+        other = 2 * k + 1 - level
+        own = {
+            w.key for w in (step.in_wires if other == k else step.out_wires) if w.key not in across or not step.inputs
+        }
+        order = [slot for slot in self.order[other] if slot.kind == "wire"]
+        places = [i for i, slot in enumerate(order) if slot.key in own]
+        for beside, upper in ((places[:1], True), (places[-1:], False)) if places else ():
+            i = beside[0] + (-1 if upper else 1)
+            if (
+                0 <= i < len(order)
+                and (there := self.slots.get(_Slot(level, "wire", across.get(order[i].key, "")))) is not None
+            ):
+                self.rows.below(*((there, box[0]) if upper else (box[1], there)), 4.0, soft=True)
 
     def _fence_rows(self, fence: Fence) -> None:
         """Heights of a fence: round its wires, pictograms and inner fences; strangers stay outside."""
@@ -566,14 +587,14 @@ def _continuing(step: Step) -> list[tuple[str, str, float]]:
     """Pairs of wires that go on in an operation, and how much each of them should stay level.
 
     Where several tensors become one, it stands where one of them stood: of a sum the first, of a product the one that
-    most wires come from, the last of those.
+    most wires come from, the first of those.
     """
     after = dict(step.through)
     if len(step.inputs) < 2:
         return [(a, b, 4.0) for a, b in step.through]
     goal = {w.axis: w.key for w in step.out_wires}
     kept = [sum(w.axis in goal for w in t.wires) for t in step.inputs]
-    main = 0 if step.kind != "einsum" else max(range(len(kept)), key=lambda i: (kept[i], i))
+    main = 0 if step.kind != "einsum" else max(range(len(kept)), key=lambda i: (kept[i], -i))
     pairs = []
     for i, tensor in enumerate(step.inputs):
         for wire in tensor.wires:
@@ -602,10 +623,10 @@ def _legend(sheet: Sheet, style: Style, width: float, top: float) -> tuple[list[
     x, y = style.margin, top + 14
     for symbol, meaning in sheet.legend:
         spans = (*symbol, Span(f" = {meaning}", "regular"))
-        room = spans_width(spans, 12)
+        room = spans_width(spans, 13)
         if x > style.margin and x + room > width - style.margin:
             x, y = style.margin, y + 17
-        texts.append(Text(x, y, spans, 12, "start", "legend", "#55555e"))
+        texts.append(Text(x, y, spans, 13, "start", "legend", "#55555e"))
         x += room + 18
     return texts, y if sheet.legend else top - 6
 

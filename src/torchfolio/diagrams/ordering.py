@@ -90,6 +90,9 @@ def _after(level: tuple[Tensor, ...], steps: tuple[Step, ...], rank: dict[str, f
             if step.kind == "copy":
                 outputs.sort(key=lambda t: rank.get(t.key, 0.0))
             result += outputs
-    # What has no input, as a constant, comes last.
-    result += [t for step in steps if not step.inputs for t in step.outputs]
+    for made in (t for step in steps if not step.inputs for t in step.outputs):  # from memory: beside what it goes to
+        before = [
+            (rank.get(t.key, 0.0), i) for i, t in enumerate(result) if rank.get(t.key, 0.0) < rank.get(made.key, 0.0)
+        ]
+        result.insert(max(before)[1] + 1 if before else len(result), made)
     return tuple(result)

@@ -26,6 +26,7 @@ from torchfolio.diagrams.sheet import Step, Wire
 
 FACE, STAR_FACE, SOFT_FACE, NORM_FACE = "#e9eeeb", "#e3f2f9", "#d5ecd9", "#fde3e6"
 STRIDE_FACE, BLOCK_FACE, BLOCK_TOP, BLOCK_SIDE = "#aee0fb", "#c8e9a4", "#dff3c8", "#a5cf7c"
+MEMORY_FACE = "#fdf4b0"
 INK, GREY, PAPER = "#1c1c22", "#8a8a92", "#ffffff"
 HALF = 9.0
 """Half the height of a pictogram on a single wire, px."""
@@ -223,7 +224,9 @@ def unknown(step: Step) -> Plan:
 # ------------------------------------------------------------------------------------------------------- elementwise
 
 
-def floating(spans: Sequence[Span], *, grey: bool = False, arrows: bool = True) -> Callable[[Step], Plan]:
+def floating(
+    spans: Sequence[Span], *, grey: bool = False, arrows: bool = True, fill: str = ""
+) -> Callable[[Step], Plan]:
     """A scalar function: ➤ f ➤ over the wires that it is applied along."""
     size = 13.0 if not grey else 9.0
     colour = GREY if grey else INK
@@ -234,6 +237,10 @@ def floating(spans: Sequence[Span], *, grey: bool = False, arrows: bool = True) 
         def draw(place: Place) -> Drawn:
             y = min([*place.ins.values(), *place.outs.values()], default=0.0) - 5
             parts: list[Path | Text | Area] = [_letters(place.centre, y, spans, size, colour)]
+            if fill:
+                parts.insert(
+                    0, _face(Box(place.centre - width / 2 - 3, y - 10, place.centre + width / 2 + 3, y + 4), fill)
+                )
             if arrows:
                 parts.append(_arrow_head(place.centre - width / 2 - 1.5, y - 4, colour))
                 parts.append(_arrow_head(place.centre + width / 2 + 9, y - 4, colour))
@@ -330,7 +337,7 @@ def convolution(step: Step) -> Plan:
     label = [regular(str(step.params.get("kernel_text", "")))]
     letter = learned_spans("L", bias=bool(step.params.get("bias")))
     note = str(step.params.get("note") or "")
-    width = max(20 + spans_width(label, 13), spans_width(letter, 16) + 8, len(note) * 5.0 + 6, 30)
+    width = max(20 + spans_width(label, 13), spans_width(letter, 16) + 8, len(note) * 5.6 + 6, 30)
 
     def draw(place: Place) -> Drawn:
         spatial, channel = _spatial(step, place)
@@ -345,7 +352,7 @@ def convolution(step: Step) -> Plan:
             _letters(place.centre, y_letter + 5.3, letter, 16),
         ]
         if note:
-            parts.append(_letters(place.centre, bottom + 9, [Span(note, "sans")], 8, GREY))
+            parts.append(_letters(place.centre, bottom + 9, [Span(note, "sans")], 9, GREY))
         return Drawn(parts, box)
 
     return Plan(width + 16, draw, 10, 20 if note else 10)
@@ -400,7 +407,7 @@ def _strided(step: Step, stride: str) -> Plan:
         parts.append(Path((("M", (body.right, from_y)), ("C", (x, from_y, x, from_y, x, y))), stroke=GREY))
         parts.append(_face(face, FACE))
         parts.append(_letters(x, y_letter + 5.3, letter, 16))
-        parts.append(_letters(x + 9, face.bottom + 8.5, [regular(kernel)], 8.5, GREY))
+        parts.append(_letters(x + 9, face.bottom + 8.5, [regular(kernel)], 9, GREY))
         box = body.union(face)
         drawn = Drawn(parts, box)
         spatial = set(step.params.get("spatial", ()))
@@ -455,10 +462,10 @@ def bar(step: Step) -> Plan:
             Box(x - 2, top - 6, x + 2, bottom + 6),
         )
         if note:
-            drawn.parts.append(_letters(x, bottom + 15, [Span(note, "sans")], 8, GREY))
+            drawn.parts.append(_letters(x, bottom + 15, [Span(note, "sans")], 9, GREY))
         return drawn
 
-    return Plan(max(24.0, len(note) * 5.2 + 6), draw, 6, 16 if note else 6)
+    return Plan(max(24.0, len(note) * 5.8 + 6), draw, 6, 16 if note else 6)
 
 
 def tag(step: Step) -> Plan:
@@ -535,6 +542,11 @@ def merge(step: Step) -> Plan:
         str(step.params.get("what", "add")), str(step.params.get("what", ""))
     )
     spans = (Span(sign, "bold"),) if len(sign) == 1 else (regular(sign),)
+    if "index" in step.params:  # the other tensor is in memory
+        parts = [*spans, *memory_name(step)]
+        return floating(parts if not step.params["first"] or sign in "+×" else [*parts[1:], *spans], fill=MEMORY_FACE)(
+            step
+        )
     width = spans_width(spans, 13)
 
     def draw(place: Place) -> Drawn:
@@ -598,13 +610,14 @@ def splitting(step: Step) -> Plan:
     return Plan(60, draw, 8, 8, solid=False)
 
 
-def _meet(step: Step, place: Place, drawn: Drawn, goal: dict[str, float], x: float) -> None:
-    """Lead every wire whose axis goes on to its height at x; a dot where several come together."""
+def _meet(step: Step, place: Place, drawn: Drawn, goal: dict[str, float], x: float, start: float | None = None) -> None:
+    """Lead every wire whose axis goes on to its height at x, from a start on; a dot where several come together."""
+    start = place.x0 if start is None else start
     going, meeting = dict(step.through), dict.fromkeys(goal, 0)
     for wire in (w for w in step.in_wires if w.axis in goal):
         y = goal[wire.axis]
         meeting[wire.axis] += 1
-        path = tuple(ease(place.x0, place.ins[wire.key], x, y))
+        path = (("L", (start, place.ins[wire.key])), *ease(start, place.ins[wire.key], x, y))
         if wire.key in going:
             drawn.through[wire.key] = (*path, ("L", (place.x1, y)))
         else:
@@ -618,7 +631,7 @@ def contraction(step: Step) -> Plan:
     def draw(place: Place) -> Drawn:
         drawn = Drawn()
         goal = {w.axis: place.outs[w.key] for w in step.out_wires}
-        _meet(step, place, drawn, goal, place.x1 - 10)
+        _meet(step, place, drawn, goal, place.x1 - 10, place.x0 + 0.42 * (place.x1 - place.x0))
         summed: dict[str, list[Wire]] = {}
         for wire in (w for w in step.in_wires if w.axis not in goal):
             summed.setdefault(wire.axis, []).append(wire)
@@ -631,14 +644,14 @@ def contraction(step: Step) -> Plan:
             drawn.parts.append(_letters(place.centre + 7, y + 4.5, [regular("Σ")], 13))
         return drawn
 
-    return Plan(60, draw, 3, 3, solid=False)
+    return Plan(72, draw, 3, 3, solid=False)
 
 
 def _join(place: Place, wires: Sequence[Wire], drawn: Drawn) -> None:
     """Bring the wires close together and join them in a half circle that opens to the left."""
     heights = [place.ins[w.key] for w in wires]
     middle, radius = (min(heights) + max(heights)) / 2, 8.0
-    x = place.x0 + 0.55 * (place.x1 - place.x0)
+    x = place.x0 + 0.32 * (place.x1 - place.x0)
     upper = min(wires, key=lambda w: place.ins[w.key])
     for wire in wires:
         y = middle - radius if wire is upper else middle + radius
@@ -647,6 +660,20 @@ def _join(place: Place, wires: Sequence[Wire], drawn: Drawn) -> None:
         k = 0.5523 * radius
         arc: Command = ("C", (x + k, y, x + radius, middle - sign * k, x + radius, middle))
         drawn.ends[wire.key] = (*ease(place.x0, place.ins[wire.key], x, y), arc)
+
+
+def spread(step: Step) -> Plan:
+    """An axis along which all entries are the same begins at a dot."""
+
+    def draw(place: Place) -> Drawn:
+        drawn = Drawn()
+        for wire in step.starting:
+            y = place.outs[wire.key]
+            drawn.starts[wire.key] = (("M", (place.centre, y)), ("L", (place.x1, y)))
+            drawn.parts.append(_dot(place.centre, y))
+        return drawn
+
+    return Plan(36, draw, 3, 3, solid=False)
 
 
 def crossing(step: Step) -> Plan:
@@ -691,20 +718,19 @@ def block(step: Step) -> Plan:
     return Plan(width + edge + 18, draw, need + edge, need)
 
 
+def memory_name(step: Step) -> tuple[Span, ...]:
+    """C with the number of the tensor in memory."""
+    return italic("C"), regular(str(step.params["index"]), 0.72, -0.18)
+
+
 def save(step: Step) -> Plan:
-    """→ C: a tensor is put into memory, out of the drawing, until it is loaded."""
-    return _memory(step, before=True)
+    """→ C: over a tensor that is kept in memory until it is loaded, and goes on."""
+    return floating((regular("→ "), *memory_name(step)), arrows=False, fill=MEMORY_FACE)(step)
 
 
 def load(step: Step) -> Plan:
     """C →: a tensor comes back from memory."""
-    return _memory(step, before=False)
-
-
-def _memory(step: Step, *, before: bool) -> Plan:
-    name = (italic("C"), *([regular(str(step.params["index"]), 0.7, -0.18)] if "index" in step.params else []))
-    spans = (regular("→ "), *name) if before else (*name, regular(" →"))
-    return boxed(spans, size=15, fill="#fdf8bd", half=9)(step)
+    return boxed((*memory_name(step), regular(" →")), size=13, fill=MEMORY_FACE, half=9)(step)
 
 
 PICTOGRAMS: dict[str, Callable[[Step], Plan]] = {
@@ -728,4 +754,5 @@ PICTOGRAMS: dict[str, Callable[[Step], Plan]] = {
     "binary": merge,
     "einsum": contraction,
     "transpose": crossing,
+    "view": spread,
 }

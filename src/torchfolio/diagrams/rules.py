@@ -97,7 +97,7 @@ def _binary(r: Reader, node: Any, name: str) -> Value | None:
                 writing["weights"][0].axes = _matched(r, theirs, made.axes)
         text = f"{sign}{number}" if number else f"{sign}W"
         linear = isinstance(other, int | float) and plain and (name == "mul" or (name == "div" and left is not None))
-        return r.add("elementwise", [source], [made], sign=text, learned=trained(writing["weights"]), linear=linear,
+        return r.add("elementwise", [source], [made], sign=text, learned=trained(r, writing["weights"]), linear=linear,
                      what=name if plain else "", **writing)  # fmt: skip
     made = Value(broadcast(r, left.axes, right.axes))
     other = {} if plain and name in OPERATORS else {"other": True}

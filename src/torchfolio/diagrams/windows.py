@@ -109,7 +109,7 @@ def normalisation(r: Reader, node: Any, name: str, source: Value) -> Value:
         core = axes[1:]  # groups of channels are normalised with all their places
     writing = call(r, node) if name == "instance_norm" else call(r, node, f"F.{name}", args[:5])
     note = f"groups {args[1]}" if name == "group_norm" and core == axes[1:] and args[1] > 1 else ""
-    return r.add("norm", [source], made, core, learned=trained(writing["weights"]), note=note, **writing)
+    return r.add("norm", [source], made, core, learned=trained(r, writing["weights"]), note=note, **writing)
 
 
 def embedding(r: Reader, node: Any, name: str) -> Value | None:

@@ -136,5 +136,6 @@ def argument(node: Any, place: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
-def trained(weights: Sequence[Value]) -> bool:
-    return any(w.root.learned for w in weights)
+def trained(r: Reader, weights: Sequence[Value]) -> bool:
+    """Whether something of them is learned."""
+    return any(w.root.learned or id(w.root) in r.grown for w in weights)
