@@ -62,9 +62,13 @@ def test_a_line_is_one_value_or_a_number_of_every_arm(results):
 
 
 def test_scatter_shows_seeds_and_their_mean(results):
-    ax = plots.scatter(results, {"a": (("a", "cost"), ("a", "score"))}).axes[0]
-    assert [line.get_xdata().tolist() for line in ax.lines] == [[10.0, 12.0], [11.0]]
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[1.0, 3.0], [2.0]]
+    one, other = (("a", "cost"), ("a", "score")), (("b", "cost"), ("b", "score"))
+    ax = plots.scatter(results, {"one": one, "line": [one, other]}).axes[0]
+    dots, mean, first, second, line = ax.lines
+    assert [dots.get_xdata().tolist(), mean.get_xdata().tolist()] == [[10.0, 12.0], [11.0]]
+    assert [dots.get_ydata().tolist(), mean.get_ydata().tolist()] == [[1.0, 3.0], [2.0]]
+    assert [first.get_xdata().tolist(), second.get_ydata().tolist()] == [[10.0, 12.0], [3.0, 5.0]]
+    assert [line.get_xdata().tolist(), line.get_ydata().tolist()] == [[11.0, 21.0], [2.0, 4.0]]
 
 
 def test_matrices_share_a_scale_and_leave_cells_of_nan_empty():

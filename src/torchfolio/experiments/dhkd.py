@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import Batch, LearningRule, evaluate, fit
+from torchfolio.engine import Batch, LearningRule, fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import outputs
 from torchfolio.models import ConvNet, ResNetCIFAR
 from torchfolio.models.conv_net import conv_block, pooled_head
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, tasks
+from torchfolio.runs.bench import Bench, training_step
 from torchfolio.training.dhkd import DHKD, binary_kl_norm, etf_deviation, head_conflict, kd_loss
 
 
@@ -110,7 +110,7 @@ def train(
         net, batches, rule=rule, optimizer=optimizer, scheduler=scheduler, epochs=epochs, batch_size=64,
         drop_last=len(x) % 64 == 1, seed=run.seed, device=run.device,
     )  # fmt: skip
-    return {"accuracy": 100 * evaluate(net, data.test)["accuracy"]}
+    return {"accuracy": tasks.accuracy(net, data.test)}
 
 
 def learn(run: Run[Settings], data: DataSplits, epochs: int, widths: Any, name: str, v: Tensor) -> dict[str, Any]:
@@ -158,8 +158,9 @@ def run(run: Run[Settings]) -> None:
                 done[f"{kind}_{name}"] = run.arm(f"{kind}_{name}", learn, run, data, epochs, widths, name, v)
         if kind == "strong":
             order = torch.randperm(len(v), generator=torch.Generator().manual_seed(run.seed))
-            own = run.arm("strong_permuted", learn, run, data, epochs, widths, "mlp_permuted", v[order])
-            done["strong_permuted"] = own
+            done["strong_permuted"] = run.arm(
+                "strong_permuted", learn, run, data, epochs, widths, "mlp_permuted", v[order]
+            )
     report(run, {name: arm["accuracy"] for name, arm in done.items()}, done)
 
 
@@ -193,21 +194,12 @@ def peers(bench: Bench) -> None:
     torch.manual_seed(0)
     teacher, x, y = ResNetCIFAR(20).eval(), torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     with torch.no_grad():
-        v = teacher(x)
+        batch = (x, teacher(x), y)
 
-    def step(rule: LearningRule, *batch: Tensor) -> Callable[[], object]:
-        net = ResNetCIFAR(8)
-        module = rule.prepare(net, batch)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    def step(rule: LearningRule) -> Callable[[], None]:
+        return training_step(ResNetCIFAR(8), batch, rule, sgd(0.01, nesterov=False))
 
-        def one() -> None:
-            optimizer.zero_grad()
-            rule.step(batch, Tensor.backward)
-            optimizer.step()
-
-        return one
-
-    kd = step(OneHead(kd_loss, 4.0), x, v, y)
-    bench.compare("step, 128 x 3x32x32, stored logits", ours=step(DHKD(None), x, v, y), kd=kd)
-    aligned = step(DHKD(None, gradient_alignment=True), x, v, y)
+    kd = step(OneHead(kd_loss, 4.0))
+    bench.compare("step, 128 x 3x32x32, stored logits", ours=step(DHKD(None)), kd=kd)
+    aligned = step(DHKD(None, gradient_alignment=True))
     bench.compare("step with gradient alignment, 128 x 3x32x32, stored logits", ours=aligned, kd=kd)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from torchfolio.efficiency.ftwt import (
     measure_flops,
 )
 from torchfolio.efficiency.gated_conv import Gates
-from torchfolio.engine import Backprop, LearningRule, evaluate, fit, seeded
+from torchfolio.engine import Backprop, LearningRule, fit, seeded
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import count_flops
 from torchfolio.models import VGG
-from torchfolio.runs import Results, Run
-from torchfolio.runs.tasks import OwnNetwork, own_network
+from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run(run: Run[Settings]) -> None:
     with seeded(run.seed):
         net = own_network(settings, data, lambda: VGG(settings.widths, data.num_classes, data.shape[0]))
     train(run, data, net, Backprop(), settings.lr[0], settings.pretrain)
-    dense = run.arm("dense", lambda: {"accuracy": accuracy(net, data)})["accuracy"]
+    dense = run.arm("dense", lambda: {"accuracy": accuracy(net, data.test)})["accuracy"]
     arms: dict[str, dict[str, Any]] = {}
     for softmax in (True, False):
         for r in settings.shares:
@@ -97,24 +97,16 @@ def run(run: Run[Settings]) -> None:
     run.values("accuracy", dense=dense, best_at_30=max(enough, default=0.0), first=arms[f"softmax_{least}"]["accuracy"],
                first_reduction=arms[f"softmax_{least}"]["measured"])  # fmt: skip
     soft, plain = ([arm for name, arm in arms.items() if name.startswith(kind)] for kind in ("softmax", "linear"))
+    steps = [(a[k], b[k]) for kind in (soft, plain) for a, b in pairwise(kind) for k in ("estimate", "measured")]
     run.values(
         "budget",
         linear_error=max(abs(a["estimate"] - a["measured"]) for a in plain),
         softmax_excess=max(a["measured"] - a["estimate"] for a in soft),
-        least_rise=min(
-            b[k] - a[k]
-            for kind in (soft, plain)
-            for a, b in zip(kind, kind[1:], strict=False)
-            for k in ("estimate", "measured")
-        ),
+        least_rise=min(later - earlier for earlier, later in steps),
     )
     chosen = arms[f"softmax_{middle}"]
     run.values("negative_control", dense=dense, learned=chosen["accuracy"], random=chosen["random"])
-    run.values(
-        "compact",
-        difference=max(a["difference"] for a in arms.values()),
-        uncounted=max(a["uncounted"] for a in arms.values()),
-    )
+    run.values("compact", {name: max(arm[name] for arm in arms.values()) for name in ("difference", "uncounted")})
 
 
 def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRule, lr: float, epochs: int) -> None:
@@ -123,19 +115,15 @@ def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRu
         epochs=epochs, seed=run.seed, device=run.device)  # fmt: skip
 
 
-def accuracy(net: nn.Module, data: DataSplits) -> float:
-    """Test accuracy in percent."""
-    return 100 * evaluate(net, data.test)["accuracy"]
-
-
 def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, softmax: bool) -> dict[str, float]:
     """Accuracy, the saving foretold and measured in percent, and what random masks of equal rate give."""
     settings = run.settings
     model = attach_gates(net, r, softmax=softmax)
-    for layer in gated_layers(model).values():
+    layers = gated_layers(model).values()
+    for layer in layers:
         layer.oracle = True
-    targets = accuracy(model, data)  # the targets as masks, without training
-    for layer in gated_layers(model).values():
+    targets = accuracy(model, data.test)  # the targets as masks, without training
+    for layer in layers:
         layer.oracle = False
     estimate = estimate_flops(net, data.train.tensors[0][:1000], r)
     train(run, data, model, FTWT(gate_lr=settings.gate_lr), settings.lr[1], settings.epochs)
@@ -144,7 +132,7 @@ def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, softma
     for layer in gated_layers(random).values():
         layer.__class__ = RandomGates
     return {
-        "accuracy": accuracy(model, data), "targets": targets, "random": accuracy(random, data),
+        "accuracy": accuracy(model, data.test), "targets": targets, "random": accuracy(random, data.test),
         "estimate": 100 * estimate.reduction, "measured": 100 * measured.reduction,
         "with_gates": 100 * measured.reduction_with_gates, **compacted(model, data, measured.per_sample + measured.gates),
     }  # fmt: skip
@@ -184,21 +172,16 @@ def peers(bench: Any) -> None:
 
 def figures(results: Results) -> dict[str, Figure]:
     """Accuracy against the operations saved, and the saving foretold against the one measured."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for kind, label in (("softmax", "softmax"), ("linear", "no softmax")):
-        names = [f"{kind}_{round(100 * r)}" for r in results.settings.shares]
-        mean = {
-            key: [results.values(n, key).mean() for n in names]
-            for key in ("accuracy", "measured", "estimate", "random")
-        }
-        left.plot(mean["measured"], mean["accuracy"], marker="o", label=f"gates, {label}")
-        left.plot(mean["measured"], mean["random"], "x:", label=f"random masks, {label}")
-        right.plot(mean["estimate"], mean["measured"], marker="o", label=label)
-    left.axhline(results.values("dense", "accuracy").mean(), c="grey", ls="--", label="dense")
-    left.set(xlabel="operations saved (%)", ylabel="test accuracy (%)")
-    right.axline((30, 30), slope=1, c="grey", ls="--")
-    right.set(xlabel="saving estimated before training (%)", ylabel="saving measured (%)")
-    for ax in (left, right):
-        ax.legend()
-        ax.grid(alpha=0.3)
-    return {"accuracy and operations": fig}
+    kinds = {kind: [f"{kind}_{round(100 * r)}" for r in results.settings.shares] for kind in ("softmax", "linear")}
+    gates = {f"gates, {kind}": [((n, "measured"), (n, "accuracy")) for n in names] for kind, names in kinds.items()}
+    random = {
+        f"random masks, {kind}": [((n, "measured"), (n, "random")) for n in names] for kind, names in kinds.items()
+    }
+    fig = plots.scatter(results, gates | random, xlabel="operations saved (%)", ylabel="test accuracy (%)")
+    fig.axes[0].axhline(results.values("dense", "accuracy").mean(), c="grey", ls="--")
+    savings = {kind: [((n, "estimate"), (n, "measured")) for n in names] for kind, names in kinds.items()}
+    foretold = plots.scatter(
+        results, savings, xlabel="saving estimated before training (%)", ylabel="saving measured (%)"
+    )
+    foretold.axes[0].axline((30, 30), slope=1, c="grey", ls="--")
+    return {"accuracy and operations": fig, "savings": foretold}

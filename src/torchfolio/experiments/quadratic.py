@@ -125,24 +125,15 @@ def run(run: Run[Settings]) -> None:
             gamma = settings.gamma if init == "relinear" else 1.0
             arms[f"{init}_{name}"] = run.arm(f"{init}_{name}", trained, run, data, norm=norm, init=init, gamma=gamma)
     accuracy = {name: arm["accuracy"] for name, arm in arms.items()}
-    run.values(
-        "accuracy",
-        plain=accuracy["plain"], quadratic_plain=accuracy["relinear_plain"],
-        norm=accuracy["norm"], quadratic_norm=accuracy["relinear_norm"],
-        finite=min(arms["relinear_plain"]["finite"], arms["relinear_norm"]["finite"]),
-    )  # fmt: skip
-    run.values(
-        "negative_control",
-        random_plain=accuracy["random_plain"], random_norm=accuracy["random_norm"],
-        quadratic_norm=accuracy["relinear_norm"],
-    )  # fmt: skip
+    run.values("accuracy", plain=accuracy["plain"], quadratic_plain=accuracy["relinear_plain"], norm=accuracy["norm"],
+               quadratic_norm=accuracy["relinear_norm"],
+               finite=min(arms["relinear_plain"]["finite"], arms["relinear_norm"]["finite"]))  # fmt: skip
+    run.values("negative_control", {name: accuracy[name] for name in ("random_plain", "random_norm")},
+               quadratic_norm=accuracy["relinear_norm"])  # fmt: skip
     strengths = {}
     for gamma in settings.sweep:
-        arm = f"gamma {gamma:g}"
-        same = gamma == settings.gamma
-        done = arms["relinear_norm"] if same else run.arm(
-            arm, trained, run, data, norm=True, init="relinear", gamma=gamma
-        )  # fmt: skip
+        same, own = gamma == settings.gamma, {"norm": True, "init": "relinear", "gamma": gamma}
+        done = arms["relinear_norm"] if same else run.arm(f"gamma {gamma:g}", trained, run, data, **own)
         strengths[f"gamma_{gamma:g}".replace(".", "")] = done["strength"]
     run.values("transition", strengths)
     found = run.arm("varieties", dimensions, run.seed)

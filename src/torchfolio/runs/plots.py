@@ -77,21 +77,28 @@ def _values(results: Results, line: Value | Sequence[Value]) -> np.ndarray:
 
 
 def scatter(
-    results: Results, points: Mapping[str, tuple[Value, Value]], *, xlabel: str = "", ylabel: str = ""
+    results: Results,
+    points: Mapping[str, tuple[Value, Value] | Sequence[tuple[Value, Value]]],
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
 ) -> Figure:
     """One score against another: a dot for every seed, and a larger one at the mean.
 
     Args:
-        results: results of all seeds.
-        points: two pairs `(arm, value)` by label, across and up; every value is a number.
+        results: of all seeds.
+        points: two pairs `(arm, value)` by label, across and up; every value is a number. A label of several such
+            points joins their means by a line.
         xlabel: text under the axis.
         ylabel: text beside the axis.
     """
     fig, ax = axes(xlabel, ylabel)
-    for k, (label, (across, up)) in enumerate(points.items()):
-        x, y = results.values(*across), results.values(*up)
-        ax.plot(x, y, ".", color=f"C{k % 10}", alpha=0.5)
-        ax.plot(x.mean(), y.mean(), "o^sDv"[k // 10 % 5], color=f"C{k % 10}", markersize=8, label=label)
+    for k, (label, given) in enumerate(points.items()):
+        joined: Any = [given] if isinstance(given[0][0], str) else given
+        x, y = (np.stack([results.values(*point[axis]) for point in joined], axis=1) for axis in (0, 1))
+        color = f"C{k % 10}"
+        ax.plot(x, y, ".", color=color, alpha=0.5)
+        ax.plot(x.mean(0), y.mean(0), "o^sDv"[k // 10 % 5], linestyle="-", color=color, markersize=8, label=label)
     ax.legend()
     return fig
 
