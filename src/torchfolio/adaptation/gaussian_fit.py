@@ -7,13 +7,13 @@ Diagnostics of Zheng et al., "Revisiting Discriminative vs. Generative Classifie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 from torch import Tensor
 
+from torchfolio.adaptation.class_sums import as_numpy
 from torchfolio.checks import finite, same_length, whole
 
 __all__ = ["GaussianFit", "gaussian_fit"]
@@ -60,7 +60,7 @@ def gaussian_fit(X: ArrayLike | Tensor, y: ArrayLike | Tensor, *, bins: int = 10
         ValueError: on shapes that do not fit, features that are not finite, fewer than two classes, or no feature that
             varies.
     """
-    rows, labels = _numpy(X).astype(np.float64), _numpy(y)
+    rows, labels = as_numpy(X).astype(np.float64), as_numpy(y)
     if rows.ndim != 2 or labels.ndim != 1:
         raise ValueError(f"expected features [m, n] and labels [m], got shapes {rows.shape} and {labels.shape}")
     same_length(X=rows, y=labels)
@@ -100,7 +100,3 @@ def _divergence(within: Array, bins: int) -> Array:
     interval = np.minimum((place * bins).astype(int), bins - 1)
     share = np.stack([(interval == b).mean(0) for b in range(bins)])
     return np.where(share > 0, share * np.log(np.where(share > 0, share, 1) * bins), 0).sum(0)
-
-
-def _numpy(values: Any) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

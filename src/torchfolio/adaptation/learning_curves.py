@@ -19,6 +19,7 @@ from scipy.special import gammaln, logsumexp
 from sklearn.base import clone
 from torch import Tensor
 
+from torchfolio.adaptation.class_sums import as_numpy
 from torchfolio.checks import finite, one_of, same_length, whole
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def learning_curve(
     rows, test = _rows("X", X), _rows("X_test", X_test)
     if rows.shape[1] != test.shape[1]:
         raise ValueError(f"expected X_test of {rows.shape[1]} features, got {test.shape[1]}")
-    classes, codes = np.unique(_numpy(y), return_inverse=True)
-    labels = _numpy(y_test)
+    classes, codes = np.unique(as_numpy(y), return_inverse=True)
+    labels = as_numpy(y_test)
     test_codes = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
     if (classes[test_codes] != labels).any():
         raise ValueError("expected test labels among those of y, got others")
@@ -263,7 +264,3 @@ def _rows(name: str, X: Any) -> Tensor:
     if rows.dim() != 2 or not rows.numel():
         raise ValueError(f"expected {name} to be features [N, n] of one sample or more, got shape {tuple(rows.shape)}")
     return finite(name, rows.cpu() if rows.device.type == "mps" else rows).double()
-
-
-def _numpy(values: Any) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

@@ -242,6 +242,11 @@ def augmentation(splits: DataSplits) -> Any:
     return CropFlip(padding=max(1, splits.shape[-1] // 8), flip=True) if colour_images else None
 
 
+def say(text: str) -> None:
+    """Print a line of progress, beside the result."""
+    typer.echo(text, err=True)
+
+
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
     from torchfolio.json_text import to_json
 

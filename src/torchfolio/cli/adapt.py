@@ -15,6 +15,7 @@ from torchfolio.cli._network import (
     normalized,
     parse_settings,
     predictor_of,
+    say,
     seen_so_far,
     show_result,
 )
@@ -160,7 +161,7 @@ def _adapt_one(
     before = _accuracy(predictor_of(bundle, allow), test, place) if same else None
     done = method.adapt(
         bundle.model, train, val=val if len(val) else None, num_classes=len(splits.classes), seed=sizes["seed"],
-        device=place, say=lambda text: typer.echo(text, err=True),
+        device=place, say=say,
     )  # fmt: skip
     recipe = method.recipe({"build": manifest.build, "arguments": manifest.arguments})
     record = {"adapted": str(folder), "method": name, "settings": settings, "data": source, **dict(done.report)}

@@ -12,7 +12,7 @@ import typer
 
 from torchfolio.cli._audit_record import RECORD, combined_report, refuse_strangers, show_report, write_audit
 from torchfolio.cli._detectors import chosen_detectors, default_detector, needs_no_data
-from torchfolio.cli._network import normalized, open_network
+from torchfolio.cli._network import normalized, open_network, say
 from torchfolio.cli._options import MOST_SEED, Allow, AsJson, Device, ImageSize, ModelSet, named
 from torchfolio.cli._try_filter import SUSPICIOUS, try_filter
 from torchfolio.cli._verdicts import Part, fit_filter, judge_network
@@ -128,7 +128,7 @@ def audit(
         classes = tuple(map(str, range(_outputs(source, clean[0]))))
     parts: list[Part] = []
     for slug, inputs_by, network_by in methods:
-        _say(f"{slug}: {f'fitting to {name} on clean examples of {data}' if data else f'scanning {name} without data'}")
+        say(f"{slug}: {f'fitting to {name} on clean examples of {data}' if data else f'scanning {name} without data'}")
         parts += _run(slug, inputs_by, network_by, source, clean, classes, seed, budget)
     report = {
         "network_name": name,
@@ -161,10 +161,6 @@ def _run(
             parts.append(Part(slug, "model", *judge_network(network_by, source, clean, classes, seed, budget)))
     parts[-1].notes.extend(notes)
     return parts
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _place(device: str) -> Any:
@@ -240,4 +236,4 @@ def _noting(notes: list[str]) -> Iterator[None]:
         yield
     notes += dict.fromkeys(str(w.message) for w in raised if issubclass(w.category, UserWarning))
     for note in notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")

@@ -16,6 +16,7 @@ from torchfolio.cli._network import (
     open_network,
     parse_settings,
     predictor_of,
+    say,
     seen_so_far,
     show_result,
 )
@@ -154,7 +155,7 @@ def _compressed(
 
     compressed = compress_network(
         source.model, compression, splits.train, val=splits.val, example=example,
-        say=lambda text: typer.echo(text, err=True), **training, **fitting,
+        say=say, **training, **fitting,
     )  # fmt: skip
     record = {**record, "epochs": compressed.epochs}
     save_bundle(compressed.model, output, _manifest(source.manifest, compression, splits, record))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torchfolio.cli._network import normalized_splits, open_network, show_result
+from torchfolio.cli._network import normalized_splits, open_network, say, show_result
 from torchfolio.cli._options import MOST, MOST_SEED, Allow, AsJson, Data, Device, ImageSize, ModelSet, check_file
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
@@ -76,36 +76,36 @@ def inspect(
     net = source.model.to(place)
     layers = list(layer) if layer else inside.top_layers(net, x[:2].to(place))
     shown = inside.Shown(splits, Examples((x, y)), tuple(source.manifest.classes))
-    _say(f"{name}: operations, parameters and memory")
+    say(f"{name}: operations, parameters and memory")
     cost = _cost_card.cost(net, x, place)
     cards: list[Any] = [_cost_card.cost_card(name, cost)]
     result: dict[str, Any] = {
         "report": str(output), "layers": cost["table"].to_dict("records"), "saved_for_backward": cost["saved"],
     }  # fmt: skip
     if bundle is not None:
-        _say(f"{name}: its training")
+        say(f"{name}: its training")
         training = _training_cards.Training(bundle, name, source.manifest, data, image_size)
         training_cards, result["training"] = _training_cards.training_cards(training, net, shown)
         cards += training_cards
         card, result["size"] = _training_cards.size_card(training, net, shown)
         cards.append(card)
-    _say(f"{name}: losses of {len(x):,} examples")
+    say(f"{name}: losses of {len(x):,} examples")
     card, result["losses"] = inside.losses_card(net, shown)
     cards.append(card)
     if second is not None and other is not None:
         other_net = second.model.to(place)
         cards.append(learning_card(other, str(other)))
-        _say(f"{name} and {other}: matching units")
+        say(f"{name} and {other}: matching units")
         table, card = _comparison_cards.matched(net, other_net, layers, x, name, str(other), seed)
         cards.append(card)
         result["matching"] = table.reset_index(drop=True).to_dict("records")
-        _say(f"{name} and {other}: similarity of layers")
+        say(f"{name} and {other}: similarity of layers")
         card, result["similarity"] = _comparison_cards.similarity_card(net, other_net, layers, x, name, str(other))
         cards.append(card)
     models = [net] if second is None else [net, second.model.to(place)]
     result["panels"] = {}
     for slug, analysis in _analyses(panel, len(models)).items():
-        _say(f"{name}: {slug}")
+        say(f"{name}: {slug}")
         analysis.classes = shown.classes
         chosen = models[: analysis.networks]
         look = partial(analysis.look, *chosen, data=shown.examples, layers=layers, seed=seed)
@@ -117,7 +117,7 @@ def inspect(
             "not_shown": "What layers tell about the label is not shown: it needs classes."
         }
     else:
-        _say(f"{name}: information in {len(layers)} layers")
+        say(f"{name}: information in {len(layers)} layers")
         information = _information_card.information(net, layers, x, y, bins)
         cards.append(_information_card.information_card(name, information, len(x), y))
         result["information"] = information["table"].reset_index().to_dict("records")
@@ -150,10 +150,6 @@ def _analyses(chosen: Sequence[str] | None, networks: int) -> dict[str, Any]:
         if offered.networks <= networks and (chosen or offered.by_default):
             analyses[slug] = offered()
     return analyses
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

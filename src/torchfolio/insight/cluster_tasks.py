@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchfolio.checks import at_least, between, finite, whole
 from torchfolio.measure import cka_from_kernels
+from torchfolio.measure.similarity import centred_kernel
 
 __all__ = ["ClusterTask", "aligned_kernel", "kernel_to_inputs", "random_clusters", "separable_xor"]
 
@@ -139,7 +140,7 @@ def aligned_kernel(
     P = len(K_y)
     if K_y.shape != (P, P) or not torch.allclose(K_y, K_y.T) or torch.linalg.eigvalsh(K_y)[0] < -1e-8 * K_y.norm():
         raise ValueError(f"expected a symmetric positive semidefinite kernel, got shape {tuple(K_y.shape)}")
-    centred = _centred(K_y)
+    centred = centred_kernel(K_y)
     if centred.norm() <= 1e-12 * K_y.norm():
         raise ValueError("expected labels that differ between conditions, got a constant kernel")
     y = centred / centred.norm()
@@ -159,10 +160,6 @@ def aligned_kernel(
         end = centred * (P / centred.trace())
     kernel = _on_segment(start, end, y, alignment)
     return kernel * (scale * P / kernel.trace())
-
-
-def _centred(kernel: Tensor) -> Tensor:
-    return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
 
 
 def _random_kernel(held: Tensor, P: int, rank: int, generator: torch.Generator | None) -> Tensor:

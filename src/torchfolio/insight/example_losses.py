@@ -61,23 +61,11 @@ def example_losses(
         "median": float(np.median(losses)),
         "share_of_top_percent": float(share),
     }
-    rows, titles, notes = [], [], []
+    notes: list[str] = []
     labelled = not targets.is_floating_point()
-    name = lambda k: classes[k] if k < len(classes) else str(k)  # noqa: E731
-    p = answers.softmax(1) if labelled else answers
-    for k in worst:
-        row: dict[str, object] = {"example": int(k)}
-        if labelled:
-            said, true = int(p[k].argmax()), int(targets[k])
-            row |= {"label": name(true), "network says": name(said), "with probability": float(p[k, said])}
-            titles.append(f"{name(true)}\nnot {name(said)}" if said != true else name(true))
-        else:
-            row |= {"target": float(targets[k].reshape(-1)[0]), "network says": float(answers[k].reshape(-1)[0])}
-            titles.append("")
-        row["loss"] = float(losses[k])
-        if texts:
-            row["text"] = texts[k] if len(texts[k]) <= 120 else f"{texts[k][:119]}…"
-        rows.append(row)
+    if labelled:
+        answers = answers.softmax(1)
+    rows, titles = _worst_rows(worst, answers, targets, losses, classes, texts)
     kind = "cross-entropy, nats" if labelled else "squared error"
     sentences = [
         f"Over {len(losses):,} examples the loss ({kind}) is {losses.mean():.3g} on average and {np.median(losses):.3g} for the "
@@ -85,31 +73,69 @@ def example_losses(
         + (": a few outliers set the mean." if share > 0.1 else ": no few outliers set the mean.")
     ]
     if labelled:
-        wrong = float((p.argmax(1) != targets).double().mean())
-        sure = ((p.max(1).values > 0.9) & (p.argmax(1) != targets)).sum().item()
-        guess = math.log(p.shape[1])
-        beyond = float((losses > guess).mean())
-        sentences.append(
-            f"{wrong:.1%} are classified wrongly, {_count(int(sure))} of them with a probability above 90 %; {beyond:.1%} would have "
-            f"had a smaller loss if all {p.shape[1]} classes had got the same probability. Of examples at the top of the "
-            "list look first whether the label is right."
-        )
-        common = float(targets.bincount().max()) / len(targets)
-        spread = 2 * math.sqrt(common * (1 - common) / len(targets))
-        if 1 - wrong < common + spread:
-            notes.append(
-                f"Always answering the most frequent label would be right for {common:.1%}, not much less often than the network: "
-                "the rest of this page says little about what it learned."
-            )
-        record |= {"wrong": wrong, "sure_and_wrong": int(sure), "worse_than_even": beyond}
+        sentence, note, figures = _of_labels(answers, targets, losses)
+        sentences.append(sentence)
+        notes += note
+        record |= figures
     if len(losses) < 100:
         notes.append(f"Among {len(losses)} examples the largest loss is an accident; take more (--examples).")
-    figures = []
+    shown = []
     if pictures is not None:
-        figures = [(example_pictures(pictures[torch.as_tensor(worst.copy())], titles), "The examples with the largest loss: label, and what the network says.")]  # fmt: skip
+        shown = [(example_pictures(pictures[torch.as_tensor(worst.copy())], titles), "The examples with the largest loss: label, and what the network says.")]  # fmt: skip
     record["worst"] = [int(k) for k in worst]
-    return Panel("Which examples does it get most wrong?", sentences, notes, [pd.DataFrame(rows)], figures, record,
+    return Panel("Which examples does it get most wrong?", sentences, notes, [pd.DataFrame(rows)], shown, record,
                  f"losses of {len(losses):,} examples")  # fmt: skip
+
+
+def _worst_rows(
+    worst: np.ndarray,
+    answers: Tensor,
+    targets: Tensor,
+    losses: np.ndarray,
+    classes: Sequence[str],
+    texts: Sequence[str],
+) -> tuple[list[dict[str, object]], list[str]]:
+    """Rows of the table of the worst examples, and titles of their pictures; `answers` are probabilities or values."""
+
+    def name(label: int) -> str:
+        return classes[label] if label < len(classes) else str(label)
+
+    rows, titles = [], []
+    for k in worst:
+        row: dict[str, object] = {"example": int(k)}
+        if targets.is_floating_point():
+            row |= {"target": float(targets[k].reshape(-1)[0]), "network says": float(answers[k].reshape(-1)[0])}
+            titles.append("")
+        else:
+            answer, true = int(answers[k].argmax()), int(targets[k])
+            row |= {"label": name(true), "network says": name(answer), "with probability": float(answers[k, answer])}
+            titles.append(f"{name(true)}\nnot {name(answer)}" if answer != true else name(true))
+        row["loss"] = float(losses[k])
+        if texts:
+            row["text"] = texts[k] if len(texts[k]) <= 120 else f"{texts[k][:119]}…"
+        rows.append(row)
+    return rows, titles
+
+
+def _of_labels(p: Tensor, targets: Tensor, losses: np.ndarray) -> tuple[str, list[str], dict[str, Any]]:
+    """What probabilities say beside the losses: a sentence, a note where guessing does as well, and the figures."""
+    errors = p.argmax(1) != targets
+    wrong, sure = float(errors.double().mean()), int(((p.max(1).values > 0.9) & errors).sum())
+    beyond = float((losses > math.log(p.shape[1])).mean())
+    sentence = (
+        f"{wrong:.1%} are classified wrongly, {_count(sure)} of them with a probability above 90 %; {beyond:.1%} would have "
+        f"had a smaller loss if all {p.shape[1]} classes had got the same probability. Of examples at the top of the "
+        "list look first whether the label is right."
+    )
+    notes = []
+    common = float(targets.bincount().max()) / len(targets)
+    spread = 2 * math.sqrt(common * (1 - common) / len(targets))
+    if 1 - wrong < common + spread:
+        notes.append(
+            f"Always answering the most frequent label would be right for {common:.1%}, not much less often than the network: "
+            "the rest of this page says little about what it learned."
+        )
+    return sentence, notes, {"wrong": wrong, "sure_and_wrong": sure, "worse_than_even": beyond}
 
 
 def _count(count: int) -> str:

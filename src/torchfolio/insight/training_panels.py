@@ -28,6 +28,11 @@ SHOWN_PICTURES = 6
 SPIKE = 0.02  # rise of the mean loss, of itself, below which there is nothing to explain
 OPPOSED = -0.3  # correlation above which two groups cannot be said to oppose each other
 ADVICE = "Train again with --record to see it."
+TITLE, EYEBROW = "Was it at the edge of stability?", "sharpness, the largest eigenvalue of the Hessian"
+MEANING = (
+    "Gradient descent with step size lr diverges along a direction whose curvature is above 2 / lr: a loss that spikes "
+    "there asks for a smaller step."
+)
 
 
 def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], last: float = math.nan) -> Panel:
@@ -43,26 +48,8 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
     """
     import pandas as pd
 
-    title, eyebrow = "Was it at the edge of stability?", "sharpness, the largest eigenvalue of the Hessian"
-    meaning = (
-        "Gradient descent with step size lr diverges along a direction whose curvature is above 2 / lr: a loss that spikes "
-        "there asks for a smaller step."
-    )
     if record is None:
-        if not math.isfinite(last):
-            raise ValueError(f"Its sharpness is not shown: it was not recorded, and the network has no second derivative. {ADVICE}")  # fmt: skip
-        lr, optimizer = training.get("lr"), training.get("optimizer")
-        sentence = f"At its last weights the sharpness is {last:.3g}"
-        if optimizer and optimizer != "sgd":
-            meaning = f"{optimizer} scales each direction by itself, so that the sharpness does not tell whether its steps were stable."
-        if isinstance(lr, int | float) and not isinstance(lr, bool) and lr > 0 and optimizer == "sgd":
-            sentence += f"; at the largest learning rate of its schedule, {lr:g}, the limit 2 / lr is {2 / lr:.3g}"
-            if training.get("schedule") != "constant":
-                sentence += ", but the network ends at a far smaller one, with a far higher limit"
-        notes = [
-            f"What it was on the way, where the steps were large, cannot be told from the bundle: nothing was recorded. {ADVICE}"
-        ]
-        return Panel(title, [sentence + ".", meaning], notes, record={"last": last}, eyebrow=eyebrow)
+        return _last_sharpness(training, last)
     sharp, lr = np.asarray(record.sharpness), np.asarray(record.lr)
     if not np.isfinite(sharp).any():
         raise ValueError("Its sharpness is not shown: the network has no second derivative.")
@@ -74,21 +61,9 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
         table["2 / lr"] = limits[:, 0]
         if record.momentum:
             table[f"limit with momentum {record.momentum:g}"] = limits[:, 1]
-        ratio = sharp / limits[:, 1]
-        table["share of the limit"] = ratio
-        most = int(np.nanargmax(ratio))
-        sentences.append(
-            f"The sharpness came nearest to its limit at step {record.measured[most]}: {sharp[most]:.4g} against "
-            f"{limits[most, 1]:.4g}"
-            + (
-                ": far beyond it, where gradient descent throws the network about until it finds a flatter place."
-                if ratio[most] > 2
-                else ": there training is at the edge of stability, and the step size decides how sharp the network becomes."
-                if ratio[most] > 0.8
-                else ": the steps were small enough, and a spike of the loss has another cause."
-            )
-        )
-        sentences.append(meaning + " Steps on small batches can already be unstable at a fraction of it.")
+        table["share of the limit"] = sharp / limits[:, 1]
+        sentences.append(_nearest_to_limit(record, sharp, limits[:, 1]))
+        sentences.append(MEANING + " Steps on small batches can already be unstable at a fraction of it.")
     else:
         sentences.append(
             f"The sharpness went from {sharp[0]:.3g} to {sharp[-1]:.3g}. {record.optimizer} scales each direction by itself, so "
@@ -102,20 +77,56 @@ def sharpness_panel(record: TrainingRecord | None, training: Mapping[str, Any], 
         notes.append("Where a figure is missing the curvature could not be computed.")
     pictures = []
     if np.isfinite(sharp).sum() > 2:
-        fig, ax = _axes("step", "sharpness")
-        ax.plot(record.measured, sharp, marker="o", label="sharpness")
-        if descent:
-            ax.plot(record.measured, limits[:, 0], c="k", ls="--", label="2 / lr")
-            if record.momentum:
-                ax.plot(
-                    record.measured, limits[:, 1], c="grey", ls=":", label=f"limit with momentum {record.momentum:g}"
-                )
-        if (sharp[np.isfinite(sharp)] > 0).all():
-            ax.set_yscale("log")
-        ax.legend()
+        fig = _sharpness_figure(record, sharp, limits if descent else None)
         pictures = [(fig, "Sharpness over the training" + (", and what the step size allows." if descent else "."))]
-    kept = {"steps": list(record.measured), "sharpness": sharp.tolist(), "lr": lr.tolist(), "limit": limits[:, 1].tolist() if descent else []}  # fmt: skip
-    return Panel(title, sentences, notes, [table], pictures, kept, eyebrow)
+    figures = {"steps": list(record.measured), "sharpness": sharp.tolist(), "lr": lr.tolist(), "limit": limits[:, 1].tolist() if descent else []}  # fmt: skip
+    return Panel(TITLE, sentences, notes, [table], pictures, figures, EYEBROW)
+
+
+def _last_sharpness(training: Mapping[str, Any], last: float) -> Panel:
+    """The panel of a training that was not recorded."""
+    if not math.isfinite(last):
+        raise ValueError(f"Its sharpness is not shown: it was not recorded, and the network has no second derivative. {ADVICE}")  # fmt: skip
+    lr, optimizer, meaning = training.get("lr"), training.get("optimizer"), MEANING
+    sentence = f"At its last weights the sharpness is {last:.3g}"
+    if optimizer and optimizer != "sgd":
+        meaning = f"{optimizer} scales each direction by itself, so that the sharpness does not tell whether its steps were stable."
+    if isinstance(lr, int | float) and not isinstance(lr, bool) and lr > 0 and optimizer == "sgd":
+        sentence += f"; at the largest learning rate of its schedule, {lr:g}, the limit 2 / lr is {2 / lr:.3g}"
+        if training.get("schedule") != "constant":
+            sentence += ", but the network ends at a far smaller one, with a far higher limit"
+    notes = [
+        f"What it was on the way, where the steps were large, cannot be told from the bundle: nothing was recorded. {ADVICE}"
+    ]
+    return Panel(TITLE, [sentence + ".", meaning], notes, record={"last": last}, eyebrow=EYEBROW)
+
+
+def _nearest_to_limit(record: TrainingRecord, sharp: np.ndarray, limits: np.ndarray) -> str:
+    """One sentence on the step at which the sharpness came nearest to its limit."""
+    ratio = sharp / limits
+    most = int(np.nanargmax(ratio))
+    if ratio[most] > 2:
+        verdict = "far beyond it, where gradient descent throws the network about until it finds a flatter place"
+    elif ratio[most] > 0.8:
+        verdict = "there training is at the edge of stability, and the step size decides how sharp the network becomes"
+    else:
+        verdict = "the steps were small enough, and a spike of the loss has another cause"
+    figures = f"{sharp[most]:.4g} against {limits[most]:.4g}"
+    return f"The sharpness came nearest to its limit at step {record.measured[most]}: {figures}: {verdict}."
+
+
+def _sharpness_figure(record: TrainingRecord, sharp: np.ndarray, limits: np.ndarray | None) -> Figure:
+    """The sharpness by step, with the limits without and with momentum `[steps, 2]`."""
+    fig, ax = _axes("step", "sharpness")
+    ax.plot(record.measured, sharp, marker="o", label="sharpness")
+    if limits is not None:
+        ax.plot(record.measured, limits[:, 0], c="k", ls="--", label="2 / lr")
+        if record.momentum:
+            ax.plot(record.measured, limits[:, 1], c="grey", ls=":", label=f"limit with momentum {record.momentum:g}")
+    if (sharp[np.isfinite(sharp)] > 0).all():
+        ax.set_yscale("log")
+    ax.legend()
+    return fig
 
 
 def group_panel(
@@ -145,34 +156,10 @@ def group_panel(
     groups = find_groups(record.losses, step=int(np.diff(means).argmax()) if spike else None)
     here, there = record.steps[groups.step], record.steps[groups.step + 1]
     k, n = len(groups.positive), record.losses.shape[1]
-    usual = max(1, round(0.02 * n)) / n
-    opposed = groups.opposition < OPPOSED
     follows = groups.step + 2 < len(record.steps)
     table = pd.DataFrame([_group(record, groups, name, m, classes, follows)
                           for name, m in (("rose", groups.positive), ("fell", groups.negative))])  # fmt: skip
-    sentences = [
-        f"Of {n} training examples that were followed, {k} whose loss rose most between steps {here} and {there} are compared "
-        f"with the {k} whose loss fell most there"
-        + (f", where the mean loss rose most, by {rises[groups.step]:.0%}." if spike else ".")
-        + f" The 2 % of examples that moved most carry {groups.concentration:.0%} of all change"
-        + (f", {groups.concentration / usual:.1f} times their share." if usual else ".")
-    ]
-    if not groups.instability:
-        sentences.append("No instability was seen: the mean loss never rose. The groups are those of the step with the most uneven changes, and stand behind no spike.")  # fmt: skip
-    elif not spike:
-        sentences.append(f"The mean loss never rose by more than {rises.max():.2%} of itself, which is no spike: take the groups for examples that the network wavers about.")  # fmt: skip
-    if not math.isfinite(groups.opposition):
-        sentences.append("Whether the two pull against each other cannot be told from so few moments.")
-    elif opposed:
-        sentences.append(
-            f"Over the training their changes go against each other (correlation {groups.opposition:.2f}): what helps one hurts "
-            "the other. Look at what the pictures or texts of a group have in common; it is what the network swings about."
-        )
-    else:
-        sentences.append(
-            f"Over the training their changes do not go against each other (correlation {groups.opposition:.2f}; opposing groups "
-            "have one near -1): these are examples that are hard or were drawn lately, and no opposing signals."
-        )
+    sentences = _group_sentences(record, groups, rises, spike)
     gap = there - here
     notes = []
     if gap > 1:
@@ -190,11 +177,48 @@ def group_panel(
     if texts:
         tables.append(pd.DataFrame([{"loss": label, "label": _class(record.targets[m], classes), "text": texts[m][:140]}
                                     for label, g in (("rose", groups.positive), ("fell", groups.negative)) for m in g[:SHOWN_PICTURES]]))  # fmt: skip
-    kept = {"step": here, "instability": groups.instability, "opposition": groups.opposition,
-            "concentration": groups.concentration, "positive": groups.positive.tolist(), "negative": groups.negative.tolist()}  # fmt: skip
+    summary = {"step": here, "instability": groups.instability, "opposition": groups.opposition,
+               "concentration": groups.concentration, "positive": groups.positive.tolist(), "negative": groups.negative.tolist()}  # fmt: skip
     return Panel(
-        "Which examples moved its loss?", sentences, notes, tables, figures, kept, f"opposing signals, {n} examples"
+        "Which examples moved its loss?",
+        sentences,
+        notes,
+        tables,
+        figures,
+        summary,
+        f"opposing signals, {n} examples",
     )
+
+
+def _group_sentences(record: TrainingRecord, groups: OpposingGroups, rises: np.ndarray, spike: bool) -> list[str]:
+    """Who moved, by how much of the whole, and whether the two groups pull against each other."""
+    here, there = record.steps[groups.step], record.steps[groups.step + 1]
+    k, n = len(groups.positive), record.losses.shape[1]
+    usual = max(1, round(0.02 * n)) / n
+    sentences = [
+        f"Of {n} training examples that were followed, {k} whose loss rose most between steps {here} and {there} are compared "
+        f"with the {k} whose loss fell most there"
+        + (f", where the mean loss rose most, by {rises[groups.step]:.0%}." if spike else ".")
+        + f" The 2 % of examples that moved most carry {groups.concentration:.0%} of all change"
+        + (f", {groups.concentration / usual:.1f} times their share." if usual else ".")
+    ]
+    if not groups.instability:
+        sentences.append("No instability was seen: the mean loss never rose. The groups are those of the step with the most uneven changes, and stand behind no spike.")  # fmt: skip
+    elif not spike:
+        sentences.append(f"The mean loss never rose by more than {rises.max():.2%} of itself, which is no spike: take the groups for examples that the network wavers about.")  # fmt: skip
+    if not math.isfinite(groups.opposition):
+        sentences.append("Whether the two pull against each other cannot be told from so few moments.")
+    elif groups.opposition < OPPOSED:
+        sentences.append(
+            f"Over the training their changes go against each other (correlation {groups.opposition:.2f}): what helps one hurts "
+            "the other. Look at what the pictures or texts of a group have in common; it is what the network swings about."
+        )
+    else:
+        sentences.append(
+            f"Over the training their changes do not go against each other (correlation {groups.opposition:.2f}; opposing groups "
+            "have one near -1): these are examples that are hard or were drawn lately, and no opposing signals."
+        )
+    return sentences
 
 
 def _group(

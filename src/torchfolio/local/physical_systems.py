@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchfolio.checks import at_least, between, finite, positive, same_length, whole
 from torchfolio.engine import seeded
+from torchfolio.measure.similarity import at_least_float32
 
 __all__ = [
     "BlackBox",
@@ -138,7 +139,7 @@ class MultimodeOptics(PhysicalSystem):
 
     def response(self, x: Tensor) -> Tensor:
         """$|Tx|$; real and imaginary parts apart, which is faster than a complex product on a CPU."""
-        T = _usable(self.transmission)
+        T = at_least_float32(self.transmission)  # half precision has no complex numbers
         parts = x.to(T) @ T.permute(1, 2, 0).flatten(1)
         real, imaginary = parts.chunk(2, 1)
         # The hypotenuse has no derivative at 0, where a silent input ends.
@@ -161,7 +162,7 @@ class KerrCavity(PhysicalSystem):
 
     def response(self, x: Tensor) -> Tensor:
         """Amplitudes of the first `n_out` modes after six passes."""
-        S = torch.view_as_complex(_usable(self.scattering))
+        S = torch.view_as_complex(at_least_float32(self.scattering))
         S = S * (0.7 / torch.linalg.matrix_norm(S, 2))  # drift changes the norm
         e = nn.functional.pad(x.to(S.real.dtype), (0, len(S) - self.n_in)).to(S.dtype)
         u = e
@@ -191,7 +192,7 @@ class MetasurfaceCavity(PhysicalSystem):
 
     def response(self, x: Tensor) -> Tensor:
         """Transmission at each frequency."""
-        W, ports, H = (torch.view_as_complex(_usable(b)) for b in (self.coupling, self.antennas, self.direct))
+        W, ports, H = (torch.view_as_complex(at_least_float32(b)) for b in (self.coupling, self.antennas, self.direct))
         W = W + W.mT
         W = W * (0.8 / torch.linalg.matrix_norm(W, 2, keepdim=True))
         top = x.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
@@ -359,8 +360,3 @@ def as_physical(
             raise ValueError(f"expected a system of {n_in} inputs and {n_out} outputs, got {fn.n_in} and {fn.n_out}")
         return fn
     return BlackBox(fn, n_in, n_out, numpy=numpy, noise_std=noise_std, seed=seed)
-
-
-def _usable(buffer: Tensor) -> Tensor:
-    """Half precision has no complex numbers; a system computes in float32 then."""
-    return buffer if buffer.dtype in (torch.float32, torch.float64) else buffer.float()

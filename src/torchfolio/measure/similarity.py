@@ -129,7 +129,7 @@ def cka_from_kernels(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Ten
 
 
 def _alignment(k_x: Tensor, k_y: Tensor, unbiased: bool) -> Tensor:
-    centre = _u_centred if unbiased else _centred
+    centre = _u_centred if unbiased else centred_kernel
     a, b = centre(k_x), centre(k_y)
     if _vanished(a, k_x) or _vanished(b, k_y):
         return _nothing_to_compare(a, b)
@@ -151,7 +151,7 @@ def hsic(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
     Reference:
         Gretton et al., ALT 2005; Song et al., JMLR 2012, equation 5.
     """
-    centre = _u_centred if unbiased else _centred
+    centre = _u_centred if unbiased else centred_kernel
     a, b = (centre(k) for k in _kernels(k_x, k_y, unbiased))
     n = len(a)
     return (a * b).sum() / (n * (n - 3) if unbiased else (n - 1) ** 2)
@@ -223,12 +223,13 @@ def _rows(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"expected features of the same examples, got {len(x)} and {len(y)}")
     if len(x) < least:
         raise ValueError(f"expected at least {least} examples, got {len(x)}")
-    x, y = _at_least_float32(x), _at_least_float32(y)
+    x, y = at_least_float32(x), at_least_float32(y)
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.flatten(1).to(dtype), y.flatten(1).to(dtype)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor itself in 32 or 64 bits, in 32 otherwise."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -300,10 +301,11 @@ def _kernels(k_x: Tensor, k_y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
         raise ValueError(f"expected at least {least} examples, got {len(k_x)}")
     if not (k_x.isfinite().all() and k_y.isfinite().all()):
         raise ValueError("the kernels are not finite")
-    return _at_least_float32(k_x), _at_least_float32(k_y)
+    return at_least_float32(k_x), at_least_float32(k_y)
 
 
-def _centred(k: Tensor) -> Tensor:
+def centred_kernel(k: Tensor) -> Tensor:
+    """A kernel matrix whose rows and columns have mean 0."""
     return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
 
 
