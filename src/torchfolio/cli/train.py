@@ -161,11 +161,11 @@ def train(
     else:
         raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
     held_out = splits.val if val is None else validation_set(val, data, splits, manifest, image_size)
-    given = {**settings, **_ready(networks[0], manifest, allowed)}
-    host = learning_rule = call_with(make_rule, {**_statistics(make_rule, splits), **given}, f"the rule {rule}")
+    own = {**_statistics(make_rule, splits), **settings, **_ready(networks[0], manifest, allowed)}
+    host = learning_rule = call_with(make_rule, own, f"the rule {rule}")
     for (name, (make, own)), bundles in zip(added.items(), networks[1:], strict=True):
-        given = {**_target(make, net), **own, **_ready(bundles, manifest, allowed)}
-        learning_rule = call_with(make, given, f"the objective {name}").on(learning_rule)
+        own = {**_target(make, net), **own, **_ready(bundles, manifest, allowed)}
+        learning_rule = call_with(make, own, f"the objective {name}").on(learning_rule)
     if not learning_rule.needs_targets:
         typer.echo(f"{rule} sees no labels: its features are not scored as a classifier's answers", err=True)
         held_out = None
@@ -192,29 +192,15 @@ def train(
         )
         scores = engine.evaluate(net, splits.test, rule=learning_rule) if learning_rule.needs_targets else {}
         facts = {
-            "data": data,
-            "rule": rule,
-            "rule_settings": settings,
+            "data": data, "rule": rule, "rule_settings": settings,
             "added": {name: own for name, (_, own) in added.items()},
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "optimizer": optimizer,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "schedule": schedule,
-            "seed": seed,
-            "image_size": image_size or manifest.training.get("image_size"),
-            "split": splits.split_digest,
-            "seen": seen_so_far(manifest, splits),
+            "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay,
+            "schedule": schedule, "seed": seed, "image_size": image_size or manifest.training.get("image_size"),
+            "split": splits.split_digest, "seen": seen_so_far(manifest, splits),
             "predictor": type(host).predictor is not engine.LearningRule.predictor,
-            "start": str(start) if start else None,
-            "steps": result.steps,
-            "examples": len(splits.train),
-            "stopped": result.stopped,
-            "val_data": val,
-            "val": validation(result.history.rows),
-            "test": scores,
-        }
+            "start": str(start) if start else None, "steps": result.steps, "examples": len(splits.train),
+            "stopped": result.stopped, "val_data": val, "val": validation(result.history.rows), "test": scores,
+        }  # fmt: skip
         notes = {HISTORY: history_text(result.history.rows)}
         if recorder:
             notes[RECORD] = recorder.record().to_text()
