@@ -124,9 +124,9 @@ def upgrade_report(
                     f"{name} has {query.shape[1]} coordinates and {other} {gallery.shape[1]}; pass truncate=True to "
                     "compare the first ones"
                 )
-            found = retrieval(query, y, gallery, y if gallery_y is None else gallery_y, exclude_self=own)
-            rows.append({"query": name, "gallery": other, "top1": found.top1, "top5": found.top5,
-                         "mean_average_precision": found.mean_average_precision})  # fmt: skip
+            scores = retrieval(query, y, gallery, y if gallery_y is None else gallery_y, exclude_self=own)
+            rows.append({"query": name, "gallery": other, "top1": scores.top1, "top5": scores.top5,
+                         "mean_average_precision": scores.mean_average_precision})  # fmt: skip
     return pd.DataFrame(rows)
 
 

@@ -157,11 +157,11 @@ class MaskTraining:
                 return _product([self._sample(phi) for phi in self.phis])
             if self.method.eval_mask == "mean":
                 return _product([self._rescale(torch.sigmoid(phi)) for phi in self.phis])
-            kept = [
+            masks = [
                 [part / part.mean().clamp_min(1e-12) for part in (phi > 0).to(phi).split(self.tasks.sizes)]
                 for phi in self.phis
             ]
-            return _product([torch.cat(parts) for parts in kept])
+            return _product([torch.cat(parts) for parts in masks])
 
 
 def _product(masks: Sequence[Tensor]) -> Tensor:

@@ -137,26 +137,26 @@ class SaRA(Optimizer):
     def _choose(self, named: list[tuple[str, nn.Parameter]]) -> None:
         self._was_trained = {name: p.requires_grad for name, p in named}
         self._all = dict(named)
-        found, zeros = [], 0
+        chosen, zeros = [], 0
         for name, p in named:
             if not p.requires_grad:
                 continue
             index = self._mask(name, p).reshape(-1).nonzero()[:, 0]
             entry = PackedEntries(name, p, index.int() if p.numel() < 2**31 else index)
             if len(index):
-                found.append(entry)
+                chosen.append(entry)
                 zeros += int((entry.values() == 0).sum())
-        if not found:
+        if not chosen:
             smallest = min((float(p.detach().abs().min()) for _, p in named if p.requires_grad), default=math.nan)
             raise ValueError(f"no entry is below the threshold {self.threshold:g}; the smallest is {smallest:g}")
         for name, p in named:
-            p.requires_grad_(any(name == e.name for e in found))
-        kinds = {(e.param.device, e.param.dtype) for e in found}
+            p.requires_grad_(any(name == e.name for e in chosen))
+        kinds = {(e.param.device, e.param.dtype) for e in chosen}
         if len(kinds) > 1:
             raise ValueError(f"expected parameters of one device and type, got {', '.join(map(str, kinds))}")
-        self._entries = found
-        self._first = {e.name: e.index for e in found}
-        self.zero_share = zeros / sum(len(e.index) for e in found)
+        self._entries = chosen
+        self._first = {e.name: e.index for e in chosen}
+        self.zero_share = zeros / sum(len(e.index) for e in chosen)
         self._sums = {name: bits_outside(self._all[name], self._first.get(name)) for name in self._all}
         self._allocate()
 

@@ -212,9 +212,11 @@ class FinalMLPClassifier(ClassifierMixin, BaseEstimator):
         import pandas as pd
 
         self.network_.eval()
-        found = self.network_.field_gates(*(t.to(next(self.network_.parameters()).device) for t in self._inputs(X)))
+        gate_values = self.network_.field_gates(
+            *(t.to(next(self.network_.parameters()).device) for t in self._inputs(X))
+        )
         names = list(self.encoder_.fields)
-        return tuple(pd.DataFrame(gates.cpu().numpy(), columns=names) for gates in found)  # pyright: ignore
+        return tuple(pd.DataFrame(gates.cpu().numpy(), columns=names) for gates in gate_values)  # pyright: ignore
 
     def __sklearn_tags__(self) -> Any:
         tags: Any = super().__sklearn_tags__()

@@ -74,8 +74,8 @@ class FieldEmbedding(nn.Module):
         self.table = nn.Embedding(sum(counts), dim) if counts else None
         self.others = len(self.numeric) + sum(self.multi.values())  # columns that are not categorical
         self.vectors = nn.Parameter(torch.empty(self.others, dim)) if self.others else None
-        found = [*self.categorical, *self.numeric, *self.multi]
-        self.register_buffer("order", torch.tensor([found.index(n) for n in self.fields]), persistent=False)
+        columns = [*self.categorical, *self.numeric, *self.multi]
+        self.register_buffer("order", torch.tensor([columns.index(n) for n in self.fields]), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -90,10 +90,10 @@ class DataConstraint:
             pool = np.flatnonzero(y != target)
         else:
             pool = np.flatnonzero(np.isin(y, self.only))
-        wanted = round(self.rate * len(y))
-        if wanted > len(pool):
+        number = round(self.rate * len(y))
+        if number > len(pool):
             raise ValueError(
                 f"expected at most {len(pool)} poisoned examples, as many as the attacker holds, got a rate of "
-                f"{self.rate} of {len(y)}, which are {wanted}"
+                f"{self.rate} of {len(y)}, which are {number}"
             )
-        return np.sort(np.random.default_rng(seed).choice(pool, wanted, replace=False))
+        return np.sort(np.random.default_rng(seed).choice(pool, number, replace=False))

@@ -34,17 +34,17 @@ class ConcentrationVerdict(ModelVerdict):
 
     def sentences(self, classes: Sequence[str] = ()) -> list[str]:
         """The verdict in words; `classes` names the network's."""
-        found, alpha, k = self.evidence["class"], self.evidence["alpha"], len(self.evidence["references"])
-        named = classes[found] if found < len(classes) else found
-        said = [
+        suspect, alpha, k = self.evidence["class"], self.evidence["alpha"], len(self.evidence["references"])
+        named = classes[suspect] if suspect < len(classes) else suspect
+        sentences = [
             f"{'More' if self.is_backdoored else 'Not more'} concentrated on one class ({named}) than clean networks are: p "
             f"= {self.evidence['p_value']:.3g}, from {k} references.",
             f"A clean network trained like them is called suspicious with probability at most {percent(alpha)}; a backdoored "
             "one may well be missed.",
         ]
         if k < needed(alpha):
-            said.append(f"With {k} references it cannot be called suspicious at all: that takes {needed(alpha)}.")
-        return said
+            sentences.append(f"With {k} references it cannot be called suspicious at all: that takes {needed(alpha)}.")
+        return sentences
 
 
 class ExpertConcentration(ModelDetector):

@@ -136,11 +136,11 @@ def evaluate_model_detector(
         with _left_alone(model):
             verdicts.append(detector.scan(model, clean))
     truth = torch.tensor([bad for _, bad in models])
-    said = torch.tensor([v.is_backdoored for v in verdicts])
+    decisions = torch.tensor([v.is_backdoored for v in verdicts])
     scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64)
-    hits = (said == truth).double()
+    hits = (decisions == truth).double()
     return ModelReport(
-        float(hits.mean()), float(said[truth].double().mean()), float(said[~truth].double().mean()),
+        float(hits.mean()), float(decisions[truth].double().mean()), float(decisions[~truth].double().mean()),
         auroc(scores[~truth], scores[truth]), int((~truth).sum()), int(truth.sum()),
     )  # fmt: skip
 
@@ -167,11 +167,11 @@ def evaluate_defense(
     """
     before, after = attack_metrics(undefended, clean, attacked), attack_metrics(defended, clean, attacked)
     rejecting: Any = getattr(defended, "filter", None)
-    found = None
+    isolation = None
     if rejecting is not None:
         x, y = clean
         with _left_alone(defended):
             labels, rejected = rejecting(x)
             attacked_labels, attacked_rejected = rejecting(attacked.tensors()[0])
-        found = filter_metrics(labels, rejected, y, attacked_labels, attacked_rejected, attacked)
-    return DefenseReport(before, after, defense_effectiveness(before, after), found)
+        isolation = filter_metrics(labels, rejected, y, attacked_labels, attacked_rejected, attacked)
+    return DefenseReport(before, after, defense_effectiveness(before, after), isolation)

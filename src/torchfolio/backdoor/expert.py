@@ -110,10 +110,10 @@ class Unlearning:
             if state.epoch_end or state.step % self.check_every:
                 return
             with undisturbed():
-                found = accuracy_of(state.model, *watched)
-            seen.append((state.step, found))
-            if found <= stop and self.stop_acc != 0:
-                state.stop(f"the expert gets {found:.3f} right")
+                right = accuracy_of(state.model, *watched)
+            seen.append((state.step, right))
+            if right <= stop and self.stop_acc != 0:
+                state.stop(f"the expert gets {right:.3f} right")
 
         x, y = examples
         expert = copy.deepcopy(model).requires_grad_(True)

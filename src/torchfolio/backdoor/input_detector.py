@@ -189,10 +189,10 @@ class InputDetector(Shown, ABC):
         with torch.no_grad(), untouched(self.model_, training=False):
             parts = [self._score(part.to(place)).detach().double().cpu() for part in good.split(512) if len(part)]
         if parts:
-            found = torch.cat(parts)
-            if found.shape != (len(good),):
-                raise ValueError(f"expected a score for each of {len(good)} inputs, got shape {tuple(found.shape)}")
-            scores[finite.cpu()] = torch.where(found.isnan(), math.inf, found)
+            values = torch.cat(parts)
+            if values.shape != (len(good),):
+                raise ValueError(f"expected a score for each of {len(good)} inputs, got shape {tuple(values.shape)}")
+            scores[finite.cpu()] = torch.where(values.isnan(), math.inf, values)
         return scores
 
     def threshold(self, fpr: float) -> float:
@@ -264,8 +264,8 @@ class InputDetector(Shown, ABC):
         return folder
 
     def _state_of(self, name: str, net: nn.Module) -> dict[str, Tensor]:
-        state, wanted = net.state_dict(), self.model_.state_dict()
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
+        state, expected = net.state_dict(), self.model_.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
             raise ValueError(
                 f"{name.strip('_')} is of another architecture than the network and cannot be saved with the filter"
             )
@@ -329,9 +329,9 @@ def _read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         record = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / f'{NAME}.json'} is not JSON: {error}") from error
-    wanted = {"format": int, "detector": str, "network": str, "settings": dict, "values": dict, "sha256": str}
-    if not isinstance(record, dict) or any(not isinstance(record.get(k), kind) for k, kind in wanted.items()):
-        raise ValueError(f"{folder / f'{NAME}.json'} is not the record of a filter; it holds {', '.join(wanted)}")
+    types = {"format": int, "detector": str, "network": str, "settings": dict, "values": dict, "sha256": str}
+    if not isinstance(record, dict) or any(not isinstance(record.get(k), kind) for k, kind in types.items()):
+        raise ValueError(f"{folder / f'{NAME}.json'} is not the record of a filter; it holds {', '.join(types)}")
     if record["format"] != FORMAT:
         raise ValueError(f"expected format {FORMAT} in {folder}, got {record['format']}")
     if record["detector"] != name:

@@ -31,8 +31,8 @@ class LabelMap:
     clean: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        given = self.mapping.items() if isinstance(self.mapping, Mapping) else self.mapping
-        pairs = tuple(sorted((int(s), int(t)) for s, t in given))
+        items = self.mapping.items() if isinstance(self.mapping, Mapping) else self.mapping
+        pairs = tuple(sorted((int(s), int(t)) for s, t in items))
         object.__setattr__(self, "mapping", pairs)
         sources = [s for s, _ in pairs]
         if not pairs:

@@ -50,16 +50,20 @@ class ModelVerdict:
     def sentences(self, classes: Sequence[str] = ()) -> list[str]:
         """The verdict in words; `classes` names the network's."""
         word = "suspicious" if self.is_backdoored else "not suspicious"
-        said = [f"The network is {word}: its score is {self.score:.4g} against a threshold of {self.threshold:.4g}."]
+        sentences = [
+            f"The network is {word}: its score is {self.score:.4g} against a threshold of {self.threshold:.4g}."
+        ]
         if self.is_backdoored and self.pairs:
             named = [[str(classes[k]) if k < len(classes) else str(k) for k in pair] for pair in self.pairs]
             more = f" and {len(named) - 10} more" if len(named) > 10 else ""
-            said.append(f"Suspected, from class to class: {', '.join(f'{s} to {t}' for s, t in named[:10])}{more}.")
+            sentences.append(
+                f"Suspected, from class to class: {', '.join(f'{s} to {t}' for s, t in named[:10])}{more}."
+            )
         if not self.is_backdoored:
-            said.append("That is no proof that it has no backdoor.")
+            sentences.append("That is no proof that it has no backdoor.")
         if not self.complete:
-            said.append("The scan was cut short by its time limit and did not look at everything.")
-        return said
+            sentences.append("The scan was cut short by its time limit and did not look at everything.")
+        return sentences
 
 
 class Scan:

@@ -83,8 +83,8 @@ def mrs(
     rates, chunk = [], max(1, 2**15 // len(sentences))
     for k in range(0, len(phrases), chunk):
         rows = inserted(sentences, phrases[k : k + chunk], places, pad=text.pad, stop=stop)
-        said = text.logits(rows.flatten(0, 1)).argmax(1) == target
-        rates.append(said.view(len(rows), -1).double().mean(1).cpu())
+        flips = text.logits(rows.flatten(0, 1)).argmax(1) == target
+        rates.append(flips.view(len(rows), -1).double().mean(1).cpu())
     return torch.cat(rates) if rates else torch.zeros(0, dtype=torch.float64)
 
 

@@ -66,11 +66,11 @@ def poison(
     """
     y_true = labels_of(dataset)
     total = len(y_true)
-    wanted = _wanted(rate, count, total)
+    number = _wanted(rate, count, total)
     generator = np.random.default_rng(seed)
     groups = _eligible(y_true, label_map, include_target)
-    chosen = _choose(groups, wanted, per_source_balanced, generator)
-    own_label = generator.permutation(chosen)[: round(keep_label_rate * wanted)]
+    chosen = _choose(groups, number, per_source_balanced, generator)
+    own_label = generator.permutation(chosen)[: round(keep_label_rate * number)]
     covers = _covers(total, chosen, round(cover_rate * total), generator)
 
     flags, y = np.zeros(total, np.uint8), y_true.copy()
@@ -88,7 +88,7 @@ def poison(
     else:
         raise ValueError(f"expected mode to be 'replace' or 'append', got {mode!r}")
     y[flags == 2] = y_true[flags == 2]
-    info = {"seed": seed, "mode": mode, "rate": wanted / total, "quantize": quantize, "base": name, "length": total}
+    info = {"seed": seed, "mode": mode, "rate": number / total, "quantize": quantize, "base": name, "length": total}
     return PoisonedDataset(
         dataset, source_index, y, y_true, flags, trigger=trigger, cover_trigger=cover_trigger or trigger,
         label_map=label_map, info=info, transform=transform,

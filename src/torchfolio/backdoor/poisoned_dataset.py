@@ -130,12 +130,12 @@ class PoisonedDataset(Dataset):
         return self._like(np.arange(len(self)), y=labels)
 
     def _like(self, rows: np.ndarray, y: np.ndarray | None = None, flags: np.ndarray | None = None) -> PoisonedDataset:
-        kept = self._flags()[rows] if flags is None else flags[rows]
+        new_flags = self._flags()[rows] if flags is None else flags[rows]
         block = None
         if self._block is not None and flags is None:
-            block = self._block[torch.from_numpy(self._row[rows][kept > 0])]
+            block = self._block[torch.from_numpy(self._row[rows][new_flags > 0])]
         return PoisonedDataset(
-            self.base, self.source_index[rows], (self.y if y is None else y)[rows], self.y_true[rows], kept,
+            self.base, self.source_index[rows], (self.y if y is None else y)[rows], self.y_true[rows], new_flags,
             trigger=self.trigger, cover_trigger=self.cover_trigger, label_map=self.label_map,
             info=self.info, transform=self.transform, block=block,
         )  # fmt: skip

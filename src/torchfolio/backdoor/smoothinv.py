@@ -201,8 +201,8 @@ class SmoothInv(TriggerInverter, ModelDetector):
                 use = [b for b in range(len(x)) if int(own[b]) != t] or list(range(len(x)))
                 deltas[t] = inversions.delta[use[0], k]
                 for b in use:
-                    said = labels_of(net, (pool + inversions.delta[b, k]).clamp(0, 1))
-                    hits[t] += int(((said == t) & (before != t)).sum())
+                    labels = labels_of(net, (pool + inversions.delta[b, k]).clamp(0, 1))
+                    hits[t] += int(((labels == t) & (before != t)).sum())
                     trials[t] += int((before != t).sum())
         scores = hits.double() / trials.clamp_min(1)
         deviations = outlier(scores, trials > 0)
@@ -361,7 +361,7 @@ def _of_different_classes(labels: Tensor, order: Tensor, count: int) -> list[int
 
 def _success(delta: Tensor, target: int) -> Callable[[nn.Module, Tensor], float]:
     def asr(model: nn.Module, x: Tensor) -> float:
-        said = labels_of(model, (x + delta.to(x)).clamp(0, 1))
-        return float((said == target).double().mean())
+        labels = labels_of(model, (x + delta.to(x)).clamp(0, 1))
+        return float((labels == target).double().mean())
 
     return asr

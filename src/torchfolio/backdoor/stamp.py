@@ -48,8 +48,8 @@ class Stamp(nn.Module):
             raise ValueError(f"expected value to be a number, one per channel, or 'mean', got {value!r}")
         self.size, self.corner = size, corner
         # NaN stands for a mean that is not known yet.
-        given = torch.nan if isinstance(value, str) else value
-        self.register_buffer("value", torch.as_tensor(given, dtype=torch.float32).reshape(-1))
+        filled = torch.nan if isinstance(value, str) else value
+        self.register_buffer("value", torch.as_tensor(filled, dtype=torch.float32).reshape(-1))
 
     @property
     def known(self) -> bool:

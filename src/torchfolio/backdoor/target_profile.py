@@ -48,7 +48,7 @@ class SmoothVerdict(ModelVerdict):
         e = self.evidence
         name, second = (str(classes[e[k]]) if e[k] < len(classes) else str(e[k]) for k in ("class", "second"))
         word = "suspicious" if self.is_backdoored else "not suspicious"
-        said = [
+        sentences = [
             f"The network is {word}: a perturbation towards the class {name}, drawn from {e['images']} image(s), sends "
             f"{_percent(e['share'])} ({_percent(e['low'])} to {_percent(e['high'])}, 95 % interval, {e['others']} images) of other "
             f"images there. The next class, {second}, gets {_percent(e['runner_up'])}, the median one "
@@ -57,18 +57,18 @@ class SmoothVerdict(ModelVerdict):
             f"deviations above the median; this one lies {e['outlier']:.2g} above.",
         ]
         if self.is_backdoored:
-            said.append(
+            sentences.append(
                 f"Suspected target: {name}. Which classes are its sources is not known: all were taken. Small clean networks are "
                 "called suspicious too now and then, where one direction carries over by nature: look at the picture."
             )
         else:
-            said.append(
+            sentences.append(
                 "That is no proof that it has no backdoor: a trigger that is not added to images (a warp, say), or one larger "
                 f"than the budget of {e['eps']:.3g}, is not drawn."
             )
         if not self.complete:
-            said.append("The scan was cut short by its time limit and did not look at everything.")
-        return said
+            sentences.append("The scan was cut short by its time limit and did not look at everything.")
+        return sentences
 
 
 def flagged(scores: Tensor, deviations: Tensor, t: int) -> bool:

@@ -218,13 +218,13 @@ class TMiner(ModelDetector):
             if value is not None:
                 whole(name, value, 0, len(classes) - 1)
         corpus = synthetic_corpus(max(2000, 4 * self.dev_size), self.length, len(tokens), draws).to(text.device)
-        said = text.logits(self._rows(tokens[corpus])).argmax(1)
+        predicted = text.logits(self._rows(tokens[corpus])).argmax(1)
         pairs, missing = [], []
         for s in classes if self.source is None else [self.source]:
             for t in classes if self.target is None else [self.target]:
                 if s == t:
                     continue
-                pool = corpus[said == s]
+                pool = corpus[predicted == s]
                 if len(pool) < self.batch_size or self.source_words is not None:
                     pool = torch.cat([pool, self._leaning_from(s, t, text, tokens, leaning, draws)])
                 if len(pool):
@@ -233,7 +233,7 @@ class TMiner(ModelDetector):
                     missing.append(s)
         if not pairs:
             raise ValueError(
-                f"the classifier gives all random sentences the label {int(said[0])}: name words of the source class, "
+                f"the classifier gives all random sentences the label {int(predicted[0])}: name words of the source class, "
                 "source_words="
             )
         if missing:
@@ -324,11 +324,11 @@ class TMiner(ModelDetector):
         """What the generator adds to sentences of the source, and likely words in place of those."""
         x = pair.pool[: self.dev_size]
         written, logits = net.decode(net.encode(x), x.new_ones(len(x)), self.length + 1, sample=False)
-        said = text.logits(self._rendered(written, text, tokens)[0]).argmax(1)
+        predicted = text.logits(self._rendered(written, text, tokens)[0]).argmax(1)
         numbers = written.argmax(-1)
         before = x.tolist()
         after = [row[: row.index(net.end)] if net.end in row else row for row in numbers.tolist()]
-        pair.flips.append(float((said == pair.target).double().mean()))
+        pair.flips.append(float((predicted == pair.target).double().mean()))
         pair.kept.append(sum(len(set(a) & set(b)) for a, b in zip(before, after, strict=True)) / x.numel())
         guess = net(x, x.new_zeros(len(x))).argmax(-1)
         pair.copied.append(float((guess == net.ended(x)).double().mean()))

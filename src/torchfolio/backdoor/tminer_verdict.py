@@ -46,17 +46,17 @@ class TMinerVerdict(ModelVerdict):
     trigger_words: tuple[str, ...] = ()
 
     def sentences(self, classes: Sequence[str] = ()) -> list[str]:
-        said = super().sentences(classes)
+        sentences = super().sentences(classes)
         shown = ", ".join(" ".join(c.phrase) for c in self.candidates[:5])
         if self.is_backdoored:
             words = ", ".join(self.trigger_words[:5])
             return [
-                said[0],
+                sentences[0],
                 f"Words that drive it far from where ordinary words do: {words}. Phrases: {shown}.",
-                *said[1:],
+                *sentences[1:],
             ]
         if self.candidates:
-            said.insert(1, f"Some phrases flip its verdict as ordinary words may: {shown}.")
+            sentences.insert(1, f"Some phrases flip its verdict as ordinary words may: {shown}.")
         else:
-            said.insert(1, "No short phrase was found that flips its verdict.")
-        return said
+            sentences.insert(1, "No short phrase was found that flips its verdict.")
+        return sentences

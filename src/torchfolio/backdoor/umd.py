@@ -56,9 +56,9 @@ def transfer_matrix(model: nn.Module, triggers: PairTriggers, images: Sequence[T
     columns = np.array([t for _, t in triggers.pairs])
     matrix = np.zeros((len(rows), len(rows)))
     for i in range(len(rows)):
-        said = labels_of(model, triggers.apply(i, x))
-        counts = torch.zeros(len(used), 1 + max(int(said.max()), int(columns.max())), dtype=torch.float64)
-        counts.index_put_((owner, said), torch.ones(len(said), dtype=torch.float64), accumulate=True)
+        labels = labels_of(model, triggers.apply(i, x))
+        counts = torch.zeros(len(used), 1 + max(int(labels.max()), int(columns.max())), dtype=torch.float64)
+        counts.index_put_((owner, labels), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
         matrix[i] = (counts / counts.sum(1, keepdim=True)).numpy()[rows, columns]
     np.fill_diagonal(matrix, 0)
     return matrix
@@ -90,16 +90,16 @@ class UMDVerdict(ModelVerdict):
     def sentences(self, classes: Sequence[str] = ()) -> list[str]:
         """The verdict in words; `classes` names the network's."""
         e = self.evidence
-        said = super().sentences(classes)
-        said.insert(
+        sentences = super().sentences(classes)
+        sentences.insert(
             1,
             f"{e['pairs_tried']} pairs of classes were tried with {self.mode} triggers, {e['pairs_reached']} have one. "
             f"The triggers of {len(self.core)} pairs that work for each other have a median size of {e['core_size']:.3g}, those "
             f"of the others {e['null_size']:.3g}. So small a one would come about with probability {e['p_value']:.2g} in "
             "a clean network whose inverse sizes are normal.",
         )
-        said.append("A backdoor from one class to one other cannot be seen this way: it takes two pairs or more.")
-        return said
+        sentences.append("A backdoor from one class to one other cannot be seen this way: it takes two pairs or more.")
+        return sentences
 
 
 class UMD(TriggerInverter, ModelDetector):

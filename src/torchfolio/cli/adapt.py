@@ -167,8 +167,8 @@ def _adapt_one(
     record = {"adapted": str(folder), "method": name, "settings": settings, "data": source, **dict(done.report)}
     record |= {"split": splits.split_digest, "seen": seen_so_far(manifest, splits)}
     classes = manifest.classes if same else splits.classes
-    made = replace(manifest, **recipe, classes=tuple(classes), training={**_lasting(manifest), **record}, tied={})
-    save_bundle(done.model, output, made)
+    adapted = replace(manifest, **recipe, classes=tuple(classes), training={**_lasting(manifest), **record}, tied={})
+    save_bundle(done.model, output, adapted)
     after = _accuracy(predictor_of(load_bundle(output, allow=allow, device=place), allow), test, place)
     result: dict[str, Any] = {"method": name, "bundle": str(output), "before": before, "after": after, **done.report}
     show_result(result if as_json else {k: v for k, v in result.items() if v is not None}, as_json)
@@ -239,13 +239,13 @@ def _examples(
     if len(data) not in (1, len(bundles)):
         raise TorchfolioError(f"expected --data once or {len(bundles)} times, got it {len(data)} times")
     sources = list(data) * len(bundles) if len(data) == 1 else data
-    found = []
+    sets = []
     for bundle, name, source in zip(bundles, names, sources, strict=True):
         manifest = bundle.manifest
         splits = _load(source, manifest, name, sizes)
         parts = (splits.train, splits.test)
-        found.append(tuple(normalized(part, manifest.mean, manifest.std) for part in parts))
-    return found
+        sets.append(tuple(normalized(part, manifest.mean, manifest.std) for part in parts))
+    return sets
 
 
 def _load(source: str, manifest: Manifest, name: Path, sizes: dict[str, Any]) -> DataSplits:

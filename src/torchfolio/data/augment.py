@@ -49,8 +49,8 @@ class CropFlip:
         padded = F.pad(x, (self.padding,) * 4, mode=self.mode)
         # One gather of whole pixels: rows and columns of every image by its own offsets.
         index = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-        taken = padded.flatten(2).gather(2, index.flatten(1)[:, None].expand(batch, channels, height * width))
-        return taken.view_as(x)
+        cropped = padded.flatten(2).gather(2, index.flatten(1)[:, None].expand(batch, channels, height * width))
+        return cropped.view_as(x)
 
     def __repr__(self) -> str:
         return f"CropFlip(padding={self.padding}, flip={self.flip}, mode={self.mode!r})"

@@ -243,9 +243,9 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     paths: list[Path] = []
     labels: list[int] = []
     for k, name in enumerate(classes):
-        found = visible(folder / name, SUFFIXES)
-        if not found:
+        images = visible(folder / name, SUFFIXES)
+        if not images:
             raise ValueError(f"the class folder {folder / name} holds no images")
-        paths += found
-        labels += [k] * len(found)
+        paths += images
+        labels += [k] * len(images)
     return paths, labels, tuple(classes)

@@ -112,7 +112,7 @@ def multi30k(source: str = "en", target: str = "de", *, root: str | Path | None 
         with gzip.open(folder / f"{part}.{language}.gz", "rt", encoding="utf-8") as file:
             return tuple(line.strip() for line in file)
 
-    found = {}
+    parts = {}
     for part, name in (("train", "train"), ("val", "val"), ("test", "test_2016_flickr")):
         texts, translations = lines(name, source), lines(name, target)
         if len(texts) != len(translations):
@@ -120,8 +120,8 @@ def multi30k(source: str = "en", target: str = "de", *, root: str | Path | None 
                 f"{folder}: {name} has {len(texts)} sentences in {source} and {len(translations)} in {target}, "
                 "expected as many"
             )
-        found[part] = Sentences(texts, translations)
-    return found
+        parts[part] = Sentences(texts, translations)
+    return parts
 
 
 def tiny_shakespeare(*, root: str | Path | None = None) -> dict[str, str]:

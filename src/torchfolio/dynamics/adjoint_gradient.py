@@ -65,7 +65,7 @@ class Adjoint(Recomputed):
         self, problem: Problem, ys: Tensor, kept: Sequence[Tensor], rest: Any, a: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         terms, n = problem.terms.adjoint(), ys[0].numel()
-        given = problem.adaptive
+        steps = problem.adaptive
 
         def seminorm(x: Tensor) -> Tensor:
             # Measured apart, the state and its gradient are each held to the tolerance, however many parameters.
@@ -75,9 +75,9 @@ class Adjoint(Recomputed):
             return torch.maximum(seminorm(x), rms(x[2 * n :])) if x.numel() > 2 * n else seminorm(x)
 
         adaptive = Adaptive(
-            given.rtol if self.rtol is None else self.rtol,
-            given.atol if self.atol is None else self.atol,
-            given.pi,
+            steps.rtol if self.rtol is None else self.rtol,
+            steps.atol if self.atol is None else self.atol,
+            steps.pi,
             seminorm if self.seminorm else norm,
         )
         back = replace(problem, terms=terms, solver=self.solver or problem.solver, adaptive=adaptive, last_step=None)

@@ -86,17 +86,23 @@ class ContinuousFlow(SolvedModule):
             probes = (2 * signs - 1).to(x.dtype)[None]
 
         def flow(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            wanted = torch.is_grad_enabled()
+            with_grad = torch.is_grad_enabled()
             with torch.enable_grad():
                 y = state[0] if state[0].requires_grad else state[0].detach().requires_grad_()
                 f = self.field(t, y)
                 trace = torch.zeros_like(y[:, 0])
                 for probe in probes if f.requires_grad else ():
                     (product,) = torch.autograd.grad(
-                        f, y, probe, create_graph=wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+                        f,
+                        y,
+                        probe,
+                        create_graph=with_grad,
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
                     )
                     trace = trace + (product * probe).sum(1)
-            return (f, trace) if wanted else (f.detach(), trace.detach())
+            return (f, trace) if with_grad else (f.detach(), trace.detach())
 
         (y, change), self.stats = self._solve(flow, (x, torch.zeros_like(x[:, 0])), (1.0, 0.0))
         y0 = y[-1]

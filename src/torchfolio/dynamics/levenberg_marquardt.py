@@ -111,13 +111,13 @@ class LevenbergMarquardt:
             trial = _State.at(state.w - step, problem)
             # Near the optimum the cost is level to the last digit, and the gradient says which point is better.
             level = (trial.cost <= state.cost * (1 + LEVEL)) & (trial.slope < state.slope)
-            taken = solvable & ((trial.cost < state.cost * (1 - LEVEL)) | level) & ~done
+            accepted = solvable & ((trial.cost < state.cost * (1 - LEVEL)) | level) & ~done
             # What the step promises is nothing beside the cost: beside a kink it may stay so for ever.
             flat = solvable & ((step * state.gradient).sum(1) <= self.tol**1.5 * state.cost)
             short = solvable & (step.norm(dim=1) <= self.tol * (state.w.norm(dim=1) + self.tol))
-            damping = damping * torch.where(taken, self.down, self.up)
+            damping = damping * torch.where(accepted, self.down, self.up)
             steps[rows] += ~done
-            state = state.replaced(trial, taken)
+            state = state.replaced(trial, accepted)
             done = done | short | flat | (state.slope <= self.tol)
         whole.put(rows, state)
         finished = torch.ones_like(whole.slope, dtype=torch.bool)

@@ -38,16 +38,16 @@ class Reversible(Recomputed):
         super().check(problem, y0)
 
     def forward(self, problem: Problem, y0: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
-        times, kept, ends = [problem.ts[0]], [], []
+        times, saved, ends = [problem.ts[0]], [], []
         jumps, end = problem.jumps, problem.ts[-1]
 
         def on_step(step: Step) -> None:
             times.append(step.t1)
             if step.t1 == end or step.t1 in jumps:
                 ends.append(len(times) - 1)
-                kept.extend((step.y1, step.carry[0]))
+                saved.extend((step.y1, step.carry[0]))
 
-        return read_off(problem, y0, on_step), kept, (times, ends)
+        return read_off(problem, y0, on_step), saved, (times, ends)
 
     def backward(
         self, problem: Problem, ys: Tensor, kept: Sequence[Tensor], rest: Any, a: Tensor

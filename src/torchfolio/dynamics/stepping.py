@@ -180,16 +180,16 @@ def _march_adaptively(problem: Problem, y: Tensor, carry: Carry | None) -> Itera
         step = problem.step(t, t1, y, carry)
         ratio = adaptive.ratio(step)
         factor = adaptive.factor(ratio, before, p)
-        taken = abs(t1 - t)
+        length = abs(t1 - t)
         if ratio <= 1:
-            problem.last_step = h = max(h, factor * taken) if cut else factor * taken
+            problem.last_step = h = max(h, factor * length) if cut else factor * length
             yield step
             t, y, carry, before = t1, step.y1, step.carry, max(ratio, 1e-4)
             k += t1 == stops[k] and t1 != end
             continue
         terms.stats.n_rejected += not terms.backward
         terms.stats.n_rejected_backward += terms.backward
-        h = min(1.0, factor) * taken
+        h = min(1.0, factor) * length
         # A first stage serves the next attempt as well.
         carry = carry if carry or solver.reversible else step.dense[:1]
         if h <= 4 * tiny * max(abs(t), tiny):

@@ -222,9 +222,9 @@ class _Search:
             nodes = mutate(parent.nodes, rng.choice(population).nodes, rng, len(self.columns), self.unary)
             if len(nodes) > self.max_size:
                 continue
-            made = self.grown(self.member(nodes))
-            if math.isfinite(made.loss):
-                child = made
+            bred = self.grown(self.member(nodes))
+            if math.isfinite(bred.loss):
+                child = bred
                 break
         self.consider(child)
         population.append(child)

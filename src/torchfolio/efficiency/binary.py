@@ -275,9 +275,9 @@ def load_binary(model: nn.Module, exported: Mapping[str, Tensor]) -> nn.Module:
         ValueError: if layers or shapes differ.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLayer)}
-    wanted = {key.removesuffix(".bits") for key in exported if key.endswith(".bits")}
-    if set(layers) != wanted:
-        odd = sorted(set(layers) ^ wanted)
+    packed_names = {key.removesuffix(".bits") for key in exported if key.endswith(".bits")}
+    if set(layers) != packed_names:
+        odd = sorted(set(layers) ^ packed_names)
         raise ValueError(f"expected weights for the binary layers of the network, but these differ: {', '.join(odd)}")
     for name, layer in layers.items():
         got, expected = tuple(exported[f"{name}.shape"].tolist()), tuple(layer.weight.shape)

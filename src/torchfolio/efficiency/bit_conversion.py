@@ -77,10 +77,10 @@ def convert(
     if left := _left(model, names):
         warnings.warn(f"these layers keep real weights at all widths: {', '.join(left)}", stacklevel=2)
     sources = _norm_sources(model, names) if norm == "switchable" else {}
-    kept = {id(model.get_submodule(n)): n for n in names}
+    name_of = {id(model.get_submodule(n)): n for n in names}
 
     def quantize(old: nn.Module) -> nn.Module:
-        name = kept[id(old)]
+        name = name_of[id(old)]
         arguments = linear_arguments(old) if isinstance(old, nn.Linear) else conv_arguments(old)  # pyright: ignore[reportArgumentType]
         new = _KINDS[type(old)](**arguments, device="meta")
         assert isinstance(new, QuantizedLayer)

@@ -173,10 +173,10 @@ def _sgd(lr: float, weight_decay: float) -> Callable[[Iterable[nn.Parameter]], O
 
 def without_decay_of_vectors(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups: matrices and filters are decayed, vectors (norms, scales, biases) are not."""
-    kept = list(parameters)
+    remaining = list(parameters)
     groups = [
-        {"params": [p for p in kept if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in kept if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in remaining if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in remaining if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -193,10 +193,10 @@ def own_group(optimizer: Optimizer, parameters: Iterable[nn.Parameter], **option
         The new group, the last of `optimizer.param_groups`.
     """
     moved = list({id(p): p for p in parameters}.values())
-    kept = {id(p) for p in moved}
+    moved_ids = {id(p) for p in moved}
     defaults = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in kept]
+        group["params"] = [p for p in group["params"] if id(p) not in moved_ids]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     optimizer.add_param_group({**defaults, **options, "params": moved})
     return optimizer.param_groups[-1]

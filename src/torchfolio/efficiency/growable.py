@@ -89,7 +89,7 @@ def templatize(
         finite("example", x)
     if isinstance(skip, str):
         raise TypeError(f"expected names of modules, such as [{skip!r}], got {skip!r}")
-    found = find_halves(model, inputs, skip)
+    pairs = find_halves(model, inputs, skip)
     bank = templates if isinstance(templates, TemplateBank) else TemplateBank(templates, shared=False)
     cuts = {Subsample: half_subsample, **(halve or {})}
     parts: list[dict[int, nn.Module]] = [{}, {}, {}]  # the replacements in the grown network and in either member
@@ -101,17 +101,17 @@ def templatize(
         elif type(module) in cuts:
             for member in (0, 1):
                 parts[1 + member][id(module)] = cuts[type(module)](module, member)
-        elif name in found and type(module) in NORMS:
+        elif name in pairs and type(module) in NORMS:
             whole_norm = HalvesLayerNorm(module) if isinstance(module, nn.LayerNorm) else copy.deepcopy(module)
             for part, norm in zip(parts, (whole_norm, shrink_norm(module), shrink_norm(module)), strict=True):
                 part[id(module)] = norm
-        elif name in found:
-            layer = TemplateLayer(module, found[name], bank)
-            for part, made in zip(parts, (layer, TemplateHalf(layer, 0), TemplateHalf(layer, 1)), strict=True):
-                part[id(module)] = made
+        elif name in pairs:
+            layer = TemplateLayer(module, pairs[name], bank)
+            for part, part_half in zip(parts, (layer, TemplateHalf(layer, 0), TemplateHalf(layer, 1)), strict=True):
+                part[id(module)] = part_half
     # What a copy finds in its memo takes the original's place.
     net, *members = (copy.deepcopy(model, dict(part)) for part in parts)
-    norms = {name: halves.inputs for name, halves in found.items() if type(model.get_submodule(name)) in NORMS}
+    norms = {name: halves.inputs for name, halves in pairs.items() if type(model.get_submodule(name)) in NORMS}
     growable = GrowableModel(net, members, norms)
     _check_halves(growable, inputs)
     return growable

@@ -87,7 +87,7 @@ def _layers(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
     for name, module in modules.items():
-        if any(name == kept or name.startswith(f"{kept}.") for kept in skip):
+        if any(name == skipped or name.startswith(f"{skipped}.") for skipped in skip):
             continue
         if type(module) in (*MIXING, *NORMS):
             layers[name] = module

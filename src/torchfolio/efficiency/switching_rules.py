@@ -135,7 +135,7 @@ class SwitchingRule(LearningRule):
             ]
             if gradients:
                 by_width.setdefault(layer.bit, []).append(torch.stack(gradients).amax())
-        return {bit: float(torch.stack(found).clamp_max(1).mean()) for bit, found in by_width.items()}
+        return {bit: float(torch.stack(strengths).clamp_max(1).mean()) for bit, strengths in by_width.items()}
 
 
 def _scales(layer: QuantizedLayer, bit: int | None = None) -> list[nn.Parameter]:

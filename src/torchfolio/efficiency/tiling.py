@@ -52,8 +52,8 @@ def grow_by_tiling(
     one_of("off_diagonal", off_diagonal, ("zero", "random", "copy"))
     with seeded(seed):
         model = templatize(wide, example, 1, skip)
-        for member, given in zip(model.members, (first, second), strict=True):
-            _take_over(member, given)
+        for member, network in zip(model.members, (first, second), strict=True):
+            _take_over(member, network)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # networks without training are the caller's business here
             model.grow("zero")

@@ -30,13 +30,13 @@ def check_device(device: str | torch.device) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     here = ["cpu"] + ([] if accelerator is None else [accelerator.type])
     try:
-        wanted = torch.device(device)
+        place = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"expected device to be auto, {', '.join(here)}, got {device!r}") from None
-    if wanted.type in ("cpu", "meta"):
-        return wanted
-    part = getattr(torch, wanted.type, None)
-    count = part.device_count() if wanted.type in here and part is not None else 0
-    if wanted.type not in here or (wanted.index or 0) >= max(count, 1):
+    if place.type in ("cpu", "meta"):
+        return place
+    part = getattr(torch, place.type, None)
+    count = part.device_count() if place.type in here and part is not None else 0
+    if place.type not in here or (place.index or 0) >= max(count, 1):
         raise ValueError(f"there is no device {str(device)!r} here; expected device to be auto, {', '.join(here)}")
-    return wanted
+    return place

@@ -25,9 +25,9 @@ def settings_of(value: Any) -> dict[str, Any]:
         names = inspect.signature(type(value).__init__).parameters
     except (TypeError, ValueError):
         return {}
-    kept = {name: getattr(value, name, None) for name in names}
-    settings = {name: setting for name, setting in kept.items() if is_plain(setting)}
-    for name, part in kept.items():
+    values = {name: getattr(value, name, None) for name in names}
+    settings = {name: setting for name, setting in values.items() if is_plain(setting)}
+    for name, part in values.items():
         if isinstance(part, LearningRule | Objective):
             settings |= {name: type(part).__name__, **{f"{name}.{k}": v for k, v in settings_of(part).items()}}
     return settings
@@ -44,13 +44,13 @@ def fingerprint(
         scheduler: fresh.
         **others: further settings.
     """
-    found: dict[str, Any] = {**others, **{f"rule.{k}": v for k, v in rule.items()}}
-    found["optimizer"] = type(optimizer).__name__
-    found |= {f"optimizer.{k}": v for k, v in optimizer.defaults.items() if is_plain(v)}
+    entries: dict[str, Any] = {**others, **{f"rule.{k}": v for k, v in rule.items()}}
+    entries["optimizer"] = type(optimizer).__name__
+    entries |= {f"optimizer.{k}": v for k, v in optimizer.defaults.items() if is_plain(v)}
     if scheduler is not None:
-        found["scheduler"] = type(scheduler).__name__
-        found |= {f"scheduler.{k}": v for k, v in scheduler.state_dict().items() if is_plain(v)}
-    return found
+        entries["scheduler"] = type(scheduler).__name__
+        entries |= {f"scheduler.{k}": v for k, v in scheduler.state_dict().items() if is_plain(v)}
+    return entries
 
 
 def is_plain(value: Any) -> bool:

@@ -49,7 +49,7 @@ def check_parts(saved: Mapping[str, Any], processes: int, batches: int | None) -
         "scalars": isinstance(sums, dict) and isinstance(counts, dict) and sums.keys() == counts.keys()
         and all(map(_is_number, (*sums.values(), *counts.values()))),
         "stopper": stopper is None or (_is_number(stopper.get("waited")) and {"best", "weights"} <= stopper.keys()),
-        "callbacks": all(isinstance(kept, dict) for kept in saved["callbacks"]),
+        "callbacks": all(isinstance(state, dict) for state in saved["callbacks"]),
         "random": saved["settings"].get("processes") != processes or len(saved["random"]) == processes,
     }  # fmt: skip
     for name, holds in conditions.items():

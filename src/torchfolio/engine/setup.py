@@ -125,12 +125,12 @@ def prepare(
         module = _shard(fabric, module)
     elif fabric.world_size > 1:
         broadcast_module(module)
-    made = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
-    rule.configure(made, total_steps)
+    built = make_optimizer(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    rule.configure(built, total_steps)
     if stopper is not None:
         stopper.restart()
     return TrainingState(
-        model, module, rule, made, epochs, make_scheduler(scheduler, made, steps), fabric=fabric, batches=batches,
+        model, module, rule, built, epochs, make_scheduler(scheduler, built, steps), fabric=fabric, batches=batches,
         sums=Scalars(fabric.device, fabric.world_size), stopper=stopper, callbacks=tuple(callbacks),
     )  # fmt: skip
 
@@ -158,10 +158,10 @@ def make_scheduler(given: SchedulerFactory | None, optimizer: Optimizer, steps: 
         return None
     if not callable(given):
         raise TypeError(f"expected a factory of a learning-rate scheduler, got {given!r}")
-    made = _scheduler(given, optimizer, steps)
-    if not callable(getattr(made, "step", None)):
-        raise TypeError(f"expected the scheduler factory to return a scheduler, got {type(made).__name__}")
-    return made
+    scheduler = _scheduler(given, optimizer, steps)
+    if not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"expected the scheduler factory to return a scheduler, got {type(scheduler).__name__}")
+    return scheduler
 
 
 def _scheduler(given: SchedulerFactory, optimizer: Optimizer, steps: int | None) -> LRScheduler:
@@ -214,12 +214,12 @@ def make_optimizer(given: OptimizerFactory | Optimizer | None, trained: Mapping[
         return torch.optim.AdamW(trained.values(), lr=1e-3)
     if not isinstance(given, Optimizer) and not callable(given):
         raise TypeError(f"expected an optimizer or a factory of one, got {type(given).__name__}")
-    made = given if isinstance(given, Optimizer) else given(list(trained.values()))
-    if not isinstance(made, Optimizer):
-        raise TypeError(f"expected the optimizer factory to return an optimizer, got {type(made).__name__}")
-    if isinstance(made, LBFGS):
+    optimizer = given if isinstance(given, Optimizer) else given(list(trained.values()))
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected the optimizer factory to return an optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS evaluates the loss several times a step, which a learning rule cannot")
-    held = {id(p) for group in made.param_groups for p in group["params"]}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in trained.items() if id(p) not in held]
     if missing:
         raise ValueError(
@@ -227,4 +227,4 @@ def make_optimizer(given: OptimizerFactory | Optimizer | None, trained: Mapping[
             "(a learning rule may add networks of its own); give a factory in its place, such as "
             "functools.partial(torch.optim.SGD, lr=0.1), or freeze them by requires_grad_(False)"
         )
-    return made
+    return optimizer

@@ -99,9 +99,9 @@ class TrainingState(FitState):
         self.seconds = saved["seconds"]
         if self.stopper is not None and saved["stopper"] is not None:
             self.stopper.load_state_dict(saved["stopper"])
-        for callback, kept in zip(self.callbacks, saved["callbacks"], strict=False):
-            if kept and hasattr(callback, "load_state_dict"):
-                callback.load_state_dict(kept)  # pyright: ignore[reportFunctionMemberAccess]
+        for callback, state in zip(self.callbacks, saved["callbacks"], strict=False):
+            if state and hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(state)  # pyright: ignore[reportFunctionMemberAccess]
         now, self.epoch_random = saved["random"][self.fabric.global_rank]
         set_random_state(now)
 

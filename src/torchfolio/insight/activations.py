@@ -67,10 +67,10 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
         ValueError: if the network has no such layer; the message lists those that it has.
     """
     modules = dict(model.named_modules())
-    found = layer if isinstance(layer, str) else next((name for name, m in modules.items() if m is layer), None)
-    if found is None or found not in modules or (found == "" and layer is not model):
+    chosen = layer if isinstance(layer, str) else next((name for name, m in modules.items() if m is layer), None)
+    if chosen is None or chosen not in modules or (chosen == "" and layer is not model):
         named = [name for name in modules if name]
         shown = ", ".join(named[:40]) + (", …" if len(named) > 40 else "")
         what = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
         raise ValueError(f"the network has no layer {what}; its layers are {shown}")
-    return found
+    return chosen

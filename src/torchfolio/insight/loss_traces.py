@@ -68,13 +68,13 @@ class LossRecorder:
             with evaluating(self.model), untouched(self.model):
                 parts = []
                 for *inputs, target in self.batches:
-                    found = self.loss(self.model(*(x.to(device) for x in inputs)), target.to(device))
-                    if found.shape[:1] != target.shape[:1] or found.dim() != 1:
+                    values = self.loss(self.model(*(x.to(device) for x in inputs)), target.to(device))
+                    if values.shape[:1] != target.shape[:1] or values.dim() != 1:
                         raise ValueError(
                             f"expected a loss for each of {len(target)} examples (reduction='none'), got shape "
-                            f"{tuple(found.shape)}"
+                            f"{tuple(values.shape)}"
                         )
-                    parts.append(found)
+                    parts.append(values)
             losses = torch.cat(parts)
         row = losses.detach().float().cpu().numpy()
         if row.ndim != 1:
@@ -155,10 +155,10 @@ def trace(
 
     def sharpness(step: int) -> None:
         nonlocal start
-        found = hessian_eigenvalues(model, mean, (x, y), start=start, generator=torch.Generator().manual_seed(0))
-        start = found.vectors
+        eigen = hessian_eigenvalues(model, mean, (x, y), start=start, generator=torch.Generator().manual_seed(0))
+        start = eigen.vectors
         marks.append(step)
-        values.append(float(found.values[0]))
+        values.append(float(eigen.values[0]))
 
     for step in range(whole("steps", steps, 1) + 1):
         each = loss(model(x), y)

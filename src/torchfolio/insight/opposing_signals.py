@@ -172,19 +172,19 @@ def measure_groups(
         overall, brightness = float(x.flatten(1).norm(dim=1).mean()), float(x.mean())
         table = []
         for kind, *members in pairs:
-            found: dict[str, Any] = {"kind": kind}
+            figures: dict[str, Any] = {"kind": kind}
             gradients = []
             for side, member in enumerate(members, start=1):
                 part = (x[member].to(device), y[member].to(device))
                 g = torch.cat([t.flatten() for t in loss_gradients(model, loss, part).values()])
                 gradients.append(g)
-                found[f"projection_{side}"] = float(g @ v / g.norm())
-                found[f"curvature_{side}"] = float(v @ Hessian(model, loss, part)(v)) / scale
-                found[f"input_norm_{side}"] = float(x[member].flatten(1).norm(dim=1).mean()) / overall
-                found[f"input_mean_{side}"] = float(x[member].mean()) - brightness
-            found["cosine"] = float(F.cosine_similarity(gradients[0], gradients[1], dim=0))
-            found["norm"] = float(sum(g.norm() for g in gradients)) / 2
-            table.append(found)
+                figures[f"projection_{side}"] = float(g @ v / g.norm())
+                figures[f"curvature_{side}"] = float(v @ Hessian(model, loss, part)(v)) / scale
+                figures[f"input_norm_{side}"] = float(x[member].flatten(1).norm(dim=1).mean()) / overall
+                figures[f"input_mean_{side}"] = float(x[member].mean()) - brightness
+            figures["cosine"] = float(F.cosine_similarity(gradients[0], gradients[1], dim=0))
+            figures["norm"] = float(sum(g.norm() for g in gradients)) / 2
+            table.append(figures)
     frame: Any = pd.DataFrame(table).groupby("kind", sort=False).mean()
     frame["norm_ratio"] = frame["norm"] / frame.loc["random", "norm"]
     return frame.drop(columns="norm")

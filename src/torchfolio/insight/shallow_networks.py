@@ -212,13 +212,13 @@ def train_side_by_side(
     conditions = means.shape[1]
     offsets = conditions * torch.arange(len(networks))[:, None]
     means, labels = means.flatten(0, 1), labels.flatten(0, 1)
-    kept = []
+    snapshots = []
     # Tensors of this size would be fetched from the system anew at every step.
     x, before = W.new_empty(len(W), batch_size, W.shape[2]), W.new_empty(len(W), batch_size, W.shape[1])
     rows = W.new_empty(len(W) * batch_size, W.shape[2])
     for step in range(steps):
         if record_every is not None and step % record_every == 0:
-            kept.append(W.clone())
+            snapshots.append(W.clone())
         pick = torch.randint(conditions, (len(networks), batch_size), generator=generator)
         at = (pick + offsets).flatten()
         y = labels.index_select(0, at).view(*pick.shape, -1)
@@ -235,7 +235,7 @@ def train_side_by_side(
     for k, net in enumerate(networks):
         for name, value in zip(names, (W, b, J, c), strict=True):
             getattr(net, name).data.copy_(value[k])
-    return kept
+    return snapshots
 
 
 def _activations(before: Tensor, groups: Sequence[tuple[Activation, list[int]]]) -> tuple[Tensor, Tensor]:

@@ -55,14 +55,14 @@ def replace_layers(
         >>> replace_layers(net, nn.ReLU, lambda old: nn.GELU())
     """
     matches = _by_any_name(model, _matcher(predicate))
-    made: dict[int, nn.Module] = {}
+    replacements: dict[int, nn.Module] = {}
     if matches("", model):
-        return _make(factory, model, made, [])
-    count = _replace_below(model, "", matches, factory, made, set(), [])
+        return _make(factory, model, replacements, [])
+    count = _replace_below(model, "", matches, factory, replacements, set(), [])
     if not count and not allow_none:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise ValueError(f"no module matches the predicate; the network has {', '.join(kinds)}")
-    _guard_fast_paths(model, {id(m) for m in made.values()})
+    _guard_fast_paths(model, {id(m) for m in replacements.values()})
     return model
 
 

@@ -155,9 +155,9 @@ def backdoor(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
         verdicts.append(inverter.scan(net, x[:80]))
     stamped, wanted = poisoned_test(raw.test.tensors, trigger, labels).tensors()
     hits = [float((outputs(net, stamped).argmax(1) == wanted).float().mean()) for net in nets]
-    found = inverter.invert(nets[0], x[:4], 7)
+    inverted = inverter.invert(nets[0], x[:4], 7)
     figure, axes = plt.subplots(1, 3, figsize=(6, 2.2), layout="constrained")
-    shown = [x[1, 0], trigger(x[1:2])[0, 0], (x[1] + found.delta.reshape(-1, *x.shape[1:])[0]).clamp(0, 1)[0]]
+    shown = [x[1, 0], trigger(x[1:2])[0, 0], (x[1] + inverted.delta.reshape(-1, *x.shape[1:])[0]).clamp(0, 1)[0]]
     for ax, image, name in zip(
         axes, shown, ("a digit", "with the attacker's mark", "with what was drawn"), strict=True
     ):

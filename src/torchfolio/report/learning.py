@@ -35,8 +35,8 @@ def learning_card(folder: Path, name: str) -> Sheet | None:
         rows = _rows(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return Sheet(title, "not shown", sentences=[f"history.csv of {name} cannot be read: {error}"])
-    curves = [(ylabel, kept) for ylabel, names in (("loss", LOSSES), ("accuracy", ACCURACIES))
-              if (kept := {label: values for key, label in names.items() if (values := _column(rows, key))})]  # fmt: skip
+    curves = [(ylabel, columns) for ylabel, names in (("loss", LOSSES), ("accuracy", ACCURACIES))
+              if (columns := {label: values for key, label in names.items() if (values := _column(rows, key))})]  # fmt: skip
     sentences = [
         f"{len(rows)} epoch{'s' if len(rows) > 1 else ''}, {sum(row.get('seconds', 0) for row in rows):.1f} s."
     ]

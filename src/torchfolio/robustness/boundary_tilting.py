@@ -210,18 +210,18 @@ def _local(
     model: nn.Module, X: Tensor, upper: Any, pair: tuple[int, int], layer: str | None, steps: int, batch_size: int
 ) -> TiltReport:
     finite("X", X)
-    found = distances_and_gradients(model, X, pair, layer=layer, steps=steps, batch_size=batch_size)
-    points, shape = found.points.flatten(1).double().cpu().numpy(), tuple(found.points.shape[1:])
+    distances = distances_and_gradients(model, X, pair, layer=layer, steps=steps, batch_size=batch_size)
+    points, shape = distances.points.flatten(1).double().cpu().numpy(), tuple(distances.points.shape[1:])
     data = TwoClasses.of(points, upper)
-    gradient = found.gradient.flatten(1).double().cpu().numpy()
+    gradient = distances.gradient.flatten(1).double().cpu().numpy()
     length = np.linalg.norm(gradient, axis=1)
     cosine = gradient @ data.z / np.where(length > 0, length, np.nan)
     sine = np.linalg.norm(gradient / np.where(length > 0, length, np.nan)[:, None] - cosine[:, None] * data.z, axis=1)
     angles = np.degrees(np.arctan2(sine, cosine))
-    move = found.move.flatten(1).double().cpu().numpy()
-    reached = found.reached.cpu().numpy()
+    move = distances.move.flatten(1).double().cpu().numpy()
+    reached = distances.reached.cpu().numpy()
     distance = np.where(reached, np.linalg.norm(move, axis=1), np.nan)
-    side = found.margin.double().cpu().numpy() * np.where(upper, 1, -1)
+    side = distances.margin.double().cpu().numpy() * np.where(upper, 1, -1)
     signed = np.where(side > 0, distance, -distance)
     if reached.mean() < 1:
         warnings.warn(
@@ -274,31 +274,31 @@ class BoundaryAngles(Analysis):
                 "How its boundaries lean is not shown: it needs inputs in floating point and two classes or more."
             )
         pairs = self._pairs(x, y)
-        found = {}
+        reports = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said by the column `reached`
             for pair in pairs:
                 rows = torch.cat([(y == c).nonzero()[: self.examples, 0] for c in pair])
-                found[pair] = analyse(models[0], x[rows], y[rows], pair, steps=self.steps)
+                reports[pair] = analyse(models[0], x[rows], y[rows], pair, steps=self.steps)
         table = pd.DataFrame(
             [{"class": self.named(i), "next": self.named(j), "angle, degrees": r.angle, "strength": r.strength, "wrong, %": 50 * sum(r.errors),
-              "reached, %": 100 * r.reached} for (i, j), r in found.items()]
+              "reached, %": 100 * r.reached} for (i, j), r in reports.items()]
         )  # fmt: skip
         fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
-        ax.boxplot([r.angles[np.isfinite(r.angles)] for r in found.values()], showfliers=False)
-        ax.set_xticks(range(1, len(found) + 1), [f"{self.named(i)}\n{self.named(j)}" for i, j in found])
+        ax.boxplot([r.angles[np.isfinite(r.angles)] for r in reports.values()], showfliers=False)
+        ax.set_xticks(range(1, len(reports) + 1), [f"{self.named(i)}\n{self.named(j)}" for i, j in reports])
         ax.set(ylabel="deviation angle, degrees", ylim=(0, 95))
         ax.axhline(90, c="grey", ls=":", lw=1)
         angle, strength = table["angle, degrees"].median(), table["strength"].median()
         sentences = [
             f"Between a class and its nearest one the network's direction of steepest change stands {angle:.0f} degrees from the "
-            f"line that joins the two classes' means (median of {len(found)} pairs); its boundary is "
+            f"line that joins the two classes' means (median of {len(reports)} pairs); its boundary is "
             f"{strength:.1f} times nearer to an example than halfway to the other class's mean.",
             "Near 0 degrees a change must look like the other class to be called so. Near 90 a small change that looks like "
             "neither is enough: such adversarial examples buy no accuracy by themselves.",
         ]
         notes = []
-        if min(r.reached for r in found.values()) < 0.9:
+        if min(r.reached for r in reports.values()) < 0.9:
             notes.append("From some examples the boundary was not reached; distances and strengths leave them out.")
         record = {"pairs": [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]}
         count = int(min(self.examples, min(int((y == c).sum()) for pair in pairs for c in pair)))

@@ -93,9 +93,9 @@ class _Queue:
 
     def pop(self, count: int) -> Box:
         index = self.order.argsort(stable=True)
-        taken, left = self.boxes[index[:count]], index[count:]
+        boxes, left = self.boxes[index[:count]], index[count:]
         self.boxes, self.order = self.boxes[left], self.order[left]
-        return taken
+        return boxes
 
 
 def _worst(prop: Property, lower: Tensor) -> tuple[Tensor, Tensor]:

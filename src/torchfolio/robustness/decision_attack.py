@@ -154,11 +154,11 @@ class _Decisions:
             u = u if self.norm == 2 else 2 * u - 1
             u = u / wide(lengths(u), point)
             moved = (point + wide(delta, point) * u).clamp(*self.clip)
-            said = 2 * self.adversarial(moved).to(point.dtype) - 1
-            probes.append((said, (moved - point) / wide(delta, point)))
-            answers += said / count
-        for said, u in probes:
+            answer = 2 * self.adversarial(moved).to(point.dtype) - 1
+            probes.append((answer, (moved - point) / wide(delta, point)))
+            answers += answer / count
+        for answer, u in probes:
             # The mean is subtracted for less variance, unless all probes agree.
-            weight = torch.where(answers.abs() < 1, said - answers, said)
+            weight = torch.where(answers.abs() < 1, answer - answers, answer)
             total += wide(weight, point) * u
         return total / wide(lengths(total), point) if self.norm == 2 else total.sign()

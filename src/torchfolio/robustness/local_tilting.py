@@ -76,11 +76,11 @@ def _from_layer(model: nn.Module, x: Tensor, layer: str | None) -> Iterator[tupl
     with torch.no_grad(), take_features(model, layer, detach=True) as features:
         model(x)
         start = features[layer]
-    module, given = model.get_submodule(layer), {}
-    handle = module.register_forward_hook(lambda *call: given["h"])
+    module, inputs = model.get_submodule(layer), {}
+    handle = module.register_forward_hook(lambda *call: inputs["h"])
 
     def rest(h: Tensor) -> Tensor:
-        given["h"] = h
+        inputs["h"] = h
         return model(x)
 
     try:

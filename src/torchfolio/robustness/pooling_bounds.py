@@ -94,8 +94,8 @@ class MaxPool:
             for size, reach, k, step in zip(padded.shape[2:], dilation, kernel, stride, strict=True)
         )
         # [B, C, h, kh, w, kw], by places: unfold would make NaN of infinity.
-        taken = padded[:, :, rows[:, :, None, None], columns[None, None]]
-        return taken.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
+        windows = padded[:, :, rows[:, :, None, None], columns[None, None]]
+        return windows.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
 
 
 def looks_past(layer: nn.MaxPool2d, sides: tuple[int, ...]) -> bool:

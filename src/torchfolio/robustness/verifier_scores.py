@@ -67,13 +67,13 @@ class AttackOnly:
 
         zeros = torch.zeros_like(center)[None]
         with attacked(model):
-            found = pgd(
+            attack = pgd(
                 scaled, zeros, torch.tensor([label], device=center.device), eps=1.0, alpha=self.alpha, steps=self.steps,
                 restarts=self.restarts, generator=torch.Generator(center.device).manual_seed(self.seed),
             )  # fmt: skip
-        witness = torch.minimum(torch.maximum(center + radius * found.x_adv[0], lower), upper)
+        witness = torch.minimum(torch.maximum(center + radius * attack.x_adv[0], lower), upper)
         seconds = time.perf_counter() - started
-        return Verdict("falsified", witness, seconds) if bool(found.success[0]) else Verdict("verified", None, seconds)
+        return Verdict("falsified", witness, seconds) if bool(attack.success[0]) else Verdict("verified", None, seconds)
 
 
 class CommandVerifier:

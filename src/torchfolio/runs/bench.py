@@ -72,13 +72,13 @@ def training_step(
     rule = Backprop() if rule is None else rule
     module = rule.prepare(net, batch).train()
     factory = sgd(1e-3, nesterov=False) if optimizer is None else optimizer
-    made = make_optimizer(factory, {name: p for name, p in module.named_parameters() if p.requires_grad})
-    rule.configure(made, None)
+    stepper = make_optimizer(factory, {name: p for name, p in module.named_parameters() if p.requires_grad})
+    rule.configure(stepper, None)
 
     def step() -> None:
-        made.zero_grad()
+        stepper.zero_grad()
         rule.step(batch, Tensor.backward)
-        made.step()
+        stepper.step()
 
     return step
 

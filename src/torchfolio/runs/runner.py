@@ -164,13 +164,13 @@ def _new_folder(parent: Path, scale: str) -> Path:
 
 def _find_unfinished(parent: Path, config: dict[str, Any]) -> Path | None:
     """The latest run of the same configuration whose outcome is not `done`."""
-    wanted = json.loads(json.dumps({k: v for k, v in config.items() if k != "changes"}))
+    expected = json.loads(json.dumps({k: v for k, v in config.items() if k != "changes"}))
     for folder in sorted(parent.glob(f"{config['scale']}-*"), reverse=True):
         try:
-            found = json.loads((folder / "config.json").read_text())
+            stored = json.loads((folder / "config.json").read_text())
         except (OSError, json.JSONDecodeError):
             continue
-        if {k: v for k, v in found.items() if k != "changes"} != wanted:
+        if {k: v for k, v in stored.items() if k != "changes"} != expected:
             continue
         outcome = folder / "outcome.json"
         if not outcome.is_file() or Outcome.load(folder).status != "done":

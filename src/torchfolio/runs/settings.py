@@ -20,15 +20,15 @@ def override(settings: S, changes: Mapping[str, Any]) -> S:
     """
     kinds = typing.get_type_hints(type(settings))
     known = [f.name for f in fields(settings)]  # pyright: ignore[reportArgumentType]
-    made = {}
+    values = {}
     for key, value in changes.items():
         if key == "model" and key not in known:
             raise ValueError("there is no setting 'model': the claims of this experiment are about networks of its own")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3) or known
             raise ValueError(f"there is no setting {key!r}; did you mean {', '.join(close)}?")
-        made[key] = _read(key, value, kinds[key]) if isinstance(value, str) else _like(value, getattr(settings, key))
-    return replace(settings, **made)  # pyright: ignore[reportArgumentType, reportCallIssue, reportType]
+        values[key] = _read(key, value, kinds[key]) if isinstance(value, str) else _like(value, getattr(settings, key))
+    return replace(settings, **values)  # pyright: ignore[reportArgumentType, reportCallIssue, reportType]
 
 
 def _like(value: Any, old: Any) -> Any:

@@ -60,8 +60,8 @@ class _Spike(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gradient,), (kept,) = gradients, ctx.saved_tensors
-        return gradient * ctx.surrogate.slope(kept, gradient.dtype), None
+        (gradient,), (v,) = gradients, ctx.saved_tensors
+        return gradient * ctx.surrogate.slope(v, gradient.dtype), None
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,11 @@ class Concatenated(nn.Module):
 
     def __init__(self, trunks: Iterable[nn.Module], *, normalize: bool = False, frozen: bool = True) -> None:
         super().__init__()
-        given = list(trunks)
-        wrong = [type(trunk).__name__ for trunk in given if not isinstance(trunk, nn.Module)]
+        networks = list(trunks)
+        wrong = [type(trunk).__name__ for trunk in networks if not isinstance(trunk, nn.Module)]
         if wrong:
             raise TypeError(f"expected networks as trunks, got {', '.join(wrong)}")
-        self.trunks = nn.ModuleList(given)
+        self.trunks = nn.ModuleList(networks)
         if not self.trunks:
             raise ValueError("expected at least one trunk, got none")
         owned = [id(p) for trunk in self.trunks for p in trunk.parameters()]

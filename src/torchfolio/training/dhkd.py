@@ -81,9 +81,9 @@ class AuxiliaryDistillation(Objective):
             self.teacher.to(weight.device)
         self.dual = DualHead(model, self.layer, self.aux)
         with torch.no_grad(), undisturbed():
-            given, width = teacher_logits(self.teacher, example), self.dual.classifier.out_features
-        if given.dim() != 2 or given.shape[1] != width:
-            raise ValueError(f"expected teacher logits [N, {width}], as the student has, got {tuple(given.shape)}")
+            logits, width = teacher_logits(self.teacher, example), self.dual.classifier.out_features
+        if logits.dim() != 2 or logits.shape[1] != width:
+            raise ValueError(f"expected teacher logits [N, {width}], as the student has, got {tuple(logits.shape)}")
         return self.dual.aux
 
     @contextmanager

@@ -273,8 +273,8 @@ class _Episode:
             if t + 1 < self.steps:
                 memory = net.rewritten(memory, written, writing.squeeze(1))
         output, hidden, read, memories, attention = (torch.stack(part, 1) for part in zip(*rows, strict=True))
-        given = self.past if self.past is not None else output[..., :0]
-        signals, correction = given[..., : sum(self.widths[:3])], given[..., -net.out_dim :]
+        window = self.past if self.past is not None else output[..., :0]
+        signals, correction = window[..., : sum(self.widths[:3])], window[..., -net.out_dim :]
         return Trace(output, net.error(output, self.target), signals, correction, hidden, read, memories, attention)
 
     def _answered(self, t: int, read: Tensor, past: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:

@@ -172,10 +172,10 @@ class NoiseMaskPretraining(LearningRule):
         return partial(self._grouped, factory)
 
     def _grouped(self, factory: Callable[..., Optimizer], parameters: Iterable[nn.Parameter]) -> Optimizer:
-        given = list(parameters)
+        tensors = list(parameters)
         own = {id(p) for p in self._prepared().policy.parameters()}
-        rate = factory(given).defaults["lr"]
-        groups = {False: [p for p in given if id(p) not in own], True: [p for p in given if id(p) in own]}
+        rate = factory(tensors).defaults["lr"]
+        groups = {False: [p for p in tensors if id(p) not in own], True: [p for p in tensors if id(p) in own]}
         rates = {False: rate, True: rate * self.policy_lr_scale}
         return factory([{"params": groups[key], "lr": rates[key]} for key in groups if groups[key]])
 

@@ -110,16 +110,16 @@ def spectral_clusters(
         from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 
         merges = linkage(embedding.numpy(), method="average")
-        found = torch.from_numpy(fcluster(merges, k, criterion="maxclust")).long() - 1
+        clusters = torch.from_numpy(fcluster(merges, k, criterion="maxclust")).long() - 1
         position, tree = torch.from_numpy(leaves_list(merges)).long(), torch.from_numpy(merges)
     else:
         from sklearn.cluster import KMeans
 
         means = KMeans(k, n_init=10, random_state=random_state)  # pyright: ignore[reportArgumentType]
-        found = torch.from_numpy(means.fit_predict(embedding.numpy())).long()
-        position = found.argsort(stable=True)
+        clusters = torch.from_numpy(means.fit_predict(embedding.numpy())).long()
+        position = clusters.argsort(stable=True)
     labels = torch.full((len(affinity),), -1)
-    labels[alive] = found
+    labels[alive] = clusters
     first = blocks.sizes[0]
     return Clusters(labels[:first], labels[first:], alive[position], affinity, tree)
 
