@@ -22,7 +22,7 @@ def extract_candidates(
 
     Args:
         inputs: sentences of numbers.
-        outputs: sentences that became of each.
+        outputs: sentence that each became.
         max_len: maximum number of words; sentences that gained more are left out.
 
     Reference:

@@ -26,6 +26,7 @@ from torchfolio.spiking.continual import continual_metrics
 from torchfolio.spiking.credit import Credit, WeightLayer, credit_of, fan_in, rows_of, weight_layers
 from torchfolio.spiking.dsr import DSR
 from torchfolio.spiking.feedback import FeedbackAlignment, SignSymmetric
+from torchfolio.spiking.guarded_layers import choose_layers, unguarded_weights
 from torchfolio.spiking.hebbian import HebbianSubspace
 from torchfolio.spiking.ottt import OTTT
 
@@ -163,22 +164,9 @@ class HLOP(LearningRule):
 
     def _chosen(self, model: nn.Module) -> dict[str, WeightLayer]:
         """The layers by name, checked."""
-        known = weight_layers(model)
         if self.layers is None:
-            chosen = known
             self._tell_of_rest(model)
-        elif callable(self.layers):
-            chosen = {n: m for n, m in known.items() if self.layers(n, m)}
-        else:
-            chosen = {n: known[n] for n in self.layers if n in known}
-        if not chosen or (isinstance(self.layers, Sequence) and len(chosen) < len(self.layers)):
-            raise ValueError(
-                f"expected linear layers or convolutions without groups, of {', '.join(known) or 'none'}; got {self.layers!r}"
-            )
-        weights: dict[int, str] = {}
-        for name, layer in chosen.items():
-            weights.setdefault(id(layer.weight), name)
-        chosen = {name: chosen[name] for name in weights.values()}
+        chosen = choose_layers(model, self.layers)
         if not self.freeze_1d:
             for name, layer in chosen.items():
                 if layer.bias is not None and layer.bias.requires_grad:
@@ -197,9 +185,8 @@ class HLOP(LearningRule):
         return chosen
 
     def _tell_of_rest(self, model: nn.Module) -> None:
-        """Warn of weights that nothing guards: of recurrent layers, embeddings, grouped convolutions and others."""
-        guarded = {id(layer.weight) for layer in weight_layers(model).values()}
-        rest = [n for n, p in model.named_parameters() if p.dim() > 1 and p.requires_grad and id(p) not in guarded]
+        """Warn of weights that nothing guards."""
+        rest = unguarded_weights(model)
         if rest and not self._told.issuperset(rest):
             names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
             warnings.warn(
