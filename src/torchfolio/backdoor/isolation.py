@@ -18,6 +18,7 @@ from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import seeded
 from torchfolio.engine.rules import Backprop
 from torchfolio.measure import outputs, untouched
+from torchfolio.models.device import device_of
 
 __all__ = ["Isolator", "LGAIsolator", "PrecomputedIsolator", "cosine_tail", "flooding"]
 
@@ -173,7 +174,7 @@ def _losses(net: nn.Module, data: Pair, batch_statistics: bool, batch_size: int,
     x, y = data[0], data[1].cpu()
     if not batch_statistics:
         return F.cross_entropy(outputs(net, x).double(), y, reduction="none")
-    device = next((p.device for p in net.parameters()), x.device)
+    device = device_of(net, x)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     losses = torch.empty(len(x), dtype=torch.float64)
     with torch.no_grad(), untouched(net, training=False):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchfolio import checks
 from torchfolio.measure.batches import gathered
+from torchfolio.models.device import device_of
 
 __all__ = ["Pair", "checked_classes", "collected", "device_of", "fingerprint", "finite_rows", "private"]
 
@@ -29,11 +30,6 @@ def private(model: nn.Module, device: str | torch.device | None) -> nn.Module:
     checks.network(model)
     net = copy.deepcopy(model).eval().requires_grad_(False)
     return net if device is None else net.to(device)
-
-
-def device_of(model: nn.Module, x: Tensor) -> torch.device:
-    """Where a network is; where the input is if it has no parameters."""
-    return next((p.device for p in model.parameters()), x.device)
 
 
 def finite_rows(x: Tensor) -> Tensor:

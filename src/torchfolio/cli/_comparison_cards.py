@@ -61,11 +61,12 @@ def similarity_card(
 
     from torchfolio.measure.similarity import linear_cka_pairs
     from torchfolio.models import collect_features
+    from torchfolio.models.device import device_of
     from torchfolio.report.sheet import Picture, Sheet, Table
 
     sides = []
     for model in (net, other):
-        place = next((p.device for p in model.parameters()), x.device)
+        place = device_of(model, x)
         sides.append(
             {n: t.cpu() for n, t in collect_features(model, x.to(place), list(layers), flatten="pool").items()}
         )

@@ -58,6 +58,7 @@ def _on_pixels(source: Bundle, clean: tuple[Tensor, Tensor]) -> tuple[nn.Module,
     from torch import nn
 
     from torchfolio.backdoor.zoo import Normalize
+    from torchfolio.models.device import device_of
 
     mean, std = source.manifest.mean, source.manifest.std
     x, y = clean
@@ -66,7 +67,7 @@ def _on_pixels(source: Bundle, clean: tuple[Tensor, Tensor]) -> tuple[nn.Module,
         x = x * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
         # What normalising and going back has lost of 0 and 1.
         x = torch.where((x > -1e-4) & (x < 1 + 1e-4), x.clamp(0, 1), x)
-        place = next((p.device for p in source.model.parameters()), x.device)
+        place = device_of(source.model, x)
         return nn.Sequential(Normalize(mean, std).to(place), source.model), (x, y)
     return source.model, clean
 

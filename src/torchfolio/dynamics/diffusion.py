@@ -25,6 +25,7 @@ from torchfolio.data.examples import Examples
 from torchfolio.dynamics.noise_schedules import DiscreteSchedule, Schedule
 from torchfolio.engine import Batch, FitResult, LearningRule, evaluating, fit, seeded
 from torchfolio.engine.recipes import adamw, cosine
+from torchfolio.models.device import device_of
 
 __all__ = [
     "MLPDenoiser",
@@ -146,7 +147,7 @@ class NoisePrediction(LearningRule):
         """
         total, count = 0.0, 0
         with seeded(seed), evaluating(model), torch.no_grad():
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            device = device_of(model)
             for x, *cond in Examples(data).batches(batch_size):
                 x, *cond = (value.to(device) for value in (x, *cond))
                 for _ in range(whole("repeats", repeats, 1)):

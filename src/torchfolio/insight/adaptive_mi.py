@@ -45,6 +45,7 @@ from torchfolio.insight.information_estimators import (
 from torchfolio.insight.information_kernels import AdaptiveKDE, kde_information
 from torchfolio.measure import untouched
 from torchfolio.models import flatten_features, take_features
+from torchfolio.models.device import device_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +170,7 @@ def _activations(
     """Activations `[N, d]` of every layer, on the CPU."""
     if reduce not in (None, "mean", "flatten"):
         raise ValueError(f"expected reduce to be 'mean', 'flatten' or None, got {reduce!r}")
-    device = next((p.device for p in module.parameters()), inputs.device)
+    device = device_of(module, inputs)
     parts: dict[str, list[Tensor]] = {}
     with untouched(module, training=False):
         for x in inputs.split(batch_size):

@@ -22,6 +22,7 @@ from torchfolio.data import Examples
 from torchfolio.engine import StepRecorder
 from torchfolio.json_text import to_json
 from torchfolio.measure import hessian_eigenvalues
+from torchfolio.models.device import device_of
 
 __all__ = ["TrainingRecord", "TrainingRecorder", "losses_of", "mean_loss", "sharpness_of", "step_limits"]
 
@@ -212,7 +213,7 @@ class TrainingRecorder:
     def _losses(self, state: Any) -> Tensor:
         self._optimizer = state.optimizer
         model = state.rule.predictor(state.model)
-        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        place = device_of(model)
         with torch.no_grad():
             chunks = zip(self.x.split(256), self.y.split(256), strict=True)
             return torch.cat([losses_of(model(x.to(place)).float(), y.to(place)) for x, y in chunks]).float().cpu()
@@ -220,7 +221,7 @@ class TrainingRecorder:
     def _sharpness(self, state: Any) -> dict[str, float]:
         self._optimizer = state.optimizer
         model = state.rule.predictor(state.model)
-        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        place = device_of(model)
         x, y = self.x[: self.followed].to(place), self.y[: self.followed].to(place)
         value, self._start = sharpness_of(model, x, y, self._start)
         return {"sharpness": value, "lr": max(group["lr"] for group in state.optimizer.param_groups)}

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchfolio.models.device import device_of
 from torchfolio.models.stateful import reset_state
 
 Predicate = Callable[[str, nn.Module], bool] | type[nn.Module] | tuple[type[nn.Module], ...]
@@ -311,7 +312,7 @@ def collect_features(
         For every name a tensor on the CPU with N rows.
     """
     names = [names] if isinstance(names, str) else list(names)
-    device = next((p.device for p in model.parameters()), x.device)
+    device = device_of(model, x)
     modes = {module: module.training for module in model.modules()}
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     try:

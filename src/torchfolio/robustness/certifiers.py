@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchfolio import checks
 from torchfolio.data import Examples
 from torchfolio.measure import outputs, untouched
+from torchfolio.models.device import device_of
 from torchfolio.robustness.bound_verifiers import exact_copy
 from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.margins import crown_margins, interval_margins
@@ -129,7 +130,7 @@ class BoundCertifier(Certifier):
 
     def bounds(self) -> Margins:
         """Margins over balls as a function of their centres `[B, ...]` and labels `[B]`, differentiable in the centres."""
-        exact, device = exact_copy(self.model, self.dtype), _device(self.model)
+        exact, device = exact_copy(self.model, self.dtype), device_of(self.model)
 
         def of(x: Tensor, labels: Tensor) -> Tensor:
             x, labels = x.to(device, self.dtype), labels.to(device)
@@ -157,7 +158,7 @@ class BoundCertifier(Certifier):
 
         @torch.no_grad()
         def certify(x: Tensor, first: int) -> Certificate:
-            prediction = _classes(exact(x.to(_device(exact), self.dtype)))
+            prediction = _classes(exact(x.to(device_of(exact), self.dtype)))
             margins = bounds(x, prediction)
             value = margins.scatter(1, prediction[:, None], torch.inf).amin(1)
             # NaN is not above 0, and a bound of infinity is an overflow.
@@ -304,10 +305,6 @@ def clopper_pearson(k: Tensor, n: int, alpha: float) -> Tensor:
     with_some = count > 0
     p = beta.ppf(alpha, count.clip(1), n - count + 1)
     return torch.from_numpy(p * with_some)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _classes(logits: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torchfolio.checks import at_least, labels, positive, whole
 from torchfolio.data import Examples
 from torchfolio.engine import fit, seeded
 from torchfolio.measure import outputs
+from torchfolio.models.device import device_of
 
 __all__ = ["CosineClassifier", "LinearProbe", "targets_of"]
 
@@ -92,7 +93,7 @@ class LinearProbe(nn.Module):
         features = outputs(self.features, examples)
         if features.dim() != 2:
             raise ValueError(f"expected features [B, d], got {tuple(features.shape)}; pool or flatten them")
-        device = next((p.device for p in self.features.parameters()), torch.device("cpu"))
+        device = device_of(self.features)
         norm = nn.BatchNorm1d(features.shape[1]) if self.batch_norm else nn.Identity()
         with seeded(seed):
             linear = nn.Linear(features.shape[1], self.num_classes)

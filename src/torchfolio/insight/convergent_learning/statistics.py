@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchfolio.insight.activations import layer_name, unit_rows
 from torchfolio.measure import StreamingMoments, untouched
 from torchfolio.models import take_features
+from torchfolio.models.device import device_of
 
 DEAD = 1e-6  # of the layer's largest deviation
 
@@ -219,7 +220,7 @@ class ActivationStatistics(PairStatistics):
 @torch.no_grad()
 def activations(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor]:
     """Outputs of named layers on one batch, in evaluation mode on the model's device."""
-    device = next((p.device for p in model.parameters()), x.device)
+    device = device_of(model, x)
     with untouched(model, training=False), take_features(model, names, detach=True) as features:
         model(x.to(device))
         return dict(features.items())
