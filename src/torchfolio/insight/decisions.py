@@ -42,7 +42,7 @@ def rational_choice(logits: Tensor, rationality: float | Tensor = 1.0, dim: int 
     Raises:
         ValueError: if $\\kappa$ is not positive and finite, or a utility is NaN. One of $-\\infty$ is never chosen.
     """
-    _no_nan(logits)
+    logits = _no_nan(logits)
     if isinstance(rationality, Tensor):
         if not bool((finite("rationality", rationality) > 0).all()):
             raise ValueError(f"expected rationality above 0, got {float(rationality.min())}")
@@ -51,9 +51,11 @@ def rational_choice(logits: Tensor, rationality: float | Tensor = 1.0, dim: int 
     return (logits * rationality).log_softmax(dim)
 
 
-def _no_nan(logits: Tensor) -> None:
+def _no_nan(logits: Tensor) -> Tensor:
+    logits = torch.as_tensor(logits)
     if bool(logits.isnan().any()):
         raise ValueError(f"expected utilities, got NaN in {int(logits.isnan().sum())} of {logits.numel()}")
+    return logits
 
 
 def _next(step: Step, tokens: Tensor) -> Tensor:
@@ -74,8 +76,7 @@ def _prefix(prefix: Tensor, dims: int) -> Tensor:
 
 def argmax_decision(logits: Tensor, dim: int = -1) -> Tensor:
     """The best alternative, the first of equals; it depends on the order of utilities alone. NaN is refused."""
-    _no_nan(logits)
-    return logits.argmax(dim)
+    return _no_nan(logits).argmax(dim)
 
 
 def sample_decision(

@@ -105,6 +105,8 @@ def _centred_norm(k: Tensor) -> float:
 def participation_ratio(Z: Any) -> float:
     """Dimension $(\\operatorname{tr} C)^2 / \\operatorname{tr} C^2$ of responses `[N, M]` with covariance C; NaN for constant ones."""
     z = finite("Z", torch.as_tensor(Z)).detach().double().flatten(1)
+    if not len(z):
+        raise ValueError("expected responses [N, M] to at least one input, got none")
     z = z - z.mean(0)
     # tr C^2 by the smaller of the two Gram matrices.
     gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z

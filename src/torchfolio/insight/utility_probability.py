@@ -70,6 +70,7 @@ def utility_regret(logits: Tensor, y: Tensor) -> Tensor:
         logits: utilities `[N, C]`.
         y: revealed choices, labels `[N]`.
     """
+    logits, y = torch.as_tensor(logits), torch.as_tensor(y)
     choices(logits, y)
     return logits.max(1).values - logits.gather(1, y[:, None])[:, 0]
 
@@ -79,6 +80,8 @@ def regret_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The left is reached where one alternative is infinitely better than all others, the right where all are equal.
     """
+    logits, y = torch.as_tensor(logits), torch.as_tensor(y)
+    logits = logits if logits.is_floating_point() else logits.float()
     regret = utility_regret(logits, y)
     return regret, F.cross_entropy(logits, y, reduction="none"), regret + math.log(logits.shape[1])
 

@@ -41,7 +41,7 @@ def linear_probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train, test = _rows(features, y), _rows(test_features, test_y)
+    (train, y), (test, test_y) = _rows(features, y), _rows(test_features, test_y)
     _check_width(train, test)
     if len(y.unique()) < 2:
         raise ValueError(f"expected examples of at least two classes, got only class {y[0].item()}")
@@ -80,7 +80,7 @@ def knn_accuracy(
         Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018,
         section 3.4.
     """
-    train, test = _rows(features, y), _rows(test_features, test_y)
+    (train, y), (test, test_y) = _rows(features, y), _rows(test_features, test_y)
     _check_width(train, test)
     if not 1 <= k <= len(train):
         raise ValueError(f"expected k between 1 and {len(train)}, got {k}")
@@ -134,7 +134,7 @@ def retrieval(
     Raises:
         ValueError: on shapes that do not fit, values that are not finite, or no query with a relevant item.
     """
-    items, stored = _rows(query, query_y), _rows(gallery, gallery_y)
+    (items, query_y), (stored, gallery_y) = _rows(query, query_y), _rows(gallery, gallery_y)
     if exclude_self and len(items) != len(stored):
         raise ValueError(f"expected the queries to be the gallery, got {len(items)} and {len(stored)}")
     width = min(items.shape[1], stored.shape[1])
@@ -163,7 +163,9 @@ def retrieval(
     return Retrieval(top1, top5, precision, queries)
 
 
-def _rows(features: Tensor, y: Tensor) -> Tensor:
+def _rows(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of numbers and labels, which may be arrays, as tensors."""
+    features, y = torch.as_tensor(features), torch.as_tensor(y)
     if features.dim() < 2 or y.dim() != 1 or len(features) != len(y):
         raise ValueError(f"expected features [N, ...] and labels [N], got {tuple(features.shape)} and {tuple(y.shape)}")
     if not len(y):
@@ -172,7 +174,7 @@ def _rows(features: Tensor, y: Tensor) -> Tensor:
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if not rows.isfinite().all():
         raise ValueError("the features hold values that are not finite")
-    return rows
+    return rows, y
 
 
 def _check_width(train: Tensor, test: Tensor) -> None:

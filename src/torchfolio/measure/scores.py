@@ -17,7 +17,7 @@ def accuracy(logits: Tensor, y: Tensor, *, top: int = 1) -> float:
     Raises:
         ValueError: on shapes that do not fit, no examples, NaN, or labels out of range.
     """
-    _check_labels(logits, y)
+    logits, y = _checked(logits, y)
     if not 1 <= top <= logits.shape[1]:
         raise ValueError(f"expected top between 1 and {logits.shape[1]}, got {top}")
     return (logits.topk(top, dim=1).indices == y[:, None]).any(1).double().mean().item()
@@ -42,13 +42,15 @@ def calibration_error(probabilities: Tensor, y: Tensor, *, bins: int = 15, adapt
         O'Connor, "Posterior calibration and exploratory analysis for natural language processing models",
         EMNLP 2015.
     """
-    _check_labels(probabilities, y)
+    probabilities, y = _checked(probabilities, y)
+    rounding = torch.finfo(probabilities.dtype).eps if probabilities.is_floating_point() else 0
+    probabilities = probabilities.double()
     sums = probabilities.sum(1)
-    if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+    if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=max(1e-3, rounding)):
         raise ValueError("expected rows of probabilities that sum to 1; apply softmax to logits first")
     if bins < 1:
         raise ValueError(f"expected at least one bin, got {bins}")
-    confidence, predicted = probabilities.double().max(1)
+    confidence, predicted = probabilities.max(1)
     gap = (predicted == y).double() - confidence
     if adaptive:
         order = confidence.argsort(stable=True)
@@ -92,7 +94,7 @@ def roc_curve(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]
         ValueError: see `auroc`.
     """
     negatives, positives = _split(scores, positive)
-    observed = torch.cat([negatives, positives]).unique().flip(0)
+    observed = torch.cat([negatives, positives]).unique().flip(0).double()
     infinity = torch.full((1,), torch.inf, dtype=observed.dtype, device=observed.device)
     thresholds = torch.cat([infinity, observed])
     rates = [
@@ -145,7 +147,7 @@ def tpr_at_fpr(scores: Tensor, positive: Tensor, fpr: float) -> float:
 
 
 def _finite_scores(scores: Tensor) -> Tensor:
-    scores = scores.detach()
+    scores = torch.as_tensor(scores).detach()
     if scores.dim() != 1 or not len(scores):
         raise ValueError(f"expected scores [N], at least one, got shape {tuple(scores.shape)}")
     if scores.isnan().any():
@@ -156,6 +158,7 @@ def _finite_scores(scores: Tensor) -> Tensor:
 
 def _split(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of the negatives and of the positives."""
+    scores, positive = torch.as_tensor(scores), torch.as_tensor(positive)
     if scores.shape != positive.shape:
         raise ValueError(
             f"expected a label for every score, got shapes {tuple(positive.shape)} and {tuple(scores.shape)}"
@@ -169,7 +172,9 @@ def _split(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     return scores[~chosen], scores[chosen]
 
 
-def _check_labels(outputs: Tensor, y: Tensor) -> None:
+def _checked(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and labels, which may be arrays, as tensors."""
+    outputs, y = torch.as_tensor(outputs), torch.as_tensor(y)
     if outputs.dim() != 2 or y.dim() != 1 or len(outputs) != len(y):
         raise ValueError(f"expected outputs [N, C] and labels [N], got {tuple(outputs.shape)} and {tuple(y.shape)}")
     if not len(y):
@@ -178,3 +183,4 @@ def _check_labels(outputs: Tensor, y: Tensor) -> None:
         raise ValueError("the outputs hold NaN")
     if y.min() < 0 or y.max() >= outputs.shape[1]:
         raise ValueError(f"expected labels from 0 to {outputs.shape[1] - 1}, got {int(y.min())} to {int(y.max())}")
+    return outputs, y

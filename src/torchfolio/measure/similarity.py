@@ -199,7 +199,7 @@ class StreamingCKA:
 
     def update(self, x: Tensor, y: Tensor) -> StreamingCKA:
         """Add the features of one batch, `[N, ...]` each, at least 4 examples, one size throughout."""
-        a, b = _rows(x.detach(), y.detach(), 4)
+        a, b = (part.detach() for part in _rows(x, y, 4))
         a, b = a.double(), b.double()
         a, b = a - a.mean(0), b - b.mean(0)
         k_x, k_y = _u_centred(a @ a.T), _u_centred(b @ b.T)
@@ -217,6 +217,7 @@ class StreamingCKA:
 
 
 def _rows(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.dim() < 2 or y.dim() < 2:
         raise ValueError(f"expected features [N, ...], got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if len(x) != len(y):
@@ -294,6 +295,7 @@ def _rbf(x: Tensor, bandwidth: float) -> Tensor:
 
 
 def _kernels(k_x: Tensor, k_y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    k_x, k_y = torch.as_tensor(k_x), torch.as_tensor(k_y)
     if k_x.dim() != 2 or k_x.shape != k_y.shape or k_x.shape[0] != k_x.shape[1]:
         raise ValueError(f"expected two kernels [N, N], got shapes {tuple(k_x.shape)} and {tuple(k_y.shape)}")
     least = 4 if unbiased else 2
