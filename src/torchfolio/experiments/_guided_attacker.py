@@ -1,4 +1,4 @@
-"""An attacker with few images and a guide: a small network with a cosine head, whose prototypes stand for class names."""
+"""An attacker with few images and a guide: a small network with a cosine head, whose prototypes act as class names."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def train(run: Run[Any], own: dict[str, Any]) -> dict[str, Any]:
         misclassified = (net(pairs.counterexamples).argmax(1) == pairs.targets).sum()
         right = (net(pairs.centers).argmax(1) == pairs.labels).sum()
     return {
-        "hidden": int(valid.sum()), "valid": valid.tolist(), "clean": int(clean.sum()), "misclassified": int(misclassified),
-        "right": int(right), "weights": {k: v.cpu() for k, v in net.state_dict().items()},
+        "hidden": int(valid.sum()), "valid": valid.tolist(), "clean": int(clean.sum()),
+        "misclassified": int(misclassified), "right": int(right), "weights": {k: v.cpu() for k, v in net.state_dict().items()},
         "steps": [row["step"] for row in hidden.history], "hidden_by_step": [row["hidden"] for row in hidden.history],
     }  # fmt: skip

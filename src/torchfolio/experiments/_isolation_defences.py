@@ -91,7 +91,8 @@ class Scene:
         self.augment = CropFlip(padding=0) if task.flip else None
 
     def _poison(self, rate: float) -> PoisonedDataset:
-        return poison(self.data.train.tensors, self.trigger, self.labels, rate=rate, seed=self.run.seed)  # pyright: ignore[reportArgumentType]
+        images: Any = self.data.train.tensors
+        return poison(images, self.trigger, self.labels, rate=rate, seed=self.run.seed)
 
     def network(self) -> nn.Module:
         return victim(self.data, self.task.network, self.task.width, self.run.seed)
@@ -150,8 +151,8 @@ class Scene:
         if isinstance(data, NABDataset) and data.augment is None:
             data = data.tensors()
         fit_classifier(
-            net, data, task.epochs, task.lr, augment=augment, batch_size=self.run.settings.batch_size, seed=self.run.seed,
-            device=self.run.device, callbacks=[look] if look else (),
+            net, data, task.epochs, task.lr, augment=augment, batch_size=self.run.settings.batch_size,
+            seed=self.run.seed, device=self.run.device, callbacks=[look] if look else (),
         )  # fmt: skip
         return net, time.perf_counter() - started
 

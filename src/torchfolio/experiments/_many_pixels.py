@@ -1,4 +1,4 @@
-"""Boundaries in many dimensions: images enlarged pixel by pixel, and a half-plane under noise in more and more pixels."""
+"""Boundaries in many dimensions: images enlarged pixel by pixel, and a half-plane under noise in ever more pixels."""
 
 from __future__ import annotations
 

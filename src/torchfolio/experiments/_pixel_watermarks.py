@@ -1,7 +1,7 @@
 """A watermark that tracing is compared with: every copy of a classifier is blind to pixels of its own.
 
-It betrays the copy that was attacked, where the attack left those pixels alone. That needs the clean image, which tracing
-does not.
+It betrays the copy that was attacked, where the attack left those pixels alone. That needs the clean image, which
+tracing does not.
 """
 
 from __future__ import annotations

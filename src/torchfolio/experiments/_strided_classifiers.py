@@ -1,4 +1,4 @@
-"""The classifier that copies are made of: two strided convolutions, a residual network for photographs, or anybody's."""
+"""The classifier that copies are made of: strided convolutions, a residual network for photographs, or anybody's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A simulated translation: every symbol has two synonyms, some targets are noise, and it is known which outputs are valid."""
+"""A simulated translation: every symbol has two synonyms, some targets are noise, and valid outputs are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wide networks whose last layer has a random scale, against Student's t: at random weights, and with that layer trained."""
+"""Wide networks whose last layer has a random scale, against Student's t: at random weights, and with it trained."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def at_random_weights(draws: int, width: int) -> dict[str, float]:
 def last_layer_trained(nets: int, width: int, n: int) -> dict[str, float]:
     """Gradient flow on the last layer ends at the interpolation nearest to its start; that is solved for.
 
-    Targets are small, so that the posterior, whose scale follows them, differs from the start by more than its tails: 300
-    networks would not tell tails of 4 and 14 degrees of freedom apart.
+    Targets are small, so that the posterior, whose scale follows them, differs from the start by more than its tails:
+    300 networks would not tell tails of 4 and 14 degrees of freedom apart.
     """
     x = torch.randn(n + 1, 5, dtype=torch.float64)
     y = 0.3 * torch.sin(2 * x[:n, 0])

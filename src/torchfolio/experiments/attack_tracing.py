@@ -1,7 +1,4 @@
-"""Traces attacks on copies of one classifier: keyed tracers against random, plain and shared ones, and a watermark.
-
-Longer than most, for three kinds of attack on four kinds of copies.
-"""
+"""Traces attacks on copies of one classifier: keyed tracers against random, plain and shared ones, and a watermark."""
 
 from __future__ import annotations
 

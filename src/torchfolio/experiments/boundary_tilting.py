@@ -1,7 +1,4 @@
-"""Measures boundary tilting on digits 3 and 7: along regularisation paths, on purpose, by size of images, in networks.
-
-Longer than most, as the paper argues by five small measurements.
-"""
+"""Measures boundary tilting on digits 3 and 7: along regularisation paths, on purpose, by size of images, in networks."""
 
 from __future__ import annotations
 

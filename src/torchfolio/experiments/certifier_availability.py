@@ -1,7 +1,4 @@
-"""How often a certified system abstains: trained cleanly, on poison of several kinds, and with an attacker's loss.
-
-Longer than most, for three ways of attack and the defences against each.
-"""
+"""How often a certified system abstains: trained cleanly, on poison of several kinds, and with an attacker's loss."""
 
 from __future__ import annotations
 

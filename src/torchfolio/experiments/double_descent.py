@@ -1,7 +1,4 @@
-"""Measures the peak of double descent over optimisation settings: closed forms, iterated readouts, and small networks.
-
-Longer than most, since every axis of optimisation is a fit of its own kind.
-"""
+"""Measures the peak of double descent over optimisation settings: closed forms, iterated readouts, and small networks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Measures three-layer networks on hierarchical polynomials: against kernels, over samples, and with their controls.
-
-Longer than others because it has three controls and the curves of the theory.
-"""
+"""Measures three-layer networks on hierarchical polynomials: against kernels, over samples, and with their controls."""
 
 from __future__ import annotations
 
@@ -188,7 +185,7 @@ def figures(results: Results) -> dict[str, Figure]:
 
 
 def peers(bench: Any) -> None:
-    """At equal test error: the network from 3,000 samples, decays chosen, and the degree-4 kernel from 8,000, decay given."""
+    """At equal test error: the network from 3,000 samples, choosing its decays, the degree-4 kernel from 8,000 with one."""
     from sklearn.kernel_ridge import KernelRidge
 
     X, y = (part.numpy() for part in HierarchicalPolynomial(24).sample(8000))

@@ -105,9 +105,11 @@ def detectors(run: Run[Settings]) -> dict[str, Any]:
         found[f"{name}_unclear"] = float(((scores[name] >= 0.5) == truth)[unclear].mean()) if unclear.any() else 0.5
     report = detection_report(model, x, truth, test.sjr, float(np.mean(s.snr)))
     energy = SSBFeatures().get_feature_names_out().tolist().index("epnre_all")
-    return found | {"energy_auc": float(roc_auc_score(truth, x[:, energy])), "unclear": float(unclear.mean()),
-                    "thresholds": list(model.thresholds_ or ()), "scores": np.stack(list(scores.values())), "truth": truth,
-                    "sjr": test.sjr.numpy(), "alarms": report["alarms"].tolist(), "bound": report["energy_bound"].tolist()}  # fmt: skip
+    return found | {
+        "energy_auc": float(roc_auc_score(truth, x[:, energy])), "unclear": float(unclear.mean()),
+        "thresholds": list(model.thresholds_ or ()), "scores": np.stack(list(scores.values())), "truth": truth,
+        "sjr": test.sjr.numpy(), "alarms": report["alarms"].tolist(), "bound": report["energy_bound"].tolist(),
+    }  # fmt: skip
 
 
 def mixed(run: Run[Settings]) -> dict[str, float]:

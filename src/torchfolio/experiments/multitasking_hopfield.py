@@ -1,7 +1,4 @@
-"""Measures multitasking Hopfield networks: simulation against theory in each regime, and learning by both protocols.
-
-Longer than others because every regime has an experiment of its own.
-"""
+"""Measures multitasking Hopfield networks: simulation against theory in each regime, and learning by both protocols."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def photographs(run: Run[Settings], x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def planted(run: Run[Settings], x: Tensor, y: Tensor, *, plant: bool) -> dict[str, float]:
-    """AUROC of the outlier score for planted images, and the signs of the two classes' changes; or for the same images as they are."""
+    """AUROC of the outlier score for planted images, or for the same as they are, and signs of both classes' changes."""
     classes = (0, 1)
     changed, mask = inject(x, y, classes, run.settings.planted, seed=run.seed)
     net = network(run, x)
@@ -145,15 +145,15 @@ def run(run: Run[Settings]) -> None:
 
 def figures(results: Results) -> dict[str, Figure]:
     """Sharpness of the model under gradient flow, and the loss on photographs."""
+    flow, batch = {"gradient flow": ("model", "flow_sharpness")}, {"full batch": ("photographs", "loss")}
     return {
-        "sharpness of the model": plots.curves(results, {"gradient flow": ("model", "flow_sharpness")}, xlabel="record",
-                                               ylabel="top eigenvalue"),
-        "loss on photographs": plots.curves(results, {"full batch": ("photographs", "loss")}, xlabel="step", ylabel="loss (nats)"),
-    }  # fmt: skip
+        "sharpness of the model": plots.curves(results, flow, xlabel="record", ylabel="top eigenvalue"),
+        "loss on photographs": plots.curves(results, batch, xlabel="step", ylabel="loss (nats)"),
+    }
 
 
 def peers(bench: Bench) -> None:
-    """Twenty steps on full batches that keep every example's loss, beside the same steps without and with a forward pass more."""
+    """Twenty steps on full batches that keep every example's loss, beside the same without and with one more pass."""
     x, y = torch.randn(1000, 3072), torch.randint(10, (1000,))
 
     def steps(extra: bool) -> None:

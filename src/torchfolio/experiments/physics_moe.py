@@ -67,8 +67,10 @@ class Settings:
 SCALES = {
     "smoke": Settings(mesh=(16, 16), train_size=3, test_size=2, basis=4, points=16, width=16, steps=5, sizes=(50, 100)),
     "quick": Settings(),
-    "full": Settings(mesh=(64, 256), train_size=60, test_size=20, basis=16, points=2000, fno=True, width=32, steps=4000, lr=1e-3,
-                     batch_size=6, max_iterations=30),
+    "full": Settings(
+        mesh=(64, 256), train_size=60, test_size=20, basis=16, points=2000, fno=True, width=32, steps=4000, lr=1e-3,
+        batch_size=6, max_iterations=30,
+    ),
 }  # fmt: skip
 
 
@@ -123,8 +125,11 @@ def trained(run: Run[Settings], kind: str) -> dict[str, Any]:
     inner = torch.ones(settings.mesh[0], dtype=torch.bool)
     for seam in range(0, settings.mesh[0], settings.mesh[0] // settings.experts[0]):
         inner[max(seam - 1, 0) : seam + 1] = seam == 0  # differences cross a seam from the row before it and after it
-    return {"error": relative(u, test).tolist(), "losses": losses, "loss": final, "floor": floor, "field": u[0], "truth": test[0],
-            "residual": float(residual.mean().sqrt()), "residual_off_seams": float(residual[:, inner].mean().sqrt())}  # fmt: skip
+    return {
+        "error": relative(u, test).tolist(), "losses": losses, "loss": final, "floor": floor, "field": u[0],
+        "truth": test[0], "residual": float(residual.mean().sqrt()),
+        "residual_off_seams": float(residual[:, inner].mean().sqrt()),
+    }  # fmt: skip
 
 
 def run(run: Run[Settings]) -> None:

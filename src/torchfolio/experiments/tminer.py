@@ -14,6 +14,7 @@ from torchfolio.backdoor import TokenTrigger
 from torchfolio.backdoor.text import TextModel, TextRNN
 from torchfolio.backdoor.text_generator import PerturbationGenerator, synthetic_corpus
 from torchfolio.backdoor.tminer import TMiner, TMinerVerdict, mrs
+from torchfolio.experiments._copying_generators import pretrained, restored
 from torchfolio.experiments._single_words import base_rate, exhaustive
 from torchfolio.experiments._text_victims import Text, classifier, reviews, simulated
 from torchfolio.runs import Results, Run, plots
@@ -93,10 +94,8 @@ def run(run: Run[Settings]) -> None:
     """Pretrain the generator once, then train and scan every classifier."""
     settings = run.settings
     text = reviews(settings) if settings.data == "movie_reviews" else simulated(settings)
-    pretrained = run.arm("generator", pretrain, settings, text, run.seed)
-    generator = new_generator(settings, text)
-    state = {name.removeprefix("state/"): value for name, value in pretrained.items() if name.startswith("state/")}
-    generator.load_state_dict({name: torch.as_tensor(np.asarray(value)) for name, value in state.items()})
+    copying = run.arm("generator", pretrained, settings, text, run.seed)
+    generator = restored(settings, text, copying)
     phrases = [*settings.triggers, *[()] * settings.clean]
     arms = []
     for k, phrase in enumerate(run.progress(phrases, "classifiers")):
@@ -106,7 +105,7 @@ def run(run: Run[Settings]) -> None:
     several = [arm for arm, phrase in zip(arms, phrases, strict=True) if len(phrase) > 1]
     trojan, clean = arms[: len(settings.triggers)], arms[len(settings.triggers) :]
     kept = mean(arms, "content_kept")
-    run.values("generator", copied=pretrained["accuracy"], flips=least(arms, "flip_rate"), content_kept=kept)
+    run.values("generator", copied=copying["accuracy"], flips=least(arms, "flip_rate"), content_kept=kept)
     run.values(
         "trigger_words",
         recovered=least(single, "recovered"),
@@ -131,21 +130,6 @@ def least(arms: list[dict[str, Any]], key: str) -> float:
 
 def mean(arms: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([arm[key] for arm in arms]))
-
-
-def new_generator(settings: Settings, text: Text) -> PerturbationGenerator:
-    size = len(text.words) - 4 - ("." in text.words)
-    return PerturbationGenerator(size, settings.embedding, settings.dim_c, settings.dim_z, settings.dropout)
-
-
-def pretrain(settings: Settings, text: Text, seed: int) -> dict[str, Any]:
-    """The generator learns to copy random sentences, once for all classifiers."""
-    generator = new_generator(settings, text)
-    generator.pretrain(
-        settings.pretrain, settings.length, lr=settings.pretrain_lr, batch_size=settings.batch_size, seed=seed
-    )
-    state = {f"state/{name}": value for name, value in generator.state_dict().items()}
-    return {"accuracy": generator.token_accuracy(settings.length), **state}
 
 
 def detector(settings: Settings, text: Text, generator: PerturbationGenerator, **changes: Any) -> TMiner:

@@ -1,4 +1,4 @@
-"""UMD on digit networks: are backdoored ones told from clean ones, whatever their map of classes, and which pairs are named?"""
+"""UMD on digit networks: are backdoored ones told from clean ones, whatever their map of classes, and by which pairs?"""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
     nets = {"mlp": partial(perceptron, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
     made = victim(
         data, trigger, labels, rate=0.0 if kind == "clean" else s.rate, epochs=s.epochs, mode="append",
-        net=partial(own_network, s, data, nets.get(which, partial(default_net, data, s.width))), seed=seed, device=run.device,
+        net=partial(own_network, s, data, nets.get(which, partial(default_net, data, s.width))), seed=seed,
+        device=run.device,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the number of pairs is recorded
@@ -111,9 +112,11 @@ def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
     return {
         "flagged": int(verdict.is_backdoored), "score": min(verdict.score, 1e6), "threshold": verdict.threshold,
         "H": verdict.H, "core": [list(pair) for pair in verdict.core], "acc": made.metrics.acc, "asr": made.metrics.asr,
-        "precision": len(true & set(verdict.core)) / len(verdict.core), "recall": len(true & set(verdict.core)) / len(true),
+        "precision": len(true & set(verdict.core)) / len(verdict.core),
+        "recall": len(true & set(verdict.core)) / len(true),
         "shuffled_recall": hits / len(true), "cleanse": anomaly_index(verdict.sizes), "sizes": verdict.sizes,
-        "reached": verdict.evidence["pairs_reached"], "members": verdict.evidence["members"], "transfer": verdict.transfer,
+        "reached": verdict.evidence["pairs_reached"], "members": verdict.evidence["members"],
+        "transfer": verdict.transfer,
     }  # fmt: skip
 
 
@@ -188,5 +191,6 @@ def peers(bench: Any) -> None:
 
     bench.compare(
         "90 pairs, 10 images of 8 x 8 each", repeats=5,
-        ours=lambda: AdditiveInversion().estimate(net, images, pairs), loop=lambda: [one(images[s], t) for s, t in pairs],
+        ours=lambda: AdditiveInversion().estimate(net, images, pairs),
+        loop=lambda: [one(images[s], t) for s, t in pairs],
     )  # fmt: skip

@@ -134,11 +134,12 @@ def run(run: Run[Settings]) -> None:
 
 def figures(results: Results) -> dict[str, Figure]:
     """Validity by rationality, and held-out loss by epoch."""
+    valid, losses = {"samples": ("translation", "curve")}, {"digits": ("overconfidence", "losses")}
+    across, up = "rationality", "share of valid outputs"
     return {
-        "validity of samples": plots.curves(results, {"samples": ("translation", "curve")}, x=GRID, xlabel="rationality",
-                                            ylabel="share of valid outputs", logx=True),
-        "held-out loss": plots.curves(results, {"digits": ("overconfidence", "losses")}, xlabel="epoch", ylabel="log loss (nats)"),
-    }  # fmt: skip
+        "validity of samples": plots.curves(results, valid, x=GRID, xlabel=across, ylabel=up, logx=True),
+        "held-out loss": plots.curves(results, losses, xlabel="epoch", ylabel="log loss (nats)"),
+    }
 
 
 def peers(bench: Bench) -> None:

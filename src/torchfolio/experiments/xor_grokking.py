@@ -1,4 +1,4 @@
-"""Measures memorisation, grokking, and what explains them on XOR clusters, with three controls where parts of it fail."""
+"""Measures memorisation, grokking and what explains them on XOR clusters, with three controls where parts of it fail."""
 
 from __future__ import annotations
 
