@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def _streamed(paths: list[Path], output: Path, merged: Callable[[str, list[Tenso
                 scratch.write(header)
                 for name in names:
                     value = merged(name, [file.get_tensor(name) for file in files]).contiguous()
-                    for piece in _pieces(value):
-                        scratch.write(piece)
+                    if value.numel():
+                        scratch.write(value.reshape(-1).view(torch.uint8).numpy())  # a view: nothing is copied
                 if scratch.tell() != len(header) + size:
                     raise ValueError(f"expected {size} bytes of tensors, got {scratch.tell() - len(header)}")
                 scratch.flush()
@@ -175,13 +175,6 @@ def _header(files: list[Any], paths: list[Path], names: list[str]) -> tuple[byte
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, at
-
-
-def _pieces(value: Tensor) -> Iterator[bytes]:
-    """The bytes of a tensor, little by little."""
-    flat = value.detach().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
-    for piece in flat.split(2**24):
-        yield piece.numpy().tobytes()
 
 
 def _umask() -> int:

@@ -113,6 +113,9 @@ def make_logger(kind: str | None, output: Path) -> list[Any]:
     """
     if kind is None:
         return []
+    from torchfolio.engine.fabric import import_fabric
+
+    import_fabric()
     place = output.parent / f"{output.name}.logs"
     if kind == "csv":
         from lightning_fabric.loggers import CSVLogger

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchfolio.engine.checks import check_model
 from torchfolio.engine.devices import check_device
+from torchfolio.engine.fabric import import_fabric
 from torchfolio.engine.loader import Batches, Data, tensors_of
 from torchfolio.engine.loop import place
 from torchfolio.engine.modes import undisturbed
@@ -40,6 +41,7 @@ def launch(given: Fabric | None, device: str | torch.device, precision: Any) -> 
         ValueError: on a strategy that wraps the module, or on a device that is absent.
     """
     # Imported when it is needed: it takes longer to import than torch.
+    import_fabric()
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
     if given is None:
@@ -71,6 +73,7 @@ def make_fabric(device: str | torch.device = "auto", precision: Any = "32-true",
     Raises:
         ValueError: on a device that this machine does not have.
     """
+    import_fabric()
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import SingleDeviceStrategy
 
