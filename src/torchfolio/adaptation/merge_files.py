@@ -130,7 +130,7 @@ def _streamed(paths: list[Path], output: Path, merged: Callable[[str, list[Tenso
                 for name in names:
                     value = merged(name, [file.get_tensor(name) for file in files]).contiguous()
                     if value.numel():
-                        scratch.write(value.reshape(-1).view(torch.uint8).numpy())  # a view: nothing is copied
+                        scratch.write(value.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
                 if scratch.tell() != len(header) + size:
                     raise ValueError(f"expected {size} bytes of tensors, got {scratch.tell() - len(header)}")
                 scratch.flush()
