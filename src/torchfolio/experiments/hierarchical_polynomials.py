@@ -7,25 +7,20 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.nn import functional as F
 
-from torchfolio.engine import fit
-from torchfolio.engine.recipes import adam
 from torchfolio.experiments._layerwise_courses import (
     drawn_first_stage,
     drawn_over_samples,
     first_stage,
     over_samples,
 )
+from torchfolio.experiments._three_layer_baselines import WithoutFirstStage, end_to_end
 from torchfolio.runs import Results, Run, plots, threads
 from torchfolio.theory.hierarchical_polynomials import (
     HierarchicalPolynomial,
     LayerwiseThreeLayerRegressor,
     RandomFeatureRidge,
-    ThreeLayerNetwork,
     TunedKernelRidge,
     feature_recovery,
 )
@@ -74,15 +69,6 @@ SCALES = {
 }  # fmt: skip
 
 
-class _WithoutFirstStage(LayerwiseThreeLayerRegressor):
-    """The control: a random feature, on which the second stage is fitted as ever."""
-
-    def _first_stage(self, network: ThreeLayerNetwork, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        u = torch.randn(self.m2, generator=generator, dtype=torch.float64) / math.sqrt(self.m2)
-        network.bottleneck.weight.copy_(u)
-        network.bottleneck.bias.copy_(-(network.activation(network.inner(x)).mean(0) @ u))
-
-
 def run(run: Run[Settings]) -> None:
     """Everything on one thread, so that seeds may run side by side."""
     with threads(1):
@@ -121,7 +107,7 @@ def _main(run: Run[Settings]) -> None:
         for m in settings.n
     ]
     run.arm("random features", _fitted, RandomFeatureRidge(settings.m2, random_state=seed), target, n, settings, seed)
-    run.arm("end to end", _end_to_end, settings, seed)
+    run.arm("end to end", end_to_end, settings, seed)
     kernels = {"poly2": 2, "poly4": 4, "rbf": None}
     errors = {
         name: run.arm(name, _fitted, TunedKernelRidge(degree), target, n, settings, seed)["error"]
@@ -135,23 +121,6 @@ def _main(run: Run[Settings]) -> None:
     run.values("scaling", **by_size, kernel=min(errors.values()))
 
 
-def _end_to_end(settings: Settings, seed: int) -> dict[str, Any]:
-    """The same network, all of its layers by Adam; the best epoch on held-out data."""
-    target, n = _target(settings, seed), 2 * settings.n[1]
-    X, y = (part[:n].float() for part in target.sample(2 * max(settings.n), seed=2 * seed))
-    X_test, y_test = (part.float() for part in target.sample(settings.n_test, seed=2 * seed + 1))
-    network, held, tried = ThreeLayerNetwork(settings.d, settings.m1, settings.m2), n // 5, []
-
-    def watch(state: Any) -> None:
-        if state.epoch_end:
-            with torch.no_grad():
-                tried.append([float(F.mse_loss(network(a), b)) for a, b in ((X[-held:], y[-held:]), (X_test, y_test))])
-
-    train = X[:-held], y[:-held]
-    fit(network, train, epochs=settings.epochs, optimizer=adam(lr=1e-3), callbacks=[watch], seed=seed)
-    return {"error": min(tried)[1] / float(y_test.var())}
-
-
 def _controls(run: Run[Settings]) -> None:
     settings, seed = run.settings, run.seed
     with warnings.catch_warnings():
@@ -160,7 +129,7 @@ def _controls(run: Run[Settings]) -> None:
     n = 2 * settings.n[1]
     hidden = run.arm("no linear part", _fitted, _network(settings, seed), blind, n, settings, seed)
     run.values("control_no_linear_part", correlation=abs(hidden["correlation"]), error=hidden["error"])
-    random = _WithoutFirstStage(settings.m1, settings.m2, random_state=seed)
+    random = WithoutFirstStage(settings.m1, settings.m2, random_state=seed)
     skipped = run.arm("no first stage", _fitted, random, _target(settings, seed), n, settings, seed)
     run.values("control_no_first_stage", error=skipped["error"])
     link = (0, math.sqrt(0.6), 0, math.sqrt(0.4))

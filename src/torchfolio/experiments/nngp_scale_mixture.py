@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from torchfolio.experiments._corrupted_digits import CORRUPTIONS, classify
 from torchfolio.experiments._evidence_of_processes import by_gpytorch, plainly
 from torchfolio.experiments._wide_networks import at_random_weights, last_layer_trained
 from torchfolio.runs import Results, Run, plots
@@ -18,7 +19,6 @@ from torchfolio.theory.infinite_kernels import nngp
 from torchfolio.theory.mixture_process import cholesky
 from torchfolio.theory.nngp_scale_mixture import (
     NNGPKernel,
-    SparseStudentTClassifier,
     StudentTProcessRegressor,
     t_evidence,
 )
@@ -29,7 +29,6 @@ PROCESSES: dict[str, dict[str, Any]] = {
     "gp_scaled": {"prior": "evidence"},
     "t_narrow": {"a": 1e4, "b": 1e4},
 }
-CORRUPTIONS = ("clean", "gaussian", "impulse")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def run(run: Run[Settings]) -> None:
         with_outliers=with_outliers.max(),
         lost_gain_10=narrow[ten] - t[ten],
     )
-    ours, twin = (run.arm(name, _classify, run, prior) for name, prior in (("svtp", (2.0, 2.0)), ("svgp", "fixed")))
+    ours, twin = (run.arm(name, classify, run, prior) for name, prior in (("svtp", (2.0, 2.0)), ("svgp", "fixed")))
     run.values("classification", {**ours, **{f"gp_{name}": value for name, value in twin.items()}})
     trained = settings.nets, settings.net_width, settings.net_points
     run.values("last_layer_training", run.arm("last_layer", last_layer_trained, *trained))
@@ -144,34 +143,6 @@ def _regression(run: Run[Settings], train_share: float, test_share: float) -> di
                 density = model.predict(inputs[test], return_dist=True).log_prob(torch.from_numpy(targets[test]))
                 totals[name][k] -= float(density.mean())
     return {name: (total / settings.splits).tolist() for name, total in totals.items()}
-
-
-def _classify(run: Run[Settings], prior: Any) -> dict[str, float]:
-    """Accuracy and negative log likelihood on clean and corrupted digits; nothing is chosen on them."""
-    settings = run.settings
-    splits = run.data("digits", normalize=False, val=0, train_size=settings.digits)
-    (X, y), (X_test, y_test) = (
-        (part.tensors[0].flatten(1).double().numpy(), part.tensors[1].numpy()) for part in (splits.train, splits.test)
-    )
-    top = X.max()
-    X, X_test = X / top, X_test / top
-    model = SparseStudentTClassifier(
-        NNGPKernel(settings.depth),
-        n_inducing=settings.inducing,
-        prior=prior,
-        epochs=settings.epochs,
-        random_state=run.seed,
-    ).fit(X, y)
-    generator = np.random.default_rng(run.seed)
-    noisy = X_test + 0.4 * generator.normal(size=X_test.shape)
-    replaced = generator.random(X_test.shape) < 0.3
-    impulse = np.where(replaced, generator.integers(0, 2, X_test.shape), X_test)
-    scores = {}
-    for name, inputs in zip(CORRUPTIONS, (X_test, noisy, impulse), strict=True):
-        p = model.predict_proba(inputs)
-        scores[f"{name}_accuracy"] = float((p.argmax(1) == y_test).mean())
-        scores[f"{name}_nll"] = float(-np.log(p[np.arange(len(p)), y_test].clip(1e-12)).mean())
-    return scores
 
 
 def figures(results: Results) -> dict[str, Figure]:
