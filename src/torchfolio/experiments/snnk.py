@@ -16,15 +16,14 @@ from torch.nn import functional as F
 from torchfolio.data import DataSplits
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam, cosine
-from torchfolio.experiments._bottleneck_adapter import add_bottlenecks
 from torchfolio.experiments._sentence_transformer import SentenceTransformer, sentences
+from torchfolio.experiments._turned_images import adapt_to_turned
 from torchfolio.layers.snnk import (
     SNNK,
     URF,
     ArcCosineFeatures,
     BundledClassifier,
     FourierMeasure,
-    add_adapters,
     kernel_error,
     replace_ffl,
 )
@@ -119,37 +118,6 @@ def bundled(run: Run[Settings], data: DataSplits, depth: int, features: Any = "r
     return {"accuracy": 100 * float(right), "loss": loss(best).item(), "adam": lowest}
 
 
-def adapted(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
-    """Accuracy on images turned by 90 degrees: a frozen perceptron alone, with a new head, and with each adapter."""
-    s = run.settings
-    splits = {"train": data.train.tensors, "val": data.val.tensors, "test": data.test.tensors}
-    turned = {n: (x.rot90(1, (2, 3)), y) for n, (x, y) in splits.items()}
-    inputs, common = math.prod(data.shape), {"device": run.device, "seed": run.seed, "progress": False}
-    net = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
-                        nn.Linear(256, data.num_classes))  # fmt: skip
-    fit(net, splits["train"], optimizer=adam(), scheduler=cosine(), epochs=s.epochs, **common)
-    found: dict[str, Any] = {"before": accuracy(net, turned["test"])}
-    for name, size in (("head", 0), ("snnk", 8), ("bottleneck", 4), ("bottleneck", 16)):
-        best = -1.0
-        for rate in s.rates:
-            model: Any = copy.deepcopy(net)
-            if name == "snnk":  # behind the linear layers, where the authors put them
-                add_adapters(model, lambda key, layer: key in ("1", "3"), size, seed=run.seed)
-            else:
-                model.requires_grad_(False)
-            if name == "bottleneck":
-                torch.manual_seed(run.seed)
-                add_bottlenecks(model, (1, 3), size)
-            added = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            model[5].requires_grad_(True)
-            fit(model, turned["train"], optimizer=adam(rate), scheduler=cosine(), epochs=s.adapter_epochs, **common)
-            if (val := accuracy(model, turned["val"])) > best:  # the rate is chosen here
-                best = val
-                found[f"{name}_{size}"] = accuracy(model, turned["test"])
-                found[f"{name}_{size}_parameters"] = added
-    return found
-
-
 def replaced(run: Run[Settings]) -> dict[str, float]:
     """A transformer, the same trained on, and with the first matrices of its perceptrons replaced and trained on."""
     s, parts = run.settings, sentences(run.settings.text)
@@ -179,7 +147,7 @@ def run(run: Run[Settings]) -> None:
     gap = min(a["adam"] / a["loss"] for a in (one, two))
     run.values("bundling", one=one["accuracy"], two=two["accuracy"], adam_over_closed_form=gap)
     run.values("control_linear", linear=linear["accuracy"], relu=two["accuracy"])
-    arm = run.arm("adapters", adapted, run, run.data(run.settings.data))
+    arm = run.arm("adapters", adapt_to_turned, run, run.data(run.settings.data))
     run.values("adapter", ours=arm["snnk_8"], baseline=arm["bottleneck_16"], before=arm["before"], head=arm["head_0"],
                share=arm["snnk_8_parameters"] / arm["bottleneck_16_parameters"])  # fmt: skip
     text = run.arm("transformer", replaced, run)
