@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +13,7 @@ from torch import Tensor, nn
 from torchfolio.adaptation.sara import (
     SaRA,
     ineffective_drift,
-    load_delta,
     nuclear_gradient,
-    save_delta,
     threshold_for,
     zero_smallest,
 )
@@ -27,6 +22,7 @@ from torchfolio.dynamics.noise_schedules import DiscreteSchedule
 from torchfolio.engine.recipes import adamw
 from torchfolio.experiments._half_denoisers import half, held_out_losses, pretrained
 from torchfolio.experiments._lora import with_lora
+from torchfolio.experiments._sparse_storage import held_in_memory, stored_on_disk
 from torchfolio.runs import Results, Run, plots
 
 
@@ -160,7 +156,10 @@ def tune(
     elif way not in ("lora", "full"):
         optimizer = SaRA(model, fraction=settings.fraction, **common)
     trained = optimizer.trainable_count if optimizer else sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result = memory(settings, model, optimizer, x) if way == "sara" and optimizer else {}
+    result: dict[str, float] = {}
+    if way == "sara" and optimizer is not None:
+        noise_prediction_loss(model, schedule(settings.noise_steps), x[: settings.batch_size]).mean().backward()
+        result = held_in_memory(model, optimizer)
     masks = {name: optimizer.mask(name) for name, _ in model.named_parameters()} if optimizer else {}
     train_diffusion(model, x, schedule=schedule(settings.noise_steps), steps=settings.tune_steps, batch_size=settings.batch_size,
                     lr=settings.lr, optimizer=optimizer or adamw(settings.lr), seed=seed, progress=False)  # fmt: skip
@@ -175,35 +174,8 @@ def tune(
         result["nuclear"] = sum(float(torch.linalg.matrix_norm(matrix, "nuc")) for matrix in large)
         result["still_trained"] = optimizer.trainable_count
     if way == "sara" and optimizer is not None:
-        result |= on_disk(net, model, optimizer)
+        result |= stored_on_disk(net, model, optimizer)
     return result
-
-
-def memory(settings: Settings, model: nn.Module, optimizer: SaRA, x: Tensor) -> dict[str, float]:
-    """Bytes of gradients and state between backward and step."""
-    noise_prediction_loss(model, schedule(settings.noise_steps), x[: settings.batch_size]).mean().backward()
-    held = [p.grad for p in model.parameters() if p.grad is not None]
-    optimizer.zero_grad()
-    largest = max(p.numel() for p in model.parameters())
-    return {
-        "held": optimizer.state_bytes + sum(4 * g.numel() for g in held), "left": len(held),
-        "allowed": 4 * (3 * optimizer.trainable_count + largest),
-        "adamw_held": 4 * 3 * sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
-
-
-def on_disk(net: nn.Module, model: nn.Module, optimizer: SaRA) -> dict[str, float]:
-    """The difference file, and whether the pretrained network and it give the tuned one."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = save_delta(optimizer, Path(folder) / "delta.safetensors")
-        content = path.read_bytes()
-        header = 8 + int.from_bytes(content[:8], "little")
-        json.loads(content[8:header])
-        again = copy.deepcopy(net)
-        load_delta(path, again)
-    same = all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
-    count = sum(len(v) for v in optimizer.delta_state_dict().values())
-    return {"stored": (len(content) - header) / (4 * count), "reloaded": float(same), "header": header}
 
 
 def figures(results: Results) -> dict[str, Figure]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.experiments._gradients_through_time import cosines_by_tau, gradients_of_a_late_loss
 from torchfolio.measure import alternate, saved_bytes
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import training_step
@@ -24,7 +24,6 @@ from torchfolio.spiking.bptt import BPTT, SequenceRule
 from torchfolio.spiking.losses import SLTTLoss
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
 from torchfolio.spiking.neurons import LIF
-from torchfolio.spiking.sequence import run_sequence
 from torchfolio.spiking.sltt import SLTT, gradient_agreement
 from torchfolio.spiking.state import reset_state
 
@@ -104,13 +103,22 @@ def run(run: Run[Settings]) -> None:
     peaks = run.arm("memory", memory, run, data)
     bptt, sltt = ({length: peaks[name][k] for k, length in enumerate(settings.lengths)} for name in ("bptt", "sltt"))
     run.values("memory", sltt_12_over_2=sltt[12] / sltt[2], bptt_over_sltt_at_6=bptt[6] / sltt[6])
-    cosines = run.arm("agreement", agreement, run, data)
+    batch = batch_of(settings, data, run.device)
+    cosines = run.arm("agreement", cosines_by_tau, lambda tau: network(settings, data, tau).to(run.device),
+                      settings.taus, batch, settings.timesteps)  # fmt: skip
     by_tau = dict(zip(settings.taus, cosines["cosine"], strict=True))
     run.values("gradient_agreement", {f"tau_{tau:g}".replace(".", "_"): by_tau[tau] for tau in (1.1, 2.0, 5.0)})
     time = run.arm("time", step_time, run, data)
     few = {name: scores[name] for name in ("sltt_1_rescaled", "sltt")}
     run.values("few_backward_steps", few, time_ratio=time["sltt_1_ratio"])
-    run.values("negative_control", run.arm("control", late_loss, run, data))
+
+    def late() -> dict[str, float]:
+        neuron = partial(LIF, tau=settings.control_tau)
+        net = SpikingConvNet(data.shape, data.num_classes, (8, 16), neuron, norm=False).to(run.device)
+        rules = {name: RULES[name](settings.timesteps) for name in ("bptt", "sltt")}
+        return gradients_of_a_late_loss(net, batch, rules, settings.timesteps)
+
+    run.values("negative_control", run.arm("control", late))
 
 
 def train(run: Run[Settings], data: DataSplits, name: str) -> dict[str, object]:
@@ -146,18 +154,6 @@ def memory(run: Run[Settings], data: DataSplits) -> dict[str, object]:
     return peaks
 
 
-def agreement(run: Run[Settings], data: DataSplits) -> dict[str, object]:
-    """Cosine of the two gradients at initialisation, for every time constant on the same weights."""
-    settings, batch = run.settings, batch_of(run.settings, data, run.device)
-    weights = network(settings, data).to(run.device).state_dict()
-    cosines = []
-    for tau in settings.taus:
-        net = network(settings, data, tau).to(run.device)
-        net.load_state_dict(weights)
-        cosines.append(gradient_agreement(net, *batch, timesteps=settings.timesteps)["cosine"])
-    return {"cosine": cosines}
-
-
 def step_time(run: Run[Settings], data: DataSplits) -> dict[str, float]:
     """Milliseconds of a training step by every rule, and their ratios to BPTT's, timed in turn."""
     settings, batch = run.settings, batch_of(run.settings, data, run.device)
@@ -170,28 +166,6 @@ def step_time(run: Run[Settings], data: DataSplits) -> dict[str, float]:
     timed = alternate(**steppers, repeats=settings.rounds)
     times = {f"{name}_ms": 1e3 * median(timed.seconds[name]) for name in names}
     return times | {f"{name}_ratio": timed.ratio(name) for name in names[1:]}
-
-
-def late_loss(run: Run[Settings], data: DataSplits) -> dict[str, float]:
-    """Largest gradient of the first layer's weights when the image comes at the first step, the loss at the last."""
-    settings = run.settings
-    x, y = batch_of(settings, data, run.device)
-    net = SpikingConvNet(
-        data.shape, data.num_classes, (8, 16), partial(LIF, tau=settings.control_tau), norm=False
-    ).to(run.device)  # fmt: skip
-    cue = torch.zeros(settings.timesteps, *x.shape, device=run.device)
-    cue[0] = x
-    first = next(net.parameters())
-    found = {}
-    for name in ("bptt", "sltt"):
-        rule = RULES[name](settings.timesteps)
-        rule.prepare(net, (x, y))
-        reset_state(net)
-        net.zero_grad(set_to_none=True)
-        F.cross_entropy(run_sequence(net, cue)[-1], y).backward()
-        found[name] = 0.0 if first.grad is None else float(first.grad.abs().max())
-        rule.release()
-    return found
 
 
 def figures(results: Results) -> dict[str, Figure]:
