@@ -12,16 +12,11 @@ from matplotlib.figure import Figure
 from numpy.random import RandomState
 from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits
-from torch import nn
 
-from torchfolio.efficiency.gbnn import Array, GBNNClassifier, GBNNRegressor, MulticlassLoss, boost_head
-from torchfolio.engine import fit
-from torchfolio.engine.recipes import adam
+from torchfolio.efficiency.gbnn import Array, GBNNClassifier, GBNNRegressor, MulticlassLoss
+from torchfolio.experiments._boosted_head import compare_heads
 from torchfolio.experiments._small_tables import Table, fit_quietly, network, score, table, trees
-from torchfolio.measure import outputs
-from torchfolio.models import ConvNet
 from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.tasks import accuracy
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def run(run: Run[Settings]) -> None:
         run.values("accuracy", {name: done[arm] for name, arm in names.items()})
         _switch_off(run, tables["digits"])
         _boosting(run, tables)
-        run.arm("deep", _deep, run)
+        run.arm("deep", compare_heads, run, OWN["digits"])
         if run.settings.timed_units:
             run.arm("time", _times, run, tables["digits"])
 
@@ -184,25 +179,6 @@ def _boosting(run: Run[Settings], tables: dict[str, Table]) -> None:
         "boosting_matters", largest_rise=float(np.max(loss[1:] / loss[:-1] - 1)),
         boosted_loss=boosted["train_loss"][-1], bagged_loss=bagged["train_loss"][-1],
     )  # fmt: skip
-
-
-def _deep(run: Run[Settings]) -> dict[str, Any]:
-    """A convolutional network's own softmax head against a boosted head on the same frozen features."""
-    s = run.settings
-    data = run.data(s.images, train_size=s.train_size)
-    net = ConvNet(data.num_classes, data.shape[0], widths=(16, 32, 64))
-    fit(net, data.train, optimizer=adam(3e-3), epochs=s.epochs, batch_size=64, seed=run.seed, device=run.device)
-    *layers, head = net.children()
-    backbone = nn.Sequential(*layers, *list(head.children())[:-1])
-    own = {**OWN["digits"], "total_units": s.head_units, "max_iter": s.max_iter}
-    boosted = boost_head(backbone, data.train, **own, random_state=run.seed)
-    quarter = s.head_units // 4 // own["units_per_step"] * own["units_per_step"]
-    small = boosted.estimator.predict(outputs(backbone, data.test).double().numpy(), n_units=quarter)
-    return {
-        "softmax_head": accuracy(net, data.test),
-        "boosted_head": accuracy(boosted.network, data.test),
-        "boosted_quarter": 100 * float(np.mean(small == data.test.tensors[1].numpy())),
-    }
 
 
 def _times(run: Run[Settings], table: Table) -> dict[str, Any]:

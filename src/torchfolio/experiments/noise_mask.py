@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchfolio.data import CropFlip
 from torchfolio.engine import Backprop, LearningRule, fit
 from torchfolio.engine.recipes import cosine, sgd
-from torchfolio.experiments._digits_and_photographs import Part, load_joint
+from torchfolio.experiments._digits_and_photographs import Part, load_joint, modality
 from torchfolio.experiments._noise_mask_peers import official_step
 from torchfolio.experiments._policy_alone import GRID, ShuffledRewards, train_alone
 from torchfolio.measure import linear_probe, outputs
@@ -153,23 +153,6 @@ def arm(run: Run[Settings], parts: dict[str, Part], name: str) -> dict[str, Any]
         found["modality_untrained"] = modality(policy(run.settings), parts)
         found["masks"] = rule.masks(torch.cat([parts["test"][0][:4], parts["test"][0][-4:]]).to(run.device))
     return found
-
-
-def modality(judged: BetaMaskPolicy, parts: dict[str, Part]) -> float:
-    """Accuracy of telling digits from photographs by the policy's logits alone, in percent."""
-    read = _Logits(judged)
-    (x, y), (x_test, y_test) = ((outputs(read, parts[k][0]), (parts[k][1] >= 10).long()) for k in ("train", "test"))
-    return 100 * linear_probe(x, y, x_test, y_test, max_iter=1000)
-
-
-class _Logits(nn.Module):
-    def __init__(self, judged: BetaMaskPolicy) -> None:
-        super().__init__()
-        self.judged = judged
-
-    def forward(self, x: Tensor) -> Tensor:
-        beta = self.judged(x)
-        return torch.cat([beta.concentration1.log(), beta.concentration0.log()], 1)
 
 
 def unseen(run: Run[Settings], parts: dict[str, Part], name: str, lr: float) -> dict[str, float]:
