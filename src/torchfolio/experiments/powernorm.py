@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.data.text import multi30k
 from torchfolio.engine import Backprop, StepRecorder, evaluate, fit
 from torchfolio.engine.recipes import adam, one_cycle
+from torchfolio.experiments._characters import CharacterModel, Windows, windows
 from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
@@ -25,10 +25,10 @@ class Settings:
 
     Attributes:
         text: `"multi30k"`, or `"embedded"` for two tiny made-up languages.
-        steps: of training, one window each.
+        steps: steps of training, one window each.
         length: characters of a window.
         dim: width of the transformer.
-        layers: of the transformer.
+        layers: blocks of the transformer.
         lr: peak of the one-cycle learning rate.
         warmup: steps on batch statistics.
         validation: windows of each language to evaluate on.
@@ -59,71 +59,16 @@ class WithoutTerm(PowerNorm):
         self.nu.zero_()
 
 
-class CharacterModel(nn.Module):
-    """A pre-norm transformer that predicts the next character."""
-
-    def __init__(self, settings: Settings, characters: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(characters, settings.dim)
-        self.place = nn.Parameter(0.02 * torch.randn(settings.length, settings.dim))
-        block = partial(
-            nn.TransformerEncoderLayer,
-            settings.dim,
-            4,
-            4 * settings.dim,
-            dropout=0.0,
-            batch_first=True,
-            norm_first=True,
-        )
-        self.blocks = nn.ModuleList(block() for _ in range(settings.layers))
-        self.norm, self.head = nn.LayerNorm(settings.dim), nn.Linear(settings.dim, characters)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.token(ids) + self.place[: ids.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        for block in self.blocks:
-            x = block(x, src_mask=mask, is_causal=True)
-        return self.head(self.norm(x)).transpose(1, 2)  # [B, characters, T], as cross-entropy takes it
-
-
-def windows(run: Run[Settings]) -> dict[str, Any]:
-    """Windows of characters `[N, T + 1]`: of a random language each to train on, of both to validate on."""
-    settings = run.settings
-    if settings.text == "embedded":
-        languages = [
-            ("the cat sat on the mat. " * 40, "a dog ran by. " * 40),
-            ("die katze schlief. " * 40, "ja. " * 90),
-        ]
-    else:
-        found = multi30k()
-        pick = [(found["train"].texts, found["val"].texts), (found["train"].targets, found["val"].targets)]
-        languages = [("\n".join(a).lower(), "\n".join(b).lower()) for a, b in pick]
-    letters = sorted({letter for train, _ in languages for letter in train})
-    number = {letter: k + 1 for k, letter in enumerate(letters)}  # 0 stands for what training never saw
-    ids = [[torch.tensor([number.get(letter, 0) for letter in part]) for part in texts] for texts in languages]
-    generator = torch.Generator().manual_seed(run.seed)
-
-    def cut(text: Tensor, count: int) -> Tensor:
-        starts = torch.randint(len(text) - settings.length, (count,), generator=generator)
-        return text[starts[:, None] + torch.arange(settings.length + 1)]
-
-    both = torch.stack([cut(train, settings.steps) for train, _ in ids])
-    language = torch.randint(2, (settings.steps,), generator=generator)
-    train = both[language, torch.arange(settings.steps)]
-    held = torch.cat([cut(text, settings.validation) for _, text in ids])
-    return {"train": train, "held": held, "characters": len(letters) + 1}
-
-
-def train(run: Run[Settings], text: dict[str, Any], norm: type[nn.Module] | None) -> dict[str, Any]:
+def train(run: Run[Settings], text: Windows, norm: type[nn.Module] | None) -> dict[str, Any]:
     """Train with one norm, a window at a time: validation loss in evaluation mode, and its gap to training."""
     settings = run.settings
     torch.manual_seed(run.seed)
-    net = CharacterModel(settings, text["characters"])
+    net = CharacterModel(text.characters, settings.length, settings.dim, settings.layers)
     if norm is not None:
         extra: dict[str, Any] = {"warmup_steps": settings.warmup} if issubclass(norm, PowerNorm) else {}
         convert_layernorm(net, norm, **extra)
     losses = StepRecorder({"loss": lambda state: state.scalars.get("loss", torch.nan)}, every=1)
-    pairs, held = ((t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (text["train"], text["held"]))
+    pairs, held = ((t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (text.train, text.held))
     fit(
         net, pairs, rule=Backprop(F.cross_entropy), optimizer=adam(settings.lr, betas=(0.9, 0.98)),
         scheduler=one_cycle(settings.lr), epochs=1, batch_size=1, callbacks=[losses], seed=run.seed, device=run.device,
@@ -136,7 +81,8 @@ def train(run: Run[Settings], text: dict[str, Any], norm: type[nn.Module] | None
 
 def run(run: Run[Settings]) -> None:
     """Train with every norm, and compare the gradients that the two roots give."""
-    text = windows(run)
+    s = run.settings
+    text = windows(s.text, s.length, train=s.steps, held=s.validation, seed=run.seed)
     kinds: dict[str, type[nn.Module] | None] = {
         "layer": None, "batch": SequenceBatchNorm, "batch_statistics": PowerNormV, "power": PowerNorm,
         "without_term": WithoutTerm,
@@ -158,10 +104,10 @@ def run(run: Run[Settings]) -> None:
 def gradient_ratio(seed: int) -> dict[str, float]:
     """Largest ratio over channels of gradient norms, quadratic mean over standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(500, 64, dtype=torch.float64, generator=generator) + 2 * torch.randn(
-        64, dtype=torch.float64, generator=generator
+    x, mean, g = (
+        torch.randn(*size, dtype=torch.float64, generator=generator) for size in ((500, 64), (64,), (500, 64))
     )
-    g = torch.randn(500, 64, dtype=torch.float64, generator=generator)
+    x = x + 2 * mean
     sizes = []
     for moment in (x.square().mean(0), x.var(0, correction=0)):
         z = x / moment.sqrt()
