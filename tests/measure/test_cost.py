@@ -85,7 +85,7 @@ def test_table_of_modules_adds_up() -> None:
 
 def test_alternation_finds_a_known_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]  # a clock that only the callables move
-    monkeypatch.setattr("torchfolio.measure.cost.timer", lambda: now[0])
+    monkeypatch.setattr("torchfolio.measure.timing.timer", lambda: now[0])
 
     def short() -> None:
         now[0] += 0.004
@@ -134,7 +134,7 @@ def test_fast_callables_are_called_many_times_and_reported_once(monkeypatch) -> 
         now += 1e-5
 
     # A clock that only the callable moves, so that a busy machine cannot disturb the count.
-    monkeypatch.setattr("torchfolio.measure.cost.timer", lambda: now)
+    monkeypatch.setattr("torchfolio.measure.timing.timer", lambda: now)
     measured = alternate(tick, lambda: None, repeats=2, warmup=1, min_seconds=1e-3)
     assert now == pytest.approx(1e-5 * (1 + 2 * 100), rel=0.02)  # one untimed call, two rounds of a hundred
     assert list(measured.seconds) == ["tick", "1"]

@@ -35,7 +35,7 @@ from torchfolio.adaptation.naive_bayes import NaiveBayesProbe
 from torchfolio.checks import at_least, one_of, whole
 from torchfolio.measure.batches import Data, batches
 from torchfolio.measure.untouched import untouched
-from torchfolio.models.surgery import take_features
+from torchfolio.models.features import take_features
 
 __all__ = [
     "BernoulliProbe",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchfolio.diagrams.graph import Value, hint
 from torchfolio.diagrams.writing import call, nodes_of, trained
-from torchfolio.measure.cost import FlopCounter
+from torchfolio.measure.flops import FlopCounter
 
 if TYPE_CHECKING:
     from torchfolio.diagrams.exported import Reader

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.checks import at_least, positive, whole
-from torchfolio.dynamics.brownian import Brownian, BrownianGrid
+from torchfolio.dynamics.brownian_grid import BrownianGrid
+from torchfolio.dynamics.brownian_path import Brownian
 from torchfolio.dynamics.checkpoint_gradient import Checkpoint
 from torchfolio.dynamics.controls import Control
 from torchfolio.dynamics.gradient_base import Direct, Gradient, check_gradient

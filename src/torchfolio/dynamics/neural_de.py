@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from torchfolio.checks import whole
 from torchfolio.dynamics.adjoint_gradient import Adjoint
-from torchfolio.dynamics.brownian import BrownianGrid, BrownianInterval
+from torchfolio.dynamics.brownian_grid import BrownianGrid
+from torchfolio.dynamics.brownian_interval import BrownianInterval
 from torchfolio.dynamics.checkpoint_gradient import Checkpoint
 from torchfolio.dynamics.continuous_flow import ContinuousFlow
 from torchfolio.dynamics.controls import Control, HermiteControl, LinearControl, NaturalCubicControl, RectilinearControl
+from torchfolio.dynamics.equilibrium import DEQ
 from torchfolio.dynamics.gradient_base import Direct, Gradient
-from torchfolio.dynamics.implicit import DEQ, QPLayer, argmin_layer
+from torchfolio.dynamics.implicit import QPLayer
 from torchfolio.dynamics.implicit_runge_kutta import ImplicitEuler, Kvaerno3
 from torchfolio.dynamics.integrate import cdeint, odeint, sdeint
 from torchfolio.dynamics.log_signatures import log_signatures
+from torchfolio.dynamics.minimizers import argmin_layer
 from torchfolio.dynamics.neural_sde import LatentSDE, NeuralSDE
 from torchfolio.dynamics.reversible_gradient import Reversible
 from torchfolio.dynamics.reversible_heun import ReversibleHeun

@@ -30,7 +30,7 @@ from torchfolio.efficiency.boosted_network import BoostedNetwork, validated
 from torchfolio.efficiency.boosting_losses import BinaryLoss, Loss, MulticlassLoss, SquaredLoss
 from torchfolio.measure.batches import Data, batches
 from torchfolio.measure.untouched import untouched
-from torchfolio.models.surgery import flatten_features
+from torchfolio.models.features import flatten_features
 
 __all__ = [
     "BinaryLoss",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from torchfolio.checks import finite, one_of, positive, whole
 from torchfolio.engine import seeded
-from torchfolio.local.physical_systems import PhysicalSystem
+from torchfolio.local.physical_system import PhysicalSystem
 
 __all__ = ["CosineGoodness", "PhysicalBlock", "SquareGoodness", "l2_encode", "local_loss", "two_bit_encode"]
 

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.checks import at_least, one_of, whole
+from torchfolio.local.kerr_cavity import KerrCavity
+from torchfolio.local.measured_surrogate import MeasuredSurrogate
+from torchfolio.local.metasurface_cavity import MetasurfaceCavity
+from torchfolio.local.multimode_optics import MultimodeOptics
 from torchfolio.local.physical_blocks import (
     CosineGoodness,
     PhysicalBlock,
@@ -28,13 +32,7 @@ from torchfolio.local.physical_blocks import (
 )
 from torchfolio.local.physical_features import PhysicalLocalFeatures, hybrid_masks
 from torchfolio.local.physical_network import LocalNetwork
-from torchfolio.local.physical_systems import (
-    KerrCavity,
-    MeasuredSurrogate,
-    MetasurfaceCavity,
-    MultimodeOptics,
-    as_physical,
-)
+from torchfolio.local.physical_systems import as_physical
 
 __all__ = [
     "CosineGoodness",

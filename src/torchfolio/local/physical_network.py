@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchfolio.checks import finite, labels, positive, whole
 from torchfolio.data import Examples
 from torchfolio.local.physical_blocks import PhysicalBlock
-from torchfolio.local.physical_systems import PhysicalSystem
+from torchfolio.local.physical_system import PhysicalSystem
 
 __all__ = ["LocalNetwork"]
 

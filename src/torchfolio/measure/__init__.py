@@ -1,8 +1,8 @@
 """What evidence is made of: scores, memory, operations, time, curvature, gradients, similarity."""
 
 from torchfolio.measure.analysis import Analysis, Panel
-from torchfolio.measure.cost import Alternation, alternate, count_flops, flops_by_module
 from torchfolio.measure.curvature import hessian_eigenvalues
+from torchfolio.measure.flops import count_flops, flops_by_module
 from torchfolio.measure.gradients import (
     Agreement,
     gradient_agreement,
@@ -27,6 +27,7 @@ from torchfolio.measure.similarity import (
     rbf_cka,
     rsa,
 )
+from torchfolio.measure.timing import Alternation, alternate
 from torchfolio.measure.trace_estimates import Trace, hessian_traces, hutchinson_trace
 from torchfolio.measure.uncertainty import Interval, bootstrap_interval, confidence_interval, standard_error
 from torchfolio.measure.untouched import untouched

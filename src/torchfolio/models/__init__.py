@@ -2,10 +2,13 @@
 
 from torchfolio.models.chain import Chain
 from torchfolio.models.conv_net import ConvNet
+from torchfolio.models.features import Features, collect_features, flatten_features, take_features
+from torchfolio.models.grouping import parameter_groups
 from torchfolio.models.init import initialize
 from torchfolio.models.logits import Logits
 from torchfolio.models.mlp import MLP
 from torchfolio.models.registry import BUILDERS, build, names, spec
+from torchfolio.models.replacement import replace_layers
 from torchfolio.models.resnet import (
     BasicBlock,
     ResNetCIFAR,
@@ -15,14 +18,6 @@ from torchfolio.models.resnet import (
     resnet44,
     resnet56,
     resnet110,
-)
-from torchfolio.models.surgery import (
-    Features,
-    collect_features,
-    flatten_features,
-    parameter_groups,
-    replace_layers,
-    take_features,
 )
 from torchfolio.models.transformer import Transformer
 from torchfolio.models.unet import UNet

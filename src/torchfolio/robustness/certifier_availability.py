@@ -28,17 +28,11 @@ from torch.nn import functional as F
 from torchfolio import checks
 from torchfolio.engine import Batch, Objective
 from torchfolio.measure import untouched
+from torchfolio.robustness.abstaining import AbstainingClassifier
 from torchfolio.robustness.attacks import pgd
+from torchfolio.robustness.bound_certifiers import BoundCertifier, CrownCertifier, IntervalCertifier
 from torchfolio.robustness.certified_training import CertifiedIBP, GaussianNoise, in_full_precision, labelled
-from torchfolio.robustness.certifiers import (
-    AbstainingClassifier,
-    BoundCertifier,
-    Certificate,
-    Certifier,
-    CrownCertifier,
-    IntervalCertifier,
-    SmoothingCertifier,
-)
+from torchfolio.robustness.certifier_base import Certificate, Certifier
 from torchfolio.robustness.label_conflicts import (
     BallConflict,
     ImageMap,
@@ -55,6 +49,7 @@ from torchfolio.robustness.label_conflicts import (
 from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.margins import interval_margins
 from torchfolio.robustness.properties import Box
+from torchfolio.robustness.smoothing_certifier import SmoothingCertifier
 
 if TYPE_CHECKING:
     import pandas as pd

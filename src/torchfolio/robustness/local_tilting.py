@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.checks import whole
-from torchfolio.models.surgery import take_features
+from torchfolio.models.features import take_features
 from torchfolio.robustness.attack_base import attacked
 
 OVERSHOOT = 0.02  # by which the boundary is crossed, so that a step need not be exact
