@@ -32,16 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torchfolio.checks import finite, one_of, whole
 from torchfolio.dynamics.diffusion import PREDICTIONS, as_noise
-from torchfolio.dynamics.exponential_solver import (
-    METHODS,
-    Adjoint,
-    Node,
-    Problem,
-    Stats,
-    Symplectic,
-    integrate,
-    make_plan,
-)
+from torchfolio.dynamics.exponential_methods import METHODS, Node, make_plan
+from torchfolio.dynamics.exponential_solver import Adjoint, Problem, Stats, Symplectic, integrate
 from torchfolio.dynamics.noise_schedules import Schedule
 
 __all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "DiffusionODE", "Solution"]
