@@ -6,18 +6,14 @@ Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, section 3.1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchfolio.local.graph_training import label_loss
 from torchfolio.local.layerwise import Messages, Reading, outputs_by_layer
+from torchfolio.local.node_estimator import NodeEstimator
 from torchfolio.local.node_graph import NodeGraph, augment_with_virtual_nodes
-
-if TYPE_CHECKING:
-    from torchfolio.local.forwardgnn import ForwardGNNClassifier
 
 __all__ = ["LabelsAppended", "LabelsAsEdges"]
 
@@ -27,7 +23,7 @@ class LabelsAppended:
 
     shared_inputs = False
 
-    def __init__(self, owner: ForwardGNNClassifier, graph: NodeGraph) -> None:
+    def __init__(self, owner: NodeEstimator, graph: NodeGraph) -> None:
         self.owner, self.graph, self.c = owner, graph, owner.num_classes_
 
     def labelled(self, y: Tensor) -> Messages:

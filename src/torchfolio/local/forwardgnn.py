@@ -21,7 +21,7 @@ from torchfolio.local.forward_forward import LabelsAppended, LabelsAsEdges
 from torchfolio.local.forwardgnn_links import ForwardGNNLinkPredictor, LinkSplit, link_split
 from torchfolio.local.graph_convs import ConvFactory
 from torchfolio.local.graph_layers import check_edges
-from torchfolio.local.layerwise import LayerwiseEstimator
+from torchfolio.local.node_estimator import NodeEstimator
 from torchfolio.local.node_graph import NodeGraph, VirtualGraph, augment_with_virtual_nodes, node_graph, unpack
 from torchfolio.local.single_forward import SingleForward, TopDownInput, TopDownLoss
 
@@ -44,7 +44,7 @@ _ALGORITHMS: dict[str, type[SingleForward] | type[LabelsAppended]] = {
 }
 
 
-class ForwardGNNClassifier(LayerwiseEstimator):
+class ForwardGNNClassifier(NodeEstimator):
     """Classify the nodes of a graph by layers that each learn alone.
 
     Single forward (`"sf"`): the layer's outputs $Z$ at nodes and virtual nodes give the loss
@@ -176,16 +176,6 @@ class ForwardGNNClassifier(LayerwiseEstimator):
     def predict(self, x: Any = None, edge_index: Tensor | None = None) -> Tensor:
         """The likeliest class `[N]` of all nodes; see `predict_proba`."""
         return self.predict_proba(x, edge_index).argmax(1)
-
-    def _linked_classes(self, y: Tensor) -> Tensor:
-        """Class whose virtual node each training node is linked to: its own."""
-        return y
-
-    def _negatives(self, y: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Wrong labels `[N]`, one tensor a negative graph: for each node, a random order of the other classes."""
-        key = torch.rand(len(y), self.num_classes_, generator=generator).to(y.device)
-        order = key.scatter(1, y.clamp(min=0)[:, None], 2.0).argsort(1)
-        return list(order[:, : min(self.n_negatives, self.num_classes_ - 1)].unbind(1))
 
     def _fitted(self, x: Tensor | None, edge_index: Tensor | None) -> NodeGraph:
         self._check_fitted()

@@ -5,7 +5,7 @@ Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, sections 3.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch.nn import functional as F
 from torchfolio.local.graph_layers import normalize_rows
 from torchfolio.local.graph_training import Sweeps
 from torchfolio.local.layerwise import Messages, Reading, outputs_by_layer
+from torchfolio.local.node_estimator import NodeEstimator
 from torchfolio.local.node_graph import NodeGraph, augment_with_virtual_nodes
-
-if TYPE_CHECKING:
-    from torchfolio.local.forwardgnn import ForwardGNNClassifier
 
 __all__ = ["SingleForward", "TopDownInput", "TopDownLoss"]
 
@@ -25,7 +23,7 @@ __all__ = ["SingleForward", "TopDownInput", "TopDownLoss"]
 class SingleForward:
     """One pass a layer: nodes against virtual nodes."""
 
-    def __init__(self, owner: ForwardGNNClassifier, graph: NodeGraph) -> None:
+    def __init__(self, owner: NodeEstimator, graph: NodeGraph) -> None:
         self.owner, self.graph = owner, graph
         self.n, self.c = len(graph.x), owner.num_classes_
         self.train_nodes, self.val_nodes = graph.train.nonzero().flatten(), graph.val.nonzero().flatten()
@@ -68,7 +66,7 @@ class TopDownInput(SingleForward):
 
     clip: float | None = None
 
-    def __init__(self, owner: ForwardGNNClassifier, graph: NodeGraph) -> None:
+    def __init__(self, owner: NodeEstimator, graph: NodeGraph) -> None:
         super().__init__(owner, graph)
         # Labels above the top layer: of training and virtual nodes; uniform elsewhere.
         labels = torch.cat([torch.where(graph.train, graph.y, -1), self.classes - self.n])
