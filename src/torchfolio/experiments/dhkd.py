@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import Batch, LearningRule, fit
+from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.experiments._one_head_distillation import OneHead
 from torchfolio.measure import outputs
 from torchfolio.models import ConvNet, ResNetCIFAR
 from torchfolio.models.conv_net import conv_block, pooled_head
@@ -60,23 +60,6 @@ SCALES = {
     "quick": Settings(),
     "full": Settings(photos_size=(20_000, None), good_epochs=30, test_size=None, epochs=(20, 60)),
 }
-
-
-class OneHead(LearningRule):
-    """Both losses on the classifier: what the second head takes the place of. Batches are (x, logits, y)."""
-
-    def __init__(self, logit_loss: Callable[[Tensor, Tensor, float], Tensor], tau: float, labels: float = 1.0) -> None:
-        self.logit_loss, self.tau, self.labels = logit_loss, tau, labels
-
-    def prepare(self, model: nn.Module, example: Batch) -> nn.Module:
-        self.model = model
-        return model
-
-    def step(self, batch: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
-        logits = self.model(batch[0])
-        loss = self.labels * F.cross_entropy(logits, batch[2]) + self.logit_loss(logits, batch[1], self.tau)
-        backward(loss)
-        return {"loss": loss.detach()}
 
 
 def student(channels: int, classes: int, widths: tuple[int, int, int]) -> nn.Module:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import sgd
+from torchfolio.experiments._principal_rows import captured_variance
 from torchfolio.runs import Results, Run, plots
 from torchfolio.runs.bench import Bench
 from torchfolio.runs.tasks import accuracy
@@ -117,30 +118,10 @@ def learn(run: Run[Settings], rule: Any, tasks: int, epochs: int, tau: float = 2
     return {**continual_metrics(matrix), "matrix": matrix.nan_to_num(-1), "orthonormality": errors}
 
 
-def subspace(seed: int, batches: int = 400) -> dict[str, float]:
-    """Variance that learned rows capture over that of principal components, with ten rows and with five more."""
-    generator = torch.Generator().manual_seed(seed)
-    values = 10 * 0.8 ** torch.arange(50.0)
-    axes = torch.linalg.qr(torch.randn(50, 50, generator=generator))[0]
-    lateral, result = HebbianSubspace(50), {}
-    for rows, name in ((10, "ten"), (5, "fifteen")):
-        lateral.merge()
-        lateral.grow(rows, generator)
-        for _ in range(batches):
-            lateral.update(torch.randn(64, 50, generator=generator) * values.sqrt() @ axes.mT)
-        basis = torch.linalg.qr(lateral.basis.mT)[0]
-        caught = (values.sqrt()[:, None] * (axes.mT @ basis)).square().sum()
-        result |= {
-            name: float(caught / values[: len(lateral.basis)].sum()),
-            f"{name}_error": lateral.orthonormality_error(),
-        }
-    return result
-
-
 def run(run: Run[Settings]) -> None:
     """The subspace alone; five tasks; other rules on three."""
     s = run.settings
-    run.values("subspace", run.arm("subspace", subspace, run.seed))
+    run.values("subspace", run.arm("subspace", captured_variance, run.seed))
 
     def bptt() -> BPTT:
         return BPTT(F.cross_entropy, timesteps=s.timesteps)

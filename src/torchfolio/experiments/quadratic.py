@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import NonFiniteLoss
 from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.experiments._polynomial_varieties import VARIETIES, dimensions
 from torchfolio.layers.quadratic import (
     QuadraticConv2d,
-    QuadraticLinear,
-    functional_dimension,
     quadratic_strength,
     relinear_param_groups,
     to_quadratic,
@@ -57,15 +55,6 @@ SCALES = {
     "quick": Settings(),
     "full": Settings(train_size=None, test_size=None, image_size=None, epochs=30, crop=4, widths=(32, 64, 64, 128)),
 }
-
-# Widths, and the dimensions with squared activation and with quadratic neurons.
-VARIETIES = (
-    ((2, 1, 1), 4, 6),
-    ((2, 2, 1), 6, 6),
-    ((3, 2, 1), 8, 10),
-    ((2, 2, 2, 1), 10, 12),
-    ((3, 3, 2, 1), 17, 28),
-)
 
 
 def network(run: Run[Settings], data: DataSplits, *, norm: bool, init: str = "ordinary") -> nn.Sequential:
@@ -136,34 +125,11 @@ def run(run: Run[Settings]) -> None:
         done = arms["relinear_norm"] if same else run.arm(f"gamma {gamma:g}", trained, run, data, **own)
         strengths[f"gamma_{gamma:g}".replace(".", "")] = done["strength"]
     run.values("transition", strengths)
-    found = run.arm("varieties", dimensions, run.seed)
-    wanted = [[squared, quadratic] for _, squared, quadratic in VARIETIES]
-    gains = [quadratic - squared for squared, quadratic in found["dimensions"]]
-    wrong = sum(a != b for pair in zip(found["dimensions"], wanted, strict=True) for a, b in zip(*pair, strict=True))
+    found = run.arm("varieties", dimensions, run.seed)["dimensions"]
+    gains = [quadratic - squared for squared, quadratic in found]
+    wanted = [pair for _, *pair in VARIETIES]
+    wrong = sum(a != b for pair in zip(found, wanted, strict=True) for a, b in zip(*pair, strict=True))
     run.values("expressivity", wrong_entries=wrong, least_gain=min(gains), largest_gain=max(gains))
-
-
-def dimensions(seed: int) -> dict[str, list[list[int]]]:
-    """Dimensions of the functions that five architectures reach, with squared activation and quadratic neurons."""
-    generator = torch.Generator().manual_seed(seed)
-    return {"dimensions": [[_dimension(w, False, generator), _dimension(w, True, generator)] for w, _, _ in VARIETIES]}
-
-
-def _dimension(widths: tuple[int, ...], quadratic: bool, generator: torch.Generator) -> int:
-    kind = QuadraticLinear if quadratic else nn.Linear
-    hidden = nn.ModuleList(kind(a, b, dtype=torch.float64) for a, b in pairwise(widths[:-1]))
-    last = nn.Linear(widths[-2], widths[-1], dtype=torch.float64)
-    net = nn.ModuleList([*hidden, last])
-    params = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in net.named_parameters()}
-
-    def function(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        for k, layer in enumerate(net):
-            own = {n.partition(".")[2]: p for n, p in params.items() if n.startswith(f"{k}.")}
-            x = functional_call(layer, own, x)
-            x = x if quadratic or layer is last else x.square()
-        return x
-
-    return functional_dimension(function, params, torch.randn(400, widths[0], generator=generator, dtype=torch.float64))  # pyright: ignore
 
 
 def figures(results: Results) -> dict[str, Figure]:

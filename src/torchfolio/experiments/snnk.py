@@ -13,16 +13,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.data import DataSplits
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam, cosine
+from torchfolio.experiments._closed_form_classifiers import against_adam
 from torchfolio.experiments._sentence_transformer import SentenceTransformer, sentences
 from torchfolio.experiments._turned_images import adapt_to_turned
 from torchfolio.layers.snnk import (
     SNNK,
     URF,
     ArcCosineFeatures,
-    BundledClassifier,
     FourierMeasure,
     kernel_error,
     replace_ffl,
@@ -90,34 +89,6 @@ def estimates(run: Run[Settings]) -> dict[str, Any]:
     return found
 
 
-def bundled(run: Run[Settings], data: DataSplits, depth: int, features: Any = "relu") -> dict[str, float]:
-    """A bundled classifier in closed form, and Adam on the same matrix from 0."""
-    (X, y), (X_test, y_test) = ((p.tensors[0].flatten(1), p.tensors[1]) for p in (data.train, data.test))
-    model = BundledClassifier((run.settings.hidden,) * depth, features, random_state=run.seed).fit(X.numpy(), y.numpy())
-    last: Any = model.network_[-1]
-    with torch.no_grad():
-        Z = F.pad(model.network_[:-1](X.double()), (0, 1), value=1.0)
-        best = torch.cat([last.weight, last.bias[:, None]], 1).mT
-    Y = 2 * F.one_hot(y, data.num_classes).double() - 1
-    gram, cross, penalty = Z.mT @ Z, Z.mT @ Y, torch.full((Z.shape[1], 1), model.alpha).double()
-    penalty[-1] = 0
-
-    def loss(W: Tensor) -> Tensor:
-        return (W * (gram @ W - 2 * cross + penalty * W)).sum() + Y.square().sum()
-
-    lowest = math.inf
-    for rate in (1e-2, 1e-1, 1.0) if features == "relu" else ():
-        W = torch.zeros_like(best, requires_grad=True)
-        optimizer = torch.optim.Adam([W], rate)
-        for _ in range(500):
-            optimizer.zero_grad()
-            loss(W).backward()
-            optimizer.step()
-        lowest = min(lowest, loss(W).item())
-    right = (model.predict(X_test.numpy()) == y_test.numpy()).mean()
-    return {"accuracy": 100 * float(right), "loss": loss(best).item(), "adam": lowest}
-
-
 def replaced(run: Run[Settings]) -> dict[str, float]:
     """A transformer, the same trained on, and with the first matrices of its perceptrons replaced and trained on."""
     s, parts = run.settings, sentences(run.settings.text)
@@ -137,17 +108,19 @@ def replaced(run: Run[Settings]) -> dict[str, float]:
 
 def run(run: Run[Settings]) -> None:
     """Errors, bundled networks, adapters, replacement."""
-    errors = run.arm("estimates", estimates, run)
+    s, errors = run.settings, run.arm("estimates", estimates, run)
     run.values("kernel_error", slope=errors["slope"])
     run.values("control_large_norm", inside=errors["plain_aligned_0.5"], ours=errors["plain_aligned_2"],
                random_directions=errors["plain_2"])  # fmt: skip
     digits = run.data("digits")
-    one, two = (run.arm(f"bundled {depth}", bundled, run, digits, depth) for depth in (1, 2))
-    linear = run.arm("bundled linear", bundled, run, digits, 2, LinearFeatures)
+    one, two = (
+        run.arm(f"bundled {depth}", against_adam, digits, (s.hidden,) * depth, seed=run.seed) for depth in (1, 2)
+    )
+    linear = run.arm("bundled linear", against_adam, digits, (s.hidden,) * 2, LinearFeatures, seed=run.seed)
     gap = min(a["adam"] / a["loss"] for a in (one, two))
     run.values("bundling", one=one["accuracy"], two=two["accuracy"], adam_over_closed_form=gap)
     run.values("control_linear", linear=linear["accuracy"], relu=two["accuracy"])
-    arm = run.arm("adapters", adapt_to_turned, run, run.data(run.settings.data))
+    arm = run.arm("adapters", adapt_to_turned, run, run.data(s.data))
     run.values("adapter", ours=arm["snnk_8"], baseline=arm["bottleneck_16"], before=arm["before"], head=arm["head_0"],
                share=arm["snnk_8_parameters"] / arm["bottleneck_16_parameters"])  # fmt: skip
     text = run.arm("transformer", replaced, run)
