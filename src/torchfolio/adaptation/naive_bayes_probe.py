@@ -121,7 +121,7 @@ class NaiveBayesHead(Adapter):
     network's the last layer gets another width.
 
     Args:
-        epsilon: see `NaiveBayesProbe`, as the two below.
+        epsilon: variance that is added, see `NaiveBayesProbe`, as the two below.
         var_smoothing: part of the largest feature's total variance that is added to each.
         prior: `"empirical"`, `"uniform"`, or probabilities in the order of the labels.
         batch_size: size of the batches of tensors and data sets.

@@ -74,7 +74,7 @@ def triangle_score(b: Tensor, m: Tensor, kappa: float = 0.5) -> Tensor:
 
     Args:
         b: confidence of the backdoor expert in the label that the network predicts, `[N]` in [0, 1].
-        m: that of the auxiliary network, likewise.
+        m: confidence of the auxiliary network, likewise.
         kappa: $\\kappa$; 0.5 suits ResNets, the authors take 0.4 for VGG-16 and 0.2 for MobileNetV2. Lower it where
             the auxiliary network is unsure of clean inputs.
 
@@ -119,7 +119,7 @@ class BaDExpert(InputDetector):
 
     Args:
         score: score, see `suspicion`. With `"expert"` no auxiliary network is trained.
-        kappa: see `triangle_score`.
+        kappa: slope $\\kappa$, see `triangle_score`.
         fpr: share of clean inputs that may be rejected.
         mislabel: wrong labels: `"shift"`, $y + 1 \\bmod C$; `"random"`, any other class; or a function of the labels
             and $C$. (`"none"`, the right ones, makes the control of an experiment.)

@@ -42,8 +42,8 @@ class BLTOHistory:
     Attributes:
         similarity: mean outer similarity of each round.
         surrogate: mean loss of the surrogate of each round; empty where it was frozen.
-        lives: at the end of each surrogate's life, the similarity to the target of triggered images of other classes, and
-            of the same without trigger.
+        lives: figures at the end of each surrogate's life: the similarity to the target of triggered images of other
+            classes, and of the same without trigger.
     """
 
     similarity: list[float]

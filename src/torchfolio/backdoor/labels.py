@@ -19,7 +19,7 @@ class LabelMap:
     Attributes:
         mapping: `((source, target), ...)`; a dictionary may be given.
         num_classes: number of classes; if known, classes are checked against it.
-        clean: the label is kept (source and target are one class): the attack poisons images of its target.
+        clean: whether the label is kept (source and target are one class): the attack poisons images of its target.
 
     Raises:
         ValueError: on no pair, a source that is its own target (unless `clean`), a source given twice, or a class

@@ -23,7 +23,7 @@ class LeastSquares:
     Attributes:
         w: solution of every problem, `[N, K]`.
         cost: $\\frac12 \\|F(w)\\|^2$ there, `[N]`.
-        start_cost: the same at the start.
+        start_cost: cost at the start.
         gradient: $\\|J^\\top F\\|_\\infty$ over $\\max(1, \\|J\\|_F \\|F\\|_\\infty)$ there, `[N]`.
         steps: number of steps that each problem took, `[N]`.
         converged: whether it met the tolerance, `[N]`.

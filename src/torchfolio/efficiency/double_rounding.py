@@ -83,7 +83,7 @@ class BitSwitching(Compression):
         fixed: names of layers that stay at the highest width; by default the first and the last.
         act: quantise activations too.
         norm: norm, see `convert`.
-        alrs: see `MultiPrecision`.
+        alrs: rule for learning rates of the scales, see `MultiPrecision`.
 
     Raises:
         ValueError: if widths are repeated or out of range, or `bit` is none of them.

@@ -180,7 +180,7 @@ def compact_gated(
         r: share that is kept, see `attach_gates`.
         skip: likewise.
         pool: likewise.
-        softmax: likewise.
+        softmax: whether the pooled input is normalised, likewise.
     """
     return compact(attach_gates(model, r, skip=skip, pool=pool, softmax=softmax))
 
@@ -192,10 +192,10 @@ class DynamicPruning(Compression):
         r: share of the heat to keep, in (0, 1]; `choose_r` finds one for a budget.
         skip: names of convolutions to leave alone.
         pool: pool, see `MaskPredictor`.
-        softmax: likewise.
+        softmax: whether the pooled input is normalised, likewise.
         mode: mode, see `FTWT`.
-        cooldown: likewise.
-        gate_lr: likewise.
+        cooldown: share of the training, likewise.
+        gate_lr: learning rate of the gates, likewise.
 
     Raises:
         ValueError: if a setting is out of range.

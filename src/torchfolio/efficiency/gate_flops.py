@@ -29,7 +29,7 @@ class Flops:
 
     Attributes:
         dense: without gates, of one sample.
-        per_sample: with gates `[N]`, those of the gates not counted.
+        per_sample: operations with gates `[N]`, those of the gates not counted.
         gates: gates of all gates together, of one sample.
     """
 

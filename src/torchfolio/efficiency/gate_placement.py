@@ -36,7 +36,7 @@ def attach_gates(
         r: share of the heat to keep, in (0, 1]; see `choose_r`.
         skip: names of convolutions to leave alone.
         pool: pool of the gates; see `MaskPredictor`.
-        softmax: likewise.
+        softmax: whether the pooled input is normalised, likewise.
         criterion: criterion of the targets.
 
     Raises:

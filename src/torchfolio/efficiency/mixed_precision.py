@@ -35,7 +35,7 @@ class MixedPrecision(SwitchingRule):
         traces: mean curvature by layer, of `weight_traces` on the network before its conversion; `None` draws every
             width alike in all layers.
         passes: drawn mixtures in a step.
-        alrs: as in `MultiPrecision`; a layer's scales learn at the rate of its own width.
+        alrs: rule for learning rates of the scales, as in `MultiPrecision`; a layer's scales learn at the rate of its own width.
 
     Raises:
         ValueError: if a layer that switches has no trace, or there are no passes.

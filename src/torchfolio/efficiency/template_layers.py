@@ -54,7 +54,7 @@ class TemplateLayer(nn.Module):
 
     Args:
         layer: convolution, `Linear` or `Embedding` of full width, which says shapes, stride and so on.
-        halves: which of its channels are halved.
+        halves: axes whose channels are halved.
         templates: number of templates of each set, or a bank.
 
     Shapes:

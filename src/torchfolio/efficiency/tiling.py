@@ -40,7 +40,7 @@ def grow_by_tiling(
         first: network of half the width, with modules of the same names.
         second: another.
         off_diagonal: blocks between them: 0, fresh random ones (Kaiming), or copies of the diagonal's.
-        skip: see `templatize`; these modules are taken from `wide`.
+        skip: modules to leave out, see `templatize`; these modules are taken from `wide`.
         seed: seed of fresh blocks.
 
     Returns:
@@ -87,7 +87,7 @@ def net2net_widen(
         example: inputs of it.
         narrow: trained network of half the width, with modules of the same names.
         noise: standard deviation of noise on the copied weights, relative to theirs; sets the twins apart.
-        skip: see `templatize`.
+        skip: modules to leave out, see `templatize`.
         seed: seed of the noise.
 
     Returns:

@@ -217,7 +217,7 @@ class InformationPlaneRecorder:
         estimator: `AdaptiveBinning()` by default.
         when: epochs to measure at, such as `log_spaced(40, epochs)`; all by default.
         reduce: treatment of positions, see `information_plane`.
-        output: see `information_plane`.
+        output: whether the output is measured too, see `information_plane`.
         planes: planes that were measured, by epoch.
     """
 

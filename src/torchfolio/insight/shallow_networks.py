@@ -39,7 +39,7 @@ class Activation:
     Attributes:
         function: $\\varphi$.
         derivative: function that takes the place of $\\varphi'$ at the pre-activation.
-        of_output: the same from $\\varphi$, where that is cheaper.
+        of_output: derivative from $\\varphi$, where that is cheaper.
     """
 
     function: Callable[[Tensor], Tensor]

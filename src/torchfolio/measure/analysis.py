@@ -29,7 +29,7 @@ class Panel:
         notes: sentences on what to be careful about: saturated estimates, too few examples, what was left out.
         tables: figures in rows.
         pictures: figures with a caption each; none where a picture would say nothing.
-        record: the same figures for programs, as JSON holds them.
+        record: figures for programs, as JSON holds them.
         eyebrow: small text above the title: the method and the number of examples.
     """
 

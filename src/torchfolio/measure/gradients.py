@@ -128,7 +128,7 @@ class Agreement:
         cosine: cosine of the angle between them; NaN if one is zero.
         sign: share of the numbers, of those that are not zero in both, whose signs agree.
         norm_ratio: norm of the first over that of the second; NaN if the second is zero.
-        by_parameter: the same three for every parameter.
+        by_parameter: these three figures for every parameter.
     """
 
     cosine: float

@@ -21,7 +21,7 @@ class SavedBytes:
     """Bytes saved for the backward pass.
 
     Attributes:
-        peak: the most that was held at one time.
+        peak: largest number of bytes that was held at one time.
         total: all that was ever saved; a storage that was released and is saved again counts again.
     """
 

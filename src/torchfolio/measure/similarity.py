@@ -28,8 +28,8 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     Args:
         x: features `[N, ...]`, flattened to rows.
         y: features of the same examples `[N, ...]`; their number per example may differ.
-        unbiased: the U-statistic of HSIC, which does not drift towards 1 with more features than examples; N
-            >= 4.
+        unbiased: whether to take the U-statistic of HSIC, which does not drift towards 1 with more features than
+            examples; N >= 4.
 
     Returns:
         A scalar, in [0, 1] for the biased estimate. Features that are the same for every example carry
@@ -146,7 +146,7 @@ def hsic(k_x: Tensor, k_y: Tensor, *, unbiased: bool = False) -> Tensor:
     Args:
         k_x: symmetric `[N, N]`.
         k_y: symmetric `[N, N]`.
-        unbiased: the U-statistic; N >= 4. It may be negative.
+        unbiased: whether to take the U-statistic; N >= 4. It may be negative.
 
     Reference:
         Gretton et al., ALT 2005; Song et al., JMLR 2012, equation 5.

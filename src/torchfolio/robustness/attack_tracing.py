@@ -54,7 +54,7 @@ class TraceResult:
     Attributes:
         source: number of the copy named, `[B]`.
         scores: $T_i(x)_t - T_i(x)_y$, `[B, N]`; minus infinity for copies left out.
-        raw: the same before the tanh, which decides between saturated tracers, `[B, N]`.
+        raw: answers before the tanh, which decide between saturated tracers, `[B, N]`.
         inconclusive: whether nothing should be concluded: no copy is fooled, or the best ones tie, `[B]`.
         fooled: mask of the copies that decide otherwise than the true class, `[B, N]`.
         label: true class $y$, as given or guessed, `[B]`.

@@ -188,7 +188,7 @@ def score(benchmark: Benchmark, verifier: Any, timeout: float | None = None) -> 
         benchmark: benchmark of `load`.
         verifier: see `run_verifier`; or the results of one: a table of it, or a CSV file whose rows are, as in
             VNN-COMP, one result word per instance in their order (the last field that is such a word).
-        timeout: see `run_verifier`.
+        timeout: seconds, see `run_verifier`.
 
     Returns:
         A row per network: shares of clean instances `clean_verified`, `clean_falsified`, of those with a hidden

@@ -86,7 +86,7 @@ def scatter(
     """One score against another: a dot for every seed, and a larger one at the mean.
 
     Args:
-        results: of all seeds.
+        results: results of all seeds.
         points: two pairs `(arm, value)` by label, across and up; every value is a number. A label of several such
             points joins their means by a line.
         xlabel: text under the axis.

@@ -184,7 +184,7 @@ def run_all(
     """Run experiments; a failing one does not stop the others.
 
     Args:
-        jobs_to_run: see `plan`.
+        jobs_to_run: jobs, see `plan`.
         jobs: seeds at a time, each in a process of its own with its share of the threads.
         ray: spread the seeds over a Ray cluster (the local machine if there is none).
         say: called with lines about what is going on.

@@ -215,7 +215,7 @@ class HLOP(LearningRule):
 
         Args:
             growth: rows of the next task; those of the rule by default.
-            orthonormalize: see `HebbianSubspace.merge`.
+            orthonormalize: whether rows are made orthonormal, see `HebbianSubspace.merge`.
         """
         if not len(self.subspaces):
             raise RuntimeError("call prepare(model, example), or fit, before end_task")

@@ -122,8 +122,8 @@ class IF(LIF):
         v_threshold: $V_{th} > 0$.
         v_reset: potential after a spike; `None` resets softly.
         surrogate: backward of $\\Theta$.
-        detach_state: as in `LIF`.
-        detach_reset: as in `LIF`.
+        detach_state: whether the state is detached, as in `LIF`.
+        detach_reset: whether the reset is detached, as in `LIF`.
     """
 
     def __init__(

@@ -107,10 +107,10 @@ class LayerwiseThreeLayerRegressor(RegressorMixin, BaseEstimator):
         inner: their activation, `"softplus"`, `"relu"`, `"gelu"` or `"quadratic"`.
         decay1: weight decay of the first stage, at least 0; `"cv"` chooses among 16 values from 1e-5 to 1 of the top
             eigenvalue on a fifth of the first part.
-        decay2: the same for the second stage.
+        decay2: weight decay of the second stage.
         steps1: steps of gradient descent of the first stage at the rate 1 / (top eigenvalue + decay); all, the ridge
             solution, by default.
-        steps2: the same for the second stage.
+        steps2: number of steps of the second stage.
         split: share of the data for the first stage, in (0, 1); `None` uses all data in both stages, so that the second
             one also fits what the first one's noise left.
         solver: `"spectral"`, the closed form; `"gd"`, the literal loop with the same result. There, steps of `None` are
@@ -125,7 +125,7 @@ class LayerwiseThreeLayerRegressor(RegressorMixin, BaseEstimator):
         decay1_: weight decay of the first stage.
         decay2_: weight decay of the second stage.
         stage1_path_: decays tried in the first stage, and the mean squared error of each on data held out.
-        stage2_path_: the same for the second stage.
+        stage2_path_: path of the second stage.
         n_features_in_: number of inputs.
 
     Reference:

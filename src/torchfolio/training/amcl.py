@@ -51,8 +51,8 @@ class AMCL(LearningRule):
         out_dim: width d' of the projections.
         temperature: module of temperatures; `PairTemperature(out_dim)` by default.
         beta: weight of the penalty on temperatures.
-        negatives: see `AMCLLoss`.
-        top_k: see `AMCLLoss`.
+        negatives: treatment of negatives, see `AMCLLoss`.
+        top_k: number of negatives that count, see `AMCLLoss`.
 
     Shapes:
         The encoder gives features `[N, D]`; batches are x, alone or before others.

@@ -68,8 +68,8 @@ class Guidance(Objective):
             matrices `[N, d]` that returns a scalar, 1 where they agree.
         alpha: weight $\\alpha$ of the term. Small networks may need about 10.
         reduction: `"sum"` over pairs, whose weight then grows with depth, or `"mean"`.
-        duplicates: where several guide layers meet one target layer, `"all"` counts every one, as the equation
-            says; `"last"` the last one alone, as the authors' code does.
+        duplicates: treatment of several guide layers that meet one target layer: `"all"` counts every one, as the
+            equation says; `"last"` the last one alone, as the authors' code does.
         guide_mode: `"eval"` or `"train"` (dropout is active and batch norm uses the batch).
         steps: guide only the first so many training steps (calls with gradients, target in training mode). About
             300 turns guidance into an initialisation. `None` guides to the end.

@@ -104,7 +104,7 @@ def semi_match(similarity: Tensor, absolute: bool = False, exclude_diagonal: boo
     Args:
         similarity: `[S_1, S_2]`; see `bipartite_match`.
         absolute: whether signs are ignored, see `bipartite_match`.
-        exclude_diagonal: see `bipartite_match`.
+        exclude_diagonal: whether a unit may not match itself, see `bipartite_match`.
     """
     gain, rows, cols = _alive(similarity, absolute, exclude_diagonal)
     return _match(similarity, rows, cols[gain.argmax(1)])
