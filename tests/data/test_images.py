@@ -219,3 +219,54 @@ def test_one_class_is_none(tmp_path):
         )
         with pytest.raises(ValueError, match="for the label of all its examples, expected two classes or more"):
             load(str(tmp_path))
+
+
+def test_unequal_images_of_tables_are_brought_to_one_size(tmp_path):
+    mixed = [encoded(np.full((4 + k % 2, 4), 9, np.uint8)) for k in range(10)]
+    table_of(tmp_path / "m" / "train.parquet", [0, 1] * 5, images=mixed)
+    table_of(tmp_path / "s" / "train-0.parquet", [0, 1] * 5)
+    table_of(tmp_path / "s" / "train-1.parquet", [0, 1] * 5, size=6)
+    for name, shape in (("m", (1, 4, 4)), ("s", (3, 4, 4))):
+        with pytest.raises(ValueError, match="pass image_size"):
+            load(str(tmp_path / name))
+        assert load(str(tmp_path / name), image_size=4).shape == shape
+
+
+@pytest.mark.parametrize(("train", "other"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "eval")])
+def test_splits_by_the_names_that_they_go_by(tmp_path, train, other):
+    """Read as classes, the network would learn to tell the training set from the test set."""
+    folder_of(tmp_path / "f" / train, count=20, pixels=np.zeros((4, 4), np.uint8))
+    folder_of(tmp_path / "f" / other, count=3)
+    table_of(tmp_path / "p" / f"{train}_0.parquet", [0, 1] * 20)
+    table_of(tmp_path / "p" / f"{other}.0001.parquet", [0, 1] * 3)
+    for kind in ("f", "p"):
+        splits = load(str(tmp_path / kind))
+        assert (splits.num_classes, len(splits.train) + len(splits.val), len(splits.test)) == (2, 40, 6)
+
+
+def test_splits_that_cannot_be_told(tmp_path):
+    for name in ("train", "test", "eval"):
+        folder_of(tmp_path / "two" / name)
+        folder_of(tmp_path / "none" / name.replace("train", "val"))
+    for name in ("train", "extra"):
+        table_of(tmp_path / "odd" / f"{name}.parquet", [0, 1] * 5)
+    for name, message in (("two", "has both eval and test, which mean the same split"), ("odd", "extra.parquet stands"),
+                          ("none", "both eval and test")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path / name))
+    (tmp_path / "none" / "eval").rename(tmp_path / "none" / ".eval")
+    with pytest.raises(ValueError, match="has the splits test, val, expected train among them"):
+        load(str(tmp_path / "none"))
+
+
+def test_labels_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"row 1 of .* has no label"):
+        read_parquet(table_of(tmp_path / "t.parquet", ["cat", " ", "dog"]))
+
+
+def test_paths_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder_of(tmp_path / "s"))
+    for name, message in (("nowhere/", "there is no folder nowhere"), ("./a/0.png", "is no folder"),
+                          ("hf:../..", "owner/name"), ("hf:s/..", "owner/name"), ("hf:a/0.png", "is a path here")):  # fmt: skip
+        with pytest.raises(DataNotFound, match=message):
+            load(name)

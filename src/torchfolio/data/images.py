@@ -27,6 +27,10 @@ MOST_ROWS = 50_000_000
 """Rows of a Parquet file, at most."""
 
 
+class UnequalSizes(ValueError):
+    """Images differ in size."""
+
+
 class _Colour(Exception):
     """An image has colour where none was expected."""
 
@@ -90,7 +94,7 @@ def _decoded(
                     (size, size), Image.Resampling.BOX if min(image.size) >= size else Image.Resampling.BILINEAR
                 )
         if image.size != shape:
-            raise ValueError(
+            raise UnequalSizes(
                 f"{names[k]} is {image.size[0]}x{image.size[1]}, the first image is {width}x{height}; pass image_size"
             )
         out[k] = np.asarray(image).reshape(height, width, channels)
@@ -142,10 +146,14 @@ def _source(item: bytes | Path) -> io.BytesIO | Path:
     return io.BytesIO(item) if isinstance(item, bytes) else item
 
 
-def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def read_parquet(path: Path, size: int | None = None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Images, labels and class names of one Parquet file in the `datasets` layout.
 
     Names are those that the file declares, or the labels themselves where they are text; there are none for numbers.
+
+    Args:
+        path: of the file.
+        size: side that all images are resized to; needed where they differ.
 
     Raises:
         ValueError: if it is no Parquet file, has no image and label columns, or has labels that name no class.
@@ -171,7 +179,7 @@ def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     except (pa.ArrowException, OSError, KeyError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a Parquet file of images: {reason[:200]}") from error
-    x = decode(encoded, [f"image {k} of {path}" for k in range(len(encoded))])
+    x = decode(encoded, [f"image {k} of {path}" for k in range(len(encoded))], size)
     return x, labels, _class_names(metadata, label) or names
 
 
@@ -195,7 +203,10 @@ def class_labels(column: Any, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
         row = next(i for i, known in enumerate(column.is_valid().to_pylist()) if not known)
         raise ValueError(f"row {row} of {where} has no label")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        names, labels = np.unique(np.asarray(column.to_pylist(), dtype=object), return_inverse=True)
+        texts = column.to_pylist()
+        if (row := next((k for k, text in enumerate(texts) if not text.strip()), None)) is not None:
+            raise ValueError(f"row {row} of {where} has no label")
+        names, labels = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
         return labels.astype(np.int64), tuple(names)
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
         raise ValueError(f"{where} has labels of type {column.type}, expected text or whole numbers")
@@ -224,10 +235,10 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, 
 def visible(folder: Path, suffixes: set[str]) -> list[Path]:
     """Files with one of the suffixes at any depth, sorted, but none that systems and editors hide or leave behind."""
     paths = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    return sorted(p for p in paths if not any(_hidden(part) for part in p.relative_to(folder).parts) and p.is_file())
+    return sorted(p for p in paths if not any(is_hidden(part) for part in p.relative_to(folder).parts) and p.is_file())
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in LEFT_BEHIND
 
 
@@ -237,7 +248,7 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     Raises:
         ValueError: if there are no classes or no images in one.
     """
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _hidden(p.name))
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
     if len(classes) < 2:
         raise ValueError(f"{folder} has {len(classes)} class folder(s), expected a subfolder of images for each class")
     paths: list[Path] = []

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,27 @@ import torch
 
 from torchfolio.data import embedded
 from torchfolio.data.cache import cached, content_key
-from torchfolio.data.images import class_labels, decode, list_folder, read_parquet, visible
+from torchfolio.data.images import (
+    UnequalSizes,
+    class_labels,
+    decode,
+    is_hidden,
+    list_folder,
+    read_parquet,
+    visible,
+)
 from torchfolio.data.splits import Raw
 from torchfolio.errors import TorchfolioError
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "mnist": "ylecun/mnist"}
 DECODER = 2
 """Number of the way in which images are decoded: arrays kept from another way are made anew."""
-SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Splits by the names that they go by, in small letters: those that the `datasets` library knows."""
 
 
 class DataNotFound(TorchfolioError, FileNotFoundError):
@@ -51,16 +65,16 @@ def find(name: str, root: str | Path | None = None, image_size: int | None = Non
         raise TypeError(f"expected the name of a data set as text, got {type(name).__name__}")
     if not name.removeprefix("folder:").strip():
         raise DataNotFound(f"expected the name of a data set, got {name!r}; embedded are {', '.join(embedded_names())}")
-    if name.startswith("hf:") and not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name):
+    if name.startswith("hf:") and not re.fullmatch(r"hf:\w[\w.-]*/\w[\w.-]*", name):
         raise DataNotFound(f"expected a set of the hub as hf:owner/name, got {name!r}")
     if name in embedded_names():
         return getattr(embedded, name)()
     if name.startswith("hf:"):
         return from_hub(name.removeprefix("hf:"), name)
     path = Path(name.removeprefix("folder:")).expanduser()
-    if name.startswith("folder:") or (("/" in name or os.sep in name or name.startswith(".")) and path.is_dir()):
+    if name.startswith(("folder:", ".", "~")) or "/" in name or os.sep in name:
         if not path.is_dir():
-            raise DataNotFound(f"{path} is no folder")
+            raise DataNotFound(f"{path} is no folder" if path.exists() else f"there is no folder {path}")
         return from_folder(path, name, image_size)
     for folder in data_folders(root):
         if (folder / name).is_dir():
@@ -90,7 +104,10 @@ def from_folder(folder: Path, name: str, image_size: int | None = None) -> Raw:
     parquet = visible(folder, {".parquet"})
     if parquet:
         return _from_parquet(parquet, name, image_size)
-    parts = {SPLITS[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLITS}
+    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
+    parts = _by_split([(p.name, p) for p in folders], folder)
+    if "train" not in parts and len(parts) > 1 and len(parts) == len(folders):
+        raise ValueError(f"{folder} has the splits {', '.join(parts)}, expected train among them")
     if "train" in parts:
         names_key = _names_key(parts["train"])
         read = {key: _read_images(path, image_size) for key, path in parts.items()}
@@ -99,10 +116,26 @@ def from_folder(folder: Path, name: str, image_size: int | None = None) -> Raw:
         if odd is not None:
             raise ValueError(f"{folder} has the classes {names['train']} in train and {names[odd]} in {odd}")
         return _raw(name, read, names_key, image_size)
-    if not any(p.is_dir() for p in folder.iterdir()):
+    if not folders:
         raise DataNotFound(f"{folder} holds neither Parquet files nor class folders of images")
     names_key = _names_key(folder)
     return _raw(name, {"train": _read_images(folder, image_size)}, names_key, image_size)
+
+
+def _by_split(named: Iterable[tuple[str, Any]], where: object) -> dict[str, Any]:
+    """What goes by the name of a split, by split.
+
+    Raises:
+        ValueError: if two names mean the same one.
+    """
+    parts: dict[str, tuple[str, Any]] = {}
+    for name, found in named:
+        split = SPLITS.get(name.lower())
+        if split in parts:
+            raise ValueError(f"{where} has both {parts[split][0]} and {name}, which mean the same split")
+        if split is not None:
+            parts[split] = name, found
+    return {split: found for split, (_, found) in parts.items()}
 
 
 def _names_key(folder: Path) -> str:
@@ -124,14 +157,35 @@ Part = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # inputs, labels, names o
 
 
 def _from_parquet(paths: list[Path], name: str, image_size: int | None) -> Raw:
-    """Files are of the split that their name, or their folder's, begins with."""
+    """Files are of the split that their name, or their folder's, begins with; all are to train on if none has such a name.
+
+    Raises:
+        ValueError: if some have and another one has not.
+    """
+    splits = {path: _split_of(path.stem) or _split_of(path.parent.name) for path in paths}
+    if any(splits.values()) and (odd := next((p for p, split in splits.items() if split is None), None)):
+        raise ValueError(f"{odd} stands beside files of splits and has the name of none; expected train, val or test")
+    try:
+        parts = _parquet_parts(splits, None)
+    except UnequalSizes:
+        if image_size is None:
+            raise
+        parts = _parquet_parts(splits, image_size)
+    return _raw(name, parts, image_size=image_size)
+
+
+def _parquet_parts(splits: dict[Path, str | None], size: int | None) -> dict[str, Part]:
+    """The files of every split as one; images at their own size, or all at one."""
     read: dict[str, dict[str, Part]] = {}
-    for path in paths:
-        stem = path.stem.split("-")[0]
-        key = SPLITS.get(stem) or SPLITS.get(path.parent.name) or "train"
-        part = cached(content_key([path], f"{DECODER} parquet"), lambda path=path: read_parquet(path))
-        read.setdefault(key, {})[str(path)] = part
-    return _raw(name, {key: _joined(parts) for key, parts in read.items()}, image_size=image_size)
+    for path, split in splits.items():
+        key = content_key([path], f"{DECODER} parquet" + (f" {size}" if size else ""))
+        part = cached(key, lambda path=path: read_parquet(path, size))
+        read.setdefault(split or "train", {})[str(path)] = part
+    return {split: _joined(parts) for split, parts in read.items()}
+
+
+def _split_of(name: str) -> str | None:
+    return SPLITS.get(re.split(r"[^a-z]", name.lower())[0])
 
 
 def _joined(parts: dict[str, Part]) -> Part:
@@ -170,7 +224,7 @@ def _same_size(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     for where, (other, _) in parts.items():
         if other.shape[1:] != x.shape[1:]:
             kind = "images" if x.ndim == 4 else "inputs"
-            raise ValueError(
+            raise UnequalSizes(
                 f"expected {kind} of one shape, got {tuple(x.shape[1:])} in {first} and {tuple(other.shape[1:])} in {where}"
                 + ("; pass image_size" if x.ndim == 4 else "")
             )
@@ -224,6 +278,10 @@ def from_hub(repository: str, name: str, looked: list[Path] | None = None) -> Ra
     """
     import datasets
 
+    if Path(repository).exists():  # which `datasets` would read in the place of the hub
+        raise DataNotFound(
+            f"{repository} is a path here; name it as folder:{repository}, or go elsewhere for the hub's"
+        )
     try:
         fetched = datasets.load_dataset(repository)
     except Exception as error:
@@ -233,8 +291,8 @@ def from_hub(repository: str, name: str, looked: list[Path] | None = None) -> Ra
             f"data set {name!r} is {places}not to be had from the hub as {repository} ({type(error).__name__}: {reason}); "
             f"go online once, or put it into a folder of TORCHFOLIO_DATA as {name.removeprefix('hf:').split('/')[-1]}/"
         ) from error
-    read = {SPLITS[key]: _from_dataset(part, repository) for key, part in fetched.items() if key in SPLITS}  # pyright: ignore
-    return _raw(name, read)
+    parts = _by_split(((str(key), part) for key, part in fetched.items()), repository)  # pyright: ignore
+    return _raw(name, {split: _from_dataset(part, repository) for split, part in parts.items()})
 
 
 def _from_dataset(part: Any, repository: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
