@@ -15,3 +15,14 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("TORCHFOLIO_DATA does not point at a folder of real data sets")
     return Path(folder)
+
+
+@pytest.fixture
+def one_thread():
+    """One thread alone, whose sums have one order and which forked processes can go on with."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -23,13 +23,7 @@ WRITES = ((os, "replace"), (os, "unlink"), (os, "fsync"), (shutil, "rmtree"), (t
           (bundle, "save_file"), (bundle, "write"))  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Processes that are forked have no other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # processes that are forked have no other
 
 
 def run(place: Path, *words: str, dies_at: int | None = None) -> int:

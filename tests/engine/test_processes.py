@@ -20,13 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 JOBS = ("once", "many", "loader", "sharded", "stop")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the order of the worker's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums in the order of the worker's
 
 
 def command(*arguments: object) -> list[str]:

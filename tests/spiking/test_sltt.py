@@ -262,7 +262,8 @@ def test_inputs_with_a_time_axis():
     net, (x, y) = network(), batch()
     x_seq = torch.stack([x, 0.5 * x, -x])
     given = gradients(SLTT(timesteps=3, encode=None), net, (x_seq, y))
-    assert_same(given, gradients(SLTT(timesteps=3, encode=frames), net, (x_seq.movedim(0, 1), y)))
+    for encode in (frames, "frames"):
+        assert_same(given, gradients(SLTT(timesteps=3, encode=encode), net, (x_seq.movedim(0, 1), y)))
 
 
 def test_regression_with_a_loss_of_ones_own():

@@ -258,6 +258,7 @@ def test_encoders():
     [
         (lambda: encode_input(torch.zeros(3, 2), 7, None), "7 steps"),
         (lambda: encode_input(torch.zeros(3, 2), 7, "rate"), "rate"),  # pyright: ignore[reportArgumentType]
+        (lambda: SLTT(timesteps=3, encode=["frames"]), "expected encode"),  # pyright: ignore[reportArgumentType]
         (lambda: poisson(torch.tensor([1.5]), 3), r"\[0, 1\]"),
         (lambda: latency(torch.tensor([-0.5]), 3), r"\[0, 1\]"),
         (lambda: frames(torch.zeros(3, 6), 7), "recordings"),

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchfolio.checks import whole
 from torchfolio.engine import LearningRule, evaluate
-from torchfolio.spiking.encoders import Encode, encode_input
+from torchfolio.spiking.encoders import Encode, check_encode, encode_input
 from torchfolio.spiking.losses import SLTTLoss
 from torchfolio.spiking.neurons import LIF, find_neurons
 from torchfolio.spiking.sequence import Unrolled
@@ -52,8 +52,7 @@ class SequenceRule(LearningRule):
         generator: torch.Generator | None = None,
     ) -> None:
         whole("timesteps", timesteps, 1)
-        if isinstance(encode, str) and encode not in ("repeat", "poisson", "latency"):
-            raise ValueError(f"expected encode to be 'repeat', 'poisson', 'latency', callable or None, got {encode!r}")
+        check_encode(encode)
         self.loss: Loss = loss if loss is not None else SLTTLoss()
         self.timesteps = timesteps
         self.encode: Encode = encode

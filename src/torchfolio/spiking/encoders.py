@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["Encode", "encode_input", "frames", "latency", "poisson", "repeat"]
 
-Encode = Literal["repeat", "poisson", "latency"] | Callable[[Tensor, int], Tensor] | None
+Encode = Literal["repeat", "poisson", "latency", "frames"] | Callable[[Tensor, int], Tensor] | None
 """Name of an encoder, a function `(x, timesteps) -> sequence`, or `None` for sequences."""
 
 
@@ -85,24 +85,36 @@ def encode_input(x: Tensor, timesteps: int, encode: Encode, generator: torch.Gen
     Args:
         x: `[B, ...]`, or `[T, B, ...]` with `encode=None`.
         timesteps: $T \\ge 1$.
-        encode: `"repeat"`, `"poisson"`, `"latency"`, a callable `(x, timesteps) -> [T, B, ...]` such as `frames`,
-            or `None` for inputs that have a time axis.
+        encode: `"repeat"`, `"poisson"`, `"latency"`, `"frames"`, a callable `(x, timesteps) -> [T, B, ...]`, or `None`
+            for inputs that begin with a time axis.
         generator: source of the spikes of `"poisson"`.
 
     Raises:
         ValueError: if the name is unknown or the sequence is not `timesteps` long.
     """
+    check_encode(encode)
     if encode == "poisson":
         return poisson(x, timesteps, generator)
-    named = {"repeat": repeat, "latency": latency}
     if isinstance(encode, str):
-        if encode not in named:
-            raise ValueError(f"expected encode to be 'repeat', 'poisson', 'latency', callable or None, got {encode!r}")
-        return named[encode](x, timesteps)
+        return NAMED[encode](x, timesteps)
     sequence = x if encode is None else encode(x, timesteps)
     if len(sequence) != timesteps:
         raise ValueError(f"expected a sequence [T, B, ...] of {timesteps} steps, got shape {tuple(sequence.shape)}")
     return sequence
+
+
+NAMED: dict[str, Callable[..., Tensor]] = {"repeat": repeat, "poisson": poisson, "latency": latency, "frames": frames}
+
+
+def check_encode(encode: Encode) -> None:
+    """Refuse what is no way to encode.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if not (encode is None or callable(encode) or (isinstance(encode, str) and encode in NAMED)):
+        known = ", ".join(map(repr, NAMED))
+        raise ValueError(f"expected encode to be {known}, callable or None, got {encode!r}")
 
 
 def _check_timesteps(timesteps: int) -> None:

@@ -49,8 +49,8 @@ class SLTT(SequenceRule):
             all T.
         rescale: weigh the K steps by $1/K$, which makes the gradient unbiased. By default they keep $1/T$, as in the
             released code, and the expected gradient is $K/T$ of SLTT's: raise the learning rate then.
-        encode: `"repeat"`, `"poisson"`, `"latency"`, a callable `(x, T) -> [T, B, ...]` (`frames` for data sets of
-            recordings), or `None` for batches that are `[T, B, ...]`.
+        encode: `"repeat"`, `"poisson"`, `"latency"`, `"frames"` (for data sets of recordings `[B, T, ...]`), a callable
+            `(x, T) -> [T, B, ...]`, or `None` for batches that are `[T, B, ...]`.
         generator: source of the random steps (on the CPU) and of `encode="poisson"`; torch's global one by default.
 
     Shapes:
