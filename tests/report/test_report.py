@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import time
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -126,6 +127,8 @@ EVIL_PARTS = [
     "<h:meta xmlns:h='http://www.w3.org/1999/xhtml' http-equiv='refresh' content='0;url=http://evil.test/q'/>",
     "<h:img xmlns:h='http://www.w3.org/1999/xhtml' src='x' onerror='alert(1)'/>", "<text xml:base='http://evil.test/'>r</text>",
     "<metadata><script>alert(1)</script></metadata>", "<handler xmlns:ev='http://www.w3.org/2001/xml-events' ev:event='load'>alert(1)</handler>",
+    "<style>a<title/>@import 'http://evil.test/v';</style>", "<rect style='fill:url(#a, url(http://evil.test/w))'/>",
+    "<rect style='fill:cross-fade(url(#a), \"http://evil.test/x\")'/>", "<rect fill='paint(evil)'/>",
     "<cursor xlink:href='http://evil.test/s'/>", "<font-face-uri xlink:href='http://evil.test/t'/>",
 ]  # fmt: skip
 
@@ -161,6 +164,19 @@ def test_what_a_picture_needs_is_kept():
         "image/png;base64,AAAA",
     ):
         assert part in shown, part
+
+
+def test_copies_of_copies_end():
+    """Twelve lines of it would have a browser draw for ever."""
+    tenfold = "".join(f'<g id="a{k + 1}">' + f'<use href="#a{k}"/>' * 10 + "</g>" for k in range(12))
+    start = time.perf_counter()
+    for inside, message in ((f'<g id="a0"/>{tenfold}', "draws more than 1,000,000 elements"),
+                            ('<g id="a"><use href="#b"/></g><g id="b"><use href="#a"/></g>', "drawn within itself"),
+                            ('<pattern id="p"><rect fill="url(#p)"/></pattern>', "drawn within itself")):  # fmt: skip
+        assert message in picture(f'<svg xmlns="http://www.w3.org/2000/svg">{inside}</svg>', "x")
+    glyphs = '<defs><path id="g" d="M0 0"/></defs>' + '<use href="#g" x="1"/>' * 20_000
+    assert "<img" in picture(f'<svg xmlns="http://www.w3.org/2000/svg">{glyphs}</svg>', "x")
+    assert time.perf_counter() - start < 5
 
 
 def test_what_is_no_picture_says_so():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchfolio.models import MLP, ConvNet, ResNetCIFAR
+from torchfolio.spiking import SLTT
 from torchfolio.spiking.conversion import to_spiking
 from torchfolio.spiking.encoders import encode_input, frames, latency, poisson, repeat
 from torchfolio.spiking.losses import SLTTLoss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -133,6 +133,15 @@ ATTRIBUTES = frozenset(
     ]
 )
 """Attributes that are kept, besides links within the picture and to pictures that it holds itself."""
+LINKS = ("href", f"{{{XLINK}}}href")
+LOCAL = re.compile(r"url\(\s*['\"]?#([^()\s'\"\\]*)['\"]?\s*\)")
+"""A link within the picture, in a value."""
+FUNCTIONS = frozenset(
+    ["rgb", "rgba", "hsl", "hsla", "matrix", "translate", "scale", "rotate", "skewX", "skewY", "calc", ""]
+)
+"""What values may call."""
+MOST_DRAWN = 1_000_000
+"""Elements that a picture may draw, each copy counted."""
 LARGEST = 2**24
 """Characters of a picture, at most."""
 
@@ -169,6 +178,7 @@ def picture(text: str, label: str) -> str:
         if root.tag != f"{{{SVG}}}svg":
             return "<p>This picture is no SVG.</p>"
         _clean(root)
+        _check_size(root)
         # Namespaces that elements and attributes no longer use are not declared again.
         ET.register_namespace("", SVG)
         ET.register_namespace("xlink", XLINK)
@@ -189,21 +199,56 @@ def _clean(root: ET.Element) -> None:
                 element.remove(child)
             else:
                 pending.append(child)
-        if element.tag == f"{{{SVG}}}style" and not _plain(element.text or ""):
-            element.text = ""
+        if element.tag == f"{{{SVG}}}style":
+            text = "".join([element.text or "", *(child.tail or "" for child in element)])
+            element[:], element.text = [], text if _plain(text) else ""
         for name, value in list(element.attrib.items()):
-            if name in ("href", f"{{{XLINK}}}href"):
+            if name in LINKS:
                 known = value.startswith("#") or re.match(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=\s]*$", value)
             else:
-                known = name in ATTRIBUTES and _plain(value)
+                known = name == "aria-label" or (name in ATTRIBUTES and _plain(value))
             if not known:
                 del element.attrib[name]
 
 
 def _plain(style: str) -> bool:
-    """Whether a style or value names nothing outside the picture."""
-    inner = re.sub(r"url\(\s*['\"]?#[^)'\"\\]*['\"]?\s*\)", "", style)
-    return not re.search(r"url\s*\(|src\s*\(|image(-set)?\s*\(|expression|javascript|\\|@", inner, re.I)
+    """Whether a style or value names nothing outside the picture: it calls functions of numbers alone."""
+    inner = LOCAL.sub("", style)
+    called = re.findall(r"([\w-]*)\s*\(", inner)
+    return not (set(called) - FUNCTIONS) and not re.search(r"expression|javascript|\\|@", inner, re.I)
+
+
+def _check_size(root: ET.Element) -> None:
+    """Refuse a picture that would be drawn for ever: copies of copies of copies.
+
+    Raises:
+        ValueError: if it draws more than `MOST_DRAWN` elements, or a part of itself.
+    """
+    by_name = {element.get("id"): element for element in root.iter() if element.get("id")}
+    drawn: dict[ET.Element, int] = {}  # 0 where it is being counted
+
+    def count(element: ET.Element) -> int:
+        if drawn.setdefault(element, 0):
+            return drawn[element]
+        total = 1
+        for part in [*element, *(by_name[name] for name in _named(element) if name in by_name)]:
+            if drawn.get(part) == 0:
+                raise ValueError("it is drawn within itself")
+            total += count(part)
+            if total > MOST_DRAWN:
+                raise ValueError(f"it draws more than {MOST_DRAWN:,} elements")
+        drawn[element] = total
+        return total
+
+    count(root)
+
+
+def _named(element: ET.Element) -> Iterator[str]:
+    """Names of other elements that an element draws."""
+    for name, value in element.attrib.items():
+        if name in LINKS and value.startswith("#"):
+            yield value[1:]
+        yield from LOCAL.findall(value)
 
 
 def dot_plot(values: Mapping[str, Mapping[str, Any]], condition: str | None) -> str:
