@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from torchfolio import checks, cli
 from torchfolio.bundle import Manifest, save_bundle
 from torchfolio.cli import app
+from torchfolio.engine.checks import check_kinds, check_positive
+from torchfolio.engine.modes import seeded
 from torchfolio.models import MLP
 
 INVOCATIONS = 300
@@ -57,6 +59,16 @@ BAD = [
     (*TRAIN, "--schedule", "nope"),
     (*TRAIN, "--rule", "nope"),
     (*TRAIN, "--rule", "os:system"),
+    (*TRAIN, "--rule", "auglocal", "--rule-set", "loss=1"),
+    (*TRAIN, "--rule", "man", "--rule-set", "blocks=1.5"),
+    (*TRAIN, "--rule", "man", "--rule-set", "source=auglocal"),
+    (*TRAIN, "--rule", "guidance", "--rule-set", "guidance=x"),
+    (*TRAIN, "--rule", "noise_mask", "--rule-set", "policy=[1,2]"),
+    (*TRAIN, "--rule", "bt2"),
+    (*TRAIN, "--add", "guidance", "--add-set", "guide=[1]"),
+    (*TRAIN, "--add", "guidance", "--add-set", "guide=net", "--add-set", "batch_dim=x"),
+    (*TRAIN, "--add", "gradient_noise", "--add-set", "eta=1e308"),
+    (*TRAIN, "--add", "dhkd", "--add-set", "teacher=net", "--add-set", "tau=1e308"),
     (*TRAIN, "--train-size", 0),
     (*TRAIN, "--train-size", -5),
     (*TRAIN, "--test-size", 0),
@@ -135,6 +147,13 @@ def test_values_of_a_wrong_kind_are_bad_input(monkeypatch):
     monkeypatch.setattr("torchfolio.catalog.papers", lambda: checks.at_least("x", "text", 1))
     assert call("list").exit_code == 2
     monkeypatch.setattr("torchfolio.catalog.papers", lambda: len(5))  # pyright: ignore[reportArgumentType]
+    assert call("list").exit_code == 3
+    # The same error given on purpose by a module of ours, and by an operation of it that went wrong.
+    monkeypatch.setattr("torchfolio.catalog.papers", lambda: check_kinds("net", None))
+    assert call("list").exit_code == 2
+    monkeypatch.setattr("torchfolio.catalog.papers", lambda: check_positive(x=torch))  # pyright: ignore[reportArgumentType]
+    assert call("list").exit_code == 2
+    monkeypatch.setattr("torchfolio.catalog.papers", lambda: seeded("x").__enter__())  # pyright: ignore[reportArgumentType]
     assert call("list").exit_code == 3
 
 

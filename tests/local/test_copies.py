@@ -11,6 +11,7 @@ from torch import nn
 from torchfolio.engine import fit
 from torchfolio.local import MAN
 from torchfolio.local.auglocal import copy_architecture
+from torchfolio.local.heads import LocalHeads
 
 
 class Attention(nn.Module):
@@ -58,3 +59,9 @@ def test_trainings_of_equal_arguments_share_a_fabric():
     assert one is two
     assert launch(None, "cpu", "bf16-mixed") is not one
     assert launch(None, "cpu", "64-true") is not one
+
+
+def test_similarity_of_volumes_is_told():
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.Conv3d(2, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match=r"expected features .*, got \[2, 2, 2, 2\]"):
+        fit(net, (torch.randn(4, 1, 4, 4, 4), torch.arange(4) % 3), rule=LocalHeads("predsim"), progress=False)

@@ -88,17 +88,17 @@ def _build(path: str, arguments: Mapping[str, Any], allow: Sequence[str], depth:
 
 def _check_arguments(path: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Check arguments against the annotations of a builder: text where it counts, say, could do anything there."""
-    known = _parameters(factory)
+    known = parameters_of(factory)
     for name, value in arguments.items():
         if name not in known:
             raise BundleError(f"{path} has no argument {shown(name)}")
-        if not _is_a(value, known[name].annotation):
+        if not is_a(value, known[name].annotation):
             expected = str(known[name].annotation).replace("typing.", "").replace("collections.abc.", "")
             raise BundleError(f"{path} cannot be built with {name}={shown(value)}, expected {expected}")
 
 
 @cache
-def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What a builder takes by name; one that passes `**kwargs` on takes what the class takes that it returns."""
     signature = inspect.signature(factory, eval_str=True)
     known = dict(signature.parameters)
@@ -107,17 +107,17 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
-def _is_a(value: Any, annotation: Any) -> bool:
+def is_a(value: Any, annotation: Any) -> bool:
     """Whether a JSON value, or a network, is of an annotated type. Of types that JSON does not have nothing is."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, part) for part in parts)
+        return any(is_a(value, part) for part in parts)
     if origin is typing.Literal:
         return any(value == part and type(value) is type(part) for part in parts)
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
         many = isinstance(value, list | tuple) and len(value) <= MOST_MODULES
-        return many and all(_is_a(part, parts[0]) for part in value)
-    if origin is Mapping:
+        return many and all(is_a(part, parts[0]) for part in value)
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
         return isinstance(value, Mapping)
     if annotation is None or annotation is type(None):
         return value is None

@@ -7,6 +7,7 @@ once. Results go to stdout, progress and errors to stderr.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import pkgutil
 import sys
@@ -58,10 +59,17 @@ def _foreseen(error: Exception) -> bool:
         return True
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for its sake
         return True
-    last = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        last = frame.f_globals.get("__name__")
-    return isinstance(error, TypeError) and last == "torchfolio.checks"
+    return isinstance(error, TypeError) and _raised_on_purpose(error)
+
+
+def _raised_on_purpose(error: Exception) -> bool:
+    """Whether a `raise` in this package gave an error, not an operation that went wrong."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not last.tb_frame.f_globals.get("__name__", "").startswith("torchfolio."):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _belongs_to_typer(error: Exception) -> bool:

@@ -139,19 +139,50 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def call_with(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) -> Any:
-    """Call a factory with settings, with a sentence about those that it does not take."""
+    """Call a factory with settings, with a sentence about those that it does not take, by name or by kind."""
     import inspect
 
+    from torchfolio.bundle.building import is_a, parameters_of
+
     parameters = inspect.signature(factory).parameters
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [key for key in settings if key not in parameters]
     if unknown and not open_ended:
-        known = ", ".join(n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        known = ", ".join(n for n, p in parameters.items() if p.kind not in variable)
         raise TorchfolioError(f"{what} has no setting {unknown[0]!r}; it has: {known or 'none'}")
+    missing = [
+        n for n, p in parameters.items() if p.default is p.empty and n not in settings and p.kind not in variable
+    ]
+    if missing:
+        raise TorchfolioError(f"{what} needs the setting {missing[0]!r}")
+    try:
+        kinds = {name: parameter.annotation for name, parameter in parameters_of(factory).items()}
+    except Exception:  # annotations of a user's own class may name what is not imported
+        kinds = {}
+    for name, annotation in kinds.items():
+        value = settings.get(name)
+        said = annotation is not inspect.Parameter.empty and "Any" not in str(annotation)
+        if said and isinstance(value, str | int | float | list | tuple | dict) and not is_a(value, annotation):
+            raise TorchfolioError(f"{what} cannot be made with {name}={value!r}, expected {_words(annotation)}")
     try:
         return factory(**settings)
-    except TypeError as error:
+    except (TorchfolioError, ValueError):
+        raise
+    except Exception as error:
+        if not settings:
+            raise
         raise TorchfolioError(f"{what} cannot be made with {dict(settings)}: {error}") from error
+
+
+def _words(annotation: Any) -> str:
+    """A type as a reader of the documentation knows it."""
+    import re
+
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    return re.sub(r"\b[a-z_]+(\.\w+)*\.(?=[A-Za-z]\w*)", "", text)
 
 
 def find_rule(name: str) -> Callable[..., LearningRule]:

@@ -35,6 +35,9 @@ class PredSimHead(LocalHead):
         classes: number of classes.
         similarity_weight: weight of the similarity term; the rest is the prediction's.
 
+    Raises:
+        ValueError: if the features are neither images nor tokens nor vectors.
+
     Reference:
         Nøkland, Eidnes, "Training Neural Networks with Local Error Signals", ICML 2019.
     """
@@ -43,6 +46,8 @@ class PredSimHead(LocalHead):
 
     def __init__(self, shape: Shape, classes: int, similarity_weight: float = 0.99) -> None:
         super().__init__()
+        if len(shape) > 3:
+            raise ValueError(f"expected features [C, H, W], [T, D] or [D], got {list(shape)}")
         channels = width(shape)
         self.classes = classes
         self.similarity_weight = similarity_weight

@@ -34,6 +34,7 @@ class GuidedRule(LearningRule):
         warmup_only: in the first `guidance.steps` steps train on the alignment alone, then on the task alone.
 
     Raises:
+        TypeError: if `guidance` is none.
         ValueError: if `warmup_only` is set without `steps`; in `prepare` if the network is not the guidance's target,
             in `step` if the rule ran none of its layers.
 
@@ -50,6 +51,8 @@ class GuidedRule(LearningRule):
     """
 
     def __init__(self, guidance: Any, rule: LearningRule | None = None, *, warmup_only: bool = False) -> None:
+        if not callable(getattr(guidance, "armed", None)):
+            raise TypeError(f"expected a Guidance of two networks, got {type(guidance).__name__}")
         if warmup_only and guidance.steps is None:
             raise ValueError("expected guidance with a number of steps for warmup_only, got steps=None")
         self.guidance = guidance
