@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from torchfolio.backdoor import AllToOne, PatchTrigger, PoisonedDataset
 from torchfolio.backdoor.defenses import Attack, TrainingDefense
 from torchfolio.backdoor.detectors import InputDetector, ModelDetector, ModelVerdict
 from torchfolio.backdoor.evaluation import evaluate_input_detector, evaluate_model_detector
+from torchfolio.backdoor.input_detector import _digest
 
 
 def examples(count: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +184,12 @@ def test_bad_shares_are_refused(value):
         Brightness(calib_frac=value)
 
 
+def _signed(record, folder):
+    body = json.loads(record)
+    body["sha256"] = _digest(body, (folder / "detector.safetensors").read_bytes())
+    return json.dumps(body)
+
+
 def test_files_of_other_detectors_and_bad_records_are_refused(tmp_path):
     net = network()
     Brightness(fpr=0.02).fit(net, examples()).save(tmp_path)
@@ -191,7 +199,9 @@ def test_files_of_other_detectors_and_bad_records_are_refused(tmp_path):
     for bad, message in (
         ("{", "not JSON"),
         ("[]", "not the record"),
-        (record.replace('"weight"', '"wait"'), "settings"),
+        (record.replace('"weight"', '"wait"'), "was changed after it was written"),
+        (_signed(record.replace('"weight"', '"wait"'), tmp_path), "settings"),
+        (record.replace("0.02", "0.03"), "was changed after it was written"),
     ):
         (tmp_path / "detector.json").write_text(bad)
         with pytest.raises(ValueError, match=message):

@@ -203,6 +203,41 @@ def test_results_round_trip(tmp_path):
     assert not (tmp_path / "bad.json").exists()
 
 
+def test_every_flipped_bit_of_an_arm_is_noticed(tmp_path):
+    given = {"loss": 0.125, "curve": np.arange(3.0), "note": "x"}
+    path = tmp_path / "arm.json"
+    path.with_suffix(".jsonl").write_text('{"loss": 1}\n')
+    write_result(path, given)
+    for file in (path, path.with_suffix(".npz"), path.with_suffix(".jsonl")):
+        content = file.read_bytes()
+        for k in range(0, 8 * len(content), 7):
+            spoiled = bytearray(content)
+            spoiled[k // 8] ^= 1 << k % 8
+            file.write_bytes(spoiled)
+            noticed = False
+            try:
+                back = read_result(path)
+            except ValueError as error:
+                noticed = "is damaged" in str(error)
+            # What is not noticed is white space or the case of a letter that JSON does not mind.
+            assert noticed or (back["loss"], back["curve"].tolist()) == (0.125, [0, 1, 2])
+        file.write_bytes(content)
+    assert read_result(path)["loss"] == given["loss"]
+
+
+def test_a_damaged_arm_is_computed_again(tmp_path):
+    log = tmp_path / "log"
+    whole = measure(tmp_path, settings={"log": str(log)})
+    folder = folder_of(tmp_path)
+    (folder / "outcome.json").unlink()
+    arm = next(folder.rglob("arms/ours.json"))
+    arm.write_text(arm.read_text().replace("ours", "hers", 1))
+    with pytest.warns(UserWarning, match=r"ours\.json is damaged.*computed again"):
+        again = measure(tmp_path, settings={"log": str(log)}, resume=True)
+    assert again.arms == whole.arms
+    assert log.read_text().split() == ["0", "base", "0", "ours", "0", "ours"]
+
+
 def test_torn_lines_are_passed_over(tmp_path):
     path = tmp_path / "m.jsonl"
     append_json_line(path, {"a": 1})

@@ -27,7 +27,7 @@ from torchfolio.shown import Shown
 
 __all__ = ["InputDetector", "Judgement"]
 
-FORMAT = 1
+FORMAT = 2
 NAME = "detector"
 
 
@@ -259,7 +259,8 @@ class InputDetector(Shown, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{NAME}.safetensors"
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path)
-        record["sha256"] = sha256(path.read_bytes()).hexdigest()
+        record = json.loads(json.dumps(record))
+        record["sha256"] = _digest(record, path.read_bytes())
         (folder / f"{NAME}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         return folder
 
@@ -321,6 +322,12 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _digest(record: Mapping[str, Any], content: bytes) -> str:
+    """Of a record as JSON has it, without its digest, and of the tensors beside it."""
+    text = json.dumps({k: v for k, v in record.items() if k != "sha256"}, sort_keys=True)
+    return sha256(text.encode() + b"\0" + content).hexdigest()
+
+
 def _read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -337,8 +344,8 @@ def _read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if record["detector"] != name:
         raise ValueError(f"expected a filter of {name} in {folder}, got one of {record['detector']}")
     content = (folder / f"{NAME}.safetensors").read_bytes()
-    if sha256(content).hexdigest() != record["sha256"]:
-        raise ValueError(f"{folder / f'{NAME}.safetensors'} was changed after it was written")
+    if _digest(record, content) != record["sha256"]:
+        raise ValueError(f"{NAME}.json or {NAME}.safetensors in {folder} was changed after it was written")
     try:
         return record, load(content)
     except SafetensorError as error:

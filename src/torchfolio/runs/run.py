@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torchfolio.runs import expression
 from torchfolio.runs.store import (
+    BESIDE,
     append_json_line,
     atomic,
     read_json_lines,
@@ -85,9 +87,9 @@ class Run(Generic[S]):
         if name in self.arms or not name or "/" in name or name.startswith("."):
             raise ValueError(f"expected the name of an arm that is new and can name a file, got {name!r}")
         path = self.folder / "arms" / f"{name}.json"
-        if path.is_file():
+        if (stored := self._stored(path)) is not None:
             self.say(f"{name}: done before")
-            self.arms[name] = read_result(path)
+            self.arms[name] = stored
             for row in read_json_lines(path.with_suffix(".jsonl")):
                 append_json_line(self.folder / METRICS, row)
         else:
@@ -108,6 +110,18 @@ class Run(Generic[S]):
         timed = path.with_suffix(".seconds")
         self.seconds[name] = json.loads(timed.read_text()) if timed.is_file() else 0.0
         return self.arms[name]
+
+    def _stored(self, path: Path) -> dict[str, Any] | None:
+        """What an arm gave before; `None` if it did not, or if that is damaged and must be computed again."""
+        if not path.is_file():
+            return None
+        try:
+            return read_result(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; the arm is computed again", stacklevel=3)
+            for suffix in BESIDE:
+                path.with_suffix(suffix).unlink(missing_ok=True)
+            return None
 
     def record(self, **scalars: Any) -> None:
         """Add a row to `metrics.jsonl`. Rows of an arm are stored with it and come back when the arm does."""

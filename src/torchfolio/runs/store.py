@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -52,6 +53,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Store what an arm returned: JSON, with arrays and tensors beside it in an `.npz`.
 
+    A digest covers it and what stands beside it under the same name.
+
     Returns:
         The result as it will be read back.
 
@@ -64,18 +67,40 @@ def write_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         with atomic(path.with_suffix(".npz")) as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
     with atomic(path) as file:  # last: its presence says that the arm is done
-        file.write(json.dumps(body, indent=2).encode() + b"\n")
+        file.write(json.dumps({"result": body, "sha256": _digest(path, body)}, indent=2).encode() + b"\n")
     return read_result(path)
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read what `write_result` stored, with the same types."""
-    body = json.loads(path.read_text())
+    """Read what `write_result` stored, with the same types.
+
+    Raises:
+        ValueError: if it is not as it was written.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        body = stored["result"]
+        whole = stored["sha256"] == _digest(path, body)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged, or a file beside it: its digest is not that of its content")
     beside = path.with_suffix(".npz")
     if not beside.is_file():
         return _decode(body, {})
     with np.load(beside, allow_pickle=False) as arrays:
         return _decode(body, dict(arrays))
+
+
+BESIDE = (".npz", ".jsonl", ".seconds")
+"""How files end that belong to the result of an arm."""
+
+
+def _digest(path: Path, body: Any) -> str:
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
+    for beside in map(path.with_suffix, BESIDE):
+        digest.update(beside.suffix.encode() + (beside.read_bytes() if beside.is_file() else b""))
+    return digest.hexdigest()
 
 
 def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
