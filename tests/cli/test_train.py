@@ -151,7 +151,7 @@ def test_objectives_are_added_to_any_rule(tmp_path, monkeypatch):
         (("--add", "biper"), "biper is not an objective"),
         (("--add", "dhkd", "--add-set", "teacher=nowhere"), "nowhere"),
         (("--add", "dhkd", "--add-set", "colour=1"), "no setting 'colour'"),
-        (("--add", "dhkd"), "cannot be made with"),
+        (("--add", "dhkd"), "needs the setting 'teacher'"),
         (("--add-set", "alpha=1"), "--add before it"),
         (("--add", "dhkd", "--add", "guidance", "--add-set", "alpha=1"), "dhkd.key=value"),
         (("--add", "dhkd", "--add", "dhkd"), "every objective once"),
