@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from torchfolio.data.rows import INPUTS, TARGETS, Row, Rows, StreamedRows, as_row, as_tensor, collate
+from torchfolio.data.rows import WholeBatch as WholeBatch
 
 
 class Examples:

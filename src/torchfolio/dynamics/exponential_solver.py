@@ -15,10 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfolio.dynamics.exponential_methods import METHODS, Method, Node, Plan, State, make_plan
+from torchfolio.dynamics.exponential_methods import (
+    METHODS,
+    AdamsBashforth2,
+    Method,
+    Node,
+    Plan,
+    RungeKutta,
+    State,
+    make_plan,
+)
 from torchfolio.engine.first_order import first_order
 
-__all__ = ["METHODS", "Adjoint", "Method", "Node", "Plan", "Problem", "Stats", "Symplectic", "integrate", "make_plan"]
+__all__ = [
+    "METHODS",
+    "AdamsBashforth2",
+    "Adjoint",
+    "Method",
+    "Node",
+    "Plan",
+    "Problem",
+    "RungeKutta",
+    "Stats",
+    "Symplectic",
+    "integrate",
+    "make_plan",
+]
 
 SUSPECT = 0.1  # reconstruction error above which an adjoint gradient is not to be trusted
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from torchfolio.engine.traced_cuts import ByMode as ByMode
 from torchfolio.engine.traced_cuts import Unit, cut_after, cut_before, in_mode, traced
 
 

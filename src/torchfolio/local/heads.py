@@ -16,6 +16,7 @@ from torchfolio.local.infopro_head import InfoProHead
 from torchfolio.local.layered_network import Network, Shape, width
 from torchfolio.local.local_model import ClassifierHead, LocalHead, LocalRule, Loss
 from torchfolio.local.predsim_head import PredSimHead
+from torchfolio.local.predsim_head import similarity_matrix as similarity_matrix
 from torchfolio.models.pools import GlobalPool, MeanPool2d
 
 HeadFactory = Callable[[Shape, int], LocalHead]

@@ -10,10 +10,10 @@ Chen et al., IEEE S&P 2020; DeepFool, Moosavi-Dezfooli et al., CVPR 2016.
 
 from __future__ import annotations
 
-from torchfolio.robustness.attack_base import LOSSES, Attack, margin
+from torchfolio.robustness.attack_base import LOSSES, Attack, attacked, margin
 from torchfolio.robustness.boundary_steps import deepfool
 from torchfolio.robustness.decision_attack import hop_skip_jump
 from torchfolio.robustness.gradient_attack import fgsm, pgd
 from torchfolio.robustness.score_attack import nes
 
-__all__ = ["LOSSES", "Attack", "deepfool", "fgsm", "hop_skip_jump", "margin", "nes", "pgd"]
+__all__ = ["LOSSES", "Attack", "attacked", "deepfool", "fgsm", "hop_skip_jump", "margin", "nes", "pgd"]

@@ -13,18 +13,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.affine_layers import ElementwiseAffine, Residual, matrix_of
+from torchfolio.robustness.affine_layers import Affine, ElementwiseAffine, Residual, matrix_of
 from torchfolio.robustness.backward_bounds import linear_bounds
 from torchfolio.robustness.interval_bounds import Bounds, Range, ibp, intervals
-from torchfolio.robustness.layer_list import KNOWN, Layers
+from torchfolio.robustness.layer_list import KNOWN, Layers, Mark
 from torchfolio.robustness.preactivation_bounds import Adjust, activation_ranges
 from torchfolio.robustness.properties import Box, Property
 
 __all__ = [
     "KNOWN",
+    "Affine",
     "Bounds",
     "ElementwiseAffine",
     "Layers",
+    "Mark",
     "Residual",
     "activation_ranges",
     "crown",

@@ -15,9 +15,18 @@ from torch.nn import functional as F
 from torchfolio.checks import between, positive
 from torchfolio.theory.convergence import Convergence
 from torchfolio.theory.convex_relu.program import Loss, Solution, check_problem, convex_objective, network_from_blocks
-from torchfolio.theory.convex_relu.u_steps import LinearSolver, make_u_step, norm
+from torchfolio.theory.convex_relu.u_steps import (
+    BlockDescent,
+    ConjugateGradient,
+    Dense,
+    LinearSolver,
+    UStep,
+    Woodbury,
+    make_u_step,
+    norm,
+)
 
-__all__ = ["LinearSolver", "admm"]
+__all__ = ["BlockDescent", "ConjugateGradient", "Dense", "LinearSolver", "UStep", "Woodbury", "admm"]
 
 
 OBJECTIVE_EVERY = 10
