@@ -342,3 +342,20 @@ def test_quality_is_measured_where_examples_cancel():
     network = MultitaskingHopfield("supervised").fit(examples, labels)
     power = 1 / (network.weights * network.N * (examples != 0).double().mean())
     assert torch.allclose(power, torch.full_like(power, 0.09 + 0.91 / 2), atol=0.02)
+
+
+def test_points_of_the_diagram_where_nothing_has_converged_are_named(monkeypatch):
+    from torchfolio.theory import hopfield_phases
+
+    whole = hopfield_phases.solve
+    wanted = phase_diagram(3, [0.3], [0.2, 0.5])
+
+    def cut(*arguments, **settings):
+        m, energy, converged = whole(*arguments, **settings)
+        converged[0, 1] = False
+        return m, energy, converged
+
+    monkeypatch.setattr(hopfield_phases, "solve", cut)
+    with pytest.warns(UserWarning, match=r"no start has converged at 1 of 2 points, first at d = 0\.3, T = 0\.5"):
+        found = phase_diagram(3, [0.3], [0.2, 0.5])
+    torch.testing.assert_close(found.amplitudes, wanted.amplitudes)  # the lowest energy, not the first start

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from torchfolio.theory.hopfield_equations import Numbers, columns_of, solve, starting_points
@@ -112,6 +114,9 @@ def phase_diagram(
         rho: entropy of the examples; 0, stored patterns, by default.
         n_starts: random starts at each point.
         seed: seed of the random starts.
+
+    Warns:
+        ConvergenceWarning: if at some point no start has converged.
     """
     dilutions = tuple(np.linspace(0.05, 0.95, 12).tolist() if d is None else d)
     noises = tuple(np.linspace(0.02, 1.12, 12).tolist() if T is None else T)
@@ -123,7 +128,16 @@ def phase_diagram(
     grid_T = torch.tensor(noises).double()[:, None, None]
     starts = starting_points(K, grid_d, n_starts, seed)
     m, energy, converged = solve(columns, starts, grid_d[..., None, None], grid_T, torch.ones(1).double(), steps=600)
-    best = torch.where(converged, energy, math.inf).argmin(-1)
+    settled = converged.any(-1)
+    if not bool(settled.all()):
+        i, j = (~settled).nonzero()[0].tolist()
+        warnings.warn(
+            f"no start has converged at {int((~settled).sum())} of {settled.numel()} points, first at d = {dilutions[i]:g}, "
+            f"T = {noises[j]:g}: what is shown there is where the lowest had got to",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    best = torch.where(converged | ~settled[..., None], energy, math.inf).argmin(-1)
     m = m.abs().sort(-1, descending=True).values
     m = m.gather(-2, best[..., None, None].expand(*best.shape, 1, K))[..., 0, :]
     names = tuple(tuple(regime(row, dilution) for row in line) for line, dilution in zip(m, dilutions, strict=True))
