@@ -1,14 +1,20 @@
-"""Widths of text, from a table: a drawing must not depend on the fonts of the machine that makes it.
+"""Widths of text, from the fonts that matplotlib brings: a drawing must not depend on those of the machine that makes it.
 
-Two faces are used, a roman one for formulas and a sans-serif one for titles. The widths are the advance widths of
-STIX and DejaVu Sans, in thousandths of the font size, which Times and Verdana share to within a few per cent.
+Two faces are used, a roman one for formulas and a sans-serif one for titles. The widths are the advance widths of STIX and
+DejaVu Sans, which Times and Verdana share to within a few per cent.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.ft2font import FT2Font
 
 FAMILIES = {
     "italic": "STIXGeneral, 'STIX Two Text', 'Times New Roman', Times, serif",
@@ -18,34 +24,7 @@ FAMILIES = {
 }
 """Font families of each style, as CSS writes them."""
 
-_ITALIC = {
-    214: "'", 250: " ,.·", 275: "|", 278: "/\\fijltι", 300: "²³", 333: "!()-:;I`", 389: "[]rsz", 400: "{}", 410: "γτ",
-    420: '"', 422: "^", 444: "Jcekvxyεκ", 457: "ζξχλδ", 475: "νηθ", 500: "$*0123456789?S_bdghnoquσ#apπρβ", 530: "μ",
-    553: "~αLTYZ", 584: "ψ", 620: "ABEFPRVXΛΣφ", 667: "CKNw", 686: "+<=>×−ω", 722: "DGHOQUmΠ", 755: "½%", 778: "&",
-    833: "MW", 889: "…", 920: "@",
-}  # fmt: skip
-_REGULAR = {
-    180: "'", 200: "|", 250: " ,.·", 278: "/:;\\ijltι", 300: "²³", 333: "!()-I[]`fr", 373: "J", 408: 's"', 441: "?acezεζξ",
-    469: "^νγ", 480: "{}τ", 500: "#$*0123456789_bdghknopquvxyδκχβθρλπη", 528: "∗μ", 550: "~ασFSP", 611: "ELTZφΣωψ",
-    640: "×", 685: "BCR+<=>−≥≤", 722: "ADGHKNOQUVXYwΠΛ", 750: "%½", 778: "&m⊙", 889: "M", 928: "@→←√", 944: "W", 1000: "…∏",
-}  # fmt: skip
-_BOLD = {
-    220: "|", 250: " ,.·", 278: "'/\\il", 300: "²³", 333: "!()-:;[]`fjtι", 394: "Is{}", 444: "cerzεζξ", 500: "#$*0123456789?J_agovxyτθδ",
-    550: '~Sbdhknpquβ"γνλρ', 581: "^κ∗ησ", 611: "FPμχ", 650: "παφ", 671: "BELTZΣ", 722: "×ΛACDNRUVXYwω", 755: "%+<=>−≥≤½ψ",
-    784: "GHKOQΠ⊙", 833: "&m", 944: "@M", 1000: "√→←W…∏",
-}  # fmt: skip
-_SANS = {
-    278: "'ijl", 318: "IJ ,.·", 338: "/:;\\|ι", 361: "f-", 390: "()[]t", 411: "!²³r", 460: '"', 521: "*_`sz", 545: "?εζ",
-    557: "cLξν", 592: "Fχkκvxyλγ", 613: "πτPTYoδθa", 636: "eEΣhnuησSbdgpqρ$0123456789{}μβ", 660: "Kαφψ", 697: "AVΛXZBRC",
-    752: "UNHΠ", 787: "DG&OQ", 838: "wω#+<=>^~×−∗→←≥≤⊙", 863: "M", 950: "%½", 1000: "mW@…",
-}  # fmt: skip
-
-
-def _widths(table: dict[int, str]) -> dict[str, int]:
-    return {character: width for width, characters in table.items() for character in characters}
-
-
-_WIDTHS = {"italic": _widths(_ITALIC), "regular": _widths(_REGULAR), "bold": _widths(_BOLD), "sans": _widths(_SANS)}
+FILES = {"italic": "STIXGeneralItalic", "regular": "STIXGeneral", "bold": "STIXGeneralBol", "sans": "DejaVuSans"}
 ASCENT, DESCENT = 0.70, 0.22
 """Height of capitals and depth of descenders, in units of the font size."""
 
@@ -69,10 +48,28 @@ class Span:
     over: bool = False
 
 
+@functools.cache
+def _font(style: str) -> FT2Font:
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{FILES[style]}.ttf"))
+
+
+@functools.cache
+def _width(character: str, style: str) -> float:
+    """Width of a character in units of the font size; one that the font lacks counts as one."""
+    from matplotlib.ft2font import LoadFlags
+
+    font, code = _font(style), ord(character)
+    return (
+        font.load_char(code, LoadFlags.NO_SCALE).horiAdvance / font.units_per_EM if font.get_char_index(code) else 1.0
+    )
+
+
 def text_width(text: str, size: float, style: str = "italic") -> float:
-    """Width of a line of text in px; a character that the table lacks counts as one em."""
-    table = _WIDTHS[style]
-    return sum(table.get(character, 1000) for character in text) * size / 1000
+    """Width of a line of text in px."""
+    return sum(_width(character, style) for character in text) * size
 
 
 def spans_width(spans: Sequence[Span], size: float) -> float:

@@ -33,8 +33,12 @@ SIGNS = {"add": "+", "sub": "−", "mul": "∗", "div": "∕", "gt": ">", "lt": 
 
 def pointwise(node: Any) -> bool:
     """Whether an operation is a function of numbers that runs along every axis."""
-    tags, name = getattr(node.target, "tags", ()), getattr(node.target, "__name__", "")
-    return torch.Tag.pointwise in tags or name.startswith(("__and__", "__or__", "__xor__"))
+    target = node.target
+    name = getattr(target, "__name__", "")
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name.endswith("_"):  # in place
+        packet = getattr(torch.ops.aten, target._schema.name.split("::")[1].rstrip("_"), None)
+        target = getattr(packet, target._overloadname or "default", target)
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or name.startswith(("__and__", "__or__", "__xor__"))
 
 
 def boxed(r: Reader, node: Any, name: str) -> Any:

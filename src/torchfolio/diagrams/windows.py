@@ -16,6 +16,7 @@ __all__ = ["convolution", "embedding", "normalisation", "pooling", "recurrence",
 
 
 def convolution(r: Reader, node: Any, name: str, source: Value) -> Value | None:
+    """A learned window that runs along the axes after the channels."""
     if not isinstance(r.fixed.get(node.args[1]), Value):
         return boxed(r, node, name)
     weight = node.args[1].meta["val"].shape
@@ -68,6 +69,7 @@ def _text(sides: Any) -> str:
 
 
 def pooling(r: Reader, node: Any, name: str, source: Value) -> Value:
+    """The largest entry of a window, or its mean; of a whole axis a reduction."""
     out, dims = lengths(node), int(name[-2])
     what = "Max" if "max" in name else "𝔼"
     kept, ending = source.axes[:-dims], source.axes[-dims:]
@@ -87,6 +89,7 @@ def pooling(r: Reader, node: Any, name: str, source: Value) -> Value:
 
 
 def normalisation(r: Reader, node: Any, name: str, source: Value) -> Value:
+    """A norm along the axes that it is about; batch norm that is not trained is a function of numbers."""
     axes, args = source.axes, list(node.args)
     made, core = [Value(list(axes))], axes[2:]  # each channel of each example by itself
     if name == "batch_norm":
@@ -113,6 +116,7 @@ def normalisation(r: Reader, node: Any, name: str, source: Value) -> Value:
 
 
 def embedding(r: Reader, node: Any, name: str) -> Value | None:
+    """A learned vector for each index."""
     source = r.value(node.args[1])
     if source is None or not isinstance(r.fixed.get(node.args[0]), Value):
         return boxed(r, node, name)

@@ -122,6 +122,7 @@ def _types(operator: Any) -> list[str]:
 
 
 def shape(node: Any) -> tuple[int, ...]:
+    """The shape of a result in numbers."""
     return tuple(hint(s) for s in node.meta["val"].shape)
 
 
@@ -131,6 +132,7 @@ def lengths(node: Any) -> tuple[Any, ...]:
 
 
 def argument(node: Any, place: int, name: str, default: Any = None) -> Any:
+    """An argument by its place or its name."""
     if len(node.args) > place:
         return node.args[place]
     return node.kwargs.get(name, default)
