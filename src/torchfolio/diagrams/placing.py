@@ -80,6 +80,7 @@ class Placed:
         self.steps = [(k, s) for k in range(first, last) for s in sheet.columns[k]]
         self.fences = [f for f in sheet.fences if f.first < last and f.last >= first]
         self.labels, self.data, self.operations = labels, data, operations
+        self.top = 0.0
         self.rows = Rows()
         self.slots: dict[Slot, int] = {}
         self.order: dict[int, list[Slot]] = {}
