@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torchfolio.diagrams.rows import Rows
 from torchfolio.diagrams.sheet import Fence, Sheet, Step, Wire
@@ -119,6 +120,8 @@ class Placed:
             self._straighten(k)
         for k, step in self.steps:
             self._box_rows(k, step)
+        for k in range(self.first, self.last):
+            self._stack_boxes(k)
         for fence in sorted(self.fences, key=lambda f: -f.depth):
             self._fence_rows(fence)
         self.y = self.rows.solve()
@@ -198,6 +201,14 @@ class Placed:
             if places[-1] + 1 < len(order):
                 lower = order[places[-1] + 1]
                 self.rows.below(bottom, self.slots[lower], 3.0 if lower.kind == "dash" else 4.0, soft=True)
+
+    def _stack_boxes(self, k: int) -> None:
+        """Keep the boxes of a column apart, in the order of what comes out of them."""
+        place = {slot.key: i for i, slot in enumerate(self.order[k + 1])}
+        solid = [s for s in self.sheet.columns[k] if self.plans[s.index].solid and s.out_wires]
+        solid.sort(key=lambda s: place[s.out_wires[0].key])
+        for upper, lower in pairwise(solid):
+            self.rows.below(self.boxes[upper.index][1], self.boxes[lower.index][0], 4.0, soft=True)
 
     def _apart(self, k: int, level: int, step: Step, box: tuple[int, int]) -> None:
         """Keep what goes on beside a box away from it on the side where it has no wires: where a tag ends, or memory begins."""
