@@ -1,9 +1,10 @@
 """Runs of experiments: arms, claims, seeds and the folder they are kept in."""
 
 from torchfolio.runs.environment import threads
+from torchfolio.runs.job import SCALES, Job, experiment, plan
 from torchfolio.runs.outcome import Outcome, Results
 from torchfolio.runs.run import Run
-from torchfolio.runs.runner import SCALES, Job, experiment, plan, run_all, run_experiment
+from torchfolio.runs.runner import run_all, run_experiment
 
 __all__ = [
     "SCALES",

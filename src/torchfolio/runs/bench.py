@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torchfolio.errors import TorchfolioError
 from torchfolio.measure import Alternation, alternate
 from torchfolio.runs.environment import threads
-from torchfolio.runs.runner import Say, experiment
+from torchfolio.runs.job import Say, experiment
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
