@@ -37,11 +37,15 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+INSTALL = """# Once, in a clone of torchfolio:
+# %pip install -q -c constraints.txt ".[all]\""""
+
+
 def notebook(script: str) -> str:
     """An example as a Jupyter notebook: its sentence, a cell that installs the package, and a cell for each paragraph."""
     title, _, code = script.partition("\n")
     code = code.replace("  # fmt: skip", "").strip()
-    cells = [_cell("markdown", title.strip('"'), 0), _cell("code", "%pip install -q torchfolio", 1)]
+    cells = [_cell("markdown", title.strip('"'), 0), _cell("code", INSTALL, 1)]
     paragraphs: list[str] = []
     for part in re.split(r"\n\n+(?=\S)", code):
         try:
@@ -221,9 +225,25 @@ def _index() -> str:
         members = [p for p in catalog.papers().values() if p.family == family]
         if members:
             lines += [f"## {family}", "", f"{description[0].upper()}{description[1:]}.", ""]
-            lines += [f"- [{p.slug}]({p.slug}.md): {p.title}{'' if p.is_in else ' *(not in yet)*'}" for p in members]
+            lines += [
+                f"- **[{p.slug}]({p.slug}.md)**: {_first(p.summary)} *{p.title}*, {p.venue}{_held(p.slug)}"
+                for p in members
+            ]
             lines.append("")
     return "\n".join(lines)
+
+
+def _first(summary: str) -> str:
+    return re.split(r"(?<=[.!?])\s", summary)[0].replace("\n", " ")
+
+
+def _held(slug: str) -> str:
+    """How many of a paper's claims hold in its record."""
+    path = RECORDED / f"{slug}.json"
+    if not path.is_file():
+        return "."
+    claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    return f"; {sum(claim['holds'] is True for claim in claims)} of {len(claims)} claims hold."
 
 
 def _page(paper: catalog.Paper) -> str:

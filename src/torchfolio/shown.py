@@ -14,6 +14,8 @@ _NOTHING = object()
 class Shown:
     """Shows itself as it may have been made: its class, and the settings that are not the default ones.
 
+    For a dataclass with `repr=False` those are its fields.
+
     A setting is an argument of the constructor that is kept under its name; networks, functions and tensors appear by name or
     shape alone.
 
@@ -49,6 +51,6 @@ def _text(value: Any) -> str:
         text = ", ".join(map(_text, value))
         return f"({text},)" if len(value) == 1 else f"({text})"
     text = repr(value)
-    if text.startswith("<") or len(text) > LONGEST:
+    if text.startswith("<") or " at 0x" in text or len(text) > LONGEST:
         return type(value).__name__
     return text

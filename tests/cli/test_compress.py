@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from torchfolio.cli import app
@@ -52,6 +53,33 @@ def test_compress_and_eval(bundle, tmp_path):
     again = call("compress", small, "--data", "digits", "-o", tmp_path / "smaller")
     assert again.exit_code == 2
     assert "found none" in again.stderr
+
+
+def test_fine_tuned_by_another_rule(bundle, tmp_path):
+    arguments = [
+        "--data",
+        "digits",
+        "--epochs",
+        3,
+        "--device",
+        "cpu",
+        "--rule",
+        "auglocal",
+        "--rule-set",
+        "aux_depth=0",
+    ]
+    done = call("compress", bundle, "--method", "biper", "-o", tmp_path / "local", *arguments)
+    assert done.exit_code == 0, done.output
+    backprop = call("compress", bundle, "--method", "biper", "-o", tmp_path / "whole", *arguments[:6])
+    assert backprop.exit_code == 0
+    record = json.loads((tmp_path / "local" / "bundle.json").read_text())["training"]["compressed"]
+    assert (record["rule"], record["rule_settings"]) == ("auglocal", {"aux_depth": 0})
+    local, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("local", "whole"))
+    assert local.keys() == whole.keys()
+    assert any(not local[name].equal(whole[name]) for name in local)
+    refused = call("compress", bundle, "--method", "ftwt", "-o", tmp_path / "no", *arguments)
+    assert refused.exit_code == 2
+    assert "trains by a rule of its own" in refused.stderr
 
 
 def test_your_own_network_from_a_file_of_weights(tmp_path, monkeypatch):

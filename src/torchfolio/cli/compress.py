@@ -12,6 +12,7 @@ from torchfolio import catalog
 from torchfolio.cli._network import (
     augmentation,
     call_with,
+    find_rule,
     normalized_splits,
     open_network,
     parse_settings,
@@ -64,6 +65,10 @@ def compress(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Setting of the method, key=value; of several, slug.key=value.")
     ] = None,
+    rule: Annotated[
+        str, typer.Option(help="Learning rule of the fine-tuning: backprop, a method's slug, or package.module:Class.")
+    ] = "backprop",
+    rule_set: Annotated[list[str] | None, typer.Option(help="Setting of the rule, key=value; may be repeated.")] = None,
     model: Annotated[str | None, typer.Option(help="Reference network or package.module:factory.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Its weights, a safetensors file.")] = None,
     model_set: ModelSet = None,
@@ -94,6 +99,8 @@ def compress(
     Example: torchfolio compress net/ --method biper --data cifar10 --epochs 9 -o small/
 
     Example: torchfolio compress net/ --method biper,double_rounding,ftwt --data cifar10 -o smaller/
+
+    Example: torchfolio compress net/ --method biper --rule auglocal --rule-set aux_depth=2 --data cifar10 -o small/
     """
     from torchfolio.cli._objectives import settings_by_name
 
@@ -105,6 +112,8 @@ def compress(
         check_output(place, force)
         settings = parse_settings(own[name])
         ready[name] = call_with(catalog.offered(name, "compression"), settings, f"the method {name}"), settings
+    make_rule, rule_settings = find_rule(rule), parse_settings(rule_set)
+    learning_rule = None if rule == "backprop" else call_with(make_rule, rule_settings, f"the rule {rule}")
     allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
     sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
     source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
@@ -112,12 +121,15 @@ def compress(
     example = splits.train.tensors[0][:2].clone()
     before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
     training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}
-    fitting = {"augment": augmentation(splits) if augment else None, "device": device, "precision": precision}
+    named = {} if learning_rule is None else {"rule": rule, "rule_settings": rule_settings}
+    fitting = {
+        "augment": augmentation(splits) if augment else None, "device": device, "precision": precision, "rule": learning_rule,
+    }  # fmt: skip
     after: dict[str, dict[str, Any]] = {}
     networks = {"before": source.model}
     failed: dict[str, str] = {}
     for name, (compression, settings) in ready.items():
-        record = {"method": name, "settings": settings, "data": data, **training, "before": before}
+        record = {"method": name, "settings": settings, "data": data, **named, **training, "before": before}
         try:
             networks[name], after[name] = _compressed(
                 source, compression, splits, example, places[name], allow, record, training, fitting

@@ -136,13 +136,13 @@ class BiPer(Compression):
 
     def phases(self, model: nn.Module) -> Iterator[Phase]:
         def loss(output: Tensor, target: Tensor) -> Tensor:
-            own = default_loss(output, target)
-            return own + self.sine_decay * sine_decay(model) if self.sine_decay else own
+            return default_loss(output, target) + self.sine_decay * sine_decay(model)
 
+        rule = Backprop(loss) if self.sine_decay else None
         set_stage(model, 1)
-        yield Phase("sine", share=2 / 3, rule=Backprop(loss))
+        yield Phase("sine", share=2 / 3, rule=rule)
         set_stage(model, 2)
-        yield Phase("square wave", share=1 / 3, lr=0.18, weight_decay=0.1, rule=Backprop(loss))
+        yield Phase("square wave", share=1 / 3, lr=0.18, weight_decay=0.1, rule=rule)
 
     def finish(self, model: nn.Module) -> nn.Module:
         return pack(model)

@@ -35,7 +35,7 @@ class Phase:
         share: share of all epochs.
         lr: factor on the learning rate.
         weight_decay: factor on the weight decay.
-        rule: learning rule; backprop by default.
+        rule: learning rule that the method needs; by default backprop, or what the caller of `compress` chooses.
     """
 
     name: str
@@ -84,8 +84,8 @@ class Compression(Shown, ABC):
         return {"flops": count_flops(model, example)}
 
 
-@dataclass(frozen=True)
-class Compressed:
+@dataclass(frozen=True, repr=False)
+class Compressed(Shown):
     """A compressed network.
 
     Attributes:
@@ -104,6 +104,7 @@ def compress(
     *,
     example: Tensor,
     val: Data | None = None,
+    rule: LearningRule | None = None,
     epochs: int = 9,
     lr: float = 0.02,
     weight_decay: float = 5e-4,
@@ -125,6 +126,7 @@ def compress(
         train: settings of the training, see `torchfolio.engine.fit`.
         example: a few inputs `[B, ...]`.
         val: evaluated after every epoch.
+        rule: learning rule of the phases; backprop by default.
         epochs: number of epochs of all phases together; each phase gets at least one.
         lr: learning rate, times the phase's factor.
         weight_decay: weight decay, likewise.
@@ -139,7 +141,8 @@ def compress(
         The finished network and how long each phase was.
 
     Raises:
-        ValueError: if there are no epochs, the network holds NaN, or the method cannot convert the network.
+        ValueError: if there are no epochs, the network holds NaN, the method cannot convert the network, or a rule is given and
+            the method trains by one of its own.
     """
     checks.whole("epochs", epochs, 1)
     checks.network(model)
@@ -147,13 +150,17 @@ def compress(
         net = method.convert(copy.deepcopy(model), example)
     done: dict[str, int] = {}
     for k, phase in enumerate(method.phases(net)):
+        if rule is not None and phase.rule is not None:
+            raise ValueError(
+                f"{method!r} trains by a rule of its own, {phase.rule!r}, and takes no other, got {rule!r}"
+            )
         done[phase.name] = max(1, round(epochs * phase.share))
         say(f"phase {phase.name}: {done[phase.name]} epochs")
         fit(
             net,
             train,
             val=val,
-            rule=phase.rule,
+            rule=phase.rule or copy.deepcopy(rule),
             optimizer=_sgd(lr * phase.lr, weight_decay * phase.weight_decay),
             scheduler=lambda o, n=done[phase.name]: CosineAnnealingLR(o, T_max=n),
             schedule="epoch",

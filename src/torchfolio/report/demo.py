@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchfolio import catalog, data, engine, models
 from torchfolio.measure import outputs, saved_bytes
-from torchfolio.report.sheet import Picture, Sheet, Table, write_sheet
+from torchfolio.report.sheet import Bars, Code, Glance, Picture, Sheet, Squares, Table, write_sheet
 from torchfolio.runs.record import read
 
 __all__ = ["write_demo"]
@@ -43,7 +43,7 @@ def write_demo(folder: Path, say: Callable[[str], None] = lambda text: None) -> 
         cards.append(part(title, digits, net))
     cards.append(evidence())
     seconds = time.perf_counter() - started
-    title = f"five things to do with a network, measured here in {seconds:.0f} s"
+    title = f"five things to do with a network, measured on this machine in {seconds:.0f} s"
     return write_sheet(folder / "demo.html", title, cards)
 
 
@@ -58,6 +58,15 @@ def deep_network() -> nn.Sequential:
     """A perceptron of ten hidden layers for the 8x8 digits."""
     with engine.seeded(0):
         return models.MLP(64, 10, hidden=(96,) * 10, norm="batch")
+
+
+def convolutions() -> nn.Sequential:
+    """Two convolutions and a head for the 8x8 digits."""
+    with engine.seeded(0):
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2),
+            nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
+        )  # fmt: skip
 
 
 def accuracy(net: nn.Module, digits: data.DataSplits) -> float:
@@ -80,19 +89,25 @@ def less_memory(title: str, digits: data.DataSplits, trained: nn.Module) -> Shee
         seconds = time.perf_counter() - begun
         held = held_megabytes(copy.deepcopy(net), make(), digits)
         rows.append((name, round(accuracy(net, digits), 1), round(held, 2), round(seconds, 1)))
-    share = rows[1][2] / rows[0][2]
-    lead = f"{share:.0%} of backprop's memory, {rows[1][1]} % right against {rows[0][1]} %"
+    share = f"{100 * rows[1][2] / rows[0][2]:.0f} %"
+    held_by_rule = Picture(Bars({row[0]: row[2] for row in rows}, "MB"),
+                           "Memory that a batch of 256 holds from the forward to the backward pass.")  # fmt: skip
     return Sheet(
         title, "local/auglocal", sentences=[
-            f"The same ten-layer network on the digits, by backprop and by a local rule: at {share:.0%} of the memory that is "
-            f"held for the backward pass, it gets {rows[1][1]} % of the test digits right against {rows[0][1]} %."
+            "The same network of ten layers learns the digits twice: by backprop, and by a rule that gives every layer a loss "
+            f"of its own. The second holds {share} of the memory for its backward passes and gets {rows[1][1]} % of the test "
+            f"digits right; backprop gets {rows[0][1]} %."
         ],
         tables=[Table(("rule", "test accuracy, %", "memory held, MB", "seconds"), tuple(rows))],
-        pictures=[Picture(bars([r[0] for r in rows], [r[2] for r in rows], "MB held for the backward pass"),
-                          "Memory that a batch of 256 holds from the forward to the backward pass.")],
-        code='rule = AugLocal(aux_depth=2)\nfit(net, train, val=val, rule=rule, epochs=12)\nevaluate(net, test)\n\n'
-             "$ torchfolio train --model mlp --data digits --rule auglocal --rule-set aux_depth=2 -o net/",
-        lead=lead,
+        code=Code(
+            "from torchfolio import data, models\nfrom torchfolio.engine import evaluate, fit\n"
+            "from torchfolio.engine.recipes import adam\nfrom torchfolio.local import AugLocal\n\n"
+            'digits = data.load("digits")\ntrain, test = digits.train, digits.test\n'
+            'net = models.MLP(64, 10, hidden=(96,) * 10, norm="batch")',
+            "rule = AugLocal(aux_depth=2)\nfit(net, train, rule=rule, optimizer=adam(2e-3), epochs=12)\nevaluate(net, test)",
+            "torchfolio train --model convnet --data digits --epochs 5 --rule auglocal --rule-set aux_depth=1 -o net/",
+        ),
+        glance=Glance(share, f"of backprop's memory, {rows[1][1]}\u00a0% right against {rows[0][1]}\u00a0%", held_by_rule),
     )  # fmt: skip
 
 
@@ -116,16 +131,23 @@ def one_bit(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
         (name, round(tensor_bytes(net) / 1024, 1), round(accuracy(net, digits), 1))
         for name, net in (("32 bits", trained), ("one bit per weight", compressed.model))
     ]
+    smaller = f"{rows[0][1] / rows[1][1]:.1f} times"
+    sizes = Picture(Bars({row[0]: row[1] for row in rows}, "kB"), "Size of all that the network keeps.")
     return Sheet(
         title, "efficiency/biper", sentences=[
-            f"The network's hidden layers with a single bit for each weight: {rows[0][1] / rows[1][1]:.0f} times smaller, at "
-            f"{rows[1][2]} % in place of {rows[0][2]} %."
+            f"The same network with a single bit for each weight of its hidden layers: {smaller} smaller, and it gets "
+            f"{rows[1][2]} % right in place of {rows[0][2]} %. The first layer, the last and the norms stay as they are."
         ],
         tables=[Table(("weights", "kB", "test accuracy, %"), tuple(rows))],
-        pictures=[Picture(bars([r[0] for r in rows], [r[1] for r in rows], "kB"), "Size of all that the network keeps.")],
-        code='made = compress(net, BiPer(layers=layers), train, example=x, epochs=9)\nsave_bundle(made.model, "small/", manifest)\n\n'
-             "$ torchfolio compress net/ --method biper --data cifar10 -o small/",
-        lead=f"{rows[0][1] / rows[1][1]:.0f} times smaller, {rows[1][2]} % right against {rows[0][2]} %",
+        code=Code(
+            "from torchfolio.efficiency import BiPer\n"
+            "from torchfolio.efficiency.compression import compress, tensor_bytes\n\n"
+            'x = test.tensors[0][:2]\nhidden = [f"layer{k}.0" for k in range(2, 11)]',
+            "method = BiPer(layers=hidden)\nsmall = compress(net, method, train, example=x).model\n"
+            "tensor_bytes(small), evaluate(small, test)",
+            "torchfolio compress net/ --method biper --data digits -o small/",
+        ),
+        glance=Glance(smaller, f"smaller, {rows[1][2]}\u00a0% right against {rows[0][2]}\u00a0%", sizes),
     )  # fmt: skip
 
 
@@ -145,27 +167,28 @@ def backdoor(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
     x = raw.test.tensors[0]
     inverter = SmoothInv(sigma=0.12, eps=1.25, steps=30, n=6)
     for train in (poisoned.tensors(), raw.train.tensors):
-        with engine.seeded(0):
-            net = nn.Sequential(
-                nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2),
-                nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
-            )  # fmt: skip
+        net = convolutions()
         engine.fit(net, train, optimizer=partial(torch.optim.Adam, lr=3e-3), epochs=6, seed=0)
         nets.append(net)
         verdicts.append(inverter.scan(net, x[:80]))
     stamped, wanted = poisoned_test(raw.test.tensors, trigger, labels).tensors()
     hits = [float((outputs(net, stamped).argmax(1) == wanted).float().mean()) for net in nets]
     inverted = inverter.invert(nets[0], x[:4], 7)
-    figure, axes = plt.subplots(1, 3, figsize=(6, 2.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(4.6, 1.75), layout="constrained")
     shown = [x[1, 0], trigger(x[1:2])[0, 0], (x[1] + inverted.delta.reshape(-1, *x.shape[1:])[0]).clamp(0, 1)[0]]
-    for ax, image, name in zip(
-        axes, shown, ("a digit", "with the attacker's mark", "with what was drawn"), strict=True
-    ):
+    for ax, image, name in zip(axes, shown, ("a digit", "attacker's mark", "found again"), strict=True):
         ax.imshow(image.detach(), cmap="gray", vmin=0, vmax=1)
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=11)
         ax.axis("off")
+    attack = Picture(figure, "A digit, the same with the attacker's mark, and with the trigger drawn from the network.")
     rows = [
-        (name, 100 * hit, "suspicious" if v.is_backdoored else "not suspicious", v.score, v.threshold)
+        (
+            name,
+            round(100 * hit, 1),
+            "suspicious" if v.is_backdoored else "not suspicious",
+            round(v.score, 1),
+            v.threshold,
+        )
         for name, hit, v in zip(("poisoned", "clean twin"), hits, verdicts, strict=True)
     ]
     return Sheet(
@@ -175,10 +198,18 @@ def backdoor(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
             *verdicts[0].sentences()[:2],
         ],
         tables=[Table(("network", "marked digits called 7, %", "verdict", "score", "threshold"), tuple(rows))],
-        pictures=[Picture(figure, "The attack, and the trigger that was drawn from the network.")],
-        code="verdict = SmoothInv(sigma=0.12).scan(net, images)\nprint(*verdict.sentences())\n\n"
-             "$ torchfolio audit net/ --data clean/ --detector smoothinv -o found/",
-        lead="The mark that makes every digit a 7, drawn from the network itself",
+        pictures=[attack],
+        code=Code(
+            "from torchfolio import data\nfrom torchfolio.backdoor import SmoothInv\n\n"
+            'images = data.load("digits", normalize=False).test.tensors[0][:80]  # clean ones; no label is needed',
+            "detector = SmoothInv(0.12, eps=1.25, steps=30, n=6)\nverdict = detector.scan(net, images)\n"
+            "print(*verdict.sentences())",
+            "torchfolio audit net/ --data digits --detector smoothinv --set steps=30 -o found/",
+        ),
+        glance=Glance(
+            rows[0][2], f"and its clean twin {rows[1][2]}, told from 80 clean images",
+            attack,
+        ),
     )  # fmt: skip
 
 
@@ -193,55 +224,95 @@ def comparison(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet
         engine.fit(net, digits.train, optimizer=partial(torch.optim.Adam, lr=3e-3), epochs=10, seed=seed)
         nets.append(net)
     report = ConvergenceReport.from_modules(nets[0], nets[1], digits.test, layers=["layer1", "layer2", "head"])
-    frame = report.to_frame()
+    columns = {"layer_a": "layer", "units_a": "units", "bipartite": "correlation, matched one to one",
+               "semi": "with the best partner", "shared": "units that share a partner"}  # fmt: skip
+    first = report["layer1"]
+    alike = f"{first.match.above(0.5) * len(first.match):.0f} of {len(first.match)}"
     return Sheet(
         title, "insight/convergent_learning", sentences=[
             "Two networks that differ in their random start alone. Each unit of one is matched with the unit of the other that "
             "fires most like it: near the output they agree, inside only in part."
         ],
-        tables=[Table.of(frame.filter(["layer_a", "bipartite", "semi", "shared", "units_a"]).round(2))], pictures=[Picture(report.plot(), "How much the units of the two have in common.")],
-        code="report = ConvergenceReport.from_modules(a, b, test)\nreport.to_frame()\nreport.plot()\n\n"
-             "$ torchfolio inspect a/ b/ --data digits -o compared.html",
-        lead="Which units of two networks are the same, and which are not",
+        tables=[Table.of(report.to_frame().filter(list(columns)).rename(columns=columns).round(2))],
+        pictures=[Picture(report.plot(), "How much the units of the two have in common.")],
+        code=Code(
+            "from torchfolio.insight import ConvergenceReport",
+            "report = ConvergenceReport.from_modules(a, b, test)\nreport.to_frame()\nreport.plot()",
+            "torchfolio inspect net/ other/ --data digits -o compared.html",
+        ),
+        glance=Glance(alike, "units of a layer have a counterpart in the other network",
+                      Picture(in_order(first.blocks.between, first.match),
+                              "Correlations of the units of two networks, as they come and matched.")),
     )  # fmt: skip
 
 
-def drawing(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
-    """A transformer block as a diagram of its axes."""
-    from torchfolio.diagrams import draw
+def in_order(between: Tensor, match: Any) -> Any:
+    """Correlations of the units of two networks, before and after each unit stands beside its match."""
+    import matplotlib.pyplot as plt
 
-    block = models.EncoderBlock(dim=16, heads=2)
-    drawn = draw(block, torch.randn(2, 5, 16), names=["b x m"])
-    cost = drawn.cost()
+    best = match.sorted()
+    figure, axes = plt.subplots(1, 2, figsize=(4.6, 1.9), layout="constrained")
+    for ax, image, name in zip(
+        axes, (between, between[best.row][:, best.col]), ("as they come", "matched"), strict=True
+    ):
+        ax.imshow(image.numpy(), vmin=0, vmax=1, cmap="Oranges", interpolation="nearest")
+        ax.set_title(name, fontsize=11)
+        ax.axis("off")
+    return figure
+
+
+def drawing(title: str, digits: data.DataSplits, trained: nn.Module) -> Sheet:
+    """A convolutional network and a transformer block as diagrams of their axes."""
+    from torchfolio.insight.circuit_diagrams import draw
+
+    drawn = draw(convolutions(), digits.test.tensors[0][:1], names=["b c h w"])
+    inside = draw(models.EncoderBlock(dim=16, heads=2), torch.randn(2, 5, 16), names=["b x m"])
+    whole, cost = Picture(drawn.svg(), "A small convolutional network for the digits."), inside.cost()
     return Sheet(
         title, "insight/circuit_diagrams", sentences=[
-            f"A transformer block, read from the module itself: every line is an axis, every box an operation. It costs "
-            f"{cost.total():,} floating-point operations here, {cost.total(x=50):,} for fifty tokens."
+            "Networks, read from the modules themselves: every line is an axis of a tensor, every box an operation, and what an "
+            f"operation does not touch passes beside it. A transformer block costs {cost.total():,} floating-point operations "
+            f"for two times five tokens and {cost.total(x=50):,} for two times fifty."
         ],
-        pictures=[Picture(drawn.svg(), "Pre-norm transformer block: b examples, x tokens, m features.")],
-        code='drawing = draw(block, x, names=["b x m"])\ndrawing.svg("block.svg")\ndrawing.cost().polynomial()\n\n'
-             "$ torchfolio draw net/ -o net.svg",
-        lead="A transformer block as it computes, with its cost",
+        pictures=[whole, Picture(inside.svg(), "A transformer block: b examples, x tokens, m features.")],
+        code=Code(
+            "from torchfolio.insight.circuit_diagrams import draw",
+            'drawing = draw(net, x, names=["b c h w"])\ndrawing.svg("net.svg")\ndrawing.cost().polynomial()',
+            "torchfolio draw net/ -o net.svg",
+        ),
+        glance=Glance(f"{drawn.cost().total():,}", "floating-point operations for a digit, counted on the drawing", whole),
     )  # fmt: skip
 
 
 def evidence() -> Sheet:
     """What was recorded of the methods' claims, with those that do not hold."""
-    rows = []
+    words = {True: "holds", False: "does not hold", None: "not measured"}
+    tables, squares = [], []
     for slug, record in _records():
-        paper = catalog.papers()[slug]
-        sentences = {claim.id: claim.sentence for claim in paper.claims}
-        for claim in record["claims"]:
-            word = {True: "holds", False: "does not hold", None: "not measured"}[claim["holds"]]
-            of = len(record["seeds"])
-            rows.append((slug, sentences.get(claim["id"], claim["id"]), word, f"{claim['held_on']} of {of}"))
-    held, failed = (sum(row[2] == word for row in rows) for word in ("holds", "does not hold"))
+        sentences = {claim.id: claim.sentence for claim in catalog.papers()[slug].claims}
+        claims = [(sentences.get(c["id"], c["id"]), c["holds"], f"{c['held_on']} of {len(record['seeds'])}")
+                  for c in record["claims"]]  # fmt: skip
+        squares += [(f"{slug}: {sentence} ({words[holds]})", holds) for sentence, holds, _ in claims]
+        held, failed = (sum(c[1] is word for c in claims) for word in (True, False))
+        fold = f"{slug}: {held} of {len(claims)} hold" + (
+            f", {failed} {'does' if failed == 1 else 'do'} not" if failed else ""
+        )
+        rows = tuple((sentence, words[holds], seeds) for sentence, holds, seeds in claims)
+        tables.append(Table(("claim", "verdict", "seeds"), rows, fold=fold))
+    held, failed = (sum(holds is word for _, holds in squares) for word in (True, False))
     return Sheet(
-        "What every method's paper claims, measured", "recorded evidence", sentences=[
-            f"{len({row[0] for row in rows})} methods, {len(rows)} claims: {held} hold, {failed} do not. They were measured on real "
-            "data at the scale `quick`; `torchfolio run SLUG --seeds 3` measures any of them again on your machine."
+        "Read the evidence", "recorded evidence", sentences=[
+            f"{len(tables)} methods, {len(squares)} claims: {held} hold, {failed} do not. They were measured before, on real data "
+            "at the scale `quick`; the command measures them again on your machine."
         ],
-        tables=[Table(("method", "claim", "verdict", "seeds"), tuple(rows))],
+        tables=tables,
+        code=Code(
+            "from torchfolio.runs import run_experiment",
+            'outcome = run_experiment("auglocal", seeds=(0, 1, 2))\n{claim["id"]: claim["holds"] for claim in outcome.claims}',
+            "torchfolio run auglocal --seeds 3",
+        ),
+        glance=Glance(f"{held} of {len(squares)}", f"claims of {len(tables)} papers hold as recorded here; a red square is one that does not",
+                      Picture(Squares(squares), "A square for each claim.")),
     )  # fmt: skip
 
 
@@ -252,16 +323,3 @@ def _records() -> Iterator[tuple[str, dict[str, Any]]]:
     for slug, paper in catalog.papers().items():
         if paper.is_in and (place / f"{slug}.json").is_file():
             yield slug, read(place / f"{slug}.json")
-
-
-def bars(names: list[str], values: list[float], label: str) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(5, 1.6), layout="constrained")
-    ax.barh(names[::-1], values[::-1], color=["#b4431f", "#8a8f98"], height=0.55)
-    for k, value in enumerate(values[::-1]):
-        ax.text(value, k, f" {value:g}", va="center", fontsize=9)
-    ax.set_xlabel(label)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.margins(x=0.15)
-    return figure

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchfolio import __version__
-from torchfolio.report.svg import picture, policy
+from torchfolio.report.svg import bar_plot, picture, policy, squares
 from torchfolio.runs.store import atomic
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "Sheet", "Table", "write_sheet"]
+__all__ = ["Bars", "Code", "Glance", "Picture", "Sheet", "Squares", "Table", "write_sheet"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: names of columns, and rows of values, numbers or text."""
+    """A table: names of columns, and rows of values, numbers or text; `fold` is a line that it opens under."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+    fold: str = ""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -42,11 +43,44 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """Values by name, drawn as bars in the colours of the page; the last one is what the card is about."""
+
+    values: Mapping[str, float]
+    unit: str
+
+
+@dataclass(frozen=True)
+class Squares:
+    """A square for each thing that holds, does not (`False`) or is not known (`None`), with what it says."""
+
+    verdicts: Sequence[tuple[str, bool | None]]
+
+
+@dataclass(frozen=True)
 class Picture:
     """A figure, or the text of an SVG document, and what it shows."""
 
-    figure: Figure | str
+    figure: Figure | Bars | Squares | str
     caption: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """A script: what it needs, the few lines that it is about, and a command that does the same."""
+
+    setup: str
+    lines: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What stands of a card at the top of the page: a figure to remember, words to it, a picture."""
+
+    figure: str
+    words: str
+    picture: Picture
 
 
 @dataclass(frozen=True)
@@ -62,7 +96,7 @@ class Sheet:
         tables: figures in rows.
         pictures: pictures with their captions.
         code: lines that do the same.
-        lead: a few words that stand with the first picture at the top of the page, and lead to the card.
+        glance: what stands at the top of the page and leads to the card.
     """
 
     title: str
@@ -72,8 +106,8 @@ class Sheet:
     notes: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = field(default_factory=tuple)
-    code: str = ""
-    lead: str = ""
+    code: Code | None = None
+    glance: Glance | None = None
 
 
 def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
@@ -92,30 +126,32 @@ def write_sheet(path: str | Path, title: str, cards: Sequence[Sheet]) -> Path:
         loader=PackageLoader("torchfolio.report", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["cell"] = _cell
-    shown = [
-        [{"picture": Markup(_svg(p.figure, p.caption)), "caption": p.caption} for p in card.pictures] for card in cards
-    ]
+    environment.filters["drawn"] = lambda p: Markup(_svg(p.figure, p.caption))
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     page = environment.get_template("sheet.html").render(
         title=title,
-        cards=list(zip(cards, shown, strict=True)),
+        cards=cards,
         version=__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         style=Markup(style),
         policy=policy(style),
     )
     for card in cards:
-        for p in card.pictures:
-            if not isinstance(p.figure, str):
+        for p in (*card.pictures, *([card.glance.picture] if card.glance else [])):
+            if not isinstance(p.figure, Bars | Squares | str):
                 plt.close(p.figure)
     with atomic(Path(path)) as file:
         file.write(page.encode("utf-8", "replace"))
     return Path(path)
 
 
-def _svg(figure: Figure | str, label: str) -> str:
+def _svg(figure: Figure | Bars | Squares | str, label: str) -> str:
     if isinstance(figure, str):
         return picture(figure, label)
+    if isinstance(figure, Bars):
+        return bar_plot(figure.values, figure.unit, label)
+    if isinstance(figure, Squares):
+        return squares(figure.verdicts, label)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     return picture(buffer.getvalue(), label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -285,3 +285,30 @@ def dot_plot(values: Mapping[str, Mapping[str, Any]], condition: str | None) -> 
     view = f"0 0 {left + width + 10} {total + 8}"
     label = f"values of {', '.join(rows)} on each seed"
     return f'<svg class="dots" viewBox="{view}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+def bar_plot(values: Mapping[str, float], unit: str, label: str) -> str:
+    """Bars from the left, each below its name, with its value behind it: the last is the one to look at."""
+    most = max([abs(v) for v in values.values() if v == v], default=0.0) or 1.0
+    parts = []
+    for k, (name, value) in enumerate(values.items()):
+        y, length = 46 * k, round(220 * max(value, 0.0) / most, 1)
+        kind = "this" if k == len(values) - 1 else "other"
+        parts.append(f'<text x="0" y="{y + 13}">{escape(name)}</text>')
+        parts.append(f'<rect x="0" y="{y + 19}" width="{length}" height="17" rx="3" class="{kind}"/>')
+        parts.append(f'<text x="{length + 8}" y="{y + 32}" class="value">{value:.4g} {escape(unit)}</text>')
+    view = f"0 0 320 {46 * len(values)}"
+    return f'<svg class="bars" viewBox="{view}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+def squares(verdicts: Sequence[tuple[str, bool | None]], label: str) -> str:
+    """A square for each verdict, in rows, in the order they come."""
+    across = 27
+    kinds = {True: "holds", False: "fails", None: "unmeasured"}
+    parts = [
+        f'<rect x="{12 * (k % across)}" y="{12 * (k // across)}" width="9" height="9" rx="2" class="{kinds[verdict]}">'
+        f"<title>{escape(text)}</title></rect>"
+        for k, (text, verdict) in enumerate(verdicts)
+    ]
+    view = f"0 0 {12 * across - 3} {12 * -(-len(verdicts) // across) - 3}"
+    return f'<svg class="squares" viewBox="{view}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
