@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import shutil
@@ -13,9 +14,11 @@ import torch
 from torch import nn
 
 from torchfolio import catalog, data, engine, models
+from torchfolio.backdoor import SmoothInv
 from torchfolio.engine import Backprop
 from torchfolio.engine.recipes import sgd
 from torchfolio.local import MAN, AugLocal
+from torchfolio.robustness.attacks import pgd
 from torchfolio.shown import Shown
 from torchfolio.spiking import SLTT
 from torchfolio.training import AuxiliaryDistillation
@@ -61,6 +64,30 @@ def test_offers_show_themselves(slug, kind):
 )
 def test_settings_that_are_not_the_default_are_shown(made, shown):
     assert repr(made).startswith(shown)
+
+
+def test_every_public_class_shows_itself():
+    from tests.test_reference import load_hooks
+
+    bare = set()
+    for full in load_hooks().public_names():
+        module, _, name = full.rpartition(".")
+        made = getattr(importlib.import_module(module), name)
+        if not inspect.isclass(made) or getattr(made, "_is_protocol", False):
+            continue
+        if made.__repr__ is object.__repr__ and not issubclass(made, torch.autograd.Function):
+            bare.add(full)
+    assert not bare, "inherit torchfolio.shown.Shown"
+
+
+def test_results_show_shapes_and_not_numbers():
+    net, digits = models.MLP(64, 10), data.load("digits", normalize=False)
+    x, y = (t[:8] for t in digits.test.tensors)
+    found = pgd(net, x, y, eps=0.1, alpha=0.1, steps=1)
+    assert repr(found) == "Attack(x_adv=tensor [8, 1, 8, 8], success=tensor [8], loss=tensor [8])"
+    verdict = SmoothInv(sigma=0.1, steps=1, n=2).scan(net, digits.test.tensors[0][:60])
+    assert repr(verdict).startswith("SmoothVerdict(is_backdoored=")
+    assert len(repr(verdict)) < 400
 
 
 def test_values_of_all_kinds():

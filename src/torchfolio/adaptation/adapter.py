@@ -20,8 +20,8 @@ from torchfolio.shown import Shown
 __all__ = ["Adapted", "Adapter", "Adapting"]
 
 
-@dataclass(frozen=True)
-class Adapted:
+@dataclass(frozen=True, repr=False)
+class Adapted(Shown):
     """An adapted network and what there is to say of it.
 
     Attributes:

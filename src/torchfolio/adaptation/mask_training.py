@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchfolio.adaptation.merging import TaskVectors, check_finite, entropy, sum_of
+from torchfolio.shown import Shown
 
 __all__ = ["Bound", "MaskTraining", "warn_of_collapse"]
 
 Bound = float | Sequence[float]
 
 
-class MaskTraining:
+class MaskTraining(Shown):
     """The state of mask training: logits, perturbations, their optimizers, and one step on them."""
 
     def __init__(self, method: Any, tasks: TaskVectors, weights: Tensor) -> None:

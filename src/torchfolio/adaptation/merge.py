@@ -37,8 +37,8 @@ ORDINARY = {
 """Import paths of ways to merge that no paper of the catalogue is about, by the name that the command line gives them."""
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Shown):
     """A merged network and how it came about.
 
     Attributes:
@@ -67,8 +67,8 @@ class MergeResult:
         return pd.DataFrame(self.history)
 
 
-@dataclass(frozen=True)
-class Merging:
+@dataclass(frozen=True, repr=False)
+class Merging(Shown):
     """What a merge is made of: the arguments of `Merge.fit`."""
 
     pretrained: nn.Module

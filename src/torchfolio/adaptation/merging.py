@@ -34,6 +34,7 @@ from torchfolio.adaptation.weights import (
     task_vectors,
 )
 from torchfolio.checks import finite, number, positive, whole
+from torchfolio.shown import Shown
 
 __all__ = ["AdaMerging", "MergeResult", "TaskVectors", "average", "entropy", "merge", "task_arithmetic", "task_vectors"]
 
@@ -44,7 +45,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-class TaskVectors:
+class TaskVectors(Shown):
     """A pretrained network and its task vectors in flat buffers, for methods that merge again at every step.
 
     Attributes:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfolio.shown import Shown
+
 __all__ = ["PackedEntries", "bits_outside", "check_parameters", "digest", "write_entries"]
 
 
-class PackedEntries:
+class PackedEntries(Shown):
     """The trained entries of one parameter: flat positions, and where they lie in the packed vectors."""
 
     def __init__(self, name: str, param: nn.Parameter, index: Tensor) -> None:

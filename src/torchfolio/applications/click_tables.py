@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchfolio.applications.two_stream import Multi
 from torchfolio.checks import at_least, one_of
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,7 @@ __all__ = ["TableEncoder"]
 BUCKETS = 10
 
 
-class TableEncoder:
+class TableEncoder(Shown):
     """Learns from a table's training part how its columns become the inputs of a field embedding.
 
     Text, booleans and whole numbers (of at most `most_categories` different ones) become categories, whose rare and

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchfolio import checks
 from torchfolio.applications import nr
+from torchfolio.shown import Shown
 
 __all__ = [
     "Barrage", "Channel", "Jammer", "PartialBand", "Pulsed", "SSBDataset", "Spoofing", "Tones", "read_iq", "simulate",
@@ -23,7 +24,7 @@ LENGTH = nr.SYMBOLS * (nr.FFT_SIZE + nr.CYCLIC_PREFIX)  # samples of a block
 Range = float | tuple[float, float]
 
 
-class Jammer(ABC):
+class Jammer(Shown, ABC):
     """A source of interference. Its power over a block's 960 elements is 1 each on average."""
 
     @abstractmethod
@@ -165,8 +166,8 @@ class Channel:
         return signal * torch.polar(torch.ones(()), phase)
 
 
-@dataclass(frozen=True)
-class SSBDataset:
+@dataclass(frozen=True, repr=False)
+class SSBDataset(Shown):
     """Received blocks.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchfolio.checks import between, images, labels, whole
 from torchfolio.data import Examples
+from torchfolio.shown import Shown
 
 __all__ = ["DataConstraint", "labelled_images"]
 
@@ -32,8 +33,8 @@ def labelled_images(data: Any, num_classes: int | None = None, *, unlabelled: bo
     return images(x, name="images", unit=True), labels(y.cpu(), num_classes, ignore_index=-1 if unlabelled else None)
 
 
-@dataclass(frozen=True, eq=False)
-class DataConstraint:
+@dataclass(frozen=True, eq=False, repr=False)
+class DataConstraint(Shown):
     """What of the data the attacker holds; made by `number`, `classes` or `domain`.
 
     Attributes:

@@ -28,7 +28,7 @@ def concentration(expert: nn.Module, x: Tensor) -> Tensor:
     return outputs(expert, x).double().softmax(1).mean(0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConcentrationVerdict(ModelVerdict):
     """A verdict by rank among reference networks; `evidence` holds `p_value`, `alpha`, `references`, `class`, `shares`."""
 

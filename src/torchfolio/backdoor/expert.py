@@ -24,6 +24,7 @@ from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.state import FitState
 from torchfolio.measure import outputs
+from torchfolio.shown import Shown
 
 __all__ = ["Expert", "Unlearning", "extract_backdoor_expert"]
 
@@ -36,8 +37,8 @@ STEPS = 100  # on wrong labels, at most: a gentle rate takes many, and leaves th
 HASTY = 5  # fewer than that many steps to the stop are a jump, in which the backdoor goes too
 
 
-@dataclass(frozen=True)
-class Expert:
+@dataclass(frozen=True, repr=False)
+class Expert(Shown):
     """A backdoor expert and how it came about.
 
     Attributes:

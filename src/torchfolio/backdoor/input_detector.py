@@ -31,8 +31,8 @@ FORMAT = 2
 NAME = "detector"
 
 
-@dataclass(frozen=True)
-class Judgement:
+@dataclass(frozen=True, repr=False)
+class Judgement(Shown):
     """What a filter says about inputs.
 
     Attributes:

@@ -19,6 +19,7 @@ from torchfolio.engine.modes import seeded
 from torchfolio.engine.rules import Backprop
 from torchfolio.measure import outputs, untouched
 from torchfolio.models.device import device_of
+from torchfolio.shown import Shown
 
 __all__ = ["Isolator", "LGAIsolator", "PrecomputedIsolator", "cosine_tail", "flooding"]
 
@@ -50,7 +51,7 @@ class Isolator(Protocol):
     def __call__(self, data: Pair, *, seed: int) -> Tensor: ...
 
 
-class LGAIsolator:
+class LGAIsolator(Shown):
     """Isolates samples of least loss in a short training with local gradient ascent.
 
     A network is trained on the batch loss $|L - \\gamma| + \\gamma$; what it has learned nonetheless is easy, as
@@ -195,7 +196,7 @@ def _gap(losses: Tensor, ratio: float, logarithms: bool) -> float:
     return float(ordered[count : 2 * count].mean() - ordered[:count].mean())
 
 
-class PrecomputedIsolator:
+class PrecomputedIsolator(Shown):
     """A mask `[N]` of suspicious samples, or scores `[N]`, from elsewhere."""
 
     def __init__(self, mask: Tensor | np.ndarray | Sequence[bool] | Sequence[float]) -> None:

@@ -25,8 +25,8 @@ __all__ = ["InvertedTrigger", "ModelDetector", "ModelVerdict", "Scan", "TriggerI
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ModelVerdict:
+@dataclass(frozen=True, repr=False)
+class ModelVerdict(Shown):
     """What a detector says about a network. Detectors that know more subclass it.
 
     Attributes:
@@ -66,7 +66,7 @@ class ModelVerdict:
         return sentences
 
 
-class Scan:
+class Scan(Shown):
     """What a scan runs with: its seed, its time limit and its progress bar.
 
     Args:
@@ -169,8 +169,8 @@ class ModelDetector(Shown, ABC):
         return verdict
 
 
-@dataclass(frozen=True)
-class InvertedTrigger:
+@dataclass(frozen=True, repr=False)
+class InvertedTrigger(Shown):
     """A trigger recovered from a network.
 
     Attributes:

@@ -37,6 +37,7 @@ from torchfolio.backdoor.stamp import Stamp
 from torchfolio.data.examples import whole_tensors
 from torchfolio.data.rows import WholeBatch
 from torchfolio.measure.batches import gathered
+from torchfolio.shown import Shown
 
 __all__ = [
     "NAB",
@@ -68,7 +69,7 @@ def _evened(candidates: Tensor, count: int, labels: Tensor, stamped: Tensor) -> 
     return candidates[((there[mine] + turn) / total[mine]).argsort(stable=True)[:count]]
 
 
-class NABDataset(Dataset):
+class NABDataset(Shown, Dataset):
     """Training samples as the defence wants them: isolated ones with believed labels, and stamped where that changes one.
 
     Items are `(x, y)` after `augment` and `transform`, and the stamp comes last, so that neither moves it.

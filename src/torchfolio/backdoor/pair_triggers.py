@@ -21,14 +21,15 @@ from torchfolio.backdoor.inversion import fast_copy, unit
 from torchfolio.backdoor.patch_trigger import PatchTrigger
 from torchfolio.backdoor.suspects import device_of
 from torchfolio.backdoor.trigger_base import Trigger
+from torchfolio.shown import Shown
 
 __all__ = ["AdditiveInversion", "PairInversion", "PairTriggers", "PatchInversion"]
 
 Pairs = Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class PairTriggers:
+@dataclass(frozen=True, repr=False)
+class PairTriggers(Shown):
     """Triggers of pairs of classes.
 
     Attributes:
@@ -65,7 +66,7 @@ class PairTriggers:
         )  # fmt: skip
 
 
-class PairInversion(ABC):
+class PairInversion(Shown, ABC):
     """How the triggers of pairs of classes are inverted.
 
     Args:

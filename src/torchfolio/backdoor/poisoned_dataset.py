@@ -16,6 +16,7 @@ from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.poison_files import write_poison
 from torchfolio.backdoor.trigger_base import Trigger
 from torchfolio.data.examples import whole_tensors
+from torchfolio.shown import Shown
 
 __all__ = ["Base", "ImageMap", "PoisonedDataset", "labels_of"]
 
@@ -25,7 +26,7 @@ Base = Dataset | Sequence[Tensor]
 ImageMap = Callable[..., Tensor]
 
 
-class PoisonedDataset(Dataset):
+class PoisonedDataset(Shown, Dataset):
     """A data set in which some samples carry a trigger.
 
     Made by `poison`, `poisoned_test` or `load`. The base data set is read when a sample is asked for; triggered

@@ -16,6 +16,7 @@ from torchfolio.backdoor.stamp import Stamp
 from torchfolio.engine.fit import fit
 from torchfolio.engine.modes import seeded
 from torchfolio.measure import outputs
+from torchfolio.shown import Shown
 
 __all__ = ["NearestCenterRelabeler", "PrecomputedRelabeler", "Relabeler", "VerifiedDataRelabeler"]
 
@@ -29,7 +30,7 @@ class Relabeler(Protocol):
     def __call__(self, data: Pair, isolated: Tensor, *, clean: Any, stamp: Stamp, seed: int) -> Tensor: ...
 
 
-class VerifiedDataRelabeler:
+class VerifiedDataRelabeler(Shown):
     """Labels of a classifier that was trained on a few verified examples (VD).
 
     Training images are stamped before they are labelled, as in the authors' code, so that what the stamp covers
@@ -90,7 +91,7 @@ def _two_drops(epoch: int, epochs: int) -> float:
     return 1.0 if epoch < epochs / 5 else 0.1 if epoch < 3 * epochs / 5 else 0.01
 
 
-class NearestCenterRelabeler:
+class NearestCenterRelabeler(Shown):
     """Labels of the nearest class centre in the space of an encoder that has seen no labels (NC).
 
     Centres are means of the embeddings of samples that are not isolated.
@@ -118,7 +119,7 @@ class NearestCenterRelabeler:
         return labels
 
 
-class PrecomputedRelabeler:
+class PrecomputedRelabeler(Shown):
     """Labels `[N]` from elsewhere."""
 
     def __init__(self, labels: Tensor | np.ndarray | Sequence[int]) -> None:

@@ -44,7 +44,7 @@ __all__ = ["SmoothInv", "SmoothInvTrigger", "SmoothVerdict", "SmoothedClassifier
 SURE = 0.999
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SmoothInvTrigger(InvertedTrigger):
     """A trigger that `SmoothInv` drew.
 

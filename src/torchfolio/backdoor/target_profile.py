@@ -11,14 +11,15 @@ from torch import Tensor
 
 from torchfolio.backdoor.inversion import perturbations
 from torchfolio.backdoor.model_detector import ModelVerdict
+from torchfolio.shown import Shown
 
 __all__ = ["OUTLIER", "SHARE", "SmoothVerdict", "TargetProfile", "flagged", "outlier", "shown"]
 
 OUTLIER, SHARE = 3.0, 0.5
 
 
-@dataclass(frozen=True)
-class TargetProfile:
+@dataclass(frozen=True, repr=False)
+class TargetProfile(Shown):
     """How far the perturbations towards each class carry over to other images.
 
     Attributes:
@@ -38,7 +39,7 @@ class TargetProfile:
     deltas: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SmoothVerdict(ModelVerdict):
     """A verdict from a profile of the classes; `evidence` holds `share`, `low`, `high`, `others`, `runner_up`, `class`,
     `median`, and the tensors `profile` and `image`."""

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.token_trigger import TokenTrigger
 from torchfolio.checks import between, labels, whole
+from torchfolio.shown import Shown
 
 __all__ = ["TextModel", "TextRNN", "TextTransformer", "poison_text"]
 
@@ -151,7 +152,7 @@ def poison_text(
     return torch.cat([plain, triggered]), torch.cat([y, adversarial[chosen]]), flags
 
 
-class TextModel:
+class TextModel(Shown):
     """A text classifier as a detector sees it: logits, logits of word vectors put in place of its own, hidden layer.
 
     Word vectors are put in by a hook on the embedding, and the hidden layer is what the last linear layer reads, so that

@@ -33,7 +33,7 @@ class Candidate:
     outlier: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TMinerVerdict(ModelVerdict):
     """What T-Miner says of a classifier.
 

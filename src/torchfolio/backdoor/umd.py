@@ -64,7 +64,7 @@ def transfer_matrix(model: nn.Module, triggers: PairTriggers, images: Sequence[T
     return matrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UMDVerdict(ModelVerdict):
     """A verdict from pairs of classes.
 

@@ -17,14 +17,15 @@ from torchfolio.backdoor.trigger_base import Trigger
 from torchfolio.backdoor.zoo import Normalize, SmallConvNet, fit_classifier
 from torchfolio.data import DataSplits
 from torchfolio.engine.modes import seeded
+from torchfolio.shown import Shown
 
 __all__ = ["Victim", "victim"]
 
 FIGURES = ("acc", "asr", "bacc", "n_clean", "n_attacked")
 
 
-@dataclass(frozen=True)
-class Victim:
+@dataclass(frozen=True, repr=False)
+class Victim(Shown):
     """A trained network and what is known of it.
 
     Attributes:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
 from torchfolio.engine import FitResult, LearningRule, fit
 from torchfolio.models import BasicBlock
+from torchfolio.shown import Shown
 
 __all__ = ["Cutout", "Normalize", "ResNet18CIFAR", "SmallConvNet", "fit_classifier"]
 
@@ -92,7 +93,7 @@ class ResNet18CIFAR(nn.Sequential):
         return nn.Sequential(*list(self.children())[:-1])(x)
 
 
-class Cutout:
+class Cutout(Shown):
     """Set a square at a random place of every image to `value`.
 
     Args:

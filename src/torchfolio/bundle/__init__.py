@@ -39,6 +39,7 @@ from torchfolio.bundle.manifest import (
 from torchfolio.engine.modes import evaluating
 from torchfolio.json_text import plain
 from torchfolio.models.chain import recipe_of
+from torchfolio.shown import Shown
 
 __all__ = [
     "MANIFEST",
@@ -60,15 +61,15 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Bundle:
+@dataclass(frozen=True, repr=False)
+class Bundle(Shown):
     """A network read from disk: the module, in evaluation mode, and its manifest."""
 
     model: nn.Module
     manifest: Manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outline(Bundle):
     """A network that stays on disk: the module on the meta device, its manifest, and the file of its weights."""
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from torchfolio.checks import one_of
 from torchfolio.data.places import folder_of
+from torchfolio.shown import Shown
 
 __all__ = ["Graph", "planetoid"]
 
 
-@dataclass(frozen=True)
-class Graph:
+@dataclass(frozen=True, repr=False)
+class Graph(Shown):
     """One graph with labelled nodes; the fields are those of `torch_geometric.data.Data`.
 
     Attributes:

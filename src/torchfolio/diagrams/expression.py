@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchfolio.diagrams.compile import attribute, function_of, source_of
 from torchfolio.diagrams.equality import same_graph
 from torchfolio.diagrams.graph import Graph, Value
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     from torchfolio.diagrams.drawing import BackwardDrawing, Drawing
@@ -49,7 +50,7 @@ def written(inputs: Tuple, outputs: Tuple) -> str:
     return f"{', '.join(map(' '.join, inputs))} -> {', '.join(map(' '.join, outputs))}"
 
 
-class Building:
+class Building(Shown):
     """The graph of an expression while it is made: an axis for every name.
 
     Args:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from torchfolio.shown import Shown
+
 __all__ = ["Draft", "Graph", "Value"]
 
 
@@ -84,7 +86,7 @@ class Draft:
     times: int = 1
 
 
-class Graph:
+class Graph(Shown):
     """Operations in an order in which they can be run.
 
     Attributes:

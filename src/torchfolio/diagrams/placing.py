@@ -9,6 +9,7 @@ from itertools import pairwise
 from torchfolio.diagrams.rows import Rows
 from torchfolio.diagrams.sheet import Fence, Sheet, Step, Wire
 from torchfolio.diagrams.strokes import Plan
+from torchfolio.shown import Shown
 
 __all__ = ["PARENTHESIS", "Placed", "Slot", "Style", "heading"]
 
@@ -61,7 +62,7 @@ class Slot:
     key: str
 
 
-class Placed:
+class Placed(Shown):
     """The columns from one level to another, and places for all that stands in them."""
 
     def __init__(

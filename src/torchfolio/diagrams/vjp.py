@@ -17,11 +17,12 @@ from typing import Any
 from torchfolio.diagrams.cotangents import RULES, by_torch
 from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.errors import TorchfolioError
+from torchfolio.shown import Shown
 
 __all__ = ["Chain", "Pullback", "pullback"]
 
 
-class Pullback:
+class Pullback(Shown):
     """The backward pass of a graph.
 
     Attributes:
@@ -45,7 +46,7 @@ def pullback(forward: Graph) -> Pullback:
     return Chain(forward).run()
 
 
-class Chain:
+class Chain(Shown):
     """Goes through the operations from the last to the first."""
 
     def __init__(self, forward: Graph) -> None:

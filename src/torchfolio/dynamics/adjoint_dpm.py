@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from torchfolio.checks import positive, whole
 from torchfolio.dynamics.diffusion_ode import ClassifierFreeGuidance, ClassifierGuidance, DiffusionODE, Solution
+from torchfolio.shown import Shown
 
 __all__ = [
     "ClassifierFreeGuidance",
@@ -141,8 +142,8 @@ def finetune(
     return losses
 
 
-@dataclass(frozen=True)
-class NoiseAttack:
+@dataclass(frozen=True, repr=False)
+class NoiseAttack(Shown):
     """What `adversarial_noise` gives.
 
     Attributes:

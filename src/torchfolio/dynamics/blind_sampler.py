@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchfolio.checks import between, one_of, positive, whole
 from torchfolio.engine import evaluating
+from torchfolio.shown import Shown
 
 __all__ = ["Drawn", "Measurement", "draw_images", "predicted_noise"]
 
@@ -23,8 +24,8 @@ RETURNS = ("noise", "denoised")
 DIVERGED = 2.0  # a noise level that no image in [0, 1] has
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, repr=False)
+class Measurement(Shown):
     r"""What is known of an image, $M^\top x$ for a matrix M with orthonormal columns.
 
     Attributes:
@@ -36,8 +37,8 @@ class Measurement:
     target: Tensor
 
 
-@dataclass(frozen=True)
-class Drawn:
+@dataclass(frozen=True, repr=False)
+class Drawn(Shown):
     """What `draw_images` gives.
 
     Attributes:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.checks import one_of
+from torchfolio.shown import Shown
 
 __all__ = ["Control", "HermiteControl", "LinearControl", "NaturalCubicControl", "RectilinearControl", "fill_missing"]
 
@@ -52,7 +53,7 @@ def fill_missing(x: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(clean.gather(0, low), clean.gather(0, high), share.to(x.dtype))
 
 
-class Control(ABC):
+class Control(Shown, ABC):
     """A path of cubic pieces, X(t_i + s) = a_i + b_i s + c_i s² + d_i s³.
 
     Args:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchfolio.checks import finite, positive, whole
 from torchfolio.dynamics.blind_sampler import predicted_noise
 from torchfolio.engine import evaluating
+from torchfolio.shown import Shown
 
 __all__ = ["HarmonicBasis", "harmonic_basis", "jacobian", "sure"]
 
@@ -28,8 +29,8 @@ ROUNDS = 8  # blocks of the Krylov space
 PROBES = 16  # of trace and asymmetry where the Jacobian is not formed
 
 
-@dataclass(frozen=True)
-class HarmonicBasis:
+@dataclass(frozen=True, repr=False)
+class HarmonicBasis(Shown):
     r"""Eigenpairs of the symmetric part of a denoiser's Jacobian at an image.
 
     Attributes:

@@ -35,6 +35,7 @@ from torchfolio.dynamics.diffusion import PREDICTIONS, as_noise
 from torchfolio.dynamics.exponential_methods import METHODS, Node, make_plan
 from torchfolio.dynamics.exponential_solver import Adjoint, Problem, Stats, Symplectic, integrate
 from torchfolio.dynamics.noise_schedules import Schedule
+from torchfolio.shown import Shown
 
 __all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "DiffusionODE", "Solution"]
 
@@ -42,7 +43,7 @@ GRADIENTS = ("adjoint", "symplectic", "checkpoint", "backprop")
 GRIDS = ("logsnr", "time_uniform", "time_quadratic")
 
 
-class ClassifierFreeGuidance:
+class ClassifierFreeGuidance(Shown):
     r"""$\varepsilon(x, \varnothing) + w\,(\varepsilon(x, c) - \varepsilon(x, \varnothing))$, both in one batch.
 
     Args:
@@ -61,7 +62,7 @@ class ClassifierFreeGuidance:
         return torch.lerp(plain, told, self.scale)
 
 
-class ClassifierGuidance:
+class ClassifierGuidance(Shown):
     r"""$\varepsilon(x) - w \sigma_t \nabla_x \log p(c \mid x)$.
 
     Args:
@@ -84,8 +85,8 @@ class ClassifierGuidance:
         return noise - self.scale * node.sigma * (score if through else score.detach())
 
 
-@dataclass(frozen=True)
-class Solution:
+@dataclass(frozen=True, repr=False)
+class Solution(Shown):
     """What a solve gives.
 
     Attributes:
@@ -101,7 +102,7 @@ class Solution:
     stats: Stats
 
 
-class DiffusionODE:
+class DiffusionODE(Shown):
     """A diffusion model as a differentiable sampler.
 
     Args:

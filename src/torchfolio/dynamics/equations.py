@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 __all__ = ["PDE", "Burgers1D", "DiffusionSorption1D", "Grid", "Heat1D", "NavierStokes2D"]
 
@@ -79,7 +80,7 @@ class Grid:
         return torch.stack(torch.meshgrid(*self.axes.values(), indexing="ij"), -1)
 
 
-class PDE(ABC):
+class PDE(Shown, ABC):
     """An equation: which linear terms of a field it needs, and its residual as a pointwise function of them.
 
     A new equation takes a few lines:

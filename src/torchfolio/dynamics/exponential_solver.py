@@ -26,6 +26,7 @@ from torchfolio.dynamics.exponential_methods import (
     make_plan,
 )
 from torchfolio.engine.first_order import first_order
+from torchfolio.shown import Shown
 
 __all__ = [
     "METHODS",
@@ -73,8 +74,8 @@ def integrate(
     return y
 
 
-@dataclass
-class Problem:
+@dataclass(repr=False)
+class Problem(Shown):
     """What the gradient methods solve.
 
     Attributes:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 __all__ = ["Anderson", "FixedPoint"]
 
 
-@dataclass(frozen=True)
-class FixedPoint:
+@dataclass(frozen=True, repr=False)
+class FixedPoint(Shown):
     """What a fixed-point solver found.
 
     Attributes:

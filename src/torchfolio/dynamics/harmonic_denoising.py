@@ -28,6 +28,7 @@ from torchfolio.dynamics.blind_sampler import Measurement, draw_images
 from torchfolio.dynamics.denoiser_jacobian import HarmonicBasis, harmonic_basis, jacobian, sure
 from torchfolio.dynamics.geometric_images import c_alpha_images, disc_images, shuffle_pixels
 from torchfolio.engine import seeded
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,8 +143,8 @@ def empirical_denoiser(train: Tensor) -> Callable[[Tensor, float], Tensor]:
     return denoiser
 
 
-@dataclass(frozen=True)
-class Generalization:
+@dataclass(frozen=True, repr=False)
+class Generalization(Shown):
     """What `generalization_test` gives: rows of number of images, noise level, PSNR on training and test images,
     correlation and PSNR between the two denoisers; and the denoisers by number of images.
     """

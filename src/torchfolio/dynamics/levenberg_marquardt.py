@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 __all__ = ["LeastSquares", "LevenbergMarquardt", "Problem"]
 
 Linearised = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class LeastSquares:
+@dataclass(frozen=True, repr=False)
+class LeastSquares(Shown):
     """What the solver found.
 
     Attributes:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchfolio.shown import Shown
+
 __all__ = ["CompressedProblem", "RowProblem", "Rows"]
 
 
@@ -89,7 +91,7 @@ class _Watched(dict):
         return super().values()
 
 
-class RowProblem:
+class RowProblem(Shown):
     """N least-squares problems made of rows of several kinds and a ridge.
 
     Rows that turn out to be linear are brought to K + 1 by a QR decomposition, once: a solve then evaluates only those

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchfolio.dynamics.solver import Carry, Solver, Step
 from torchfolio.dynamics.terms import Terms
 from torchfolio.errors import TorchfolioError
+from torchfolio.shown import Shown
 
 __all__ = ["Adaptive", "Outputs", "Problem", "SolveError", "march", "read_off", "rms"]
 
@@ -30,8 +31,8 @@ def rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
 
 
-@dataclass(frozen=True)
-class Adaptive:
+@dataclass(frozen=True, repr=False)
+class Adaptive(Shown):
     """Steps chosen by the error estimate.
 
     A step is accepted if the norm of error / (atol + rtol · max(|y0|, |y1|)) is at most 1; the next one is longer or
@@ -201,7 +202,7 @@ def _march_adaptively(problem: Problem, y: Tensor, carry: Carry | None) -> Itera
             raise SolveError(f"the field {what} at t = {t:.6g}: the step shrank to {h:.3g}")
 
 
-class Outputs:
+class Outputs(Shown):
     """States at the times asked for, collected while a solver marches.
 
     Args:

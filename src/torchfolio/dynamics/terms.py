@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchfolio.shown import Shown
+
 __all__ = ["AdjointTerms", "Linearised", "Packing", "Stats", "Terms"]
 
 
@@ -34,7 +36,7 @@ class Stats:
     nfe_backward: int = 0
 
 
-class Packing:
+class Packing(Shown):
     """How a pytree of tensors is packed into one tensor, and back.
 
     A single tensor keeps its shape; several leaves are raveled and joined.
@@ -92,7 +94,7 @@ class Packing:
         return pytree.tree_unflatten(parts, self.tree)
 
 
-class Terms:
+class Terms(Shown):
     """Right-hand side f of dy/dt = f(t, y) on packed states.
 
     Args:
@@ -184,7 +186,7 @@ class AdjointTerms(Terms):
         return torch.cat([y.reshape(-1), a.reshape(-1), *(p.reshape(-1).to(y.dtype) for p in params)])
 
 
-class Linearised:
+class Linearised(Shown):
     """Rates at a state and, on demand, gradients through them.
 
     Attributes:

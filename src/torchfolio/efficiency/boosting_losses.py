@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_softmax, softmax
 
+from torchfolio.shown import Shown
+
 __all__ = ["BinaryLoss", "Loss", "MulticlassLoss", "SquaredLoss"]
 
 Array = NDArray[np.float64]
 
 
-class Loss(ABC):
+class Loss(Shown, ABC):
     """What boosting needs of a loss; $y$ and $F$ are `[N, K]`.
 
     Attributes:

@@ -19,12 +19,13 @@ from torchfolio.efficiency.gate_placement import attach_gates
 from torchfolio.efficiency.gated_conv import Criterion, GatedConv, gated_layers
 from torchfolio.engine.modes import evaluating
 from torchfolio.measure import count_flops
+from torchfolio.shown import Shown
 
 __all__ = ["Flops", "choose_r", "estimate_flops", "gates_open", "measure_flops"]
 
 
-@dataclass(frozen=True)
-class Flops:
+@dataclass(frozen=True, repr=False)
+class Flops(Shown):
     """Operations of a network whose gates are closed sample by sample, two for a multiply-add.
 
     Attributes:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.measure import untouched
+from torchfolio.shown import Shown
 
 __all__ = ["Halves", "find_halves", "shrink_norm"]
 
@@ -27,8 +28,8 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
 
 
-@dataclass(frozen=True, eq=False)
-class Halves:
+@dataclass(frozen=True, eq=False, repr=False)
+class Halves(Shown):
     """Where the halves of one layer's channels are.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchfolio.checks import whole
 from torchfolio.efficiency.halves import CONVOLUTIONS, Halves
 from torchfolio.models.resnet import Subsample
+from torchfolio.shown import Shown
 
 __all__ = [
     "Frozen", "HalvesLayerNorm", "Init", "TemplateBank", "TemplateHalf", "TemplateLayer", "dressed", "half_subsample",
@@ -23,7 +24,7 @@ Init = Literal["orthogonal", "zero", "copy", "random", "none"]
 JITTER = 0.01  # standard deviation of the noise that sets copied coefficients apart
 
 
-class TemplateBank:
+class TemplateBank(Shown):
     """Templates that layers with blocks of one shape share; each layer keeps coefficients of its own.
 
     Layers on the raw input or the output have one template each, with coefficient 1.

@@ -17,6 +17,7 @@ from torchfolio.engine.loader import TensorBatches
 from torchfolio.engine.modes import seeded
 from torchfolio.engine.rules import Loss, default_loss
 from torchfolio.engine.stacked_outputs import Stacked, stacked_outputs
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 Setting = float | Sequence[float] | Tensor
 
 
-@dataclass(frozen=True)
-class EnsembleResult:
+@dataclass(frozen=True, repr=False)
+class EnsembleResult(Shown):
     """Networks trained together.
 
     Attributes:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from torchfolio.engine.modes import evaluating, undisturbed
 from torchfolio.engine.state import FitState
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class StepRecorder:
+class StepRecorder(Shown):
     """Measures at every n-th step, or at steps spaced evenly in their logarithm.
 
     Given to `fit` among the `callbacks`, it also measures before the first step. Measurements leave no trace: they

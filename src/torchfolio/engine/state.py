@@ -12,10 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchfolio.engine.history import History
 from torchfolio.engine.rules import LearningRule
+from torchfolio.shown import Shown
 
 
-@dataclass
-class FitState:
+@dataclass(repr=False)
+class FitState(Shown):
     """What a callback sees, after every optimizer step and at the end of every epoch.
 
     Attributes:
@@ -57,8 +58,8 @@ class FitState:
 Callback = Callable[[FitState], None]
 
 
-@dataclass
-class EarlyStopping:
+@dataclass(repr=False)
+class EarlyStopping(Shown):
     """Stop when a value of the history no longer improves.
 
     Attributes:

@@ -46,6 +46,7 @@ from torchfolio.insight.information_kernels import AdaptiveKDE, kde_information
 from torchfolio.measure import untouched
 from torchfolio.models import flatten_features, take_features
 from torchfolio.models.device import device_of
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,8 +203,8 @@ def log_spaced(count: int, last: int) -> tuple[int, ...]:
     return tuple(sorted({0, *np.round(np.geomspace(1, last, count - 1)).astype(int).tolist()}))
 
 
-@dataclass
-class InformationPlaneRecorder:
+@dataclass(repr=False)
+class InformationPlaneRecorder(Shown):
     """The information plane over training.
 
     Call `step(epoch)` in a loop of your own, or give it to `fit` among the callbacks, which calls it

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from torchfolio.checks import finite, one_of
 from torchfolio.engine import evaluating, seeded
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,8 +69,8 @@ def _check_capacities(sizes: Sequence[float]) -> None:
         raise ValueError(f"expected at least 3 increasing capacities, got {list(sizes)}")
 
 
-@dataclass(frozen=True, eq=False)
-class SweepResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class SweepResult(Shown):
     """A sweep over capacity.
 
     Attributes:

@@ -19,12 +19,13 @@ from torch import Tensor
 from torchfolio.checks import at_least, between, finite, whole
 from torchfolio.measure import cka_from_kernels
 from torchfolio.measure.similarity import centred_kernel
+from torchfolio.shown import Shown
 
 __all__ = ["ClusterTask", "aligned_kernel", "kernel_to_inputs", "random_clusters", "separable_xor"]
 
 
-@dataclass(frozen=True)
-class ClusterTask:
+@dataclass(frozen=True, repr=False)
+class ClusterTask(Shown):
     """Clusters around means, each with labels.
 
     Attributes:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.checks import at_least, between, finite, positive
+from torchfolio.shown import Shown
 
 __all__ = ["Decomposition", "Path", "Projection", "gradient_descent_path"]
 
@@ -80,7 +81,7 @@ class Projection(NamedTuple):
     modes: Tensor
 
 
-class Decomposition:
+class Decomposition(Shown):
     """Least-squares problem taken apart once, for any number of `path`s.
 
     Args:
@@ -161,8 +162,8 @@ def _step_tensor(steps: float | Sequence[float], device: torch.device) -> Tensor
     return torch.tensor(listed, dtype=torch.float64, device=device)
 
 
-@dataclass(frozen=True, eq=False)
-class Path:
+@dataclass(frozen=True, eq=False, repr=False)
+class Path(Shown):
     """Gradient descent at some numbers of steps.
 
     Attributes:

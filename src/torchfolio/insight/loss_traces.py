@@ -19,6 +19,7 @@ from torchfolio.checks import positive, whole
 from torchfolio.data import Examples
 from torchfolio.engine.modes import evaluating
 from torchfolio.measure import hessian_eigenvalues, untouched
+from torchfolio.shown import Shown
 
 __all__ = ["LossRecorder", "Trace", "trace"]
 
@@ -29,7 +30,7 @@ def _each(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target, reduction="none")
 
 
-class LossRecorder:
+class LossRecorder(Shown):
     """Keeps the loss of every example at every step; a callback of `fit`, or called by one's own loop.
 
     The network is asked in evaluation mode, so that dropout and batch statistics do not couple examples.
@@ -94,8 +95,8 @@ class LossRecorder:
         return np.stack(self.rows) if self.rows else np.zeros((0, 0), dtype=np.float32)
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Shown):
     """A training by full batches.
 
     Attributes:

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from torchfolio.checks import at_least, between, finite, positive, whole
+from torchfolio.shown import Shown
 
 __all__ = ["ModelPath", "OpposingSignalModel"]
 
 State = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class ModelPath:
+@dataclass(frozen=True, repr=False)
+class ModelPath(Shown):
     """Gradient descent on the model, step by step, from the start on.
 
     Attributes:

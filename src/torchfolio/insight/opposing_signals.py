@@ -28,6 +28,7 @@ from torchfolio.insight.loss_traces import LossRecorder, Trace, trace
 from torchfolio.insight.opposing_model import ModelPath, OpposingSignalModel
 from torchfolio.insight.sign_split_sgd import SignSplitSGD
 from torchfolio.measure import Hessian, hessian_eigenvalues, loss_gradients, untouched
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,8 +47,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class OpposingGroups:
+@dataclass(frozen=True, repr=False)
+class OpposingGroups(Shown):
     """Two groups of examples behind one step.
 
     Attributes:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchfolio.checks import one_of, positive, whole
 from torchfolio.insight.cluster_tasks import ClusterTask
+from torchfolio.shown import Shown
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,8 +33,8 @@ __all__ = [
 Readout = Literal["balanced", "uniform", "sphere"]
 
 
-@dataclass(frozen=True)
-class Activation:
+@dataclass(frozen=True, repr=False)
+class Activation(Shown):
     """A function and the derivative that learning uses, which need not be its own.
 
     Attributes:

@@ -23,6 +23,7 @@ from torchfolio.engine import StepRecorder
 from torchfolio.json_text import to_json
 from torchfolio.measure import hessian_eigenvalues
 from torchfolio.models.device import device_of
+from torchfolio.shown import Shown
 
 __all__ = ["TrainingRecord", "TrainingRecorder", "losses_of", "mean_loss", "sharpness_of", "step_limits"]
 
@@ -103,8 +104,8 @@ def step_limits(lr: float, momentum: float = 0.0, nesterov: bool = False) -> tup
     return plain, plain * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
+@dataclass(frozen=True, repr=False)
+class TrainingRecord(Shown):
     """What was recorded.
 
     Attributes:
@@ -174,7 +175,7 @@ def _real(value: Any) -> float:
     return float(value)
 
 
-class TrainingRecorder:
+class TrainingRecorder(Shown):
     """Follows some training examples while a network trains; for `fit(callbacks=...)`.
 
     At about a hundred steps the losses of the examples are taken, at eight of them the sharpness. For the losses the network

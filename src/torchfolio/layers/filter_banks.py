@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from torchfolio.checks import at_least, finite, one_of, whole
 from torchfolio.layers.patches import Whitening
+from torchfolio.shown import Shown
 
 __all__ = ["Bank", "PatchNormConv2d", "dct_bank", "gabor_bank", "random_bank", "wavelet_bank"]
 
@@ -51,8 +52,8 @@ class PatchNormConv2d(nn.Conv2d):
         return response if self.bias is None else response + self.bias[:, None, None]
 
 
-@dataclass(frozen=True)
-class Bank:
+@dataclass(frozen=True, repr=False)
+class Bank(Shown):
     """Filters `[K, C, k, k]`, and the preprocessing of patches that they expect.
 
     Attributes:

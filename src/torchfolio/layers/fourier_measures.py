@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.checks import finite, positive, whole
+from torchfolio.shown import Shown
 
 __all__ = ["FourierMeasure"]
 
@@ -22,7 +23,7 @@ TAU = 2 * math.pi
 GRID = 4096  # points of the Fourier series' period
 
 
-class FourierMeasure(ABC):
+class FourierMeasure(Shown, ABC):
     """A real function as the mean of waves, $f(z) = \\mathrm{Re}\\,\\mathbb{E}_\\xi[c(\\xi) e^{2\\pi i \\xi z}]$.
 
     Frequencies $\\xi \\ge 0$ are enough: for a real function the wave at $-\\xi$ with the same Gaussian vector is the

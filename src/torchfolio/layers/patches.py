@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from torchfolio.checks import at_least, images, whole
+from torchfolio.shown import Shown
 
 __all__ = ["Whitening", "draw_patches", "normalize_patches"]
 
 BLANK = 0.01  # share of the median variance below which a patch is taken as constant
 
 
-@dataclass(frozen=True)
-class Whitening:
+@dataclass(frozen=True, repr=False)
+class Whitening(Shown):
     """What patches go through: contrast normalisation, then $Z(x - \\mu)$.
 
     Attributes:

@@ -32,6 +32,7 @@ from torch import nn
 from torchfolio.layers.running_norm import PowerNorm
 from torchfolio.layers.token_norms import PowerNormV, SequenceBatchNorm, TokenNorm, masks, padding
 from torchfolio.models import replace_layers
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,7 +147,7 @@ def fold(norm: PowerNorm | PowerNormV, linear: nn.Linear) -> nn.Linear:
     return folded
 
 
-class NormMonitor:
+class NormMonitor(Shown):
     """Records, step by step, how PowerNorms behave while they train.
 
     Columns of `to_frame()`: `layer`, `step`, `deviation` (mean of $|\\psi_B^2 - \\phi| / \\phi$), `gamma` (mean

@@ -14,11 +14,12 @@ from torchfolio.local.graph_training import label_loss
 from torchfolio.local.layerwise import Messages, Reading, outputs_by_layer
 from torchfolio.local.node_estimator import NodeEstimator
 from torchfolio.local.node_graph import NodeGraph, augment_with_virtual_nodes
+from torchfolio.shown import Shown
 
 __all__ = ["LabelsAppended", "LabelsAsEdges"]
 
 
-class LabelsAppended:
+class LabelsAppended(Shown):
     """A graph with the right labels and some with wrong ones; one for each candidate class when answering."""
 
     shared_inputs = False

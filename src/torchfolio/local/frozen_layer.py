@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from torchfolio.local.graph_convs import _LinearConv
 from torchfolio.local.sparse_matrix import Columns, LowRank, SparseMatrix
+from torchfolio.shown import Shown
 
 __all__ = ["Aggregated", "FrozenLayer", "adjacency_of", "aggregate_once", "tensors_of"]
 
@@ -51,7 +52,7 @@ def aggregate_once(conv: nn.Module, x: Tensor, adjacency: SparseMatrix | None, d
     return Aggregated(spread, x.shape[1])
 
 
-class FrozenLayer:
+class FrozenLayer(Shown):
     """A layer with its activation on inputs that stay the same: `relu(conv(x, edge_index))`, all rows or some.
 
     Args:

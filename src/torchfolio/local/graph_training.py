@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchfolio.local.frozen_layer import FrozenLayer, adjacency_of, aggregate_once, tensors_of
 from torchfolio.local.graph_layers import normalize_rows
 from torchfolio.measure import saved_bytes
+from torchfolio.shown import Shown
 
 __all__ = ["LayerStep", "Sweeps", "adam", "label_loss", "train_locally"]
 
@@ -27,7 +28,7 @@ def label_loss(goodness: Tensor, right: bool) -> Tensor:
     return F.softplus(-goodness if right else goodness).mean()
 
 
-class LayerStep:
+class LayerStep(Shown):
     """One step of training of one layer; the first also measures what autograd holds.
 
     Args:
@@ -122,7 +123,7 @@ def train_locally(
     return history, best if weights is not None else math.nan
 
 
-class Sweeps:
+class Sweeps(Shown):
     """Layers that train side by side: each reads the states of its neighbours, frozen, and writes its own.
 
     Args:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchfolio.engine import blocks as split_blocks
 from torchfolio.engine import layers as split_layers
+from torchfolio.shown import Shown
 
 Shape = tuple[int, ...]
 
@@ -28,8 +29,8 @@ def like(model: nn.Module) -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-@dataclass(frozen=True)
-class Network:
+@dataclass(frozen=True, repr=False)
+class Network(Shown):
     """A network in sequential layers, with the shapes that flow between them.
 
     Attributes:

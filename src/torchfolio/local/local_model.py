@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchfolio.engine import LearningRule, default_loss
 from torchfolio.local.layered_network import Network, Shape, check_disjoint, like, partition, trace_shapes, width
 from torchfolio.models.pools import GlobalPool, MeanPool2d
+from torchfolio.shown import Shown
 
 __all__ = [
     "ClassifierHead", "GlobalPool", "LocalHead", "LocalModel", "LocalRule", "LocalStep", "Loss", "MeanPool2d", "Network", "Shape",
@@ -72,8 +73,8 @@ class ClassifierHead(LocalHead):
         return self.criterion(self.net(features), y)
 
 
-@dataclass(frozen=True)
-class LocalStep:
+@dataclass(frozen=True, repr=False)
+class LocalStep(Shown):
     """What one local step computed: the loss of every block, first to last, and the network's output."""
 
     losses: tuple[Tensor, ...]

@@ -16,11 +16,12 @@ from torchfolio.local.graph_training import Sweeps
 from torchfolio.local.layerwise import Messages, Reading, outputs_by_layer
 from torchfolio.local.node_estimator import NodeEstimator
 from torchfolio.local.node_graph import NodeGraph, augment_with_virtual_nodes
+from torchfolio.shown import Shown
 
 __all__ = ["SingleForward", "TopDownInput", "TopDownLoss"]
 
 
-class SingleForward:
+class SingleForward(Shown):
     """One pass a layer: nodes against virtual nodes."""
 
     def __init__(self, owner: NodeEstimator, graph: NodeGraph) -> None:

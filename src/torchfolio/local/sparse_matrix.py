@@ -10,10 +10,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from torchfolio.shown import Shown
+
 __all__ = ["Columns", "LowRank", "SparseMatrix"]
 
 
-class SparseMatrix:
+class SparseMatrix(Shown):
     """A constant sparse matrix that multiplies dense ones differentiably.
 
     Args:
@@ -69,7 +71,7 @@ class _SparseProduct(torch.autograd.Function):
         return None, None, (ctx.transposed @ grad.to(ctx.transposed.dtype).contiguous()).to(grad.dtype)
 
 
-class LowRank:
+class LowRank(Shown):
     """The sum of a sparse matrix and a product of two thin ones: `sparse + left @ right`."""
 
     def __init__(self, sparse: SparseMatrix, left: Tensor, right: Tensor) -> None:
@@ -82,7 +84,7 @@ class LowRank:
         return self.sparse @ weight + self.left @ (self.right @ weight)
 
 
-class Columns:
+class Columns(Shown):
     """Matrices side by side, each with the rows of the weight that it meets."""
 
     def __init__(self, pieces: Sequence[tuple[Any, Tensor]]) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Analysis", "Panel"]
 
 
-@dataclass(frozen=True)
-class Panel:
+@dataclass(frozen=True, repr=False)
+class Panel(Shown):
     """One answer about a network, ready to be shown.
 
     Attributes:

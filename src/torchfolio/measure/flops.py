@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from torchfolio.measure.untouched import untouched
+from torchfolio.shown import Shown
 
 HEAVY = (
     "mm", "mv", "linear", "conv", "rnn", "lstm", "gru", "attention", "transformer", "mkldnn", "cudnn", "quantized", "cdist",
@@ -26,7 +27,7 @@ LIGHT = ("linalg_vector_norm", "linalg_cross", "linalg_diagonal", "linalg_vecdot
 """Names that sound so and are not."""
 
 
-class FlopCounter(FlopCounterMode):
+class FlopCounter(Shown, FlopCounterMode):
     """Torch's counter with more formulas; it remembers operators that by their names multiply matrices and have none.
 
     While it counts, layers run operator by operator: the fused kernels of attention, transformer layers and recurrent

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 from torchfolio.measure.batches import Data, batches
 from torchfolio.models.stateful import fresh
+from torchfolio.shown import Shown
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -120,8 +121,8 @@ def _device(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Shown):
     """How far two gradients agree.
 
     Attributes:

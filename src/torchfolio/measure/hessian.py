@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchfolio.measure.batches import Data, batches
 from torchfolio.models.stateful import fresh
+from torchfolio.shown import Shown
 
 Product = Callable[[Tensor], Tensor]
 
@@ -107,7 +108,7 @@ def _products(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Produ
     return product
 
 
-class Hessian:
+class Hessian(Shown):
     """The Hessian of a network's mean loss over a data set, as a linear operator.
 
     $$H = \\frac{1}{N} \\sum_{i=1}^N \\nabla_\\theta^2\\, \\ell(f_\\theta(x_i), y_i), \\qquad

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.measure.hessian import Product
+from torchfolio.shown import Shown
 
 Which = Literal["largest", "smallest", "magnitude", "both"]
 
@@ -21,8 +22,8 @@ _NOISE = 0.3
 _WARM_PRODUCTS = 6
 
 
-@dataclass(frozen=True)
-class Eigen:
+@dataclass(frozen=True, repr=False)
+class Eigen(Shown):
     """Eigenvalues and eigenvectors of a symmetric matrix.
 
     Attributes:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchfolio.shown import Shown
+
 _ROWS = 65_536  # rows turned into float64 at a time
 
 
-class StreamingMoments:
+class StreamingMoments(Shown):
     """Mean and covariance of rows that arrive in batches, in float64, in one pass.
 
     With the count $n$, the mean $\\mu$ and the scatter $S = \\sum_i (x_i - \\mu)(x_i - \\mu)^\\top$ of two

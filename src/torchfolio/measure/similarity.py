@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 _ROUNDING = 32  # what is left of constant features after centring, in units of the rounding error
 
@@ -183,7 +184,7 @@ def rsa(x: Tensor, y: Tensor) -> Tensor:
         return (p / p.norm() * (q / q.norm())).sum()
 
 
-class StreamingCKA:
+class StreamingCKA(Shown):
     """Linear CKA over more examples than fit in one kernel, from the unbiased HSIC of every batch.
 
     The three averages of HSIC over batches converge to those of all examples, where the average of the

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchfolio.models.device import device_of
 from torchfolio.models.stateful import reset_state
+from torchfolio.shown import Shown
 
 Flatten = Literal[False, "all", "pool"]
 
@@ -48,7 +49,7 @@ class _Listener:
         return _Listener, ()
 
 
-class Features:
+class Features(Shown):
     """Outputs of named modules, filled at every forward pass of the model.
 
     Index it by name. `close` (or leaving the `with` block) removes the hooks.

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torchfolio.data import Examples
 from torchfolio.measure import outputs
 from torchfolio.robustness.certifier_base import Certifier
+from torchfolio.shown import Shown
 
 __all__ = ["AbstainingClassifier", "Decision"]
 
 
-@dataclass(frozen=True)
-class Decision:
+@dataclass(frozen=True, repr=False)
+class Decision(Shown):
     """Answers of a system with a fallback.
 
     Attributes:
@@ -28,7 +29,7 @@ class Decision:
     abstained: Tensor
 
 
-class AbstainingClassifier:
+class AbstainingClassifier(Shown):
     """A classifier that answers where its prediction is certified, and asks a fallback elsewhere.
 
     Args:

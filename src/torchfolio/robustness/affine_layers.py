@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from torchfolio.robustness.patch_bounds import Window, average_kernel
+from torchfolio.shown import Shown
 
 __all__ = ["Affine", "ElementwiseAffine", "Residual", "matrix_of"]
 
@@ -50,7 +51,7 @@ class Residual(nn.Module):
         return body + shortcut
 
 
-class Affine:
+class Affine(Shown):
     """A layer $x \\mapsto L x + c$, forward, with the absolute values of $L$, and backward."""
 
     def __init__(self, layer: nn.Module) -> None:

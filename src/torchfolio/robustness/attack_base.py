@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.measure import untouched
+from torchfolio.shown import Shown
 
 __all__ = [
     "LOSSES",
@@ -39,8 +40,8 @@ Clip = tuple[float, float] | None
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Attack:
+@dataclass(frozen=True, repr=False)
+class Attack(Shown):
     """Result of an attack.
 
     Attributes:

@@ -32,6 +32,7 @@ from torchfolio.data import Examples
 from torchfolio.measure import outputs
 from torchfolio.robustness.attacks import Attack
 from torchfolio.robustness.traced_copies import TracedCopy, Tracer, separate
+from torchfolio.shown import Shown
 
 __all__ = [
     "TraceResult",
@@ -47,8 +48,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class TraceResult:
+@dataclass(frozen=True, repr=False)
+class TraceResult(Shown):
     """Which copies adversarial examples were computed on.
 
     Attributes:
@@ -214,8 +215,8 @@ def _given(name: str, value: Tensor | int, count: int, num_classes: int) -> Tens
     return checks.labels(classes, num_classes, name=name).long()
 
 
-@dataclass(frozen=True)
-class Utility:
+@dataclass(frozen=True, repr=False)
+class Utility(Shown):
     """What copies are worth: accuracy of the classifier and of every copy, `[N]`, from 0 to 1."""
 
     classifier: float
@@ -253,8 +254,8 @@ class AttackFunction(Protocol):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, /) -> Attack: ...
 
 
-@dataclass(frozen=True)
-class Trial:
+@dataclass(frozen=True, repr=False)
+class Trial(Shown):
     """Attacks on several copies, and what became of them.
 
     Attributes:

@@ -17,6 +17,7 @@ from torchfolio.robustness.counterexample_pairs import HiddenModel
 from torchfolio.robustness.onnx_file import read_onnx, write_onnx
 from torchfolio.robustness.properties import Box, Property, classification
 from torchfolio.robustness.vnnlib import read_vnnlib, write_vnnlib
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     pass
@@ -68,8 +69,8 @@ def export(hidden: HiddenModel, folder: str | Path, timeout: int = 100) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Instance:
+@dataclass(frozen=True, repr=False)
+class Instance(Shown):
     """One question to a verifier.
 
     Attributes:

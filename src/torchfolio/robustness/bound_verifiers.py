@@ -15,11 +15,12 @@ from torchfolio.robustness.bounds import crown
 from torchfolio.robustness.interval_bounds import Bounds, Range, ibp
 from torchfolio.robustness.layer_list import Layers
 from torchfolio.robustness.properties import Box, Property, Verdict, classification
+from torchfolio.shown import Shown
 
 __all__ = ["Crown", "Interval", "check_outputs", "exact_copy", "searched"]
 
 
-class Interval:
+class Interval(Shown):
     """A verifier by interval bounds of the whole box: sound, never falsifies by more than trying the centre.
 
     Args:

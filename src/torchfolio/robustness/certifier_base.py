@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 __all__ = ["Certificate", "Certifier", "classes_of"]
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Shown):
     """What a certifier says of inputs.
 
     Attributes:
@@ -43,7 +44,7 @@ class Certificate:
         return float((self.prediction == y.to(self.prediction.device)).double().mean())
 
 
-class Certifier(ABC):
+class Certifier(Shown, ABC):
     """What all certifiers share: `certify` takes inputs in batches; subclasses say in `_certify` what of one batch."""
 
     name = ""

@@ -13,6 +13,7 @@ from torchfolio import checks
 from torchfolio.measure import untouched
 from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.properties import Box
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     pass
@@ -26,8 +27,8 @@ SWEEP: Sweep = ((0.25, 0), (0.25, 100), (0.02, 100), (0.02, 250), (0.02, 500), (
 LEAST_MARGIN = 1e-3  # of an exported counterexample, so that other arithmetic misclassifies it too
 
 
-@dataclass(frozen=True)
-class Pairs:
+@dataclass(frozen=True, repr=False)
+class Pairs(Shown):
     """Centres, some of them with a counterexample.
 
     Attributes:
@@ -74,8 +75,8 @@ class Pairs:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HiddenModel:
+@dataclass(frozen=True, repr=False)
+class HiddenModel(Shown):
     """A network with hidden counterexamples.
 
     Attributes:

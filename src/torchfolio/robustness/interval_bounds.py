@@ -12,14 +12,15 @@ from torchfolio.robustness.affine_layers import Affine
 from torchfolio.robustness.layer_list import Layers, Mark
 from torchfolio.robustness.pooling_bounds import MaxPool
 from torchfolio.robustness.properties import Box, Property
+from torchfolio.shown import Shown
 
 __all__ = ["Bounds", "Range", "ibp", "interval_past", "interval_through", "intervals"]
 
 Range = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Bounds:
+@dataclass(frozen=True, repr=False)
+class Bounds(Shown):
     """Bounds on $C f(x) - t$ over boxes.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchfolio import checks
 from torchfolio.data import Examples
+from torchfolio.shown import Shown
 
 __all__ = [
     "BallConflict",
@@ -42,7 +43,7 @@ def bars(x: Tensor, rows: int = 3) -> Tensor:
     return stamped
 
 
-class PoisonRule(ABC):
+class PoisonRule(Shown, ABC):
     """What is made of the samples that an attacker may change; subclasses give inputs and labels in `__call__`."""
 
     @abstractmethod
@@ -145,8 +146,8 @@ def stamped_by(trigger: ImageMap, x: Tensor) -> Tensor:
     return stamped
 
 
-@dataclass(frozen=True)
-class Poisoned:
+@dataclass(frozen=True, repr=False)
+class Poisoned(Shown):
     """A training set with poison in it.
 
     Attributes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchfolio.models.resnet import BasicBlock, Subsample
 from torchfolio.robustness.affine_layers import Affine, ElementwiseAffine, Residual
 from torchfolio.robustness.pooling_bounds import MaxPool
+from torchfolio.shown import Shown
 
 __all__ = ["AFFINE", "KNOWN", "Layers", "Mark", "Part", "flat_layers", "is_exactly", "joins", "mixes"]
 
@@ -36,7 +37,7 @@ class Mark:
     fork: int
 
 
-class Layers:
+class Layers(Shown):
     """A network as a list of affine maps and activations, with the shape of one input of each.
 
     Args:

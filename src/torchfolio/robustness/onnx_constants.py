@@ -10,6 +10,7 @@ import numpy as np
 
 from torchfolio.errors import TorchfolioError
 from torchfolio.robustness.vnnlib import FormatError
+from torchfolio.shown import Shown
 
 __all__ = ["ATTRIBUTES", "LARGEST", "Constants", "first_line", "onnx_package"]
 
@@ -50,7 +51,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-class Constants:
+class Constants(Shown):
     """Constants by name, and what operators make of them.
 
     Args:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.shown import Shown
+
 __all__ = ["Window", "average_kernel", "pair", "windows"]
 
 
-@dataclass(frozen=True)
-class Window:
+@dataclass(frozen=True, repr=False)
+class Window(Shown):
     """Coefficients of units on windows of a layer.
 
     Attributes:

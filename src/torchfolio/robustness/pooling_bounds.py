@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.shown import Shown
+
 __all__ = ["MaxPool", "looks_past"]
 
 
-class MaxPool:
+class MaxPool(Shown):
     """A max pool $y = \\max_{i \\in W} x_i$ over windows, between two linear functions of its inputs in $[l, u]$.
 
     Below lies the input of the largest lower bound, $x_k$ with $k = \\operatorname{argmax}_i l_i$. Above lies the same input

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 __all__ = ["Box", "Property", "Status", "Verdict", "Verifier", "classification"]
 
@@ -17,8 +18,8 @@ Status = Literal["verified", "falsified", "unknown"]
 """What a verifier answers."""
 
 
-@dataclass(frozen=True)
-class Box:
+@dataclass(frozen=True, repr=False)
+class Box(Shown):
     """Boxes of inputs, $\\{x : \\text{lower} \\le x \\le \\text{upper}\\}$.
 
     Attributes:
@@ -77,8 +78,8 @@ class Box:
         return Box(torch.cat([b.lower for b in boxes]), torch.cat([b.upper for b in boxes]))
 
 
-@dataclass(frozen=True)
-class Property:
+@dataclass(frozen=True, repr=False)
+class Property(Shown):
     """A linear property of outputs, told by what would violate it.
 
     It is violated by outputs $z$ with $C_r z \\le t_r$ for *all* rows $r$ of *some* group. One row per group is
@@ -145,8 +146,8 @@ def classification(label: int, classes: int, dtype: torch.dtype = torch.float64)
     return Property.rows(C)
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Shown):
     """What a verifier says.
 
     Attributes:

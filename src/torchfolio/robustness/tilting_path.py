@@ -17,6 +17,7 @@ from torch import Tensor
 from torchfolio.checks import at_least, same_length, whole
 from torchfolio.robustness.linear_weights import weights
 from torchfolio.robustness.tilting_geometry import Array, TwoClasses, angle_between, flat, unit, upper_of
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RidgePath", "pareto", "plot_path", "regularisation_path", "taxonomy"]
 
 
-class RidgePath:
+class RidgePath(Shown):
     """All ridge classifiers of two classes, for any strengths of regularisation, from one eigendecomposition.
 
     With the covariance within classes $\\Sigma = U \\operatorname{diag}(\\lambda) U^\\top$ and z in its axes,

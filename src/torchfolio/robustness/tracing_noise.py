@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchfolio.shown import Shown
+
 __all__ = ["KeyedNoise", "Noise", "RandomNoise"]
 
 
-class Noise(ABC):
+class Noise(Shown, ABC):
     """Small additive noise, and what a tracer should answer to it.
 
     Args:

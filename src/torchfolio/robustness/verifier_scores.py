@@ -18,6 +18,7 @@ from torchfolio.robustness.attack_base import attacked
 from torchfolio.robustness.attacks import pgd
 from torchfolio.robustness.benchmark_files import Benchmark, Instance
 from torchfolio.robustness.properties import Box, Property, Status, Verdict, Verifier, classification
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ def status_of(word: str) -> Status:
     return status
 
 
-class AttackOnly:
+class AttackOnly(Shown):
     """The straw man: says "verified" when PGD finds nothing. Unsound.
 
     Args:
@@ -76,7 +77,7 @@ class AttackOnly:
         return Verdict("falsified", witness, seconds) if bool(attack.success[0]) else Verdict("verified", None, seconds)
 
 
-class CommandVerifier:
+class CommandVerifier(Shown):
     """A verifier that is a program.
 
     Args:

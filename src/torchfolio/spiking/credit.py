@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from torchfolio.shown import Shown
+
 __all__ = ["Credit", "WeightLayer", "credit_of", "fan_in", "rows_of", "weight_layers"]
 
 WeightLayer = nn.Linear | nn.Conv2d
@@ -53,7 +55,7 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     return F.pad(x, layer._reversed_padding_repeated_twice, mode), 0
 
 
-class Credit:
+class Credit(Shown):
     """The backward pass of one layer. What is `None` stays as usual.
 
     Attributes:

@@ -10,11 +10,12 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 
 from torchfolio.checks import at_least, whole
+from torchfolio.shown import Shown
 
 __all__ = ["Convergence"]
 
 
-class Convergence:
+class Convergence(Shown):
     """Runs the loop of a solver and remembers what happened in it.
 
     Iterating gives 1, 2, ... and ends when every residual that the last `record` named is within its limit, or at

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchfolio.checks import between, finite, one_of, whole
 from torchfolio.engine import evaluating
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,8 +109,8 @@ def odd_energy_of(plus: Tensor, minus: Tensor) -> float:
     return float(((plus - minus) / 2).square().sum() / ((plus.square() + minus.square()) / 2).sum())
 
 
-@dataclass(frozen=True, eq=False)
-class Trajectory:
+@dataclass(frozen=True, eq=False, repr=False)
+class Trajectory(Shown):
     """What was seen of a network on XOR clusters during gradient descent.
 
     Attributes:

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from torchfolio.shown import Shown
 from torchfolio.theory.hopfield_limits import check_examples, check_settings, dataset_entropy
 
 __all__ = ["Columns", "Numbers", "columns_of", "one_each", "self_consistency", "solve", "starting_points"]
@@ -27,7 +28,7 @@ SAMPLED = 200_000  # columns drawn where there are more
 Numbers = float | Sequence[float] | None
 
 
-class Columns:
+class Columns(Shown):
     """Columns of K patterns as a site sees them, with their probabilities, after `V` came in place of the patterns.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from torchfolio.shown import Shown
 from torchfolio.theory.hopfield_equations import Numbers, columns_of, solve, starting_points
 from torchfolio.theory.hopfield_limits import check_settings, critical_dilution
 
@@ -53,8 +54,8 @@ def regime(amplitudes: Tensor | Sequence[float], d: float, N: float = math.inf) 
     return "hierarchical" if hierarchical else "bunched"
 
 
-@dataclass(frozen=True)
-class PhaseDiagram:
+@dataclass(frozen=True, repr=False)
+class PhaseDiagram(Shown):
     """Equilibrium over a grid of dilution and noise.
 
     Attributes:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchfolio.shown import Shown
 from torchfolio.theory.dual_activations import Activation, dual_activation
 from torchfolio.theory.dual_base import DualActivation
 
@@ -19,7 +20,7 @@ TILE = 1 << 16  # covariances followed at a time: half a megabyte of each interm
 Number = float | Tensor
 
 
-class Dense:
+class Dense(Shown):
     def __init__(self, x1: Tensor, x2: Tensor | None, normalized: bool, dtype: torch.dtype) -> None:
         self.x1, self.x2 = _inputs(x1, x2, 2, "[n, d]", dtype)
         self.symmetric = x2 is None
@@ -48,7 +49,7 @@ class Dense:
         return c
 
 
-class Conv:
+class Conv(Shown):
     def __init__(self, x1: Tensor, x2: Tensor | None, kernel_size: int, dtype: torch.dtype) -> None:
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"expected kernel_size to be odd and at least 1, got {kernel_size!r}")

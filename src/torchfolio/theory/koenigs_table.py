@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from torchfolio.shown import Shown
 from torchfolio.theory.dual_base import DualActivation
 
 __all__ = ["KoenigsTable"]
 
 
-class KoenigsTable:
+class KoenigsTable(Shown):
     """The Koenigs function of $1 - \\xi$ in [0, 2], by a cubic in every 256th of an octave.
 
     An entry is found by the leading bits of the number itself. Errors are below 1e-8, relative where values are above 1.

@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 
 __all__ = [
     "RandomFeatureRidge",
@@ -56,7 +57,7 @@ def random_features(d: int, m: int, generator: torch.Generator) -> tuple[Tensor,
     return V, torch.randn(m, generator=generator, dtype=torch.float64) / math.sqrt(2)
 
 
-class SpectralDescent:
+class SpectralDescent(Shown):
     """Gradient descent from 0 on $\\frac1{2n} \\lVert \\Phi u - y \\rVert^2 + \\frac\\xi2 \\lVert u \\rVert^2$, for every decay and time.
 
     With the eigenvalues $\\lambda$ and eigenvectors U of $\\Phi^\\top\\Phi/n$, the rate $\\eta = 1/(\\lambda_1 + \\xi)$ and

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from torchfolio import checks
+from torchfolio.shown import Shown
 from torchfolio.theory.heat_bath import by_gram, by_prefix, settled
 from torchfolio.theory.hopfield_mean_field import (
     FixedPoint,
@@ -91,8 +92,8 @@ BLOCK = 512  # spins that are updated together, in the order and with the result
 FEW = 16  # factors up to which running sums are faster than a matrix for each block
 
 
-@dataclass(frozen=True)
-class Relaxation:
+@dataclass(frozen=True, repr=False)
+class Relaxation(Shown):
     """What a relaxation went through.
 
     Attributes:

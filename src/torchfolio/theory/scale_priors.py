@@ -13,6 +13,7 @@ from torch.distributions import Distribution, InverseGamma, constraints
 
 from torchfolio import checks
 from torchfolio.engine import seeded
+from torchfolio.shown import Shown
 
 __all__ = ["Burr12", "InverseGamma", "NormalMixture", "StudentT", "draw"]
 
@@ -105,7 +106,7 @@ def draw(prior: Distribution, n: int, generator: torch.Generator | None = None) 
     return values
 
 
-class StudentT:
+class StudentT(Shown):
     """Student's t distribution of every point, with quantiles; the normal distribution at infinite degrees of freedom.
 
     Args:
@@ -140,7 +141,7 @@ class StudentT:
         return self.loc + self.scale * float(stats.norm.ppf(p) if math.isinf(self.df) else stats.t.ppf(p, self.df))
 
 
-class NormalMixture:
+class NormalMixture(Shown):
     """Mixture of normal distributions of one location and many variances.
 
     Args:

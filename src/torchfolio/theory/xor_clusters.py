@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.checks import at_least, between, one_of, whole
+from torchfolio.shown import Shown
 
 __all__ = ["XORClusters", "draw_seed", "normal_blocks", "xor_clusters"]
 
@@ -32,8 +33,8 @@ def normal_blocks(rows: int, columns: int, seed: int, dtype: torch.dtype) -> Ite
         yield torch.randn(rows, min(BLOCK, columns - start), generator=generator, dtype=dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class XORClusters:
+@dataclass(frozen=True, eq=False, repr=False)
+class XORClusters(Shown):
     """Points of four Gaussian clusters labelled like XOR; see `xor_clusters`.
 
     Attributes:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.checks import finite, positive, whole
+from torchfolio.shown import Shown
 from torchfolio.theory.grokking import Trajectory, alignment, alignment_of, grokking_time, odd_energy, odd_energy_of
 from torchfolio.theory.xor_clusters import BLOCK, XORClusters, draw_seed, normal_blocks, xor_clusters
 
@@ -122,7 +123,7 @@ class XORNetwork(nn.Module):
         return f"in_features={in_features}, width={width}, init_std={self.init_std:g}, activation={activation}"
 
 
-class DualGD:
+class DualGD(Shown):
     """Full-batch gradient descent on the logistic loss, exact, in the span of the training points.
 
     $W^{(t)} = W^{(0)} + C^\\top X$, so that hidden activations are $H = X W^{(0)\\top} + G C$ with the Gram matrix

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchfolio.checks import finite
+from torchfolio.shown import Shown
 
 __all__ = ["Context", "FastState", "Learned", "Trace", "targets"]
 
 
-@dataclass(frozen=True)
-class FastState:
+@dataclass(frozen=True, repr=False)
+class FastState(Shown):
     """What a network has learned within sequences, one row for each of them. New ones come out, none is changed.
 
     Attributes:

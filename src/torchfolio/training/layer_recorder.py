@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from torchfolio.models import take_features
+from torchfolio.shown import Shown
 
 __all__ = ["LAYERS", "Maps", "Recorder", "Select", "device_of", "examples_in", "layer_correspondence", "placed"]
 
@@ -52,7 +53,7 @@ def layer_correspondence(n_guide: int, n_target: int) -> list[tuple[int, int]]:
     return [(k, min(round(k * step), n_target - 1)) for k in range(n_guide)]
 
 
-class Recorder:
+class Recorder(Shown):
     """Records the layers of one network in running order, by name and call.
 
     Args:

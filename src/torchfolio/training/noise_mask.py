@@ -30,6 +30,7 @@ from torchfolio.engine.counting import Counting
 from torchfolio.engine.modes import undisturbed
 from torchfolio.engine.rules import Loss
 from torchfolio.measure import untouched
+from torchfolio.shown import Shown
 from torchfolio.training.mask_policy import BetaMaskPolicy, default_policy
 from torchfolio.training.mask_rendering import render_mask
 from torchfolio.training.snapshots import average_checkpoints
@@ -40,7 +41,7 @@ EPS = 1e-6  # samples stay this far from 0 and 1
 Objective = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
 
 
-class Reinforce:
+class Reinforce(Shown):
     """The score-function objective: minimised, the policy's masks lower the expected loss.
 
     $$\\frac1B \\sum_i \\ell_i + \\frac{s}{B} \\sum_i (\\ell_i - c)\\, \\frac1{g^2} \\sum_j \\log p_{ij},$$
@@ -62,7 +63,7 @@ class Reinforce:
         return losses.mean() + self.sign * (credit * log_p.mean(1)).mean()
 
 
-class LogSumExp:
+class LogSumExp(Shown):
     """The released code's objective, one product through which classifier and policy share a gradient:
 
     $$\\frac1B \\sum_i \\Bigl[\\log \\sum_j p_{ij}\\Bigr] \\cdot \\frac1B \\sum_i \\ell_i.$$

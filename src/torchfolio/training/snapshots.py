@@ -15,13 +15,14 @@ from torch import Tensor
 
 from torchfolio.checks import whole
 from torchfolio.engine import FitState
+from torchfolio.shown import Shown
 
 __all__ = ["Snapshots", "average_checkpoints"]
 
 State = Mapping[str, Tensor]
 
 
-class Snapshots:
+class Snapshots(Shown):
     """A callback of `torchfolio.engine.fit` that keeps the network's state of the last epochs, on the CPU.
 
     Args:

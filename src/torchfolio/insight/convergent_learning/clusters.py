@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from torchfolio.insight.convergent_learning.statistics import CorrelationBlocks
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Clusters:
+@dataclass(frozen=True, repr=False)
+class Clusters(Shown):
     """Clusters of the units of two layers.
 
     Attributes:

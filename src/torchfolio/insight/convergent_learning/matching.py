@@ -10,12 +10,14 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from torchfolio.shown import Shown
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Match:
+@dataclass(frozen=True, repr=False)
+class Match(Shown):
     """Pairs of units, in the order of the first network's.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchfolio.insight.convergent_learning.statistics import CorrelationBlocks
+from torchfolio.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +20,8 @@ ALPHAS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1)
 _CUTOFF = 1e-6  # of the largest eigenvalue, in the pseudo-inverse
 
 
-@dataclass(frozen=True)
-class SparsePrediction:
+@dataclass(frozen=True, repr=False)
+class SparsePrediction(Shown):
     """Predictions of every living unit of the second layer from those of the first, at several penalties.
 
     Attributes:

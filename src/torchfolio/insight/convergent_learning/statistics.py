@@ -12,12 +12,13 @@ from torchfolio.insight.activations import layer_name, unit_rows
 from torchfolio.measure import StreamingMoments, untouched
 from torchfolio.models import take_features
 from torchfolio.models.device import device_of
+from torchfolio.shown import Shown
 
 DEAD = 1e-6  # of the layer's largest deviation
 
 
-@dataclass(frozen=True)
-class CorrelationBlocks:
+@dataclass(frozen=True, repr=False)
+class CorrelationBlocks(Shown):
     """Correlations within and between two layers, float64 on the CPU.
 
     A unit that never varies has no correlations: its rows and columns are NaN, and matching, prediction and
@@ -76,7 +77,7 @@ class CorrelationBlocks:
         return CorrelationBlocks(self.within_b, self.within_a, self.between.T, mean, std, alive, self.count, halves)
 
 
-class PairStatistics:
+class PairStatistics(Shown):
     """Correlations of two layers from activations that arrive in batches.
 
     Sums run in float64 around running means, so nothing cancels however large the activations are. Even and odd

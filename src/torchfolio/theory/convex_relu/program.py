@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchfolio.checks import positive
+from torchfolio.shown import Shown
 from torchfolio.theory.convergence import Convergence
 
 __all__ = [
@@ -26,8 +27,8 @@ Loss = Literal["squared", "bce", "hinge"]
 """Losses that the program is convex for."""
 
 
-@dataclass(frozen=True)
-class Solution:
+@dataclass(frozen=True, repr=False)
+class Solution(Shown):
     """What a solver returns.
 
     Attributes:

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from torchfolio.shown import Shown
 from torchfolio.theory.convex_relu.program import Loss, data_loss
 
 __all__ = ["LinearSolver", "make_u_step"]
@@ -53,7 +54,7 @@ def make_u_step(
     return (Dense if name == "dense" else ConjugateGradient)(X, y, M, gram, rho)
 
 
-class Woodbury:
+class Woodbury(Shown):
     """Eliminates $u$: with $q = \\ell'(Fu)$, $u = B^{-1}(c - F^\\top q / \\rho)$ and $Fu = z - Kq / \\rho$.
 
     For the squared loss $q = \\rho (\\rho I + K)^{-1} (z - y)$; otherwise Newton's method finds the minimiser of the
@@ -116,7 +117,7 @@ def _slope(prediction: Tensor, y: Tensor) -> Tensor:
     return -2 * y * torch.sigmoid(-2 * y * prediction)
 
 
-class Dense:
+class Dense(Shown):
     """Factors $A = B + F^\\top F / \\rho$ of side $2dP$ once: the paper's own step, for reference and small $dP$."""
 
     def __init__(self, X: Tensor, y: Tensor, M: Tensor, gram: Tensor, rho: float) -> None:
@@ -134,7 +135,7 @@ class Dense:
         return u, u @ self.X.T
 
 
-class ConjugateGradient:
+class ConjugateGradient(Shown):
     """Solves $Au = c + F^\\top y / \\rho$ by conjugate gradients, preconditioned by $B$, from the last $u$."""
 
     def __init__(self, X: Tensor, y: Tensor, M: Tensor, gram: Tensor, rho: float) -> None:
@@ -171,7 +172,7 @@ class ConjugateGradient:
         return self.u, self.u @ self.X.T
 
 
-class BlockDescent:
+class BlockDescent(Shown):
     """Randomised block coordinate descent with Armijo's rule (Alg. 3.2), from the last $u$.
 
     A sweep visits all blocks, three at a time. Sweeps go on until the mean decrease of a visit falls below a limit
