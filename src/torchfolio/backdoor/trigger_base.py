@@ -76,5 +76,10 @@ def _fits(got: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def check_unit(name: str, value: Tensor) -> None:
+    """Refuse values outside [0, 1].
+
+    Raises:
+        ValueError: with the name and the smallest and largest value.
+    """
     if not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(f"expected {name} in [0, 1], got {float(value.min()):g} to {float(value.max()):g}")

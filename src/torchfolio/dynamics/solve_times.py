@@ -30,6 +30,11 @@ def _floats(name: str, values: Any) -> list[float]:
 
 
 def output_times(ts: Any) -> list[float]:
+    """Times as numbers.
+
+    Raises:
+        ValueError: unless there are at least two, strictly rising or falling.
+    """
     times = _floats("ts", ts)
     steps = [b - a for a, b in itertools.pairwise(times)]
     if not steps or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)) or not math.isfinite(sum(times)):

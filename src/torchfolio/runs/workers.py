@@ -43,6 +43,7 @@ def measure_in(pool: Executor, jobs: Sequence[Job], say: Say) -> None:
 
 
 def measure_on_ray(jobs: Sequence[Job], say: Say) -> None:
+    """Measure the seeds of all jobs on a Ray cluster, or on one started for them, and close it again."""
     ray = require("ray", "ray")
     own = not ray.is_initialized()
     if own:

@@ -21,6 +21,12 @@ Number = float | Tensor
 
 
 class Dense(Shown):
+    """Inputs `[n, d]` of a fully connected network, and their covariances.
+
+    Raises:
+        ValueError: on inputs of another shape, or, normalized, of another length than 1.
+    """
+
     def __init__(self, x1: Tensor, x2: Tensor | None, normalized: bool, dtype: torch.dtype) -> None:
         self.x1, self.x2 = _inputs(x1, x2, 2, "[n, d]", dtype)
         self.symmetric = x2 is None
@@ -50,6 +56,12 @@ class Dense(Shown):
 
 
 class Conv(Shown):
+    """Inputs `[n, channels, height, width]` of a convolutional network, and the covariances of their places.
+
+    Raises:
+        ValueError: on inputs of another shape, or an even kernel size.
+    """
+
     def __init__(self, x1: Tensor, x2: Tensor | None, kernel_size: int, dtype: torch.dtype) -> None:
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"expected kernel_size to be odd and at least 1, got {kernel_size!r}")
@@ -96,6 +108,7 @@ def kernel_matrix(
     normalized: bool,
     tangent: bool,
 ) -> Tensor:
+    """The kernel of a network's outputs between all inputs `[n1, n2]`: of the tangent, or of the Gaussian process."""
     dual = _Normalized(dual_activation(activation)) if normalized else dual_activation(activation)
     layers = _layers(checked_depth(depth), *variances)
     first, diagonal = _diagonals(net, dual, net.x1, layers, variances, tangent)
@@ -172,6 +185,11 @@ def _mirrored(blocks: Sequence[Tensor], rows: Sequence[slice]) -> Tensor:
 
 
 def checked_depth(depth: int) -> int:
+    """The depth.
+
+    Raises:
+        ValueError: unless it is a whole number of at least 1.
+    """
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ValueError(f"expected depth to be a whole number of at least 1, got {depth!r}")
     return depth
@@ -207,6 +225,7 @@ def _diagonals(
 def kernel_diagonal(
     net: Dense | Conv, activation: Activation, depth: int, variances: tuple[Number, Number, Number]
 ) -> Tensor:
+    """Variances of the outputs `[n]`, the diagonal of `kernel_matrix`."""
     layers = _layers(checked_depth(depth), *variances)
     return _diagonals(net, dual_activation(activation), net.x1, layers, variances)[1]
 
@@ -231,6 +250,11 @@ class _Normalized:
 
 
 def checked_variances(weight: Number, bias: Number, last: Number, normalized: bool) -> tuple[Number, Number, Number]:
+    """The variances of weights, biases and last weights.
+
+    Raises:
+        ValueError: if one is negative or not finite, or, normalized, other than 1, 0 and 1.
+    """
     for name, value in (("weight_var", weight), ("bias_var", bias), ("last_var", last)):
         number = float(value.detach() if isinstance(value, Tensor) else value)
         if not 0 <= number < float("inf"):

@@ -38,5 +38,6 @@ def nodes() -> tuple[Tensor, Tensor]:
 
 @cache
 def weighted_hermite(degree: int) -> Tensor:
+    """Normalised Hermite polynomials at the nodes, each node times its weight."""
     z, weight = nodes()
     return hermite_polynomials(z, degree) * weight[:, None]

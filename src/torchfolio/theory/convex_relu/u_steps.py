@@ -37,6 +37,7 @@ def make_u_step(
     rho: float,
     generator: torch.Generator | None,
 ) -> UStep:
+    """The step of ADMM that minimises the loss over the weights, by the named solver of its linear system."""
     if name not in get_args(LinearSolver):
         raise ValueError(f"expected linear_solver to be one of {', '.join(get_args(LinearSolver))}, got {name!r}")
     if name in ("dense", "cg") and loss != "squared":
