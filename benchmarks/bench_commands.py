@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from torchfolio.measure import alternate
@@ -66,8 +67,8 @@ def train(folder: Path, rounds: int) -> None:
 def jobs(folder: Path, rounds: int) -> None:
     command = ("-m", "torchfolio", "run", "opposing_signals", "--scale", "smoke", "--seeds", "4", "--out", str(folder))
     print("run an experiment's smallest scale with four seeds")
-    times = {f"jobs_{n}": lambda n=n: call(*command, "--jobs", str(n)) for n in (2, 1)}
-    print(alternate(**times, repeats=rounds))
+    ours, one = (partial(call, *command, "--jobs", str(n)) for n in (2, 1))
+    print(alternate(jobs_2=ours, jobs_1=one, repeats=rounds))
 
 
 PARTS = {"train": train, "jobs": jobs}

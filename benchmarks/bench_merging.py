@@ -94,12 +94,12 @@ def times(millions: int, rounds: int) -> None:
     torch.testing.assert_close(task_arithmetic(base, tasks), hand_task_arithmetic(base, tasks))
     torch.testing.assert_close(average(tasks), hand_average(tasks))
     print(f"\n{millions} M parameters, task arithmetic and mean in memory")
-    peers = {"hand": hand_task_arithmetic, "fusion_bench": fusion_bench_task_arithmetic}
-    calls = {name: cold(lambda f=f: f(base, tasks)) for name, f in peers.items()}
-    print(alternate(ours=cold(lambda: task_arithmetic(base, tasks)), **calls, repeats=rounds))
-    peers = {"hand": hand_average, "fusion_bench": fusion_bench_average}
-    calls = {name: cold(lambda f=f: f(tasks)) for name, f in peers.items()}
-    print(alternate(ours=cold(lambda: average(tasks)), **calls, repeats=rounds))
+    ours, hand, peer = (
+        cold(lambda f=f: f(base, tasks)) for f in (task_arithmetic, hand_task_arithmetic, fusion_bench_task_arithmetic)
+    )
+    print(alternate(ours=ours, hand=hand, fusion_bench=peer, repeats=rounds))
+    ours, hand, peer = (cold(lambda f=f: f(tasks)) for f in (average, hand_average, fusion_bench_average))
+    print(alternate(ours=ours, hand=hand, fusion_bench=peer, repeats=rounds))
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{k}.safetensors" for k in range(4)]
         for path, state in zip(paths, (base, *tasks), strict=True):

@@ -18,6 +18,7 @@ from torch import nn
 from torchfolio import data, engine
 from torchfolio.dynamics import odeint
 from torchfolio.report import demo
+from torchfolio.report.sheet import Bars, Squares
 from torchfolio.robustness.bounds import crown, ibp
 from torchfolio.robustness.properties import Box, Property
 from torchfolio.theory import NNGPKernel, StudentTProcessRegressor
@@ -32,7 +33,19 @@ def from_demo() -> dict[str, Figure | str]:
     engine.fit(net, digits.train, optimizer=demo.adam(), epochs=demo.EPOCHS, batch_size=64, seed=0)
     parts = {"memory": demo.less_memory, "smaller": demo.one_bit, "backdoor": demo.backdoor, "inside": demo.comparison,
              "draw": demo.drawing}  # fmt: skip
-    return {name: part(name, digits, net).pictures[0].figure for name, part in parts.items()}
+    return {name: _alone(part(name, digits, net).pictures[0].figure) for name, part in parts.items()}
+
+
+def _alone(picture: Figure | Bars | Squares | str) -> Figure | str:
+    """A picture that needs no style of a page around it."""
+    if not isinstance(picture, Bars):
+        assert not isinstance(picture, Squares)
+        return picture
+    figure, ax = plt.subplots(figsize=SIZE, layout="constrained")
+    ax.barh(list(picture.values), list(picture.values.values()))
+    ax.invert_yaxis()
+    ax.set(xlabel=picture.unit)
+    return figure
 
 
 def bounds() -> Figure:
