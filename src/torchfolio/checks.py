@@ -178,10 +178,15 @@ def network(model: T, name: str = "the network") -> T:
     Raises:
         ValueError: naming the first such tensor.
     """
+    from torch.nn.parameter import is_lazy
+
     given: Any = model
     parameters = dict(given.named_parameters())
     for key, tensor in [*parameters.items(), *given.named_buffers()]:
+        if is_lazy(tensor) or tensor.is_meta:
+            continue  # holds nothing yet
         values = tensor.detach()
+        values = values.to_local() if hasattr(values, "to_local") else values  # of a sharded network
         if not (values.is_floating_point() or values.is_complex()) or bool(values.sum().isfinite()):
             continue  # a sum is finite only if its terms are
         if bool(values.isnan().any()) or (key in parameters and not bool(values.isfinite().all())):

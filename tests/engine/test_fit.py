@@ -517,3 +517,11 @@ def test_a_rule_that_needs_no_targets_takes_inputs_alone(wrap):
     assert result.steps == 6
     with pytest.raises(ValueError, match="inputs and targets, got 1"):
         fit(nn.Linear(4, 4), x, device="cpu")
+
+
+def test_a_network_that_holds_nan_is_refused_by_the_name_of_the_tensor():
+    net = nn.Sequential(nn.Linear(X.shape[1], 3))
+    with torch.no_grad():
+        net[0].weight[1, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in 0\.weight"):
+        fit(net, (X, Y), device="cpu")

@@ -9,8 +9,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_iris
+from sklearn.datasets import load_breast_cancer, load_iris
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
@@ -571,3 +572,18 @@ def test_estimators_refuse_bad_settings(settings, message):
     if "loss" not in settings:
         with pytest.raises(ValueError, match="squared loss for regression"):
             ConvexReLURegressor(loss="hinge").fit(X, y)
+
+
+def test_cross_entropy_of_a_table_is_solved_where_long_steps_fail():
+    pytest.importorskip("cvxpy")
+    X, y = load_breast_cancer(return_X_y=True)
+    X, y = torch.as_tensor(StandardScaler().fit_transform(X)[:200]), torch.as_tensor(2.0 * y[:200] - 1)
+    D = activation_patterns(X, 20, generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = conic_program(X, y, D, beta=1e-2, loss="bce")
+    assert solution.convergence.converged
+    hidden, output = solution.hidden, solution.output
+    logits = torch.relu(X @ hidden.T) @ output
+    value = torch.nn.functional.softplus(-2 * y * logits).sum() + 1e-2 * (hidden.norm(dim=1) * output.abs()).sum()
+    assert solution.objective == pytest.approx(float(value), rel=1e-5)

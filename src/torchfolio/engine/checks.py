@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.checks import network
 from torchfolio.data.examples import Examples
 from torchfolio.engine.counting import IGNORED, Counting
 from torchfolio.engine.loader import Batches, Data, TensorBatches, tensors_of
@@ -213,13 +214,15 @@ def check_monitor(stopper: EarlyStopping | None, validated: bool) -> None:
 
 
 def check_kinds(model: Any, rule: Any) -> None:
-    """Refuse what is no network, and what is no learning rule but its name or its class.
+    """Refuse what is no network, or one that holds NaN, and what is no learning rule but its name or its class.
 
     Raises:
         TypeError: saying which.
+        ValueError: naming the tensor that holds NaN.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a network, an nn.Module, got {_kind(model)}")
+    network(model)
     if isinstance(rule, type) or not all(callable(getattr(rule, name, None)) for name in ("prepare", "step")):
         example = rule.__name__ if isinstance(rule, type) else "Backprop"
         raise TypeError(f"expected a learning rule such as {example}(), got {_kind(rule)}")
