@@ -89,6 +89,7 @@ def conic_program(
     }
     # The long steps that Clarabel takes by default may end at the border of an exponential cone: shorter ones do not.
     shorter: list[dict[str, Any]] = [{"max_step_fraction": fraction} for fraction in (0.9, 0.7)]
+    failed: Exception | None = None
     for own in [{}, *(shorter if solver == "CLARABEL" else [])]:
         failed = _solve(cp, problem, solver, {**options.get(solver, {}), **own})
         if failed is None and problem.status in (cp.OPTIMAL, cp.USER_LIMIT):
