@@ -1,4 +1,4 @@
-"""Writes what follows from the catalogue: the README's table of methods and the families' stubs for editors.
+"""Writes what follows from the catalogue and the records: the README's table of methods and the families' stubs for editors.
 
 The pre-commit hook runs it, nobody edits what it writes, and a test says where it is out of date.
 """
@@ -6,6 +6,7 @@ The pre-commit hook runs it, nobody edits what it writes, and a test says where 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -13,18 +14,28 @@ from torchfolio import catalog
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+OUTCOMES = ROOT / "docs/outcomes"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
 
 def table() -> str:
-    """The table, a row for each paper, by family."""
-    lines = ["| | method | family | what it does |", "| --- | --- | --- | --- |"]
+    """The table, a row for each paper, by family, with how many of its claims hold as recorded."""
+    lines = ["| method | family | what it does | claims |", "| --- | --- | --- | --- |"]
     for family in catalog.FAMILIES:
         for paper in (p for p in catalog.papers().values() if p.family == family):
             first = re.split(r"(?<=[.!?])\s", paper.summary)[0]
             link = f"[{paper.slug}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.slug
-            lines.append(f"| {'●' if paper.is_in else '○'} | {link} | {family} | {first} |".replace("\n", " "))
+            lines.append(f"| {link} | {family} | {first} | {held(paper.slug)} |".replace("\n", " "))
     return "\n".join(lines)
+
+
+def held(slug: str) -> str:
+    """How many of a paper's claims hold in its record, `"6 of 7"`; nothing where there is no record."""
+    record = OUTCOMES / f"{slug}.json"
+    if not record.is_file():
+        return ""
+    claims = json.loads(record.read_text(encoding="utf-8"))["claims"]
+    return f"{sum(claim['holds'] is True for claim in claims)} of {len(claims)}"
 
 
 def readme(text: str) -> str:

@@ -244,10 +244,13 @@ def outline_bundle(folder: str | Path, *, allow: Sequence[str] = ()) -> Outline 
     wanted = {name: (value.dtype, value.shape) for name, value in state.items() if name not in tied}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = {}
+            for name in file.keys():  # noqa: SIM118
+                value = file.get_tensor(name)  # mapped from the file: nothing of it is read
+                stored[name] = value.dtype, value.shape
     except SafetensorError as error:
         raise BundleError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from error
-    same = tied == manifest.tied and wanted == {name: (value.dtype, value.shape) for name, value in stored.items()}
+    same = tied == manifest.tied and wanted == stored
     return Outline(model, manifest, folder / WEIGHTS) if same else None
 
 

@@ -152,7 +152,7 @@ def read_parquet(path: Path, size: int | None = None) -> tuple[np.ndarray, np.nd
     Names are those that the file declares, or the labels themselves where they are text; there are none for numbers.
 
     Args:
-        path: of the file.
+        path: file.
         size: side that all images are resized to; needed where they differ.
 
     Raises:
@@ -239,6 +239,7 @@ def visible(folder: Path, suffixes: set[str]) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
+    """Whether a file is none of the data: hidden, or left behind by a system."""
     return name.startswith(".") or name in LEFT_BEHIND
 
 

@@ -89,15 +89,18 @@ def conic_program(
     }
     # The long steps that Clarabel takes by default may end at the border of an exponential cone: shorter ones do not.
     shorter: list[dict[str, Any]] = [{"max_step_fraction": fraction} for fraction in (0.9, 0.7)]
-    failed: Exception | None = None
+    failed = None
     for own in [{}, *(shorter if solver == "CLARABEL" else [])]:
-        failed = _solve(cp, problem, solver, {**options.get(solver, {}), **own})
-        if failed is None and problem.status in (cp.OPTIMAL, cp.USER_LIMIT):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Solution may be inaccurate")  # the status says it
+                problem.solve(solver=solver, **options.get(solver, {}), **own)
+        except cp.SolverError as error:
+            failed = error
+        if problem.status in (cp.OPTIMAL, cp.USER_LIMIT):
             break
-    if failed is not None:
-        raise RuntimeError(f"{solver} failed on the convex program: {failed}") from failed
     if variable.value is None:
-        raise RuntimeError(f"{solver} ended with the status {problem.status!r} and no solution")
+        raise RuntimeError(f"{solver} ended with the status {problem.status!r} and no solution") from failed
     progress = Convergence(solver, tol=0.0, max_iter=1)
     for _ in progress:
         # CVXPY gives no residuals: the status says whether they are within tolerance.
@@ -107,17 +110,6 @@ def conic_program(
     blocks[blocks.norm(dim=-1) <= 10 * tol] = 0  # an interior-point solver never gives exact zeros
     hidden, output = network_from_blocks(blocks[0], blocks[1], threshold=1e-6)
     return Solution(hidden, output, float(problem.value), progress, blocks)
-
-
-def _solve(cp: Any, problem: Any, solver: str, options: dict[str, Any]) -> Exception | None:
-    """Solve in place; the error where the solver fails. That it stopped short, the status says."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Solution may be inaccurate")
-        try:
-            problem.solve(solver=solver, **options)
-        except cp.SolverError as error:
-            return error
-    return None
 
 
 def _problem(
