@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,13 @@ from torchfolio.cli._network import normalized_splits, open_network, say, show_r
 from torchfolio.cli._options import MOST, MOST_SEED, Allow, AsJson, Data, Device, ImageSize, ModelSet, check_file
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchfolio.bundle import Manifest
+    from torchfolio.cli._inside import Shown
+    from torchfolio.report.sheet import Sheet
 
 Split = Annotated[str, typer.Option(help="train, val or test.")]
 
@@ -52,12 +59,9 @@ def inspect(
     Example: torchfolio inspect net/ other/ --data cifar10 -o report.html
     """
     from torchfolio.bundle import load_bundle
-    from torchfolio.cli import _comparison_cards, _cost_card, _information_card, _training_cards
-    from torchfolio.cli import _inside as inside
+    from torchfolio.cli._inside import Shown, top_layers
     from torchfolio.data import Examples
     from torchfolio.engine.devices import resolve_device
-    from torchfolio.report.learning import learning_card
-    from torchfolio.report.sheet import write_sheet
 
     if split not in ("train", "val", "test"):
         raise typer.BadParameter(f"expected train, val or test, got {split!r}", param_hint="--split")
@@ -74,61 +78,117 @@ def inspect(
     x, y = (t[:examples] for t in getattr(splits, split).tensors)
     place = resolve_device(device)
     net = source.model.to(place)
-    layers = list(layer) if layer else inside.top_layers(net, x[:2].to(place))
-    shown = inside.Shown(splits, Examples((x, y)), tuple(source.manifest.classes))
-    say(f"{name}: operations, parameters and memory")
-    cost = _cost_card.cost(net, x, place)
-    cards: list[Any] = [_cost_card.cost_card(name, cost)]
-    result: dict[str, Any] = {
-        "report": str(output), "layers": cost["table"].to_dict("records"), "saved_for_backward": cost["saved"],
-    }  # fmt: skip
+    layers = list(layer) if layer else top_layers(net, x[:2].to(place))
+    look = _Look(name, net, layers, Shown(splits, Examples((x, y)), tuple(source.manifest.classes)), seed)
+    look.cost(place)
     if bundle is not None:
-        say(f"{name}: its training")
-        training = _training_cards.Training(bundle, name, source.manifest, data, image_size)
-        training_cards, result["training"] = _training_cards.training_cards(training, net, shown)
-        cards += training_cards
-        card, result["size"] = _training_cards.size_card(training, net, shown)
-        cards.append(card)
-    say(f"{name}: losses of {len(x):,} examples")
-    card, result["losses"] = inside.losses_card(net, shown)
-    cards.append(card)
+        look.training(bundle, source.manifest, data, image_size)
+    look.losses()
     if second is not None and other is not None:
-        other_net = second.model.to(place)
-        cards.append(learning_card(other, str(other)))
-        say(f"{name} and {other}: matching units")
-        table, card = _comparison_cards.matched(net, other_net, layers, x, name, str(other), seed)
-        cards.append(card)
-        result["matching"] = table.reset_index(drop=True).to_dict("records")
-        say(f"{name} and {other}: similarity of layers")
-        card, result["similarity"] = _comparison_cards.similarity_card(net, other_net, layers, x, name, str(other))
-        cards.append(card)
-    models = [net] if second is None else [net, second.model.to(place)]
-    result["panels"] = {}
-    for slug, analysis in _analyses(panel, len(models)).items():
-        say(f"{name}: {slug}")
-        analysis.classes = shown.classes
-        chosen = models[: analysis.networks]
-        look = partial(analysis.look, *chosen, data=shown.examples, layers=layers, seed=seed)
-        card, result["panels"][slug] = inside.panel_card(slug, look)
-        cards.append(card)
-    result["information"] = []
-    if y.is_floating_point():
-        result["panels"]["information"] = {
-            "not_shown": "What layers tell about the label is not shown: it needs classes."
+        second.model.to(place)
+        look.beside(second.model, other)
+    look.panels(panel, [net] if second is None else [net, second.model])
+    look.information(bins)
+    look.write(output)
+    _show(look.record, as_json)
+
+
+class _Look:
+    """A look inside a network: cards of a report and what programs read of them, part by part.
+
+    Args:
+        name: name of the network.
+        net: network.
+        layers: layers that are looked at.
+        shown: examples that it is looked at on.
+        seed: seed of what is drawn.
+    """
+
+    def __init__(self, name: str, net: nn.Module, layers: list[str], shown: Shown, seed: int) -> None:
+        self.name, self.net, self.layers, self.shown, self.seed = name, net, layers, shown, seed
+        self.x, self.y = next(shown.examples.batches(None))
+        self.cards: list[Sheet | None] = []
+        self.record: dict[str, Any] = {}
+
+    def cost(self, place: Any) -> None:
+        """Operations, parameters and memory of every layer."""
+        from torchfolio.cli import _cost_card
+
+        say(f"{self.name}: operations, parameters and memory")
+        cost = _cost_card.cost(self.net, self.x, place)
+        self.cards.append(_cost_card.cost_card(self.name, cost))
+        self.record |= {"layers": cost["table"].to_dict("records"), "saved_for_backward": cost["saved"]}
+
+    def training(self, bundle: Path, manifest: Manifest, data: str, image_size: int | None) -> None:
+        """What the bundle keeps of the training, and how large the network is for it."""
+        from torchfolio.cli import _training_cards
+
+        say(f"{self.name}: its training")
+        training = _training_cards.Training(bundle, self.name, manifest, data, image_size)
+        cards, self.record["training"] = _training_cards.training_cards(training, self.net, self.shown)
+        card, self.record["size"] = _training_cards.size_card(training, self.net, self.shown)
+        self.cards += [*cards, card]
+
+    def losses(self) -> None:
+        """Losses of the examples."""
+        from torchfolio.cli._inside import losses_card
+
+        say(f"{self.name}: losses of {len(self.x):,} examples")
+        card, self.record["losses"] = losses_card(self.net, self.shown)
+        self.cards.append(card)
+
+    def beside(self, other: nn.Module, folder: Path) -> None:
+        """Units that match between this network and another, and how similar layers are."""
+        from torchfolio.cli import _comparison_cards
+        from torchfolio.report.learning import learning_card
+
+        name = str(folder)
+        say(f"{self.name} and {name}: matching units")
+        table, matching = _comparison_cards.matched(self.net, other, self.layers, self.x, self.name, name, self.seed)
+        say(f"{self.name} and {name}: similarity of layers")
+        similarity, record = _comparison_cards.similarity_card(self.net, other, self.layers, self.x, self.name, name)
+        self.cards += [learning_card(folder, name), matching, similarity]
+        self.record |= {"matching": table.reset_index(drop=True).to_dict("records"), "similarity": record}
+
+    def panels(self, chosen: Sequence[str] | None, models: Sequence[nn.Module]) -> None:
+        """Analyses that papers offer."""
+        from torchfolio.cli._inside import panel_card
+
+        self.record["panels"] = {}
+        for slug, analysis in _analyses(chosen, len(models)).items():
+            say(f"{self.name}: {slug}")
+            analysis.classes = self.shown.classes
+            some = models[: analysis.networks]
+            look = partial(analysis.look, *some, data=self.shown.examples, layers=self.layers, seed=self.seed)
+            card, self.record["panels"][slug] = panel_card(slug, look)
+            self.cards.append(card)
+
+    def information(self, bins: int) -> None:
+        """What layers tell about input and label."""
+        from torchfolio.cli import _information_card
+
+        if self.y.is_floating_point():
+            reason = "What layers tell about the label is not shown: it needs classes."
+            self.record["panels"]["information"], self.record["information"] = {"not_shown": reason}, []
+            return
+        say(f"{self.name}: information in {len(self.layers)} layers")
+        found = _information_card.information(self.net, self.layers, self.x, self.y, bins)
+        self.cards.append(_information_card.information_card(self.name, found, len(self.x), self.y))
+        self.record["information"] = found["table"].reset_index().to_dict("records")
+
+    def write(self, output: Path) -> None:
+        """Write the report, with what could not be told."""
+        from torchfolio.cli._inside import missing_card
+        from torchfolio.report.sheet import write_sheet
+
+        told = {
+            **self.record.get("training", {}),
+            "size": self.record.get("size", {}),
+            "losses": self.record["losses"],
+            **self.record["panels"],
         }
-    else:
-        say(f"{name}: information in {len(layers)} layers")
-        information = _information_card.information(net, layers, x, y, bins)
-        cards.append(_information_card.information_card(name, information, len(x), y))
-        result["information"] = information["table"].reset_index().to_dict("records")
-    told = {
-        **result.get("training", {}),
-        "size": result.get("size", {}),
-        "losses": result["losses"],
-        **result["panels"],
-    }
-    write_sheet(output, f"inside {name}", [*filter(None, cards), *inside.missing_card(told)])
-    _show(result, as_json)
+        write_sheet(output, f"inside {self.name}", [*filter(None, self.cards), *missing_card(told)])
+        self.record = {"report": str(output), **self.record}
 
 
 def _analyses(chosen: Sequence[str] | None, networks: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,16 +9,12 @@ import typer
 
 from torchfolio.cli._network import (
     augmentation,
-    call_with,
-    find_rule,
     fitting_splits,
     normalized_splits,
     parse_settings,
-    predictor_of,
     seen_so_far,
     show_result,
 )
-from torchfolio.cli._objectives import find_objective, named_networks, renormalized, settings_by_name
 from torchfolio.cli._options import (
     MOST,
     MOST_SEED,
@@ -39,6 +34,7 @@ from torchfolio.cli._options import (
     check_output,
     named,
 )
+from torchfolio.cli._rules import NamedRule
 from torchfolio.cli._training import (
     HISTORY,
     RECORD,
@@ -55,9 +51,8 @@ from torchfolio.fitting import importable, network_recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from torchfolio.bundle import Bundle, Manifest
+    from torchfolio.bundle import Manifest
     from torchfolio.data import DataSplits
-    from torchfolio.engine import Objective
 
 SCHEDULES = ("onecycle", "cosine", "constant")
 
@@ -133,22 +128,11 @@ def train(
 
     from torchfolio import engine
     from torchfolio.bundle import save_bundle
-    from torchfolio.engine.checkpoint import checkpoints as whole
-    from torchfolio.engine.lock import exclusive, user_of
+    from torchfolio.engine.lock import exclusive
 
-    # The checkpoints stand beside the bundle, which holds safe weights alone.
-    checkpoints = output.parent / f"{output.name}.training"
-    if (user := user_of(checkpoints)) is not None:
-        raise TorchfolioError(user)
-    check_output(output, force)
-    if whole(checkpoints) and not resume:
-        raise TorchfolioError(f"{checkpoints} holds an interrupted training; pass --resume to go on, or remove it")
-    if resume and not checkpoints.exists():
-        raise TorchfolioError(f"there is nothing to resume: {checkpoints} does not exist")
-    make_rule, settings = find_rule(rule), parse_settings(rule_set)
+    checkpoints = _checkpoints(output, force, resume)
     allowed = importable(allow or [])
-    added = _objectives(importable(add or []), add_set or [])
-    networks = [_named_bundles(make, own, allowed) for make, own in ((make_rule, settings), *added.values())]
+    named_rule = NamedRule.of(rule, rule_set or [], add or [], add_set or [], allowed)
     loggers = make_logger(log, output)
     make_optimizer = _optimizer(optimizer, lr, weight_decay)
     if schedule not in SCHEDULES:
@@ -161,11 +145,7 @@ def train(
     else:
         raise typer.BadParameter("expected either --model, for a new network, or --start, for a bundle to fine-tune")
     held_out = splits.val if val is None else validation_set(val, data, splits, manifest, image_size)
-    own = {**_statistics(make_rule, splits), **settings, **_ready(networks[0], manifest, allowed)}
-    host = learning_rule = call_with(make_rule, own, f"the rule {rule}")
-    for (name, (make, own)), bundles in zip(added.items(), networks[1:], strict=True):
-        own = {**_target(make, net), **own, **_ready(bundles, manifest, allowed)}
-        learning_rule = call_with(make, own, f"the objective {name}").on(learning_rule)
+    learning_rule, host = named_rule.make(net, manifest, splits)
     if not learning_rule.needs_targets:
         typer.echo(f"{rule} sees no labels: its features are not scored as a classifier's answers", err=True)
         held_out = None
@@ -192,8 +172,7 @@ def train(
         )
         scores = engine.evaluate(net, splits.test, rule=learning_rule) if learning_rule.needs_targets else {}
         facts = {
-            "data": data, "rule": rule, "rule_settings": settings,
-            "added": {name: own for name, (_, own) in added.items()},
+            "data": data, **named_rule.facts(),
             "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay,
             "schedule": schedule, "seed": seed, "image_size": image_size or manifest.training.get("image_size"),
             "split": splits.split_digest, "seen": seen_so_far(manifest, splits),
@@ -207,6 +186,26 @@ def train(
         save_bundle(net, output, replace(manifest, training=facts), notes=notes)
         shutil.rmtree(checkpoints, ignore_errors=True)
     show_result({"bundle": str(output), **scores}, as_json)
+
+
+def _checkpoints(output: Path, force: bool, resume: bool) -> Path:
+    """The folder of the checkpoints, which stand beside the bundle: that holds safe weights alone.
+
+    Raises:
+        TorchfolioError: if the bundle may not be written, another process trains it, or `resume` does not fit.
+    """
+    from torchfolio.engine.checkpoint import checkpoints as whole
+    from torchfolio.engine.lock import user_of
+
+    folder = output.parent / f"{output.name}.training"
+    if (user := user_of(folder)) is not None:
+        raise TorchfolioError(user)
+    check_output(output, force)
+    if whole(folder) and not resume:
+        raise TorchfolioError(f"{folder} holds an interrupted training; pass --resume to go on, or remove it")
+    if resume and not folder.exists():
+        raise TorchfolioError(f"there is nothing to resume: {folder} does not exist")
+    return folder
 
 
 def _new_network(
@@ -255,50 +254,6 @@ def _started(
         net.load_state_dict(fitting, strict=False)
     splits = fitting_splits(manifest, str(folder), data, scored=False, **sizes)
     return net, manifest, normalized_splits(splits, manifest.mean, manifest.std)
-
-
-def _objectives(
-    names: Sequence[str], pairs: Sequence[str]
-) -> dict[str, tuple[Callable[..., Objective], dict[str, Any]]]:
-    """Factory and settings of every added objective."""
-    own = settings_by_name(names, pairs)
-    return {name: (find_objective(name), parse_settings(own[name])) for name in names}
-
-
-def _named_bundles(factory: Callable[..., Any], settings: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Bundle]:
-    """The bundles that settings name in place of a network: a teacher, a guide."""
-    from torchfolio.bundle import load_bundle
-
-    return {key: load_bundle(Path(folder), allow=allow) for key, folder in named_networks(factory, settings).items()}
-
-
-def _ready(bundles: Mapping[str, Bundle], manifest: Manifest, allow: Sequence[str]) -> dict[str, Any]:
-    """Networks of bundles, for the data of the network that is trained."""
-    ready: dict[str, Any] = {}
-    for key, bundle in bundles.items():
-        own = bundle.manifest
-        if tuple(own.input_shape) != tuple(manifest.input_shape):
-            raise TorchfolioError(
-                f"the {key} takes inputs of shape {tuple(own.input_shape)}, the data have {tuple(manifest.input_shape)}"
-            )
-        constants = (manifest.mean, manifest.std), (own.mean, own.std)
-        ready[key] = renormalized(predictor_of(bundle, allow).eval(), *constants)
-    return ready
-
-
-def _target(factory: Callable[..., Any], net: nn.Module) -> dict[str, Any]:
-    """The trained network, for an objective that asks for it."""
-    import inspect
-
-    return {"target": net} if "target" in inspect.signature(factory).parameters else {}
-
-
-def _statistics(rule: Callable[..., Any], splits: DataSplits) -> dict[str, Any]:
-    """The constants of the data's normalisation, for a rule that asks for them."""
-    import inspect
-
-    takes = inspect.signature(rule).parameters
-    return {k: getattr(splits, k).flatten().tolist() for k in ("mean", "std") if k in takes}
 
 
 def _optimizer(name: str, lr: float, weight_decay: float) -> Any:
