@@ -147,7 +147,7 @@ class _Decisions:
         size = point[0].numel()
         delta = math.sqrt(size) * theta * distance if self.norm == 2 else size * theta * distance
         delta = delta.clamp_min(1e-6)
-        total, answers = torch.zeros_like(point), torch.zeros(len(point), dtype=point.dtype, device=point.device)
+        total, mean = torch.zeros_like(point), torch.zeros(len(point), dtype=point.dtype, device=point.device)
         probes = []
         for _ in range(count):
             u = self.random(point.shape, point, normal=self.norm == 2)
@@ -156,9 +156,9 @@ class _Decisions:
             moved = (point + wide(delta, point) * u).clamp(*self.clip)
             answer = 2 * self.adversarial(moved).to(point.dtype) - 1
             probes.append((answer, (moved - point) / wide(delta, point)))
-            answers += answer / count
+            mean += answer / count
         for answer, u in probes:
             # The mean is subtracted for less variance, unless all probes agree.
-            weight = torch.where(answers.abs() < 1, answer - answers, answer)
+            weight = torch.where(mean.abs() < 1, answer - mean, answer)
             total += wide(weight, point) * u
         return total / wide(lengths(total), point) if self.norm == 2 else total.sign()
