@@ -145,9 +145,9 @@ def switchable(
         model: network before its conversion.
         bits: numbers of bits, see `convert`.
         bit: width that it runs at; the highest by default.
-        fixed: see `convert`.
-        act: likewise.
-        norm: likewise.
+        fixed: names, as in `convert`.
+        act: whether activations are rounded, as in `convert`.
+        norm: kind of batch norm, as in `convert`.
     """
     converted = store(convert(model, bits, fixed=fixed, act=act, norm=norm))
     if bit is not None:

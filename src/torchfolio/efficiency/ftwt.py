@@ -178,8 +178,8 @@ def compact_gated(
     Args:
         model: network without gates.
         r: share that is kept, see `attach_gates`.
-        skip: likewise.
-        pool: likewise.
+        skip: names, as in `attach_gates`.
+        pool: pool, as in `attach_gates`.
         softmax: whether the pooled input is normalised, likewise.
     """
     return compact(attach_gates(model, r, skip=skip, pool=pool, softmax=softmax))

@@ -80,7 +80,7 @@ def fit(
             `torchfolio.data.Examples`.
         val: data to evaluate on after every epoch. Labels and shapes are checked before the first step: of all
             examples where they are tensors, else of the first.
-        rule: how a batch becomes gradients; `Backprop()` by default, which takes cross-entropy for integer
+        rule: rule by which a batch becomes gradients; `Backprop()` by default, which takes cross-entropy for integer
             targets and the mean squared error for others.
         optimizer: a factory from parameters to an optimizer, such as `partial(SGD, lr=0.1)`, or an optimizer
             that holds every parameter that is trained. AdamW with learning rate 1e-3 by default.
@@ -96,14 +96,14 @@ def fit(
         augment: applied to every batch of inputs on the device.
         clip_norm: largest norm of all gradients together.
         accumulate: batches whose mean gradient makes one step.
-        precision: of Fabric: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"64-true"`. The
+        precision: precision of Fabric: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"64-true"`. The
             `true` ones other than 32 bits convert the model permanently.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or a `torch.device`.
         fabric: a Fabric of your own, in place of `precision` and `device`: it holds what concerns several devices
             (`devices`, `num_nodes`, `strategy`) and `loggers`. Under `torchrun` none is needed: its processes are taken.
         seed: of auxiliary networks, order, augmentation and dropout. Global generators are put back
             afterwards. `None` draws one from torch's global generator.
-        early_stopping: see `EarlyStopping`; a number is the patience on `val_loss`.
+        early_stopping: rule by which to stop; a number is the patience on `val_loss`.
         evaluate: `(model, val) -> {name: value}` in place of `torchfolio.engine.evaluate`, called with the
             model in evaluation mode.
         callbacks: functions that are called with a `FitState` after every step and epoch, on all processes. Those

@@ -51,9 +51,9 @@ class Training:
     """One training under way.
 
     Args:
-        state: what has been reached, and all that the rest depends on.
-        checkpoints: where it is kept.
-        options: see `Options`.
+        state: state reached, and all that the rest depends on.
+        checkpoints: folder that it is kept in.
+        options: options of the loop.
     """
 
     def __init__(self, state: TrainingState, checkpoints: Checkpoints, options: Options) -> None:

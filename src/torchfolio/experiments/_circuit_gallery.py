@@ -81,7 +81,7 @@ class Piece:
     Attributes:
         make: the module.
         inputs: names of the axes of each input.
-        sizes: of the axes.
+        sizes: sizes of the axes.
         other: other sizes of those axes that may vary.
     """
 

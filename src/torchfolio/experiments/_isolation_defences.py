@@ -39,20 +39,20 @@ class Task:
 
     Attributes:
         data: name of the images.
-        attack: by name, see `torchfolio.experiments._backdoors.attack`.
+        attack: name of the attack, see `torchfolio.experiments._backdoors.attack`.
         train_size: training images; `None` takes all.
         test_size: test images, of which `clean_size` are verified and not reported on; `None` takes all.
         clean_size: verified images.
         network: `"conv"` or `"resnet18"`.
-        width: of the network.
-        epochs: of the final training.
-        lr: of the final training.
-        isolation_epochs: of each training of the isolator.
-        isolation_lr: of the isolator.
+        width: width of the network.
+        epochs: number of epochs of the final training.
+        lr: learning rate of the final training.
+        isolation_epochs: number of epochs of each training of the isolator.
+        isolation_lr: learning rate of the isolator.
         restarts: trainings of the isolator.
         looks: its measurements an epoch.
-        verified_epochs: of the classifier of verified images.
-        verified_lr: of it.
+        verified_epochs: number of epochs of the classifier of verified images.
+        verified_lr: learning rate of that classifier.
         stamp: value of the stamp, or `"mean"`.
         flip: train on flipped images too.
     """

@@ -29,9 +29,9 @@ class Task(tasks.OwnNetwork, tasks.Task):
     """The common task on a small residual network.
 
     Attributes:
-        depth: of the residual network, 6n+2.
-        widths: of its three stages.
-        probes: also measure a linear probe on every layer.
+        depth: depth of the residual network, 6n+2.
+        widths: widths of its three stages.
+        probes: whether to measure, too, a linear probe on every layer.
     """
 
     depth: int = 20

@@ -36,14 +36,14 @@ class Settings:
         activations: one ensemble each; `relu` has a second one with an L2 penalty.
         widths: hidden layers.
         members: networks of an ensemble, which differ in their initial weights.
-        epochs: of training.
-        batch_size: of training.
-        lr: of Adam.
-        penalty: of the squared weights of all layers but the last, halved.
+        epochs: number of epochs of training.
+        batch_size: batch size of training.
+        lr: learning rate of Adam.
+        penalty: weight of the squared weights of all layers but the last, halved.
         moments: measurements, spaced evenly in the logarithm of the epoch.
-        bins: of the binned estimates.
+        bins: number of bins of the binned estimates.
         kde_rows: inputs of the kernel estimate.
-        train_share: of the patterns.
+        train_share: share of the patterns that is trained on.
     """
 
     activations: tuple[str, ...] = ("tanh", "relu", "elu")

@@ -29,11 +29,11 @@ class Settings:
     """A denoiser and a classifier of digits, and the budgets of what is done with them.
 
     Attributes:
-        train_steps: of the denoiser.
+        train_steps: number of steps of the denoiser.
         hidden: width of the denoiser.
-        classifier_epochs: of the classifier.
-        steps: of the sampler in the three uses.
-        iterations: of each of the three uses.
+        classifier_epochs: number of epochs of the classifier.
+        steps: number of steps of the sampler in the three uses.
+        iterations: number of iterations of each of the three uses.
         per_class: samples of a class that success is judged on.
         reference: steps of the reference solution on the mixture.
     """

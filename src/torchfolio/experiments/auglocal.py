@@ -36,7 +36,7 @@ class Settings(Task):
     Attributes:
         aux_depth: maximal auxiliary depth.
         tau: pyramid coefficient.
-        selection: which layers the auxiliary networks copy.
+        selection: choice of the layers that the auxiliary networks copy.
         sweep: further auxiliary depths to train at.
         deep: depth of the network whose memory is measured besides.
     """

@@ -32,20 +32,21 @@ class Settings(OwnNetwork):
 
     Attributes:
         data: name of the images.
-        attacks: by name, see `torchfolio.experiments._backdoors.attack`.
+        attacks: names of attacks, see `torchfolio.experiments._backdoors.attack`.
         network: `"conv"` or `"resnet18"`.
-        width: of the network.
-        epochs: of the victims.
-        lr: of the victims.
+        width: width of the network.
+        epochs: number of epochs of the victims.
+        lr: learning rate of the victims.
         rate: share of the training images that is poisoned.
         clean_size: trusted images, from the test part; they are not reported on.
-        unlearn_lr: of the expert; `"auto"` finds one on the trusted images.
-        unlearn_batch: of the expert.
-        finetune_lr: of the auxiliary network.
-        finetune_batch: of the auxiliary network; 350 images in batches of 16 are as many steps as the authors take,
-            1,400 in batches of 64.
-        kappa: of the score.
-        batch_size: of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in four epochs.
+        unlearn_lr: learning rate of the expert; `"auto"` finds one on the trusted images.
+        unlearn_batch: batch size of the expert.
+        finetune_lr: learning rate of the auxiliary network.
+        finetune_batch: batch size of the auxiliary network; 350 images in batches of 16 give as many steps as the
+            authors take, 1,400 in batches of 64.
+        kappa: slope of the score.
+        batch_size: batch size of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in
+            four epochs.
         flip: train victims and finetune on flipped images too. The auxiliary network always sees random crops.
         traced: images of each kind behind the curve of unlearning.
     """

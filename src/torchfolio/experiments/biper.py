@@ -34,15 +34,15 @@ class Settings(Images):
 
     Attributes:
         network: `"plain"` (four binary convolutions) or `"resnet20"` (shortcut around every binary convolution).
-        widths: of the real first convolution and the two stages of the plain network.
+        widths: widths of the real first convolution and the two stages of the plain network.
         frequency: $\\omega_0$.
         tau: weight of the sine decay in the loss, in stage 1 and 2.
-        epochs: of stage 1 and 2; the baseline gets their sum.
-        lr: of BiPer's stages.
-        weight_decay: of BiPer's stages.
+        epochs: number of epochs of stage 1 and 2; the baseline gets their sum.
+        lr: learning rate of BiPer's stages.
+        weight_decay: weight decay of BiPer's stages.
         sign_lr: learning rates the baseline may choose from on the validation images.
         sign_weight_decay: weight decays that go with them.
-        momentum: of SGD.
+        momentum: momentum of SGD.
         batch_size: images in a batch.
         crop: pixels of padding before a random crop; flips are always on for photographs.
     """

@@ -41,7 +41,7 @@ class Settings:
         extra_dim: d.
         lambda_new: weight of the independent model's embedding.
         paper_lambda: the paper's weight, run beside it.
-        epochs: of every training.
+        epochs: number of epochs of every training.
     """
 
     data: str = "mnist10k"

@@ -46,10 +46,10 @@ class Settings:
         train_size: images of the victim.
         test_size: images that are reported on; `None` takes all.
         erased_size: test images that are erased too.
-        network: of the victim, `"conv"` or `"resnet18"`.
-        width: of the victim.
-        epochs: of guide and victim.
-        guide_width: of the guide.
+        network: kind of the victim, `"conv"` or `"resnet18"`.
+        width: width of the victim.
+        epochs: number of epochs of guide and victim.
+        guide_width: width of the guide.
         scale: factor on the guide's cosines.
         eps: largest change of a pixel by erasing, and by a trigger.
         rate: poison under the constraint of number and domain.

@@ -35,15 +35,15 @@ class Settings:
 
     Attributes:
         data: name of the data set.
-        channels: of the convolutions.
+        channels: channels of the convolutions.
         kernels: their sides.
-        strides: of the convolutions.
-        padding: of the convolutions.
+        strides: strides of the convolutions.
+        padding: padding of the convolutions.
         hidden: units of the fully connected layer.
         nets: networks trained for each seed; all their pairs are compared.
-        epochs: of Adam.
+        epochs: number of epochs of Adam.
         lr: its step size.
-        batch_size: of training.
+        batch_size: batch size of training.
         probe: test images that the comparison sees.
         shuffled: most samples of the negative control.
     """

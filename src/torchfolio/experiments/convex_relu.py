@@ -33,14 +33,14 @@ class Settings:
         noise: its standard deviation.
         sine_beta: regularisation there.
         starts: Adam runs at each width.
-        widths: of Adam's networks, the narrow one first.
-        adam_steps: of every Adam run.
+        widths: widths of Adam's networks, the narrow one first.
+        adam_steps: number of steps of every Adam run.
         admm_steps: most ADMM iterations on the sine.
         neurons: sizes of the sampled programs.
         scp_steps: most iterations of each.
         task: `"breast_cancer"`, or two classes of an image set such as `"mnist:2,8"` in 30 principal components.
         train_size: examples of the table.
-        patterns: on the table.
+        patterns: number of patterns on the table.
         beta: regularisation there.
         table_steps: ADMM iterations there.
         robust_size: training examples of the robust problem.

@@ -29,13 +29,13 @@ class Settings:
     Attributes:
         digits: data of the strong teacher.
         digits_size: training examples and side of its images.
-        strong_epochs: of the strong teacher.
+        strong_epochs: number of epochs of the strong teacher.
         photos: data of the weak and the good teacher.
         photos_size: training examples and side of its images.
-        weak_epochs: of the weak teacher, which is stopped before its learning rate falls.
-        good_epochs: of the good teacher.
+        weak_epochs: number of epochs of the weak teacher, which is stopped before its learning rate falls.
+        good_epochs: number of epochs of the good teacher.
         test_size: test examples of either.
-        epochs: of students on digits and on photos.
+        epochs: number of epochs of students on digits and on photos.
         lr: peak learning rate of students.
         tau: temperature of the loss on logits.
     """

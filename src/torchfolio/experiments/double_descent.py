@@ -46,7 +46,7 @@ class Settings:
         noise_rate: probability with which a training label is redrawn from all classes (a tenth of them stay).
         scale: factor of the centred inputs, so that tanh bends.
         sizes: numbers of features, as shares of the number of samples.
-        iterated: those for which SGD and Adam are iterated.
+        iterated: settings for which SGD and Adam are iterated.
         widths: hidden units of the networks.
     """
 

@@ -35,8 +35,8 @@ class Settings(OwnNetwork):
         widths: channels of the three convolutions.
         pretrain: epochs in float32.
         epochs: epochs after the conversion.
-        lr: of Adam, which a cosine takes to zero.
-        weight_decay: of weights.
+        lr: learning rate of Adam, which a cosine takes to zero.
+        weight_decay: weight decay of weights.
         passes: drawn mixtures in a step.
         probes: most random vectors for the traces.
         draws: mixtures that sampling frequencies are taken from.

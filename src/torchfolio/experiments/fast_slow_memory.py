@@ -30,8 +30,8 @@ class Settings:
 
     Attributes:
         steps: slow steps on sines and prototypes, with a rare class too.
-        share_steps: of the networks that share a feedback path, or not.
-        reuse_steps: of the third network.
+        share_steps: number of steps of the networks that share a feedback path, or not.
+        reuse_steps: number of steps of the third network.
         further: steps of the arms that no claim is about: LSTM, no regression of gradients, digits; 0 leaves them out.
         batch_size: episodes of a step.
         lr: learning rate of Adam.

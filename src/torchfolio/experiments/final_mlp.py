@@ -24,14 +24,14 @@ class Settings:
     """Simulated clicks and MovieLens.
 
     Attributes:
-        rows: of the simulation.
-        values: of every field.
-        rank: of the hidden vectors.
+        rows: number of rows of the simulation.
+        values: number of values of every field.
+        rank: dimension of the hidden vectors.
         dim: D in the simulation.
-        width: of the streams in the simulation.
-        epochs: at most, in the simulation.
+        width: width of the streams in the simulation.
+        epochs: maximum number of epochs in the simulation.
         ratings: whether MovieLens is measured.
-        rating_epochs: at most, on MovieLens.
+        rating_epochs: maximum number of epochs on MovieLens.
     """
 
     rows: int = 160_000

@@ -39,13 +39,13 @@ class Settings(OwnNetwork):
         data: name of the data set.
         val: training images held out.
         image_size: images are box-downsampled to this side; `None` keeps them.
-        widths: of the convolutions, stage by stage; every stage ends in a max pool.
+        widths: widths of the convolutions, stage by stage; every stage ends in a max pool.
         pretrain: epochs of the dense network.
         epochs: epochs with gates.
         shares: r, a share of the heat each.
-        lr: of the dense network, and of the network under its gates.
-        gate_lr: of the gates.
-        weight_decay: of weights.
+        lr: learning rate of the dense network, and of the network under its gates.
+        gate_lr: learning rate of the gates.
+        weight_decay: weight decay of weights.
     """
 
     data: str = "mnist10k"

@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
         sets: tables; digits, breast_cancer and diabetes carry the claims.
-        share: of the hidden units that every table's network gets otherwise.
+        share: share of the hidden units that every table's network gets otherwise.
         max_iter: L-BFGS iterations for each block.
         peer_iter: epochs of Adam and SGD, iterations of L-BFGS.
         rates: learning rates that Adam and SGD choose from, on a part held out of the training examples.

@@ -29,15 +29,15 @@ class Settings:
         data: name of the data set.
         train_size: training examples.
         hidden: number of hidden layers.
-        width: of each.
-        steps: of training.
+        width: width of each layer.
+        steps: number of steps of training.
         batch_size: examples of a batch.
         clip: largest norm of a row's gradient, before the noise.
         rates: learning rates of the rows without noise.
         grid: whether rows with noise have all these rates too.
         restarts: further rows with random rate and scale, with and without noise, whose successes are counted.
         repeats: trainings of the memory and the program task, with and without noise.
-        task_steps: of each of these.
+        task_steps: number of steps of each of these.
         task_etas: variances of the noise in these; Adam divides by the size of gradients and wants less of it.
     """
 

@@ -38,13 +38,13 @@ class Settings(Images):
         guide_widths: channels of the guide's three stages.
         epochs: passes over the training images.
         batch_size: images in a batch; CKA depends on it.
-        lr: of the target's Adam.
-        guide_epochs: of training the guide.
-        guide_lr: of the guide's Adam, at the start of a cosine decay.
+        lr: learning rate of the target's Adam.
+        guide_epochs: number of epochs of training the guide.
+        guide_lr: learning rate of the guide's Adam, at the start of a cosine decay.
         guide_batch_size: images in a batch of the guide's training.
         alphas: weights of the alignment to choose from.
         early_steps: steps of guidance as initialisation.
-        deep: also train a deep perceptron and a deep convolutional network without skip connections.
+        deep: whether to train, too, a deep perceptron and a deep convolutional network without skip connections.
         deep_layers: hidden layers of the deep perceptron.
         stage_layers: convolutions in each of the three stages of the network without skip connections.
         sequence_examples: training examples of the sequence tasks; 0 leaves them out.

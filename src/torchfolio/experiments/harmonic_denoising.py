@@ -38,7 +38,7 @@ class Settings:
         sizes: numbers of training images of each of two denoisers.
         test: test images.
         base: channels of the network at the finest resolution.
-        steps: of each training.
+        steps: number of steps of each training.
         lr: learning rate.
         sigmas: noise levels of the tests.
         draws: draws of the noise over which SURE is averaged.

@@ -34,16 +34,16 @@ class Settings:
     Attributes:
         data: images of which every task permutes the pixels in its own way.
         tasks: number of them.
-        other_tasks: of the other rules.
+        other_tasks: number of tasks of the other rules.
         width: units of the two hidden layers.
         timesteps: T of backpropagation through time and of traces.
         rate_timesteps: T of spike representations.
         epochs: passes over a task.
-        other_epochs: of the other rules.
+        other_epochs: number of epochs of the other rules.
         batch_size: images of a step.
-        lr: of SGD without momentum.
+        lr: learning rate of SGD without momentum.
         sizes: lateral rows of the three layers for the first task.
-        growth: for each further one.
+        growth: rows for each further task.
         input_lr: Hebbian rate of the first layer, whose inputs are large.
     """
 

@@ -46,7 +46,7 @@ class Settings:
         blocks: synchronisation blocks of a capture.
         taps: paths of the channel.
         cfo: largest offset of the carrier in spacings.
-        epochs: of the first network.
+        epochs: number of epochs of the first network.
     """
 
     train_size: int = 4000

@@ -33,9 +33,9 @@ class Settings(Task):
 
     Attributes:
         host: the local rule that MAN is added to.
-        ema_momentum: of the moving averages; their memory $1/(1-m)$ should be 5 to 15 % of the steps.
+        ema_momentum: momentum of the moving averages; their memory $1/(1-m)$ should be 5 to 15 % of the steps.
         blocks: number of blocks; 0 takes every layer by itself.
-        ablations: also train with the average alone and the branch alone.
+        ablations: whether to train, too, with the average alone and the branch alone.
         deep: depth of the network whose memory is measured besides.
     """
 

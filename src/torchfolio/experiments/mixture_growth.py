@@ -39,7 +39,7 @@ class Settings(Task):
         epochs: passes for each member.
         growth_epochs: passes after growth.
         growth_lr: peak of the learning rate after growth.
-        templates: of each set.
+        templates: number of templates of each set.
         width: factor on the widths 16, 32, 64 of the stages.
         blocks: residual blocks of a stage.
         net2net: whether to widen a member by Net2Net besides.

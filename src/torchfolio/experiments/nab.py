@@ -32,8 +32,8 @@ class Settings:
         rate: share of the training images that is poisoned.
         ratio: share that is isolated.
         stamp_clean_fraction: share of the other samples that one arm stamps too.
-        batch_size: of all trainings but the verified classifier's.
-        unlearn_lr: of the baseline that unlearns the isolated samples.
+        batch_size: batch size of all trainings but the verified classifier's.
+        unlearn_lr: learning rate of the baseline that unlearns the isolated samples.
     """
 
     digits: Task = DIGITS

@@ -45,7 +45,7 @@ class Settings:
         digits: training images.
         inducing: inducing points.
         depth: hidden layers of the classifiers' kernel.
-        epochs: of the classifiers.
+        epochs: number of epochs of the classifiers.
         nets: networks whose last layer is trained.
         net_width: their width.
         net_points: their training points.

@@ -38,12 +38,12 @@ class Settings:
         test_sizes: test images of each.
         image_size: side of all images.
         width: channels of the classifier's first layer.
-        policy_width: of the policy's.
+        policy_width: width of the policy's network.
         grid: side of the mask's grid.
         pretrain_epochs: passes under masks.
         finetune_epochs: passes without them.
         lrs: learning rates to choose from; fine-tuning takes 0.3 of them.
-        steps: of REINFORCE on a frozen classifier.
+        steps: number of steps of REINFORCE on a frozen classifier.
         shots: labels for each unseen class.
     """
 

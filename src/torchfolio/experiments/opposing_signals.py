@@ -24,13 +24,13 @@ class Settings:
 
     Attributes:
         data: name of the data set.
-        images: to train on.
+        images: number of images to train on.
         hidden: widths of the network.
         lr: step size.
-        steps: of gradient descent.
+        steps: number of steps of gradient descent.
         planted: images with a planted signal, half in each of two classes.
         flow_lr: step size that stands for gradient flow in the model.
-        flow_steps: of it.
+        flow_steps: number of steps of gradient flow.
     """
 
     data: str = "cifar10"

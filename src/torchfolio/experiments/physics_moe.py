@@ -36,12 +36,12 @@ class Settings:
         basis: K, number of basis functions.
         points: grid points at which a solve sees the equation.
         experts: blocks in time and space.
-        width: of the network.
+        width: width of the network.
         fno: whether it is a Fourier neural operator; a tanh network on (t, x, start at x, mean start) otherwise.
-        steps: of Adam, at which all are compared.
-        lr: of Adam, falling as a cosine.
+        steps: number of steps of Adam, at which all are compared.
+        lr: learning rate of Adam, falling as a cosine.
         batch_size: instances of a step.
-        max_iterations: of a solve.
+        max_iterations: maximum number of iterations of a solve.
         stationary: relative gradient up to which a solve passes its gradient on; retardation has a kink at u = 0.
         entries: random entries of the parameters for the gradient check.
         sizes: sampled points for the timing.

@@ -35,11 +35,11 @@ class Settings:
         nets: networks of each kind for a seed, on a task of their own each.
         dim: D.
         width: M.
-        steps: of gradient descent.
+        steps: number of steps of gradient descent.
         noise: strong noise of the tests of generalisation and decoding.
-        samples: of these tests.
+        samples: number of samples of these tests.
         alignments: between inputs and labels, of the third task.
-        epochs: on digits.
+        epochs: number of epochs on digits.
     """
 
     nets: int = 3

@@ -35,11 +35,11 @@ class Settings:
         source: number of classes that are trained on, from 0; the others are new.
         width: channels of the first layer; the features are twice as many.
         episodes: trainings n.
-        epochs: of each.
-        distill_epochs: of distillation, and of the single training beside it.
-        draws: of few labels.
+        epochs: number of epochs of each training.
+        distill_epochs: number of epochs of distillation, and of the single training beside it.
+        draws: number of draws of few labels.
         finetune_epochs: passes over 20 labels for each class; fewer over more labels, for as many steps.
-        lrs: of fine-tuning, chosen on validation data.
+        lrs: learning rates of fine-tuning, chosen on validation data.
     """
 
     data: str = "mnist10k"

@@ -39,8 +39,8 @@ class Settings:
         pretrain_steps: steps on them.
         tune_size: images of the other classes.
         tune_steps: steps on those.
-        batch_size: of both.
-        lr: of fine-tuning.
+        batch_size: batch size of both.
+        lr: learning rate of fine-tuning.
         fraction: share of the weights that SaRA trains.
         rank_weight: weight of its nuclear norm.
         lora_rank: rank of LoRA.

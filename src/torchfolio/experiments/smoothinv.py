@@ -33,13 +33,13 @@ class Settings(OwnNetwork):
         digits: name of digits, for the target and for clean networks.
         size: training images of the first.
         digits_size: training images of the second.
-        width: of the first's network.
-        epochs: of its training.
-        digits_epochs: of the second's.
+        width: width of the first's network.
+        epochs: number of epochs of its training.
+        digits_epochs: number of epochs of the second's.
         rate: share of the training images that is poisoned; the target is class 0.
         eps: budgets; the first one is the tight one.
         sigma: deviations of the noise.
-        steps: of an inversion.
+        steps: number of steps of an inversion.
         n: draws of noise.
         sources: classes whose first test image perturbations are drawn from.
         others: test images that they are tried on.

@@ -30,23 +30,23 @@ class Settings:
     """Instances, training, attacks and verifiers.
 
     Attributes:
-        shape: of one input.
-        pairs: of each kind.
+        shape: shape of one input.
+        pairs: number of pairs of each kind.
         eps: relative radius.
-        data_range: of the inputs.
+        data_range: range of the inputs.
         network: `"mlp"`, `"cnn"` or `"avgpool"`.
         widths: hidden layers of the perceptron.
-        steps: of training.
+        steps: number of steps of training.
         lr: peak rate.
         window: perturbations that are remembered.
-        pgd_steps: of a training step's attack.
-        pgd_restarts: of it.
+        pgd_steps: number of steps of a training step's attack.
+        pgd_restarts: number of restarts of it.
         pgd_alphas: step sizes over the radius, in turn.
         sweep: attacks that a hidden counterexample survives.
-        sweep_restarts: of each.
+        sweep_restarts: number of restarts of each.
         timeout: seconds a sound verifier gets for an instance.
         bug_timeout: seconds one with a bug gets.
-        severities: of the bugs; 1 is none.
+        severities: severities of the bugs; 1 is none.
     """
 
     shape: tuple[int, ...] = (10,)

@@ -32,14 +32,14 @@ class Settings(OwnNetwork):
         data: name of the images.
         image_size: side of the images.
         size: training images.
-        width: of the networks.
-        epochs: of the training.
+        width: width of the networks.
+        epochs: number of epochs of the training.
         rate: poisoned images that are added, as a share of the training images.
         each: networks of each kind.
-        sources: of the attacks with several targets.
-        amplitude: of the chessboard that sends all classes to one.
-        big_amplitude: of the diagonals that send some classes to targets of their own.
-        steps: of an inversion.
+        sources: source classes of the attacks with several targets.
+        amplitude: amplitude of the chessboard that sends all classes to one.
+        big_amplitude: amplitude of the diagonals that send some classes to targets of their own.
+        steps: number of steps of an inversion.
         n_transfer: images of every class that triggers are tried on.
     """
 

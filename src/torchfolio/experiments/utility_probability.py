@@ -45,7 +45,7 @@ class Settings:
         inputs: sentences to fit on, and as many to report on.
         noise: share of target tokens that are random.
         risk_inputs: sentences decoded by minimum risk, from 16 samples each.
-        epochs: of the classifier.
+        epochs: number of epochs of the classifier.
     """
 
     steps: int = 1200

@@ -265,7 +265,7 @@ class Trial(Shown):
         success: whether each fools its source, `[S, B]`.
         fooled: mask of the copies that each fools, `[S, B, N]`.
         named: copy that each was traced to, `[S, B]`; with `inconclusive` `[S, B]`.
-        inconclusive: see `named`.
+        inconclusive: mask of the attacks that `named` cannot tell.
         queries: forward passes per example, of attacks that count them.
     """
 

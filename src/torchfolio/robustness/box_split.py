@@ -23,7 +23,7 @@ class CrownSplit(Crown):
 
     Args:
         batch: boxes that are bounded at once.
-        max_boxes: after which the answer is unknown.
+        max_boxes: number of boxes after which the answer is unknown.
         attack_steps: number of steps of PGD in the beginning, from 32 starts; 0 leaves it out.
         intermediate: way to bound the inputs of activations, see `crown`.
         alpha_steps: number of steps on the slopes, see `crown`.

@@ -47,7 +47,7 @@ class ReluSplit(Crown):
 
     Args:
         batch: cases that are bounded at once.
-        max_cases: after which the answer is unknown.
+        max_cases: number of cases after which the answer is unknown.
         steps: number of steps of Adam on slopes and multipliers, for the cases of a batch.
         root_steps: number of steps for the whole box.
         candidates: units of which both cases are bounded before one of them is split.

@@ -195,7 +195,7 @@ def hide(
         steps: one full batch each.
         lr: peak of Adam's rate, which rises from 0 for 40 % of the steps and falls back to 0.
         rule: objectives; `HiddenCounterexamples(pairs)` by default.
-        sweep: see `SWEEP`.
+        sweep: attacks of the sweep, as `SWEEP`.
         restarts: number of restarts of each attack of the sweep.
         look_every: steps between looks.
         seed: seed of training and looks.

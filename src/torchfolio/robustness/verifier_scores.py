@@ -187,7 +187,7 @@ def score(benchmark: Benchmark, verifier: Any, timeout: float | None = None) -> 
 
     Args:
         benchmark: benchmark of `load`.
-        verifier: see `run_verifier`; or the results of one: a table of it, or a CSV file whose rows are, as in
+        verifier: verifier of `run_verifier`; or the results of one: a table of it, or a CSV file whose rows are, as in
             VNN-COMP, one result word per instance in their order (the last field that is such a word).
         timeout: seconds, see `run_verifier`.
 

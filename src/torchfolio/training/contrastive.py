@@ -43,7 +43,7 @@ def nt_xent(
         first: projections of one view, `[B, d]`.
         second: second moment of the other.
         temperature: $\\tau > 0$; a number or a scalar tensor.
-        reduction: over the 2B views.
+        reduction: `"mean"`, `"sum"` or `"none"`, over the 2B views.
 
     Raises:
         ValueError: on other shapes, fewer than two examples, or a temperature that is not positive.
@@ -66,7 +66,7 @@ def simsiam(
     Args:
         predicted: outputs of the predictor for both views, `[B, d]` each.
         projected: outputs of the projector.
-        reduction: over the examples.
+        reduction: `"mean"`, `"sum"` or `"none"`, over the examples.
     """
     (p1, p2), (z1, z2) = predicted, projected
     _pair(p1, z2)
@@ -81,7 +81,7 @@ def byol(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], *, red
     Args:
         predicted: predictions of the network that learns, for both views.
         target: projections of the averaged network, for both views; they get no gradient.
-        reduction: over the examples; the two directions are added.
+        reduction: `"mean"`, `"sum"` or `"none"`, over the examples; the two directions are added.
     """
     return _reduced(4 + 4 * simsiam(predicted, target, reduction="none"), reduction)
 

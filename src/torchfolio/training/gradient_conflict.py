@@ -26,8 +26,8 @@ class HeadConflict(NamedTuple):
     """Cosines between the gradients of the loss on labels and that on logits, on one head.
 
     Attributes:
-        head: over weights and bias of the classifier's last layer, mean over batches.
-        backbone: over all other parameters.
+        head: cosine over weights and bias of the classifier's last layer, mean over batches.
+        backbone: cosine over all other parameters.
         batches: number of batches.
     """
 

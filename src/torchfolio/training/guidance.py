@@ -80,7 +80,7 @@ class Guidance(Objective):
         batch_dim: axis of the examples in the inputs; 1 for sequences `[T, N, ...]`.
 
     Attributes:
-        per_layer: after a call, $1 - \\mathrm{CKA}$ of every pair (guide layer, target layer), detached scalars.
+        per_layer: distances $1 - \\mathrm{CKA}$ of every pair (guide layer, target layer), detached scalars.
         steps_done: training steps counted so far.
 
     Shapes:

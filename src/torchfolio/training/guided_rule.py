@@ -31,7 +31,8 @@ class GuidedRule(LearningRule):
     Args:
         guidance: `Guidance` of the network that is handed to `fit`. Its hooks are on the target only while a step runs.
         rule: rule of the task; `Backprop()` by default.
-        warmup_only: in the first `guidance.steps` steps train on the alignment alone, then on the task alone.
+        warmup_only: whether to train on the alignment alone in the first `guidance.steps` steps, then on the task
+            alone.
 
     Raises:
         TypeError: if `guidance` is none.

@@ -65,7 +65,7 @@ class AMCLLoss(nn.Module):
         detach_temperature: whether temperatures are learnt without a gradient to the projections.
 
     Attributes:
-        stats: after a call, means of temperatures and similarities of positive and negative pairs, detached.
+        stats: means of temperatures and of similarities of positive and negative pairs at the last call, detached.
 
     Shapes:
         Two views `[C, N, d]`, and a queue `[C, Q, d]` of unit vectors; the result is a scalar.

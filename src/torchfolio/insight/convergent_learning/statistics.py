@@ -30,7 +30,7 @@ class CorrelationBlocks(Shown):
         between: `[S_1, S_2]`.
         mean: mean of the units of both layers, `[S_1 + S_2]`.
         std: standard deviation, likewise.
-        alive: likewise; whether a unit's deviation exceeds 1e-6 of the largest one of its layer.
+        alive: masks of the units whose deviation exceeds 1e-6 of the largest one of its layer.
         count: samples.
         halves: blocks of every other example and of the rest, to fit on one and judge on the other; `None` where
             there are too few examples.
