@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torchfolio.diagrams import draw
+from torchfolio.errors import TorchfolioError
 
 
 class Of(nn.Module):
@@ -124,3 +125,25 @@ def test_the_signature_has_the_code_s_order():
     sizes = {t.key: tuple(int(w.size) for w in t.wires) for t in drawing.sheet.outputs}
     assert [sizes[t.key] for t in drawing.sheet.outputs] == [(2, 7), (2, 3), (2, 5), (2,)]
     assert draw(Of(lambda a, b: b.sum(-1) + a), (rand(2), rand(2, 3))).signature() == "b, b m -> b"
+
+
+@pytest.mark.parametrize("given", [[[torch.zeros(2, 3)] * 2], [{"a": torch.zeros(2, 3)}], [3], "x"])
+def test_inputs_that_are_no_tensors_are_refused(given):
+    with pytest.raises(TypeError, match="expected tensors as inputs, got (list|dict|int|str) as input 0"):
+        draw(nn.ReLU(), given)
+
+
+def test_outputs_that_no_input_leads_to_are_told():
+    """Left out in silence, the diagram would be that of another module."""
+    net = Weighted()
+    for function in (
+        lambda a: (a.sum(-1), torch.ones(3)),
+        lambda a: (a.sum(-1), net.w),
+        lambda a: (net.w * 2, a.sum(-1)),
+    ):
+        module = Of(function)
+        module.net = net
+        with pytest.warns(UserWarning, match=r"left out of the drawing, as no input leads to it: output [01]$"):
+            assert draw(module, rand(2, 3)).signature() == "b m -> b"
+    with pytest.raises(TorchfolioError, match="returns a tensor made of its inputs, got none"):
+        draw(Of(lambda a: torch.ones(3)), rand(2, 3))

@@ -118,6 +118,10 @@ OTHERS = {
     "tensordot": (Applied(lambda m, x: torch.tensordot(x, m.weight, ([2], [0]))), [(3, 4, 6)]),
     "bilinear": (nn.Bilinear(6, 5, 4), [(3, 6), (3, 5)]),
     "gru": (nn.GRU(6, 8, batch_first=True), [(3, 4, 6)]),
+    "tokens into a gru": (
+        nn.Sequential(nn.Embedding(9, 6), nn.GRU(6, 8, batch_first=True)),
+        [torch.tensor([[1, 2, 8]])],
+    ),
     "lstm": (nn.LSTM(6, 8), [(3, 4, 6)]),
     "a matrix and a vector": (Applied(lambda m, x: x @ m.bias), [(4, 6)]),
 }
@@ -127,9 +131,30 @@ OTHERS = {
 @pytest.mark.filterwarnings("ignore:drawn as plain boxes")
 def test_operations_without_axes_of_their_own_are_counted_by_torch(name):
     module, shapes = OTHERS[name]
-    inputs = tuple(map(torch.randn, shapes))
+    inputs = tuple(s if isinstance(s, torch.Tensor) else torch.randn(s) for s in shapes)
     cost = draw(module, inputs).cost()
     assert cost.total() == count_flops(module, *inputs) > 0
+    assert not cost.uncounted
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.filterwarnings("ignore:drawn as plain boxes")
+def test_a_language_model_costs_what_its_products_do(attention):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": 40,
+        "n_positions": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(attn_implementation=attention, **sizes)).eval()
+    tokens = torch.arange(12).view(2, 6)
+    cost = draw(Applied(lambda m, x: net(x, use_cache=False).logits).eval(), tokens).cost()
+    rows, pairs = 2 * 6, 2 * 6 * 6  # of tokens, and of two tokens of one text
+    assert cost.total() == 2 * (2 * (rows * 12 * 16 * 16 + 2 * pairs * 16) + rows * 16 * 40)
     assert not cost.uncounted
 
 

@@ -288,15 +288,20 @@ def draw(
 
     Raises:
         ValueError: if the level is unknown, or names do not fit the inputs.
-        TorchfolioError: if the module fixes a length that is to vary, if an operation is about the batch that is to be
+        TypeError: if an input is no tensor.
+        TorchfolioError: if no output is made of the inputs, if the module fixes a length that is to vary, if an operation is about the batch that is to be
             hidden, or if `torch.export` cannot trace the module, as where its control flow depends on values.
 
-    Operations without a sign become plain boxes on the axes that they change, and a warning names them.
+    Operations without a sign become plain boxes on the axes that they change, and a warning names them; so does one name
+    outputs that no input leads to, as a weight by itself, which are left out.
 
     Example:
         >>> draw(net, torch.zeros(2, 3, 32, 32)).svg("net.svg")
     """
     examples = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
+    for i, example in enumerate(examples):
+        if not isinstance(example, Tensor):
+            raise TypeError(f"expected tensors as inputs, got {type(example).__name__} as input {i}")
     if level not in LEVELS:
         raise ValueError(f"expected a level of {', '.join(LEVELS)}, got {level!r}")
     if names is not None and len(names) != len(examples):

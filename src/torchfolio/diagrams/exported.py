@@ -255,7 +255,16 @@ class Reader(Graph):
             elif node.op == "output":
                 wanted = set(signature.user_outputs)
                 results = [n for n in node.args[0] if getattr(n, "name", None) in wanted]
-                self.outputs = [v for v in (self.value(n) for n in results) if v is not None]
+                self._take_outputs([self.value(n) for n in results])
+
+    def _take_outputs(self, results: list[Value | None]) -> None:
+        """What comes out, of which no drawing shows what no input leads to."""
+        self.outputs = [v for v in results if v is not None]
+        left = [str(i) for i, v in enumerate(results) if v is None]
+        if not self.outputs:
+            raise TorchfolioError("expected a module that returns a tensor made of its inputs, got none")
+        if left:
+            warnings.warn(f"left out of the drawing, as no input leads to it: output {', '.join(left)}", stacklevel=4)
 
     def _input(self, node: Any, words: list[str]) -> None:
         shape = node.meta["val"].shape
