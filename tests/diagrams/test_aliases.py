@@ -129,7 +129,7 @@ def test_the_signature_has_the_code_s_order():
 
 @pytest.mark.parametrize("given", [[[torch.zeros(2, 3)] * 2], [{"a": torch.zeros(2, 3)}], [3], "x"])
 def test_inputs_that_are_no_tensors_are_refused(given):
-    with pytest.raises(TypeError, match="expected tensors as inputs, got (list|dict|int|str) as input 0"):
+    with pytest.raises(TypeError, match=r"expected tensors as inputs, got (list|dict|int|str) as input 0"):
         draw(nn.ReLU(), given)
 
 
