@@ -42,7 +42,7 @@ class Adapting:
         device: device of the network.
         num_classes: number of classes of the data, 0 where they have none.
         val: data that settings may be chosen on, or `None`.
-        say: called with a line about what is being done.
+        say: function that is called with a line about what is being done.
     """
 
     seed: int

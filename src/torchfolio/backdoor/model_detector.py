@@ -72,7 +72,7 @@ class Scan(Shown):
     Args:
         seed: seed of whatever the method draws; every global generator is seeded with it too.
         budget_seconds: time limit; `None` is none.
-        progress: show a bar; `None` does so on a terminal.
+        progress: whether to show a bar; `None` does so on a terminal.
 
     Attributes:
         complete: whether no iteration of `items` was cut short.
@@ -145,7 +145,7 @@ class ModelDetector(Shown, ABC):
                 inputs alone, which get the network's own labels.
             seed: seed of the scan; global generators are left where they were.
             budget_seconds: time limit, after which the verdict is given from what was looked at; `None` is none.
-            progress: show a bar; `None` does so on a terminal.
+            progress: whether to show a bar; `None` does so on a terminal.
 
         Raises:
             ValueError: if clean examples are needed and missing, hold NaN or have labels out of range.

@@ -53,7 +53,7 @@ def poison(
         cover_rate: share of the training set that carries `cover_trigger` and keeps its label.
         cover_trigger: trigger of the covers; `trigger` by default.
         keep_label_rate: share of the poisoned samples that keep their label: they count as covers.
-        transform: applied to every image when it is read, after the trigger.
+        transform: function that is applied to every image when it is read, after the trigger.
         quantize: whether to round triggered images to eight bits, as saved ones are.
         name: name of the base, kept in files.
 

@@ -84,7 +84,7 @@ class Problem(Shown):
         backward: plan of the way back.
         params: tensors that the drift depends on and that want gradients.
         stats: counter of evaluations.
-        see: called with the state after every step to the sample, if given.
+        see: function that is called with the state after every step to the sample, if given.
     """
 
     drift: Callable[[Node, Tensor, Tensor | None], Tensor]

@@ -36,8 +36,9 @@ def binarize(
         binary_input: binarise inputs too, not weights alone.
         hardtanh: with `binary_input`, put `nn.Hardtanh` in place of every `nn.ReLU` of the network, after which
             no input would be negative. A ReLU called as a function cannot be replaced; the layer behind it warns.
-        match: choose $w$ and $\\alpha$ so that $\\alpha \\sin \\omega_0 w$ equals the old weights, in place of copying
-            the old weights to $w$ as the released code does: with real inputs, stage 1 starts at the old function.
+        match: whether to choose $w$ and $\\alpha$ so that $\\alpha \\sin \\omega_0 w$ equals the old weights, in place
+            of copying the old weights to $w$ as the released code does: with real inputs, stage 1 starts at the old
+            function.
         stage: stage that layers start in.
 
     Returns:

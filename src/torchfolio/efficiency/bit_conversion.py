@@ -54,7 +54,7 @@ def convert(
         bits: widths, each from 2 to 8.
         fixed: names of layers that stay at the highest width; by default the first and the last, in the order in
             which the network lists them.
-        act: quantise inputs too, not weights alone.
+        act: whether to quantise inputs too, not weights alone.
         norm: `"switchable"` gives every batch norm parameters for each width of the layer that it follows.
         scale: scale of weights; see `DoubleRounding`.
         example: a batch of inputs, from which the scales of activations start.

@@ -131,11 +131,11 @@ def compress(
         lr: learning rate, times the phase's factor.
         weight_decay: weight decay, likewise.
         batch_size: examples of a batch.
-        augment: applied to every batch of inputs.
+        augment: function that is applied to every batch of inputs.
         seed: seed of order, augmentation and new parameters.
         device: device, as in `fit`.
         precision: precision, as in `fit`.
-        say: called with a line about each phase.
+        say: function that is called with a line about each phase.
 
     Returns:
         The finished network and how long each phase was.

@@ -81,7 +81,7 @@ class BitSwitching(Compression):
         bits: widths, each from 2 to 8.
         bit: width that the written network runs at until it is switched; the highest by default.
         fixed: names of layers that stay at the highest width; by default the first and the last.
-        act: quantise activations too.
+        act: whether to quantise activations too.
         norm: norm, see `convert`.
         alrs: rule for learning rates of the scales, see `MultiPrecision`.
 

@@ -182,8 +182,8 @@ class GrowableModel(nn.Module):
                 the others), `"zero"` (starts as the sum of the members), `"copy"` of those learned with a little
                 noise, `"random"` uniform in [0, scale), or `"none"` for those drawn at the start.
             scale: norm of orthogonal coefficients, bound of random ones; positive.
-            average: give the mean of the members' outputs in place of their sum, which is over-confident; scales the
-                layers that give the output, in the members too.
+            average: whether to give the mean of the members' outputs in place of their sum, which is over-confident;
+                scales the layers that give the output, in the members too.
             seed: seed of random coefficients and noise.
 
         Raises:

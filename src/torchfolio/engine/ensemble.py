@@ -104,8 +104,8 @@ def fit_many(
         penalty: term that is added to the losses, `[members]`, as a function of the stacked parameters.
         own_data: `x` and `y` hold a data set for each member along their first axis.
         seed: seed of the order of batches, as in `fit`; one for each member gives each its own order.
-        record: called with the steps taken and the stacked parameters before every step and after the last. They
-            change in place with the steps: clone what is kept.
+        record: function that is called with the steps taken and the stacked parameters before every step and after the
+            last. They change in place with the steps: clone what is kept.
 
     Returns:
         The trained networks and their losses.

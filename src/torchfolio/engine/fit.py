@@ -90,10 +90,10 @@ def fit(
         schedule: whether the scheduler steps after every optimizer `"step"` or every `"epoch"`. A
             `ReduceLROnPlateau` goes by the epoch and follows `val_loss` (`loss` without `val`).
         epochs: passes over the training data; 1 by default, or as many as `max_steps` needs.
-        max_steps: stop after so many optimizer steps.
+        max_steps: maximum number of optimizer steps.
         batch_size: examples of a batch, of all processes together.
-        drop_last: leave out a last batch that is not full.
-        augment: applied to every batch of inputs on the device.
+        drop_last: whether to leave out a last batch that is not full.
+        augment: function that is applied to every batch of inputs on the device.
         clip_norm: largest norm of all gradients together.
         accumulate: batches whose mean gradient makes one step.
         precision: precision of Fabric: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"64-true"`. The
@@ -114,9 +114,9 @@ def fit(
             with the weights of an uninterrupted run, to the bit on a CPU. With a folder, SIGINT and SIGTERM
             finish the step and write a checkpoint before the process leaves.
         checkpoint_every: steps between checkpoints; every epoch by default. One more is written at the end.
-        resume: go on from the checkpoints in the folder; otherwise they are removed. A finished training may
+        resume: whether to go on from the checkpoints in the folder; otherwise they are removed. A finished training may
             be given more epochs.
-        progress: show a progress bar; by default where standard error is a terminal.
+        progress: whether to show a progress bar; by default where standard error is a terminal.
 
     Returns:
         The trained network, its history and the number of steps.

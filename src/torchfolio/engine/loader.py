@@ -78,7 +78,7 @@ def as_batches(
         seed: seed of the order.
         rank: rank of this process.
         world: number of processes.
-        drop_last: leave out a last batch that is not full.
+        drop_last: whether to leave out a last batch that is not full.
         device: device of training; tensors that fit are kept there.
     """
     if isinstance(data, DataLoader):

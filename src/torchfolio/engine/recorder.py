@@ -26,8 +26,8 @@ class StepRecorder(Shown):
     Args:
         measurements: functions of the `FitState` by name. A number, a tensor or array, or a mapping of
             those, which becomes columns `name_key`.
-        every: measure at every so many steps.
-        per_decade: measure at about so many steps for each factor of ten, from step 1 on.
+        every: number of steps between measurements.
+        per_decade: number of measured steps, about, for each factor of ten, from step 1 on.
 
     Raises:
         ValueError: unless exactly one of `every` and `per_decade` is given, at least 1.

@@ -54,7 +54,7 @@ class Task:
         verified_epochs: number of epochs of the classifier of verified images.
         verified_lr: learning rate of that classifier.
         stamp: value of the stamp, or `"mean"`.
-        flip: train on flipped images too.
+        flip: whether to train on flipped images too.
     """
 
     data: str = "mnist10k"

@@ -47,7 +47,7 @@ def network(table: Table, solver: str, units: int, max_iter: int, rates: tuple[f
     """One hidden layer of logistic units, trained in the usual way; targets of a regression are standardised.
 
     Args:
-        table: what it will be trained on.
+        table: table that it will be trained on.
         solver: `"adam"`, `"sgd"` or `"lbfgs"`.
         units: number of hidden units.
         max_iter: epochs, or iterations of L-BFGS.

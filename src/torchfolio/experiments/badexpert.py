@@ -47,7 +47,8 @@ class Settings(OwnNetwork):
         kappa: slope of the score.
         batch_size: batch size of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in
             four epochs.
-        flip: train victims and finetune on flipped images too. The auxiliary network always sees random crops.
+        flip: whether to train victims and finetune on flipped images too. The auxiliary network always sees random
+            crops.
         traced: images of each kind behind the curve of unlearning.
     """
 

@@ -33,7 +33,7 @@ class Settings:
         train_size: its training images.
         epochs: its passes over them.
         head_units: hidden units of its boosted head.
-        search: choose GBNN's own settings by cross-validation as well.
+        search: whether to choose GBNN's own settings by cross-validation as well.
         timed_units: sizes whose training is timed.
     """
 

@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     """What is made of a layer's outputs.
 
     Attributes:
-        graphs: which of the graphs.
+        graphs: numbers of the graphs.
         rows: nodes that are read; `None` for all.
         value: function of those outputs, a list with one `[len(rows), F]` a graph.
     """

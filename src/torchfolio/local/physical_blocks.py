@@ -74,7 +74,7 @@ class SquareGoodness(nn.Module):
 
     Args:
         features: width of $z$.
-        seed: not used; nothing is drawn.
+        seed: number that is not used; nothing is drawn.
     """
 
     def __init__(self, features: int, seed: int = 0) -> None:

@@ -127,8 +127,8 @@ def saved_bytes(
     slice of a data set holds the whole data set: exclude it, or clone the slice first.
 
     Args:
-        fn: runs forward, and backward where that belongs to it. A graph that outlives the call counts to the
-            end.
+        fn: function that runs forward, and backward where that belongs to it. A graph that outlives the call counts to
+            the end.
         exclude: modules, whose parameters and buffers are not counted, and tensors that are not (inputs,
             say).
 

@@ -25,7 +25,7 @@ def write_demo(folder: Path, say: Callable[[str], None] = lambda text: None) -> 
 
     Args:
         folder: folder for `demo.html`.
-        say: called with a line before each of them.
+        say: function that is called with a line before each of them.
 
     Returns:
         The page.

@@ -96,7 +96,7 @@ class Sheet:
         tables: figures in rows.
         pictures: pictures with their captions.
         code: lines that do the same.
-        glance: what stands at the top of the page and leads to the card.
+        glance: part that stands at the top of the page and leads to the card.
     """
 
     title: str

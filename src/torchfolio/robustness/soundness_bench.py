@@ -200,7 +200,7 @@ def hide(
         look_every: steps between looks.
         seed: seed of training and looks.
         device: device of the training.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
     rule = rule if rule is not None else HiddenCounterexamples(pairs, generator=generator)

@@ -89,7 +89,7 @@ def bench(slug: str, *, num_threads: int = 1, say: Say = lambda text: None) -> B
     Args:
         slug: slug of the paper.
         num_threads: number of threads that torch and the linear algebra may use.
-        say: called with a line about what is going on.
+        say: function that is called with a line about what is going on.
 
     Raises:
         TorchfolioError: if its experiment names no peers.

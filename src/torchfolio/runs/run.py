@@ -46,7 +46,7 @@ class Run(Generic[S]):
         device: device to compute on.
         folder: folder of this seed.
         claims: claims that the experiment may give values of, by id; any where there are none.
-        say: called with a line about what is going on.
+        say: function that is called with a line about what is going on.
     """
 
     slug: str

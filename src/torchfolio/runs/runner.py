@@ -49,9 +49,9 @@ def run_experiment(
         settings: changes to the experiment's settings.
         device: device to compute on.
         out: folder of run folders.
-        resume: go on with the latest unfinished run of the same slug, scale, seeds and settings.
+        resume: whether to go on with the latest unfinished run of the same slug, scale, seeds and settings.
         jobs: seeds at a time, each in a process.
-        say: called with lines about what is going on.
+        say: function that is called with lines about what is going on.
 
     Returns:
         The outcome; a failure of the experiment is in it, not raised.
@@ -72,7 +72,7 @@ def run_all(
         jobs_to_run: jobs, see `plan`.
         jobs: seeds at a time, each in a process of its own with its share of the threads.
         ray: spread the seeds over a Ray cluster (the local machine if there is none).
-        say: called with lines about what is going on.
+        say: function that is called with lines about what is going on.
 
     Raises:
         FolderInUse: if another process is at one of them.

@@ -63,7 +63,7 @@ class Credit(Shown):
             forward pass.
         project: function from rows `[..., n]` to what is left of them in the weight's gradient.
         transport: weights that send errors down in place of the layer's own, of their shape.
-        record: called with input and activity at every forward pass.
+        record: function that is called with input and activity at every forward pass.
     """
 
     def __init__(self, layer: WeightLayer) -> None:

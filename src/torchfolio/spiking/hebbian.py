@@ -102,7 +102,7 @@ class HebbianSubspace(nn.Module):
         """Fix the new rows.
 
         Args:
-            orthonormalize: make all rows exactly orthonormal, which the rule itself does only nearly.
+            orthonormalize: whether to make all rows exactly orthonormal, which the rule itself does only nearly.
         """
         self.fixed = self.basis
         if orthonormalize and len(self.fixed):

@@ -30,8 +30,8 @@ class LIF(Stateful):
         v_threshold: $V_{th} > 0$.
         v_reset: potential after a spike; `None` resets softly.
         surrogate: backward of $\\Theta$.
-        detach_state: cut $v[t-1]$ in the charge, so that no gradient flows through time.
-        detach_reset: cut $s[t]$ in the reset, so that none flows through the reset.
+        detach_state: whether to cut $v[t-1]$ in the charge, so that no gradient flows through time.
+        detach_reset: whether to cut $s[t]$ in the reset, so that none flows through the reset.
         decay_input: charge by $I[t]/\\tau$ in place of $I[t]$.
 
     Shapes:

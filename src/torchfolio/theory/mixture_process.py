@@ -69,7 +69,8 @@ class MixtureProcess(RegressorMixin, BaseEstimator):
             X: points `[m, features]`.
             return_std: whether to give standard deviations of a noisy observation, too; NaN with a warning where the
                 distribution has none.
-            return_dist: give the predictive distribution instead, with `log_prob`, `quantile`, `mean`, `stddev`.
+            return_dist: whether to give the predictive distribution instead, with `log_prob`, `quantile`, `mean`,
+                `stddev`.
 
         Returns:
             Locations `[m]`, a pair with standard deviations `[m]`, or the distribution.

@@ -87,7 +87,7 @@ def admm(
         balance: halve or double `rho` (and `gamma` with it) every twenty iterations while one relative residual is
             over five times the other, in the first half of `max_iter`. Each change factors anew.
         start: `state` of an earlier solution with the same data and patterns.
-        callback: called with the iteration and $[v, w]$ `[2, P, d]`.
+        callback: function that is called with the iteration and $[v, w]$ `[2, P, d]`.
         generator: source of the blocks drawn by `"rbcd"`.
 
     Returns:

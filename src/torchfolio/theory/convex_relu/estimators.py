@@ -225,7 +225,7 @@ class ConvexReLURegressor(RegressorMixin, _ConvexReLU):
         tol: tolerance, see the solvers.
         fit_bias: whether to add a column of ones, whose weights are decayed like the others.
         linear_solver: way in which ADMM takes its main step, see `admm`.
-        warm_start: begin the next fit on the same data where the last one ended.
+        warm_start: whether to begin the next fit on the same data where the last one ended.
         random_state: seed of the patterns.
 
     Attributes:
@@ -309,7 +309,7 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
         tol: tolerance, see the solvers.
         fit_bias: whether to add a column of ones, whose weights are decayed like the others.
         linear_solver: way in which ADMM takes its main step, see `admm`.
-        warm_start: begin the next fit on the same data where the last one ended.
+        warm_start: whether to begin the next fit on the same data where the last one ended.
         random_state: seed of the patterns.
 
     Attributes:
