@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from torchfolio.diagrams.graph import Value
 from torchfolio.diagrams.inferred import boxed
+from torchfolio.diagrams.reader import Reader
 from torchfolio.diagrams.writing import argument, call, trained
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.exported import Reader
 
 __all__ = ["attention", "broadcast", "contraction"]
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from torchfolio.diagrams.chain import Chain
 from torchfolio.diagrams.graph import Draft, Value
 from torchfolio.errors import TorchfolioError
 
-if TYPE_CHECKING:
-    from torchfolio.diagrams.vjp import Chain
-
 __all__ = ["RULES", "by_torch"]
 
-Rule = Callable[["Chain", Draft, list[Value]], "bool | None"]
+Rule = Callable[[Chain, Draft, list[Value]], bool | None]
 """Pushes cotangents of what an operation takes; False where it does not know how."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -27,9 +27,6 @@ from torchfolio.diagrams.sheet import Sheet, Step
 from torchfolio.diagrams.sheet import Tensor as Wires
 from torchfolio.diagrams.svg import render_png, render_svg
 from torchfolio.diagrams.text import render_text
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.algebra import Expression
 from torchfolio.diagrams.vjp import Pullback, pullback
 
 LEVELS = ("auto", "full", "blocks")
@@ -37,6 +34,12 @@ LONGEST = 60
 """Columns that a drawing has at most at the level `"auto"`, where modules are there to be folded."""
 REPEATS = 3
 """Modules in a row, built alike, that are drawn as one."""
+
+
+class Composed(Protocol):
+    """What has a graph without being drawn: an expression."""
+
+    def graph(self) -> Graph: ...
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Drawing:
         """
         return CircuitModule(self.to_source(), "diagram", self.graph.weights, self.graph.saved, self.graph.functions)
 
-    def equals(self, other: Drawing | Expression) -> bool:
+    def equals(self, other: Drawing | Composed) -> bool:
         """Whether another diagram does the same operations on the same axes, whatever its axes are called.
 
         How it was bracketed does not matter, nor in which order independent operations and the tensors between them come.

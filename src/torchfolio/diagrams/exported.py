@@ -14,6 +14,7 @@ from torch import Tensor as TorchTensor
 from torch import nn
 
 from torchfolio.diagrams.graph import Draft, Graph, Value
+from torchfolio.diagrams.reader import Reader
 from torchfolio.diagrams.rules import FILLED, read_node
 from torchfolio.diagrams.writing import call, nodes_of, trained
 from torchfolio.errors import TorchfolioError
@@ -199,25 +200,18 @@ def read(module: nn.Module, program: Any, names: Sequence[str | None] | None = N
         program: of `trace`.
         names: names of the axes of each input, `"b c h w"`; those that have none are named automatically.
     """
-    reader = Reader(module, program, names)
+    reader = _Reading(module, program, names)
     reader.read()
     reader.settle()
     return reader.plain()
 
 
-class Reader(Graph):
-    """Reads an exported graph node by node.
-
-    Attributes:
-        values: what each node is: a tensor of the network, several, or nothing.
-        fixed: what each node is that depends on weights and constants alone.
-    """
+class _Reading(Reader):
+    """Goes through an exported program."""
 
     def __init__(self, module: nn.Module, program: Any, names: Sequence[str | None] | None) -> None:
         super().__init__()
         self.program, self.names = program, names
-        self.values: dict[Any, Any] = {}
-        self.fixed: dict[Any, Any] = {}
         state: dict[str, TorchTensor] = {
             **dict(module.named_buffers(remove_duplicate=False)),
             **dict(module.named_parameters(remove_duplicate=False)),
@@ -225,7 +219,6 @@ class Reader(Graph):
         constants = {k: v for k, v in (program.constants or {}).items() if isinstance(v, TorchTensor)}
         self.weights |= constants | state
         self.saved = set(module.state_dict())
-        self.grown: set[int] = set()  # constants that are made of what is learned
         self._learned = {k for k, v in module.named_parameters(remove_duplicate=False) if v.requires_grad}
 
     def plain(self) -> Graph:
@@ -331,19 +324,6 @@ class Reader(Graph):
         self.fixed[node] = outputs if isinstance(made, list | tuple) else outputs[0]
         if changed is not None and not effect:
             self.fixed = {k: self.fixed[node] if v is changed else v for k, v in self.fixed.items()}
-
-    def weight_axis(self, name: str, node: Any, dim: int) -> int:
-        """A new axis of the result of a node, whose length a weight states."""
-        made = self.axis(name, node.meta["val"].shape[dim])
-        self.stated.add(made)
-        return made
-
-    def value(self, argument: Any) -> Value | None:
-        """The tensor of the network that an argument is; of one that is used more than once, a use of it."""
-        found = self.values.get(argument) if hasattr(argument, "op") else None
-        if not isinstance(found, Value):
-            return None
-        return found if self.uses[argument] == 1 else self.use(found)
 
 
 def _whole(tensor: TorchTensor) -> bool:

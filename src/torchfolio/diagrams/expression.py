@@ -6,17 +6,16 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from torchfolio.diagrams.assembly import assemble
 from torchfolio.diagrams.compile import attribute, function_of, source_of
+from torchfolio.diagrams.drawing import BackwardDrawing, Drawing
 from torchfolio.diagrams.equality import same_graph
 from torchfolio.diagrams.graph import Graph, Value
 from torchfolio.shown import Shown
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.drawing import BackwardDrawing, Drawing
 
 __all__ = ["Axes", "Building", "Expression", "SignatureError", "Tuple", "parse_signature", "written"]
 
@@ -217,9 +216,6 @@ class Expression(nn.Module, ABC):
         Raises:
             SignatureError: if an axis has no size, or two.
         """
-        from torchfolio.diagrams.assembly import assemble
-        from torchfolio.diagrams.drawing import Drawing
-
         b = self._built(sizes)
         missing = [a for a in b.axes if a not in b.sizes]
         if missing:

@@ -7,17 +7,15 @@ from, and the equations that torch had to assume say which axes of the arguments
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchfolio.diagrams.graph import Value, hint
+from torchfolio.diagrams.reader import Reader
 from torchfolio.diagrams.writing import call, nodes_of, trained
 from torchfolio.measure.flops import FlopCounter
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.exported import Reader
 
 __all__ = ["boxed", "counted", "pointwise"]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchfolio.diagrams.compile import OPERATORS
 from torchfolio.diagrams.contractions import attention, broadcast, contraction
 from torchfolio.diagrams.graph import Value, hint
 from torchfolio.diagrams.inferred import SIGNS, boxed
+from torchfolio.diagrams.reader import Reader
 from torchfolio.diagrams.windows import convolution, embedding, normalisation, pooling, recurrence
 from torchfolio.diagrams.writing import argument, call, lengths, nodes_of, shape, trained
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.exported import Reader
 
 __all__ = ["FILLED", "read_node"]
 
@@ -301,7 +299,7 @@ def _gathered(r: Reader, node: Any, name: str) -> Value | None:
     return r.add(name, sources, [Value(axes)], core, **call(r, node))
 
 
-Rule = Callable[["Reader", Any, str], Any]
+Rule = Callable[[Reader, Any, str], Any]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("linear", "matmul", "bmm", "mm", "mv", "dot", "einsum", "tensordot", "inner", "bilinear"), contraction),
     **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum", "gt", "lt", "ge", "le", "eq", "ne"), _binary),

@@ -9,17 +9,13 @@ Abbott, "Neural Circuit Diagrams", TMLR 2024, section on backpropagation, https:
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
-
+from torchfolio.diagrams.chain import Chain
 from torchfolio.diagrams.cotangents import RULES, by_torch
 from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.errors import TorchfolioError
 from torchfolio.shown import Shown
 
-__all__ = ["Chain", "Pullback", "pullback"]
+__all__ = ["Pullback", "pullback"]
 
 
 class Pullback(Shown):
@@ -43,34 +39,11 @@ def pullback(forward: Graph) -> Pullback:
     Raises:
         TorchfolioError: if an operation is random, or cannot be written.
     """
-    return Chain(forward).run()
+    return _Backward(forward).run()
 
 
-class Chain(Shown):
+class _Backward(Chain):
     """Goes through the operations from the last to the first."""
-
-    def __init__(self, forward: Graph) -> None:
-        self.forward = forward
-        graph = self.graph = Graph()
-        for name in (
-            "parent",
-            "name",
-            "size",
-            "symbols",
-            "factors",
-            "cuts",
-            "twins",
-            "stated",
-            "weights",
-            "saved",
-            "functions",
-            "named",
-        ):
-            setattr(graph, name, copy.copy(getattr(forward, name)))
-        self.cotangents: dict[int, list[Value]] = defaultdict(list)
-        self.kept: dict[int, tuple[Value, Value]] = {}
-        graph.constants = [s for s in forward.constants if not s.params.get("effect")]
-        self.trained = _trained(forward)
 
     def run(self) -> Pullback:
         forward, graph = self.forward, self.graph
@@ -109,10 +82,6 @@ class Chain(Shown):
         graph.settle(apart=True)
         return Pullback(graph, [origin for origin, _ in kept], inputs, list(weights))
 
-    def trains(self, weight: Value) -> bool:
-        """Whether a weight is trained, or is a constant that depends on one that is."""
-        return weight.root.learned or id(weight.root) in self.trained
-
     def _wanted(self, step: Draft) -> bool:
         return any(not v.root.whole for v in step.inputs) or any(self.trains(w) for w in step.weights)
 
@@ -121,72 +90,6 @@ class Chain(Shown):
         found = {id(w.root): w.root for s in steps for w in s.weights if w.root.learned}
         place = {name: i for i, name in enumerate(self.forward.weights)}
         return sorted(found.values(), key=lambda w: place.get(w.name, 0))
-
-    # -- tensors
-
-    def saved(self, value: Value) -> Value:
-        """A tensor of the forward pass, as it is used there."""
-        root = value.root
-        if id(root) not in self.kept:
-            self.kept[id(root)] = root, Value(list(root.axes), None, whole=root.whole)
-        return Value(list(value.axes), self.kept[id(root)][1], whole=root.whole)
-
-    def push(self, value: Value, cotangent: Value) -> None:
-        """Add to the cotangent of a tensor, or of a weight, that of one use of it."""
-        root = value.root
-        if not root.whole:
-            self.cotangents[id(root)].append(Value(list(root.axes), cotangent))
-
-    def total(self, value: Value) -> Value | None:
-        """The cotangent of a tensor: the sum of those of its uses, since a copy's transpose is a sum."""
-        parts = self.cotangents.get(id(value.root))
-        if not parts:
-            return None
-        while len(parts) > 1:
-            one, other, *rest = parts
-            parts = [self.add("binary", [one, other], value.root.axes, what="add"), *rest]
-        self.cotangents[id(value.root)] = parts
-        return parts[0]
-
-    def add(
-        self, kind: str, inputs: Sequence[Value], axes: Sequence[int], core: Iterable[int] = (), **more: Any
-    ) -> Value:
-        """An operation with one result."""
-        return self.graph.add(kind, [self.once(v) for v in inputs], [Value(list(axes))], core, **more)
-
-    def once(self, value: Value) -> Value:
-        """A use of a tensor of its own, on the same axes."""
-        return Value(list(value.axes), value, whole=value.whole)
-
-    def find(self, axes: Sequence[int]) -> list[int]:
-        return [self.graph.find(a) for a in axes]
-
-    def seen(self, axes: Sequence[int]) -> list[int]:
-        return [self.graph.find(a) for a in axes if self.graph.size[a] != 1]
-
-    def contract(self, operands: Sequence[Value], axes: Sequence[int]) -> Value:
-        """The product of tensors on given axes: summed over others, constant along those that none of them has."""
-        have = {a for v in operands for a in self.find(v.axes)}
-        present = [a for a in axes if self.graph.find(a) in have and self.graph.size[a] != 1]
-        if len(operands) > 1 or self.seen(operands[0].axes) != self.find(present):
-            others = [a for v in operands for a in v.axes if self.graph.find(a) not in self.find(present)]
-            kind = "einsum" if len(operands) > 1 or not others else "reduce"
-            if kind == "einsum" and len(operands) == 1:
-                kind = "transpose"
-            one = operands[0].axes
-            if kind == "transpose" and len(one) != len(present):  # axes of length one go first
-                operands = [self.add("view", operands, [a for a in one if self.graph.size[a] != 1])]
-            made = self.add(kind, operands, present, others, **({"what": "sum"} if kind == "reduce" else {}))
-        else:
-            made = operands[0]
-        if self.find(made.axes) == self.find(axes):
-            return made
-        if len(present) < len(self.seen(axes)):
-            ones = [a if a in present else self.graph.axis("", 1) for a in axes]
-            made = made if len(ones) == len(made.axes) else self.add("view", [made], ones)
-            new = [a for a in axes if self.graph.find(a) not in have]
-            return self.add("view", [made], axes, new, expand=True)
-        return self.add("view", [made], axes)
 
     def _keep_lengths(self) -> None:
         """Keep a tensor of the forward pass for every length that nothing else says."""
@@ -224,8 +127,6 @@ class Chain(Shown):
         for axis in wanted:
             look(axis)
 
-    # -- operations
-
     def _pull(self, step: Draft, found: list[Value | None]) -> None:
         if step.params.get("random"):
             raise TorchfolioError(
@@ -237,12 +138,3 @@ class Chain(Shown):
         rule = None if twice or None in found else RULES.get(step.kind)
         if rule is None or rule(self, step, [g for g in found if g is not None]) is False:
             by_torch(self, step, found)
-
-
-def _trained(forward: Graph) -> set[int]:
-    """Constants that depend on weights that are trained."""
-    found: set[int] = set()
-    for step in forward.constants:
-        if any(w.root.learned or id(w.root) in found for w in step.weights):
-            found |= {id(o) for o in step.outputs}
-    return found

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchfolio.diagrams.graph import Value, hint
 from torchfolio.diagrams.inferred import boxed, counted
+from torchfolio.diagrams.reader import Reader
 from torchfolio.diagrams.writing import argument, call, lengths, trained
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.exported import Reader
 
 __all__ = ["convolution", "embedding", "normalisation", "pooling", "recurrence", "window_text"]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from torchfolio.diagrams.graph import Value, hint
-
-if TYPE_CHECKING:
-    from torchfolio.diagrams.exported import Reader
+from torchfolio.diagrams.reader import Reader
 
 __all__ = ["argument", "call", "flat", "lengths", "nodes_of", "shape", "trained"]
 
