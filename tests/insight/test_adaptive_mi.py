@@ -228,6 +228,23 @@ def test_the_plane_of_a_network():
     assert (dead["i_xt"], dead["dead"]) == (0, 1)
 
 
+def test_saturated_moments_are_hollow_and_marked():
+    """A wide layer beside a narrow one: each input has a pattern of its own in the wide one."""
+    torch.manual_seed(0)
+    net, x, y = MLP(4, 3, (40, 2)), torch.rand(100, 4), torch.arange(100) % 3
+    recorder = InformationPlaneRecorder(net, ["layer1", "layer2"], x, y, AdaptiveBinning(4))
+    recorder.step(0)
+    recorder.step(5)
+    frame = recorder.frame()
+    assert frame["saturated"].tolist() == [True, False, True, False]
+    assert recorder.compression()["saturated"].tolist() == [True, False]
+    for figure, moments in ((recorder.plot(), 2), (recorder.planes[0].plot(), 1)):
+        wide, narrow = figure.axes[0].collections[:2]
+        assert wide.get_facecolor().size == 0 or (wide.get_facecolor()[:, 3] == 0).all()
+        assert (narrow.get_facecolor()[:, 3] > 0).all()
+        assert len(wide.get_edgecolor()) == len(narrow.get_facecolor()) == moments
+
+
 def test_maps_need_to_be_reduced():
     net, x, y = ConvNet(3, 1, (4, 6)), torch.rand(60, 1, 8, 8), torch.arange(60) % 3
     names = [n for n, _ in net.named_children()][:1]
@@ -255,6 +272,10 @@ def test_maps_need_to_be_reduced():
         (
             lambda: information_plane(MLP(2, 2, (3,)), ["layer1"], torch.full((4, 2), torch.nan), torch.arange(4)),
             "of layer1 hold NaN",
+        ),
+        (
+            lambda: information_plane(MLP(2, 2, (3,)), ["layer1"], torch.rand(4, 2).double(), torch.arange(4)),
+            r"weights are torch.float32\) .* \(4, 2\) torch.float64",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.measure import (
+    Hessian,
     gradient_agreement,
     gradient_dict,
     loss_gradients,
@@ -85,6 +86,23 @@ def test_batch_norm_that_mixes_examples_is_refused(norm: nn.Module) -> None:
 def test_nothing_to_differentiate(data: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="requires a gradient, got none"):
         per_example_gradients(nn.Flatten(), F.cross_entropy, data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_what_the_network_cannot_take_is_told(
+    net: nn.Sequential, data: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    x, y = data[0].to(dtype), data[1]
+    message = (
+        rf"^the network \(its weights are torch.float64\) or its loss cannot take .*\(10, 1, 4, 4\) {dtype} and \(10,\)"
+    )
+    hessian = lambda *given: Hessian(*given)(torch.zeros(sum(p.numel() for p in net.parameters())).double())  # noqa: E731
+    for measure in (per_example_losses, per_example_gradients, loss_gradients, hessian):
+        with pytest.raises(ValueError, match=message) as caught:
+            measure(net.eval(), F.cross_entropy, (x, y))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"cannot take .*torch.float64 and \(10,\) torch.float32"):
+            measure(net.eval(), F.cross_entropy, (data[0], y.float()))
 
 
 def test_gradient_dict_is_a_copy(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> None:

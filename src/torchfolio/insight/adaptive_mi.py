@@ -44,6 +44,7 @@ from torchfolio.insight.information_estimators import (
 )
 from torchfolio.insight.information_kernels import AdaptiveKDE, kde_information
 from torchfolio.measure import untouched
+from torchfolio.measure.batches import taking
 from torchfolio.models import flatten_features, take_features
 from torchfolio.models.device import device_of
 from torchfolio.shown import Shown
@@ -143,7 +144,8 @@ def information_plane(
         batch_size: inputs at a time.
 
     Raises:
-        ValueError: on unknown layers, NaN (names the layer), labels of another number, or maps without `reduce`.
+        ValueError: on unknown layers, NaN (names the layer), labels of another number, maps without `reduce`, or inputs that
+            the network cannot take, as those of another dtype than its weights.
     """
     estimator = estimator if estimator is not None else AdaptiveBinning()
     inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
@@ -175,7 +177,7 @@ def _activations(
     parts: dict[str, list[Tensor]] = {}
     with untouched(module, training=False):
         for x in inputs.split(batch_size):
-            with take_features(module, names, detach=True) as features:
+            with take_features(module, names, detach=True) as features, taking(module, x):
                 z = module(x.to(device))
                 for name, t in features.items():
                     parts.setdefault(name, []).append(_rows(name, t, reduce, len(x)).cpu())
@@ -257,19 +259,22 @@ class InformationPlaneRecorder(Shown):
 
     def compression(self) -> pd.DataFrame:
         """By layer: `compression`, the fall of $I(X;T)$ from its maximum to the end in bits; `at`, the epoch of the maximum;
-        `regained`, the rise of $I(T;Y)$ from its minimum to the end."""
+        `regained`, the rise of $I(T;Y)$ from its minimum to the end; `saturated`, whether the estimate of the maximum or of
+        the end says nothing."""
         return compression_of(self.frame())
 
     def plot(self) -> Figure:
-        """Paths of all layers through the information plane, from light to dark."""
+        """Paths of all layers through the information plane, from light to dark, hollow where an estimate is saturated."""
         import matplotlib.pyplot as plt
+        from matplotlib.colors import to_rgba
 
         table = self.frame().reset_index()
         fig, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
         for k, (name, rows) in enumerate(table.groupby("layer", sort=False)):
             ax.plot(rows["i_xt"], rows["i_ty"], c=f"C{k % 10}", lw=0.8, alpha=0.6)
-            shades: Any = np.linspace(0.15, 1, len(rows))
-            ax.scatter(rows["i_xt"], rows["i_ty"], c=[f"C{k % 10}"] * len(rows), alpha=shades, s=18, label=str(name))
+            shades: Any = [to_rgba(f"C{k % 10}", shade) for shade in np.linspace(0.15, 1, len(rows))]
+            faces = [(0, 0, 0, 0) if full else shade for shade, full in zip(shades, rows["saturated"], strict=True)]
+            ax.scatter(rows["i_xt"], rows["i_ty"], facecolors=faces, edgecolors=shades, s=18, label=str(name))
         _axes(ax, len(self.inputs))
         return fig
 
@@ -296,8 +301,9 @@ def compression_of(frame: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for name, part in frame.reset_index().groupby("layer", sort=False):
         i_xt, i_ty = part["i_xt"].to_numpy(), part["i_ty"].to_numpy()
+        full, top = part["saturated"].to_numpy(), i_xt.argmax()
         rows[name] = {
-            "compression": float(i_xt.max() - i_xt[-1]), "at": int(part["epoch"].to_numpy()[i_xt.argmax()]),
-            "regained": float(i_ty[-1] - i_ty.min()),
+            "compression": float(i_xt[top] - i_xt[-1]), "at": int(part["epoch"].to_numpy()[top]),
+            "regained": float(i_ty[-1] - i_ty.min()), "saturated": bool(full[top] or full[-1]),
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchfolio.data.examples import Examples
@@ -33,6 +34,24 @@ def batches(data: Data, batch_size: int | None, device: torch.device | str | Non
         if len(row) != 2:
             raise TypeError(f"expected batches (x, y) of two tensors, got {len(row)} items")
         yield row[0], row[1]
+
+
+@contextmanager
+def taking(model: nn.Module, *batch: Tensor) -> Iterator[None]:
+    """Say in one sentence which batch a network, or the loss of its outputs, cannot take.
+
+    Raises:
+        ValueError: where torch raises a `RuntimeError`, as on a batch of another dtype than the weights.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        given = " and ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch)
+        weights = next((f" (its weights are {p.dtype})" for p in model.parameters() if p.is_floating_point()), "")
+        raise ValueError(f"the network{weights} or its loss cannot take a batch of {given}: {first}") from error
 
 
 def gathered(data: Data, device: torch.device | str | None = None) -> Batch:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from torchfolio.measure.batches import Data, batches
+from torchfolio.measure.batches import Data, batches, taking
 from torchfolio.models.stateful import fresh
 from torchfolio.shown import Shown
 
@@ -33,10 +33,16 @@ def per_example_losses(model: nn.Module, loss: Loss, data: Data, *, batch_size: 
 
     Returns:
         Losses `[N]`.
+
+    Raises:
+        ValueError: if the network or the loss cannot take a batch, as one of another dtype than the weights.
     """
     one = vmap(lambda output, target: loss(output[None], target[None]).reshape(()), randomness="different")
-    with torch.no_grad():
-        return torch.cat([one(_forward(model, x), y) for x, y in batches(data, batch_size, _device(model))])
+    parts: list[Tensor] = []
+    for x, y in batches(data, batch_size, _device(model)):
+        with torch.no_grad(), taking(model, x, y):
+            parts.append(one(_forward(model, x), y))
+    return torch.cat(parts)
 
 
 def per_example_gradients(
@@ -54,7 +60,8 @@ def per_example_gradients(
         `{name: [N, *shape of the parameter]}` for every parameter that requires a gradient.
 
     Raises:
-        ValueError: if a batch norm uses the statistics of the batch, or nothing requires a gradient.
+        ValueError: if a batch norm uses the statistics of the batch, nothing requires a gradient, or the network or the
+            loss cannot take a batch.
     """
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -68,7 +75,10 @@ def per_example_gradients(
             return loss(functional_call(model, (values, fixed), (x[None],)), y[None]).reshape(())
 
     gradients = vmap(grad(example_loss), in_dims=(None, 0, 0), randomness="different")
-    parts = [gradients(trained, x, y) for x, y in batches(data, batch_size, _device(model))]
+    parts: list[dict[str, Tensor]] = []
+    for x, y in batches(data, batch_size, _device(model)):
+        with taking(model, x, y):
+            parts.append(gradients(trained, x, y))
     return {n: torch.cat([part[n] for part in parts]) for n in trained}
 
 
@@ -85,11 +95,14 @@ def loss_gradients(model: nn.Module, loss: Loss, data: Data, *, batch_size: int 
 
     Returns:
         Gradients by parameter name, zero where the loss does not depend on one.
+
+    Raises:
+        ValueError: if nothing requires a gradient, or the network or the loss cannot take a batch.
     """
     trained = _trainable(model)
     total, examples = {n: torch.zeros_like(p) for n, p in trained.items()}, 0
     for x, y in batches(data, batch_size, _device(model)):
-        with torch.enable_grad():
+        with torch.enable_grad(), taking(model, x, y):
             value = loss(_forward(model, x), y)
         for name, g in zip(
             trained, torch.autograd.grad(value, list(trained.values()), materialize_grads=True), strict=True

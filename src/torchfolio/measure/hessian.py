@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchfolio.measure.batches import Data, batches
+from torchfolio.measure.batches import Data, batches, taking
 from torchfolio.models.stateful import fresh
 from torchfolio.shown import Shown
 
@@ -184,7 +184,7 @@ class Hessian(Shown):
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
-        with fresh(self.model):
+        with fresh(self.model), taking(self.model, x, y):
             return self.loss(functional_call(self.model, buffers, (x,)), y)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
