@@ -44,8 +44,10 @@ class Stack(nn.Module):
         return h
 
 
-def _best(settings: Any, make: Callable[[], Stack], loss: Any, score: Any, report: Any, seed: int) -> float:
-    """Train end to end at each learning rate; the report of the one that validates best."""
+def _best(
+    settings: Any, make: Callable[[], Stack], loss: Any, score: Any, report: Any, seed: int
+) -> tuple[float, float]:
+    """Train end to end at each learning rate; validation score and report of the first that validates best."""
     results = []
     for lr in settings.lrs:
         with seeded(seed):
@@ -57,11 +59,16 @@ def _best(settings: Any, make: Callable[[], Stack], loss: Any, score: Any, repor
             )  # fmt: skip
         with torch.no_grad():
             results.append((best, report(net())))
-    return max(results)[1]
+    return max(results, key=_validation)
+
+
+def _validation(result: tuple[float, float]) -> float:
+    """What is chosen by: the report, a figure on test data, has no say even between equals."""
+    return result[0]
 
 
 def backprop_nodes(settings: Any, graph: Graph, test: Tensor, seed: int) -> dict[str, Any]:
-    """Test accuracy with two and with three layers, and the better one."""
+    """Test accuracy with two and with three layers, and of the depth that validates best."""
 
     def accuracy(mask: Tensor) -> Callable[[Tensor], float]:
         return lambda z: float((z.argmax(1) == graph.y)[mask].double().mean())
@@ -69,12 +76,13 @@ def backprop_nodes(settings: Any, graph: Graph, test: Tensor, seed: int) -> dict
     def loss(z: Tensor) -> Tensor:
         return F.cross_entropy(z[graph.train_mask], graph.y[graph.train_mask])
 
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     for depth in (2, 3):
         widths = [settings.hidden] * (depth - 1) + [graph.num_classes]
         scores = accuracy(graph.val_mask), accuracy(test)
         found[f"depth_{depth}"] = _best(settings, lambda widths=widths: Stack(graph, widths), loss, *scores, seed)
-    return found | {"accuracy": max(found.values())}
+    tested = {name: report for name, (_, report) in found.items()}
+    return tested | {"accuracy": max(found.values(), key=_validation)[1]}
 
 
 def backprop_links(settings: Any, graph: Graph, split: LinkSplit, seed: int) -> float:
@@ -93,7 +101,7 @@ def backprop_links(settings: Any, graph: Graph, split: LinkSplit, seed: int) -> 
         lambda z: float(auroc(*logits(z, split.val, split.val_negative))),
         lambda z: float(auroc(*logits(z, split.test, split.test_negative))),
     )
-    return _best(settings, lambda: Stack(sparse, [settings.hidden] * settings.short), loss, *scores, seed)
+    return _best(settings, lambda: Stack(sparse, [settings.hidden] * settings.short), loss, *scores, seed)[1]
 
 
 def backprop_peak(graph: Graph, hidden: int, depth: int) -> int:

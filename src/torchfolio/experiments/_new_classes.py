@@ -96,7 +96,8 @@ def finetune(
         naive = make(Concatenated([copy.deepcopy(b) for b in bodies], frozen=False), width * len(bodies), classes)
         learn(naive, seed)
         scores["naive"].append(scored(naive))
-    found = {name: max(pairs)[1] for name, pairs in scores.items()}
+    # Between rates that validate equally the first is taken: the test accuracy has no say.
+    found = {name: max(pairs, key=lambda pair: pair[0])[1] for name, pairs in scores.items()}
     return {**found, **{f"{name}_low": pairs[0][1] for name, pairs in scores.items()}}
 
 
