@@ -71,11 +71,13 @@ SCALES = {
 
 
 class RandomGates(GatedConv):
-    """The negative control: as many filters for every sample, but any."""
+    """The negative control: as many filters for every sample, but any, drawn by a generator of the control's own."""
+
+    draws: torch.Generator
 
     def gates(self, x: Tensor, out: Tensor) -> Gates:
         learned = super().gates(x, out)
-        order = torch.rand(learned.mask.shape, device=x.device).argsort(1)
+        order = torch.rand(learned.mask.shape, generator=self.draws).argsort(1).to(x.device)
         return learned._replace(mask=learned.mask.gather(1, order))
 
 
@@ -128,9 +130,10 @@ def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, softma
     estimate = estimate_flops(net, data.train.tensors[0][:1000], r)
     train(run, data, model, FTWT(gate_lr=settings.gate_lr), settings.lr[1], settings.epochs)
     measured = measure_flops(model, data.test)
-    random = copy.deepcopy(model)
+    random, draws = copy.deepcopy(model), torch.Generator().manual_seed(run.seed)
     for layer in gated_layers(random).values():
         layer.__class__ = RandomGates
+        vars(layer)["draws"] = draws
     return {
         "accuracy": accuracy(model, data.test), "targets": targets, "random": accuracy(random, data.test),
         "estimate": 100 * estimate.reduction, "measured": 100 * measured.reduction,

@@ -78,14 +78,16 @@ def schedule(steps: int) -> DiscreteSchedule:
 
 
 class RandomMask(SaRA):
-    """Control: as many weights, drawn at random."""
+    """Control: as many weights of every tensor, drawn at random."""
 
-    def __init__(self, model: nn.Module, *, share: float, seed: int, **settings: Any) -> None:
-        self.share, self.mask_draws = share, torch.Generator().manual_seed(seed)
-        super().__init__(model, fraction=share, seed=seed, **settings)
+    def __init__(self, model: nn.Module, *, seed: int, **settings: Any) -> None:
+        self.mask_draws = torch.Generator().manual_seed(seed)
+        super().__init__(model, seed=seed, **settings)
 
     def _mask(self, name: str, param: Tensor) -> Tensor:
-        return torch.rand(param.shape, generator=self.mask_draws) < self.share
+        smallest = super()._mask(name, param).flatten()
+        order = torch.randperm(len(smallest), generator=self.mask_draws)
+        return smallest[order.to(smallest.device)].view_as(param)
 
 
 def run(run: Run[Settings]) -> None:
@@ -109,9 +111,11 @@ def run(run: Run[Settings]) -> None:
     )
     rise = {k: v["prior"] - before["prior"] for k, v in found.items()}
     gain = {k: before["target"] - v["target"] for k, v in found.items()}
+    alone, random = "no_rank_no_progressive", "random_mask"
     run.values(
         "forgetting", rise=rise["sara"], lora_rise=rise["lora"], full_rise=rise["full"], gain=gain["sara"],
-        lora_gain=gain["lora"], full_gain=gain["full"], random_rise=rise["random_mask"], random_gain=gain["random_mask"],
+        lora_gain=gain["lora"], full_gain=gain["full"], mask_alone_rise=rise[alone], mask_alone_gain=gain[alone],
+        random_rise=rise[random], random_gain=gain[random], random_trained=found[random]["trained"],
         trained=sara["trained"], lora_trained=lora["trained"], full_trained=full["trained"],
     )  # fmt: skip
     run.values(
@@ -147,12 +151,13 @@ def tune(
     torch.manual_seed(seed)
     model = with_lora(net, settings.lora_rank) if way == "lora" else copy.deepcopy(net)
     x = x[: settings.tune_size]
-    half = None if "no_progressive" in way else settings.tune_steps // 2
-    common: dict[str, Any] = {"lr": settings.lr, "rank_weight": 0.0 if "no_rank" in way else settings.rank_weight,
-                              "progressive_at": half, "seed": seed}  # fmt: skip
+    # The random mask is compared with the mask alone, so that nothing but the mask differs.
+    progressive, ranked = (not (way == "random_mask" or off in way) for off in ("no_progressive", "no_rank"))
+    common: dict[str, Any] = {"lr": settings.lr, "rank_weight": settings.rank_weight if ranked else 0.0,
+                              "progressive_at": settings.tune_steps // 2 if progressive else None, "seed": seed}  # fmt: skip
     optimizer = None
     if way == "random_mask":
-        optimizer = RandomMask(model, share=settings.fraction, **{**common, "progressive_at": None, "rank_weight": 0.0})
+        optimizer = RandomMask(model, fraction=settings.fraction, **common)
     elif way not in ("lora", "full"):
         optimizer = SaRA(model, fraction=settings.fraction, **common)
     trained = optimizer.trainable_count if optimizer else sum(p.numel() for p in model.parameters() if p.requires_grad)
