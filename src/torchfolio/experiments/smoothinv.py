@@ -43,7 +43,7 @@ class Settings(OwnNetwork):
         n: draws of noise.
         sources: classes whose first test image perturbations are drawn from.
         others: test images that they are tried on.
-        pool: images behind the profile of the classes.
+        pool: images behind the profile of the classes, and others behind the choice of the noise level.
         noise: deviation in the training that tries to hide the trigger.
     """
 
@@ -80,7 +80,7 @@ def run(run: Run[Settings]) -> None:
     data = run.data(s.data, normalize=False, val=0, train_size=s.size)
     found = run.arm("images", inversions, run, data)
     key = f"{s.eps[0]:g}"
-    best = max(s.sigma, key=lambda sigma: found[f"asr {sigma:g} {key}"])
+    best = max(s.sigma, key=lambda sigma: found[f"held {sigma:g} {key}"])
     run.values("inversion", asr=found[f"asr {s.sigma[0]:g} {s.eps[-1]:g}"], trigger=found["trigger"])
     run.values("smoothing", best=found[f"asr {best:g} {key}"], plain=found[f"asr 0 {key}"], masked=found["masked"])
     run.values(
@@ -114,7 +114,9 @@ def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     chosen = [int((2 * (y == c) + ((y == c) & usable)).argmax()) for c in s.sources]
     images = x[chosen]
     rest = torch.ones(len(x), dtype=torch.bool).index_fill(0, torch.tensor(chosen), False)
-    others = x[rest & (y != 0)][: s.others]
+    # The noise level is chosen on images that success is not reported on.
+    further = x[rest & (y != 0)]
+    held, others = further[: s.pool], further[s.pool :][: s.others]
     side = [max(3, k // 5) for k in data.shape[1:]]
     corner = torch.zeros(data.shape[1:])
     corner[-side[0] :, -side[1] :] = 1
@@ -126,6 +128,7 @@ def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
             inverted, name = [draw.invert(bad.model, image, 0) for image in images], f"{sigma:g} {eps:g}"
             inside = [(t.delta**2 * corner).sum() / (t.delta**2).sum() for t in inverted]
             result[f"asr {name}"] = average(t.asr(bad.model, others) for t in inverted)
+            result[f"held {name}"] = average(t.asr(bad.model, held) for t in inverted)
             result[f"share {name}"] = average(float(share) for share in inside)
             panel += [inverted[0].delta] if eps == s.eps[0] else []
             if (sigma, eps) == (s.sigma[0], s.eps[0]):
