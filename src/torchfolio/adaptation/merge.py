@@ -168,7 +168,7 @@ class Average(Merge):
     streams = True
 
     def fit_files(self, like: nn.Module, base: Path | None, finetuned: Sequence[Path], output: Path) -> Path:
-        return average_files(finetuned, output)
+        return average_files(finetuned, output, like=like)
 
     def _merge(self, run: Merging) -> MergeResult:
         count = len(run.finetuned)

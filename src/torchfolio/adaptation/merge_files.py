@@ -23,11 +23,12 @@ from torchfolio.adaptation.weights import (
     STATISTICS,
     Weights,
     added,
+    average_of,
+    buffer_names,
     check_frozen,
     check_sum,
     coefficients,
     frozen_names,
-    mean,
     real,
 )
 
@@ -41,12 +42,13 @@ CODES = {
 TYPES = {code: dtype for dtype, code in CODES.items()}
 
 
-def average_files(paths: Sequence[str | Path], output: str | Path) -> Path:
+def average_files(paths: Sequence[str | Path], output: str | Path, *, like: nn.Module | None = None) -> Path:
     """The plain mean of checkpoints, see `torchfolio.adaptation.weights.average`, from file to file.
 
     Args:
         paths: two or more safetensors files with the same tensors. What is not floating point is taken from the first.
         output: file to write; one that is there is replaced when the new one is whole.
+        like: module of these entries, on any device, whose buffers may hold infinity where all files hold the same.
 
     Returns:
         The path of the output.
@@ -56,14 +58,12 @@ def average_files(paths: Sequence[str | Path], output: str | Path) -> Path:
     """
     if len(paths) < 2:
         raise ValueError(f"expected at least 2 files, got {len(paths)}")
+    buffers = buffer_names(like)
 
     def merged(name: str, tensors: list[Tensor]) -> Tensor:
         if not real(tensors[0]):
             return tensors[0]
-        value, finite = mean(tensors)
-        if not finite:
-            check_sum(value, name, {}, tensors)
-        return value
+        return average_of(name, tensors, buffers)
 
     return _streamed([Path(p) for p in paths], Path(output), merged)
 

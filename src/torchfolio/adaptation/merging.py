@@ -40,7 +40,13 @@ __all__ = ["AdaMerging", "MergeResult", "TaskVectors", "average", "entropy", "me
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Mean Shannon entropy, in nats, of the softmax of logits `[N, classes]`."""
+    """Mean Shannon entropy, in nats, of the softmax of logits `[N, classes]`.
+
+    Raises:
+        ValueError: if there is one class alone, whose entropy is always 0.
+    """
+    if logits.dim() < 2 or logits.shape[-1] < 2:
+        raise ValueError(f"expected logits of two classes or more, got outputs of shape {tuple(logits.shape)}")
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 

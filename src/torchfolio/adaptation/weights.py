@@ -13,7 +13,7 @@ Reference: G. Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ def task_arithmetic(
 def average(finetuned: Sequence[Checkpoint]) -> dict[str, Tensor]:
     """The plain mean of checkpoints, buffers of floating point included. Needs no pretrained network.
 
+    Buffers of a module may hold infinity, as masks of attention do, where all checkpoints hold the same.
+
     Raises:
         ValueError: if there are fewer than two, or they do not match; see `task_vectors`.
     """
@@ -101,13 +103,29 @@ def average(finetuned: Sequence[Checkpoint]) -> dict[str, Tensor]:
     states = [state_of(checkpoint) for checkpoint in finetuned]
     wanted = {names[0]: states[0][names[0]] for names in tied_names(finetuned[0]) if real(states[0][names[0]])}
     states = [_matched(wanted, finetuned[0], state, i) if i else state for i, state in enumerate(states)]
+    buffers = buffer_names(finetuned[0])
     merged: dict[str, Tensor] = {}
     for name in wanted:
         terms = [state[name].detach() for state in states]
-        merged[name], finite = mean(terms)
-        if not finite:
-            check_sum(merged[name], name, {}, terms)
+        merged[name] = average_of(name, terms, buffers)
     return _complete(finetuned[0], merged)
+
+
+def average_of(name: str, terms: Sequence[Tensor], buffers: Collection[str]) -> Tensor:
+    """The mean of one tensor of every checkpoint; a buffer that is the same in all of them stays what it is."""
+    value, finite = mean(terms)
+    if not finite and name in buffers and all(torch.equal(term, terms[0]) for term in terms):  # NaN equals nothing
+        return terms[0].clone()
+    if not finite:
+        check_sum(value, name, {}, terms)
+    return value
+
+
+def buffer_names(checkpoint: Checkpoint | None) -> set[str]:
+    """Names of the buffers of a module; a bare state dict does not tell."""
+    if not isinstance(checkpoint, nn.Module):
+        return set()
+    return {name for name, _ in checkpoint.named_buffers(remove_duplicate=False)}
 
 
 # What is merged

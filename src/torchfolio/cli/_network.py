@@ -66,9 +66,36 @@ def fitting_splits(
         typer.echo(f"torchfolio: {sentence}", err=True)
     if splits.shape != manifest.input_shape:
         raise TorchfolioError(f"{name} takes inputs of shape {manifest.input_shape}, {data} has {splits.shape}")
-    if splits.classes and manifest.classes and len(splits.classes) != len(manifest.classes):
-        raise TorchfolioError(f"{name} tells {len(manifest.classes)} classes apart, {data} has {len(splits.classes)}")
-    return splits
+    return numbered_alike(manifest, name, data, splits)
+
+
+def numbered_alike(manifest: Manifest, name: str, data: str, splits: DataSplits) -> DataSplits:
+    """The data with their labels in the order of the network's classes, which go by their names."""
+    from dataclasses import replace
+
+    import torch
+    from torch.utils.data import TensorDataset
+
+    own, there = manifest.classes, splits.classes
+    if own == there or not own:
+        return splits
+    if not there:
+        raise TorchfolioError(f"{name} tells {len(own)} classes apart, {data} has numbers to predict")
+    if len(own) != len(there):
+        raise TorchfolioError(f"{name} tells {len(own)} classes apart, {data} has {len(there)}")
+    odd = sorted(set(there) - set(own))
+    if len(odd) == len(there):
+        typer.echo(
+            f"torchfolio: the classes of {data} have other names than those of {name}; the first, {there[0]}, is taken "
+            f"for {own[0]}, and so on",
+            err=True,
+        )
+        return splits
+    if odd:
+        raise TorchfolioError(f"{data} has the class {odd[0]}, which {name} does not know; it knows {', '.join(own)}")
+    number = torch.tensor([own.index(label) for label in there])
+    pairs = {part: getattr(splits, part).tensors for part in ("train", "val", "test")}
+    return replace(splits, classes=own, **{part: TensorDataset(x, number[y]) for part, (x, y) in pairs.items()})
 
 
 def _seen(manifest: Manifest, name: str, data: str, splits: DataSplits) -> str | None:

@@ -60,6 +60,11 @@ class Part:
                     f"the {key} takes inputs of shape {tuple(own.input_shape)}, "
                     f"the data have {tuple(manifest.input_shape)}"
                 )
+            if set(own.classes) == set(manifest.classes) and own.classes != manifest.classes:
+                raise TorchfolioError(
+                    f"the {key} numbers its classes {', '.join(own.classes)}, the network that is trained "
+                    f"{', '.join(manifest.classes)}; expected one order"
+                )
             constants = (manifest.mean, manifest.std), (own.mean, own.std)
             ready[key] = renormalized(predictor_of(bundle, allow).eval(), *constants)
         return ready

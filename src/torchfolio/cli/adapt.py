@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
+from torchfolio.cli._alike import check_alike
 from torchfolio.cli._network import (
     call_with,
     fitting_splits,
     normalized,
+    numbered_alike,
     parse_settings,
     predictor_of,
     say,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from torchfolio.adaptation.adapter import Adapter
     from torchfolio.adaptation.merge import Merge
     from torchfolio.bundle import Bundle, Manifest, Outline
-    from torchfolio.data import DataSplits
 
 
 def register(app: typer.Typer) -> None:
@@ -155,10 +156,12 @@ def _adapt_one(
     method: Adapter = _make(_factory("adapter", name), name, settings, {})
     bundle = load_bundle(folder, allow=allow, device=place)
     manifest = bundle.manifest
-    splits = _load(source, manifest, folder, sizes)
+    splits = fitting_splits(replace(manifest, classes=()), str(folder), source, **sizes)
+    same = set(splits.classes) == set(manifest.classes)
+    if same:
+        splits = numbered_alike(manifest, str(folder), source, splits)
     train, val, test = (normalized(getattr(splits, k), manifest.mean, manifest.std) for k in ("train", "val", "test"))
-    same = len(splits.classes) == len(manifest.classes)
-    before = _accuracy(predictor_of(bundle, allow), test, place) if same else None
+    before = _score(predictor_of(bundle, allow), test, place)[1] if same else None
     done = method.adapt(
         bundle.model, train, val=val if len(val) else None, num_classes=len(splits.classes), seed=sizes["seed"],
         device=place, say=say,
@@ -166,10 +169,11 @@ def _adapt_one(
     recipe = method.recipe({"build": manifest.build, "arguments": manifest.arguments})
     record = {"adapted": str(folder), "method": name, "settings": settings, "data": source, **dict(done.report)}
     record |= {"split": splits.split_digest, "seen": seen_so_far(manifest, splits)}
-    classes = manifest.classes if same else splits.classes
-    adapted = replace(manifest, **recipe, classes=tuple(classes), training={**_lasting(manifest), **record}, tied={})
+    adapted = replace(
+        manifest, **recipe, classes=tuple(splits.classes), training={**_lasting(manifest), **record}, tied={}
+    )
     save_bundle(done.model, output, adapted)
-    after = _accuracy(predictor_of(load_bundle(output, allow=allow, device=place), allow), test, place)
+    _, after = _score(predictor_of(load_bundle(output, allow=allow, device=place), allow), test, place)
     result: dict[str, Any] = {"method": name, "bundle": str(output), "before": before, "after": after, **done.report}
     show_result(result if as_json else {k: v for k, v in result.items() if v is not None}, as_json)
 
@@ -195,16 +199,19 @@ def _merge_all(
     outlines = _outlines(paths, allow) if factory.streams and keep is None else None
     opened: list[Any] = outlines or [load_bundle(folder, allow=allow, device=place) for folder in paths]
     bundles, start = opened[: len(networks)], opened[-1 if base else 0]
+    check_alike([bundle.manifest for bundle in opened], paths, len(networks), keep is not None, allow)
     method: Merge = _make(factory, name, settings, {"seed": sizes["seed"], "input_range": _input_range(start)})
     if base is None and method.needs_base:
         raise TorchfolioError(f"{name} adds up what finetuning changed: name the network it started from with --base")
     if method.needs_inputs and not data:
         raise TorchfolioError(f"{name} learns from unlabelled inputs: name them with --data")
+    if method.needs_inputs and not all(bundle.manifest.classes for bundle in bundles):
+        raise TorchfolioError(f"{name} learns from the entropy over classes, and these networks tell none apart")
     examples = _examples(bundles, networks, data, sizes)
     before = []
     for bundle, folder, (_, test) in zip(bundles, networks, examples, strict=False):
         model = predictor_of(load_bundle(folder, allow=allow, device=place) if outlines else bundle, allow)
-        before.append(_accuracy(model, test, place))
+        before.append(_score(model, test, place))
 
     how = {"method": name, "settings": settings}
     if outlines:
@@ -213,20 +220,21 @@ def _merge_all(
         bodies, heads = _split([start, *bundles], keep)
         inputs = [train.tensors[0] for train, _ in examples]
         merged = method.fit(bodies[0], bodies[1:], inputs, heads=heads and heads[1:])
-        folders = _write(merged.model.state_dict(), bundles, start, keep, networks, output, how)
+        folders = _write(merged.model.state_dict(), bundles, keep, networks, output, how)
 
     rows = []
     for i, (folder, network) in enumerate(zip(folders, networks, strict=False)):
         row: dict[str, Any] = {"network": str(network), "bundle": str(folder)}
         if examples:
             model = predictor_of(load_bundle(folder, allow=allow, device=place), allow)
-            row |= {"before": before[i], "after": _accuracy(model, examples[i][1], place)}
+            measure, after = _score(model, examples[i][1], place)
+            row |= {"measure": measure, "before": before[i][1], "after": after}
         rows.append(row)
     if as_json:
         show_result({"method": name, "output": str(output), "networks": rows}, True)
         return
     for row in rows:
-        scores = f"  accuracy {row['before']:.4f} before, {row['after']:.4f} after" if "before" in row else ""
+        scores = f"  {row['measure']} {row['before']:.4f} before, {row['after']:.4f} after" if "before" in row else ""
         typer.echo(f"{row['network']} -> {row['bundle']}{scores}")
 
 
@@ -242,23 +250,18 @@ def _examples(
     sets = []
     for bundle, name, source in zip(bundles, names, sources, strict=True):
         manifest = bundle.manifest
-        splits = _load(source, manifest, name, sizes)
+        splits = fitting_splits(manifest, str(name), source, **sizes)
         parts = (splits.train, splits.test)
         sets.append(tuple(normalized(part, manifest.mean, manifest.std) for part in parts))
     return sets
 
 
-def _load(source: str, manifest: Manifest, name: Path, sizes: dict[str, Any]) -> DataSplits:
-    """Data for a network, not normalised yet; its classes may be others than the network's."""
-    from dataclasses import replace
-
-    return fitting_splits(replace(manifest, classes=()), str(name), source, **sizes)
-
-
-def _accuracy(model: nn.Module, test: TensorDataset, device: Any) -> float:
+def _score(model: nn.Module, test: TensorDataset, device: Any) -> tuple[str, float]:
+    """The accuracy on a test split, of a regression the loss; and its name."""
     from torchfolio import engine
 
-    return engine.evaluate(model, test, device=device)["accuracy"]
+    scores = engine.evaluate(model, test, device=device)
+    return next((name, scores[name]) for name in ("accuracy", "loss") if name in scores)
 
 
 def _split(bundles: Sequence[Bundle], keep: str | None) -> tuple[list[nn.Module], list[nn.Module] | None]:
@@ -314,14 +317,14 @@ def _stream(
 
     from torchfolio.bundle import write_bundle
 
-    start = outlines[-1 if based else 0]
+    start, first = outlines[-1 if based else 0], outlines[0].manifest
     files = [outline.weights for outline in outlines]
-    training = {**_lasting(start.manifest), **_record(outlines[: len(names)], names, how)}
+    training = {**_lasting(first), **_record(outlines[: len(names)], names, how)}
 
     def fill(path: Path) -> None:
         method.fit_files(start.model, start.weights if based else None, files[: len(names)], path)
 
-    return write_bundle(output, replace(start.manifest, training=training), fill)
+    return write_bundle(output, replace(first, training=training), fill)
 
 
 def _record(bundles: Sequence[Bundle], names: Sequence[Path], how: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +338,6 @@ def _record(bundles: Sequence[Bundle], names: Sequence[Path], how: dict[str, Any
 def _write(
     state: dict[str, Any],
     bundles: Sequence[Bundle],
-    start: Bundle,
     keep: str | None,
     names: Sequence[Path],
     output: Path,
@@ -354,5 +356,5 @@ def _write(
         return save_bundle(bundle.model, folder, replace(bundle.manifest, training=training))
 
     if keep is None:
-        return [save(start, output)] * len(bundles)
+        return [save(bundles[0], output)] * len(bundles)
     return [save(bundle, folder) for bundle, folder in zip(bundles, _folders(output, names), strict=True)]

@@ -247,11 +247,13 @@ def _started(
                 f"{folder} tells {len(manifest.classes)} classes apart, {data} has {len(classes)}, and {manifest.build} "
                 "takes no num_classes to make another classifier by"
             )
-        manifest = replace(manifest, arguments={**manifest.arguments, width: len(classes)}, classes=classes)
+        manifest = replace(manifest, arguments={**manifest.arguments, width: len(classes)})
         with seeded(sizes["seed"]):
             old, net = net.state_dict(), build(manifest.build, manifest.arguments, allow=allow)
         fitting = {k: v for k, v in old.items() if v.shape == net.state_dict()[k].shape}
         net.load_state_dict(fitting, strict=False)
+    if set(classes) != set(manifest.classes):
+        manifest = replace(manifest, classes=classes)  # what it tells apart from now on
     splits = fitting_splits(manifest, str(folder), data, scored=False, **sizes)
     return net, manifest, normalized_splits(splits, manifest.mean, manifest.std)
 
