@@ -244,8 +244,8 @@ def killed_while_saving(folder, at):
             for module, name in (
                 (os, "replace"),
                 (shutil, "rmtree"),
-                (bundle, "save_file"),
-                (bundle, "write"),
+                (bundle.writing, "save_file"),
+                (bundle.writing, "write"),
                 (bundle.folder, "sync"),
             ):
                 setattr(module, name, dying(getattr(module, name)))

@@ -153,7 +153,7 @@ def test_merging_on_disk_refuses_what_merging_in_memory_does(shared, tmp_path, m
     allow = ["tests.cli.test_adapt:Shared"]
     one = load_bundle(shared[2], allow=allow)
     change(one.model)
-    monkeypatch.setattr(bundle, "_check_finite", lambda model, state: None)
+    monkeypatch.setattr(bundle.writing, "check_finite", lambda model, state: None)
     save_bundle(one.model, shared[2], one.manifest)
     done = call(
         *("--method", "task_arithmetic", *shared[1:3], "--base", shared[0], "-o", tmp_path / "merged"),

@@ -20,7 +20,7 @@ from torchfolio.cli import app
 TRAIN = ("train", "--model", "mlp", "--data", "digits", "--batch-size", "700", "-o", "net")
 RUN = ("run", "representation_geometry", "--scale", "smoke", "--out", "runs")
 WRITES = ((os, "replace"), (os, "unlink"), (os, "fsync"), (shutil, "rmtree"), (torch, "save"),
-          (bundle, "save_file"), (bundle, "write"))  # fmt: skip
+          (bundle.writing, "save_file"), (bundle.writing, "write"))  # fmt: skip
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # processes that are forked have no other

@@ -223,3 +223,13 @@ def resolve(path: str, *, allow: Sequence[str] = ()) -> Any:
     if not callable(target):
         raise BundleError(f"{path} is a {type(target).__name__}, expected a class or factory of a torch.nn.Module")
     return target
+
+
+def check_finite(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse NaN anywhere, and infinity in parameters; a buffer may hold it, as masks of attention do."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in state.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        if bool(tensor.isnan().any()) or (name in parameters and not bool(tensor.isfinite().all())):
+            raise BundleError(f"the weights hold numbers that are not finite, first in {name}")
