@@ -117,6 +117,7 @@ def on_mixture(noise: Tensor, reference: int) -> dict[str, float]:
             warnings.simplefilter("always")
             found, stats = gradient(*arguments)
         result |= {f"{name}_noise": apart(found[0], x), f"{name}_scale": apart(found[1], scale)}
+        result[f"{name}_median"] = float(((found[0] - x).norm(dim=1) / x.norm(dim=1)).median())
         result |= {f"{name}_reconstruction": stats.reconstruction_error, f"{name}_warned": float(len(told))}
     worst = 0.0
     for method in METHODS:

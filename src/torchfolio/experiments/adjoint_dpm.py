@@ -62,7 +62,10 @@ def run(run: Run[Settings]) -> None:
     plane = run.arm("mixture", on_mixture, noise, settings.reference)
     run.values("few_uniform_steps", run.arm("few_steps", few_steps, noise, settings.reference))
     digits = run.arm("digits", on_digits, settings, run.data("digits", normalize=False), run.seed)
-    run.values("gradient_accuracy", {k: plane[k] for k in ("rk4_noise", "rk4_scale", "heun_noise", "heun_scale")})
+    accuracy = {
+        f"{method}_{k}": plane[f"{method}_{k}"] for method in ("rk4", "heun") for k in ("noise", "scale", "median")
+    }
+    run.values("gradient_accuracy", accuracy)
     cosines = {name: digits[name] for name in ("cosine_cond", "cosine_weights")}
     run.values("agrees_with_backprop", cosines, symplectic=plane["symplectic"])
     growth = {f"{grad}_growth": digits[f"{grad}_bytes_50"] / digits[f"{grad}_bytes_10"] for grad in GRADIENTS}

@@ -54,7 +54,7 @@ class Settings:
     strides: tuple[int, ...] = (2, 2)
     padding: int = 0
     hidden: int = 64
-    nets: int = 2
+    nets: int = 4
     epochs: int = 4
     lr: float = 1e-3
     batch_size: int = 64
@@ -68,11 +68,11 @@ class Settings:
 
 
 SCALES = {
-    "smoke": Settings(data="digits", kernels=(3, 3), strides=(1, 2), padding=1, epochs=8, probe=300),
+    "smoke": Settings(data="digits", kernels=(3, 3), strides=(1, 2), padding=1, nets=2, epochs=8, probe=300),
     "quick": Settings(),
     "full": Settings(
         data="cifar10", channels=(32, 48, 64, 64), kernels=(5, 3, 3, 3), strides=(2, 1, 2, 1), padding=1, hidden=128,
-        nets=4, epochs=20,
+        epochs=20,
     ),
 }  # fmt: skip
 KEPT = ("bipartite", "semi", "one_to_one_loss", "dense_loss", "sparse_loss", "sparse_units", "few_units")
