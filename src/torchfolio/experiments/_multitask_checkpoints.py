@@ -21,7 +21,7 @@ from torchfolio.engine import Backprop, LearningRule, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.models import ViT
 
-__all__ = ["Attack", "Task", "checkpoints", "make_tasks", "trigger"]
+__all__ = ["Attack", "Task", "body", "checkpoints", "make_tasks", "trigger"]
 
 FEATURES = 128
 Pair = tuple[Tensor, Tensor]

@@ -25,6 +25,7 @@ from torchfolio.engine import Backprop, fit
 from torchfolio.engine.recipes import cosine
 from torchfolio.experiments._binary_networks import plain, resnet20
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
 from torchfolio.runs.tasks import Images, accuracy, load
 
 
@@ -202,3 +203,15 @@ def figures(results: Results) -> dict[str, Figure]:
         "error of layers": layers,
         "quantisation error": law,
     }
+
+
+def peers(bench: Bench) -> None:
+    """A training step of one convolution with binary weights and activations, beside the sign's and the real one's."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, 16, 16)
+    kinds = {"ours": BiPerConv2d, "sign_straight_through": SignSTEConv2d, "real_weights": nn.Conv2d}
+    layers: dict[str, nn.Module] = {name: kind(32, 32, 3, padding=1) for name, kind in kinds.items()}
+    steps: dict[str, Any] = {
+        name: lambda net=net: net(x.requires_grad_()).sum().backward() for name, net in layers.items()
+    }
+    bench.compare("step of a 3x3 convolution, 64 x 32 x 16 x 16", **steps)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -27,6 +28,7 @@ from torchfolio.insight.convergent_learning import (
 )
 from torchfolio.models import collect_features
 from torchfolio.runs import Results, Run, plots, threads
+from torchfolio.runs.bench import Bench
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,21 @@ def _permuted(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
 
 
 def _shuffled(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
-    """Every layer of two networks with the samples of the second in another order."""
-    features = [collect_features(net(k), probe, run.settings.layers, flatten=False) for k in (0, 1)]
+    """Every layer of two networks with the samples of the second in another order; figures are means over the pairs."""
+    nets = run.settings.nets
+    features = [collect_features(net(k), probe, run.settings.layers, flatten=False) for k in range(nets)]
     generator = torch.Generator().manual_seed(run.seed)
     matches, losses = {}, {}
     for layer in run.settings.layers:
-        a, b = (unit_rows(f[layer]).flatten(0, 1) for f in features)
-        kept = torch.randperm(len(a), generator=generator)[: run.settings.shuffled]
-        broken = kept[torch.randperm(len(kept), generator=generator)]
-        blocks = correlation_blocks(a[kept], b[broken])
-        matches[layer] = bipartite_match(blocks.between).mean
-        losses[layer] = float(sparse_prediction(blocks, [3e-2]).curve()["loss"].iloc[0])
+        match, loss = [], []
+        for pair in combinations(features, 2):
+            a, b = (unit_rows(f[layer]).flatten(0, 1) for f in pair)
+            kept = torch.randperm(len(a), generator=generator)[: run.settings.shuffled]
+            broken = kept[torch.randperm(len(kept), generator=generator)]
+            blocks = correlation_blocks(a[kept], b[broken])
+            match.append(bipartite_match(blocks.between).mean)
+            loss.append(float(sparse_prediction(blocks, [3e-2]).curve()["loss"].iloc[0]))
+        matches[layer], losses[layer] = float(np.mean(match)), float(np.mean(loss))
     return {
         **{f"{layer}_match": value for layer, value in matches.items()},
         "largest_match": max(matches.values()),
@@ -200,3 +206,16 @@ def figures(results: Results) -> dict[str, Figure]:
         "matching by layer": plots.groups(results, series, ylabel="mean correlation of matched units"),
         "prediction by units": prediction,
     }
+
+
+def peers(bench: Bench) -> None:
+    """Correlating and matching two layers, beside NumPy's correlations and SciPy's assignment."""
+    a, b = torch.randn(2, 50_000, 128, generator=torch.Generator().manual_seed(0)).relu()
+    first, second = a.numpy(), b.numpy()
+
+    def numpy() -> Any:
+        between = np.corrcoef(first, second, rowvar=False)[:128, 128:]
+        return linear_sum_assignment(between, maximize=True)
+
+    bench.compare("match 128 units by 50,000 samples", ours=lambda: bipartite_match(correlation_blocks(a, b).between),
+                  numpy=numpy)  # fmt: skip

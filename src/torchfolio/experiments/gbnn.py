@@ -13,10 +13,12 @@ from numpy.random import RandomState
 from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits
 
+from torchfolio.data import load
 from torchfolio.efficiency.gbnn import Array, GBNNClassifier, GBNNRegressor, MulticlassLoss
 from torchfolio.experiments._boosted_head import compare_heads
 from torchfolio.experiments._small_tables import Table, fit_quietly, network, score, table, trees
 from torchfolio.runs import Results, Run, plots
+from torchfolio.runs.bench import Bench
 
 
 @dataclass(frozen=True)
@@ -219,3 +221,16 @@ def figures(results: Results) -> dict[str, Figure]:
             results, {"GBNN": ("time", "seconds")}, x=s.timed_units, xlabel="hidden units", ylabel="training time (s)"
         )
     return made
+
+
+def peers(bench: Bench) -> None:
+    """Fitting digits with 200 units, beside scikit-learn's networks of as many units and its boosted trees."""
+    digits = table(load("digits", val=0, normalize=False), 0)
+    makers: dict[str, Any] = {
+        "ours": lambda: GBNNClassifier(**OWN["digits"], random_state=0),
+        "mlp_adam": lambda: network(digits, "adam", 200, 300, (), 0),
+        "mlp_lbfgs": lambda: network(digits, "lbfgs", 200, 300, (), 0),
+        "boosted_trees": lambda: trees(digits, 0),
+    }
+    calls = {name: lambda make=make: fit_quietly(make(), digits) for name, make in makers.items()}
+    bench.compare("fit digits, 1,257 x 64, 200 units", repeats=3, **calls)
