@@ -13,7 +13,6 @@ from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPRegressor
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
@@ -80,11 +79,12 @@ def test_assembled_network_is_the_boosted_sum(kind, data, activation, monkeypatc
     Z = (X - scaler.mean_) / scaler.scale_
     m = 2 if kind is GBNNClassifier and len(model.classes_) == 2 else 1
     F = np.tile(model.staged_intercepts_[0] / m, (len(X), 1))
+    unit = y.std(0) if kind is GBNNRegressor else 1.0  # that of what blocks say of numbers
     staged = list(model.staged_decision_function(X) if kind is GBNNClassifier else model.staged_predict(X))
     whole = model.decision_function if kind is GBNNClassifier else model.predict
     assert len(staged) == len(blocks) == 4
     for t, (block, step) in enumerate(zip(blocks, model.steps_, strict=True), start=1):
-        F = F + step * block(Z, activation)
+        F = F + step * block(Z, activation) * unit
         expected = m * F.reshape(staged[0].shape)
         atol = 1e-10 * max(1, np.abs(expected).max())
         np.testing.assert_allclose(staged[t - 1], expected, rtol=0, atol=atol)
@@ -202,7 +202,7 @@ def test_one_full_block_is_one_plain_network():
         hidden_layer_sizes=(5,), activation="logistic", solver="lbfgs", alpha=1e-2, max_iter=40, tol=0, random_state=7
     )
     with pytest.warns(UserWarning, match="lbfgs failed to converge"):
-        plain.fit(X, (y - y.mean()) / y.std())
+        plain.fit(X, np.round((y - y.mean()) / y.std() * 2**24) / 2**24)
     model = GBNNRegressor(
         5, 5, learning_rate=1, subsample=1, max_iter=40, alpha=1e-2, standardize=False, random_state=7
     ).fit(X, y)
@@ -210,13 +210,35 @@ def test_one_full_block_is_one_plain_network():
     np.testing.assert_allclose(model.coefs_[0], plain.coefs_[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e6])
+@pytest.mark.parametrize("unit", [1e-200, 1e-12, 1e-6, 0.3048, 3.28, 1e6, 1e150])
 def test_the_unit_of_the_target_does_not_matter(unit):
     X, y = subset(load_diabetes, 200)
     y = np.stack([y, -3 * y + X[:, 0]], 1)
     plain, other = (GBNNRegressor(12, 2, max_iter=20, random_state=0).fit(X, y * u) for u in (1.0, unit))
     assert plain.score(X, y) > 0.3
-    np.testing.assert_allclose(other.predict(X), unit * plain.predict(X), rtol=1e-4)
+    np.testing.assert_allclose(other.predict(X), unit * plain.predict(X), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [GBNNRegressor, GBNNClassifier])
+def test_no_unit_is_amplified_by_a_long_descent(kind):
+    """Single units fitted to a sine creep through flat valleys, in which the last digit of an input decides where they end."""
+    rng = np.random.default_rng(0)
+    X = rng.uniform(-3, 3, (120, 2))
+    y = np.sin(2 * X[:, 0]) + 0.1 * rng.normal(size=120)
+    y = y if kind is GBNNRegressor else (y > 0).astype(int)
+    settings = {"total_units": 30, "max_iter": 200, "random_state": 0, "validation_fraction": 0.2}
+    plain = kind(**settings).fit(X, y)
+    tolerance = 1e-9 * np.abs(_outputs(plain, X)).max()
+    # Metres to feet, degrees Celsius to Fahrenheit, and each feature in a unit of its own.
+    for scale, shift in ((3.28, 0.0), (1.8, 32.0), (np.array([1e-12, 100.0]), 0.0)):
+        units = kind(**settings).fit(X * scale + shift, y)
+        np.testing.assert_allclose(_outputs(units, X * scale + shift), _outputs(plain, X), rtol=0, atol=tolerance)
+    if kind is GBNNRegressor:
+        for scale, shift in ((3.28, 0.0), (1.8, 32.0), (1e-6, 0.0)):
+            units = kind(**settings).fit(X, y * scale + shift)
+            np.testing.assert_allclose(
+                units.predict(X), plain.predict(X) * scale + shift, rtol=0, atol=tolerance * scale
+            )
 
 
 @pytest.mark.parametrize("subsample", [1.0, 0.5])
@@ -260,8 +282,12 @@ def test_equal_seeds_give_equal_networks(kind, data):
 def test_standardising_is_folded_into_the_weights():
     X, y = subset(load_breast_cancer)
     inside = GBNNClassifier(**SMALL).fit(X, y)
-    outside = make_pipeline(StandardScaler(), GBNNClassifier(**SMALL, standardize=False)).fit(X, y)
-    np.testing.assert_allclose(inside.decision_function(X), outside.decision_function(X), atol=1e-8)
+    scaler = StandardScaler().fit(X)
+    Z = np.round(scaler.transform(X) * 2**24) / 2**24  # in single precision
+    outside = GBNNClassifier(**SMALL, standardize=False).fit(Z, y)
+    np.testing.assert_allclose(
+        inside.decision_function(X), outside.decision_function(scaler.transform(X)), rtol=0, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize(("kind", "data"), TASKS)

@@ -117,22 +117,18 @@ def block_objective(
 
 
 def fit_block(
-    X: Array, R: Array, initial: Block, *, alpha: float, max_iter: int, activation: Activation = "logistic",
-    unit: Array | float = 1.0,
-) -> tuple[Block, int]:  # fmt: skip
+    X: Array, R: Array, initial: Block, *, alpha: float, max_iter: int, activation: Activation = "logistic"
+) -> tuple[Block, int]:
     """Minimise `block_objective` by full-batch L-BFGS from the initial weights, with no tolerance to stop at.
-
-    Residuals, and the outputs of `initial`, are in multiples of `unit`; outputs of the block are not.
 
     Returns:
         The fitted block and the iterations made; fewer than `max_iter` only where the line search finds no descent.
     """
     (D, J), K = initial.W1.shape, R.shape[1]
-    objective = block_objective(X, R / unit, J, alpha, activation)
+    objective = block_objective(X, R, J, alpha, activation)
     options = {"maxiter": max_iter, "maxfun": 20 * max_iter, "ftol": 0.0, "gtol": 0.0}
     result = minimize(objective, initial.flat(), jac=True, method="L-BFGS-B", options=options)
-    block = Block.views(result.x, D, J, K)
-    return block._replace(W2=block.W2 * unit, b2=block.b2 * unit), int(result.nit)
+    return Block.views(result.x, D, J, K), int(result.nit)
 
 
 def activate(Z: Array, activation: Activation) -> None:

@@ -32,10 +32,24 @@ validated: Any = validate_data  # scikit-learn's defaults for X and y are string
 MODULES: dict[str, type[nn.Module]] = {"logistic": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 
 
+GRID = 2.0**24
+"""Steps into which a standard deviation is divided, as single precision divides 1."""
+
+
+def _on_grid(values: Array) -> Array:
+    """Standardised values without their last digits.
+
+    Those depend on the unit that the values came in, and a long descent through flat valleys multiplies any difference until
+    it ends in another minimum. Where they are cut off, metres and feet give the same network to the last digit.
+    """
+    return np.round(values * GRID) / GRID
+
+
 class _Grown(NamedTuple):
-    """The result of boosting, in the coordinates that it ran in."""
+    """The result of boosting; blocks give their part in multiples of `unit`."""
 
     start: Array
+    unit: Array
     blocks: list[Block]
     steps: list[float]
     iterations: list[int]
@@ -113,18 +127,20 @@ class BoostedNetwork(BaseEstimator):
         if self.standardize:
             scaler = StandardScaler().fit(X)
             mean, scale = np.asarray(scaler.mean_), np.asarray(scaler.scale_)
-        Z = np.ascontiguousarray((X - mean) / scale)
-        grown = self._grow(Z, Y, loss, rng, held and ((held[0] - mean) / scale, held[1]))
+            X = _on_grid((X - mean) / scale)
+            held = held and (_on_grid((held[0] - mean) / scale), held[1])
+        grown = self._grow(np.ascontiguousarray(X), Y, loss, rng, held)
         self._assemble(grown, loss, mean, scale)
 
     def _grow(self, Z: Array, Y: Array, loss: Loss, rng: RandomState, held: tuple[Array, Array] | None) -> _Grown:
         """The boosting loop: residuals, a block fitted to them, a step along it."""
         start = loss.start(Y) if self.init == "prior" else np.zeros(Y.shape[1])
-        grown = _Grown(start, [], [], [], [], [])
-        unit = loss.unit(Y)
-        F = np.tile(start, (len(Y), 1))
-        F_held = None if held is None else np.tile(start, (len(held[1]), 1))
-        grown.train_loss.append(loss.value(Y, F))
+        zero, unit = loss.frame(Y, start)
+        grown = _Grown(start, unit, [], [], [], [], [])
+        Y, F = _on_grid((Y - zero) / unit), np.tile((start - zero) / unit, (len(Y), 1))
+        held = held and (held[0], (held[1] - zero) / unit)
+        F_held = None if held is None else np.tile(F[0], (len(held[1]), 1))
+        grown.train_loss.append(loss.value(unit * Y, unit * F))
         n_rows = max(1, int(self.subsample * len(Z)))
         for _ in range(self.total_units // self.units_per_step):
             R, rows = loss.residual(Y, F), slice(None)
@@ -133,7 +149,7 @@ class BoostedNetwork(BaseEstimator):
             initial = initial_block(rng, Z.shape[1], self.units_per_step, Y.shape[1], self.activation)
             if loss.blank:
                 initial = initial._replace(W2=np.zeros_like(initial.W2), b2=np.zeros_like(initial.b2))
-            settings = {"alpha": self.alpha, "max_iter": self.max_iter, "activation": self.activation, "unit": unit}
+            settings = {"alpha": self.alpha, "max_iter": self.max_iter, "activation": self.activation}
             block, iterations = fit_block(Z[rows], R[rows], initial, **settings)
             f = block(Z, self.activation)
             rho = loss.step(Y, F, f)
@@ -144,10 +160,10 @@ class BoostedNetwork(BaseEstimator):
             grown.blocks.append(block)
             grown.steps.append(step)
             grown.iterations.append(iterations)
-            grown.train_loss.append(loss.value(Y, F))
+            grown.train_loss.append(loss.value(unit * Y, unit * F))
             if held is not None and F_held is not None:
                 F_held += step * block(held[0], self.activation)
-                grown.validation_loss.append(loss.value(held[1], F_held))
+                grown.validation_loss.append(loss.value(unit * held[1], unit * F_held))
             if rho is None or self._is_stuck(grown.validation_loss):
                 break
         return grown
@@ -160,11 +176,11 @@ class BoostedNetwork(BaseEstimator):
 
     def _assemble(self, grown: _Grown, loss: Loss, mean: Array, scale: Array) -> None:
         """Join the blocks into one network, with the standardisation and the steps folded into its weights."""
-        blocks, m = grown.blocks, loss.factor
+        blocks, m, unit = grown.blocks, loss.factor, grown.unit
         W1 = np.hstack([b.W1 for b in blocks]) / scale[:, None]
         b1 = np.hstack([b.b1 for b in blocks]) - mean @ W1
-        W2 = np.vstack([m * step * b.W2 for b, step in zip(blocks, grown.steps, strict=True)])
-        shifts = [m * grown.start, *[m * step * b.b2 for b, step in zip(blocks, grown.steps, strict=True)]]
+        W2 = np.vstack([m * step * b.W2 * unit for b, step in zip(blocks, grown.steps, strict=True)])
+        shifts = [m * grown.start, *[m * step * b.b2 * unit for b, step in zip(blocks, grown.steps, strict=True)]]
         self.staged_intercepts_ = np.cumsum(shifts, axis=0)
         self.coefs_ = [W1, W2]
         self.intercepts_ = [b1, self.staged_intercepts_[-1].copy()]

@@ -27,9 +27,9 @@ class Loss(Shown, ABC):
     factor = 1.0
     blank = True
 
-    def unit(self, y: Array) -> Array:
-        """Unit of each target `[K]`, in which blocks are fitted to residuals; 1 where targets have none."""
-        return np.ones(y.shape[1])
+    def frame(self, y: Array, start: Array) -> tuple[Array, Array]:
+        """Zero and unit `[K]` of the coordinates that targets are boosted in; 0 and 1 where they have none of their own."""
+        return np.zeros(y.shape[1]), np.ones(y.shape[1])
 
     @abstractmethod
     def start(self, y: Array) -> Array:
@@ -51,15 +51,16 @@ class Loss(Shown, ABC):
 class SquaredLoss(Loss):
     """$\\frac12 \\lVert y - F\\rVert^2$; the block was fitted by least squares already, so $\\rho = 1$.
 
-    Its unit is the standard deviation of the targets, so that neither the ridge nor the start of a block depends on whether
-    they are metres or miles.
+    Its unit is the standard deviation of the targets and its zero $F_0$, so that neither the ridge nor the start of a block
+    depends on whether they are metres or miles.
     """
 
     blank = False
 
-    def unit(self, y: Array) -> Array:
-        spread = y.std(0)
-        return np.where(spread > 1e-12 * np.abs(y).max(0), spread, 1.0)
+    def frame(self, y: Array, start: Array) -> tuple[Array, Array]:
+        largest = np.abs(y).max(0)
+        spread = largest * (y / np.where(largest > 0, largest, 1.0)).std(0)  # squares of targets might leave the range
+        return start, np.where(spread > 1e-12 * largest, spread, 1.0)
 
     def start(self, y: Array) -> Array:
         return y.mean(0)

@@ -74,8 +74,8 @@ class GBNNClassifier(ClassifierMixin, BoostedNetwork):
         alpha: ridge $\\alpha$ above 0 on the weights of a block, not on its biases.
         activation: `"logistic"`, `"tanh"` or `"relu"`.
         init: $F_0$: `"prior"`, the constant of least loss (the log class frequencies), or `"zero"`.
-        standardize: fit on features of zero mean and unit variance; folded into the weights, so that the network
-            takes raw features.
+        standardize: fit on features of zero mean and unit variance, in single precision, so that their units do not
+            matter; folded into the weights, so that the network takes raw features.
         n_iter_no_change: number of blocks without a new best loss on the held-out part, after which to stop.
         validation_fraction: share of the examples to hold out; the network is then cut to its best prefix. `None`
             holds nothing out.
