@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from torchfolio.diagrams import check_svg, ncd, op
 from torchfolio.diagrams.algebra import SignatureError
+from torchfolio.errors import TorchfolioError
 
 SIZES = {"y": 5, "x": 7, "m": 32, "k": 8, "h": 4, "n": 32}
 
@@ -57,6 +58,21 @@ def test_operations_are_woven_over_what_they_are_not_about():
     torch.testing.assert_close((ncd("a b e -> a b e") @ op.softmax("b"))(x), x.softmax(1))
     assert (ncd("a b e -> a b e") @ op.elementwise("tanh")).signature() == "a b e -> a b e"
     torch.testing.assert_close(ncd("a b e -> e a")(x), x.sum(1).T)
+
+
+def test_own_functions_run_and_are_differentiated():
+    def bent(x):
+        return x.abs().sqrt()
+
+    (x,) = tensors((2, 3))
+    net = op.identity("a b") @ op.elementwise(bent, sign="√") @ op.elementwise(bent)
+    torch.testing.assert_close(net(x), bent(bent(x)))
+    with pytest.raises(TorchfolioError, match="written out, got f0"):
+        net.drawing(a=2, b=3).to_source()
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(bent(bent(leaf)).sum(), leaf)
+    (found,), _ = net.backward(a=2, b=3).gradients([x], [torch.ones(2, 3)])
+    torch.testing.assert_close(found, wanted)
 
 
 def test_inner_broadcasting_and_residuals():
@@ -192,6 +208,10 @@ def test_weights_are_trained_saved_and_copied():
         (lambda: ncd("y 2 -> y"), "got '2'"),
         (lambda: ncd("y -> x"), "new axis x"),
         (lambda: op.linear("m -> k", m=3), "size of k"),
+        (lambda: op.linear("m, n -> k", m=3, n=2, k=2), "a linear map of one tensor"),
+        (lambda: op.conv("c h -> n p", kernel=3, c=2, n=3).drawing(h=5, p=4), "the axis p has the sizes 4 and 3"),
+        (lambda: op.identity("a") @ (op.identity("a") * op.identity("b")), "takes 2 tensors, got 1"),
+        (lambda: op.elementwise(torch.nn.functional.gelu).to_source(), "only functions of torch can be written out"),
         (lambda: op.linear("m -> m k", m=3, k=2), "new axes"),
         (lambda: op.elementwise("no_such"), "no_such"),
         (lambda: op.copy(1), "two copies"),

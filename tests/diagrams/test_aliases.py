@@ -112,7 +112,23 @@ def through_its_input(a):
     return b * 2
 
 
-@pytest.mark.parametrize("function", [shifted, turned, named_twice, through_a_view, through_a_part, through_its_input])
+def beside_a_copy(a):
+    b = a.clone()
+    b.mul_(2)
+    return a + b
+
+
+def of_its_copy(a):
+    b = a * 3
+    c = b.clone()
+    b.add_(1)
+    return b * c
+
+
+CHANGED = [shifted, turned, named_twice, through_a_view, through_a_part, through_its_input, beside_a_copy, of_its_copy]
+
+
+@pytest.mark.parametrize("function", CHANGED)
 def test_a_change_in_place_is_seen_by_every_view(function):
     agrees(Of(function), (rand(2, 3),), (rand(2, 3, seed=1),))
 
@@ -147,3 +163,10 @@ def test_outputs_that_no_input_leads_to_are_told():
             assert draw(module, rand(2, 3)).signature() == "b m -> b"
     with pytest.raises(TorchfolioError, match="returns a tensor made of its inputs, got none"):
         draw(Of(lambda a: torch.ones(3)), rand(2, 3))
+
+
+@pytest.mark.parametrize("other", [nn.Dropout().eval(), nn.Identity(), torch.clone, torch.Tensor.contiguous])
+def test_a_tensor_by_two_other_names_is_used_twice(other):
+    drawing = agrees(Of(lambda a: (other(a) @ other(a).mT).softmax(-1)), (rand(2, 3, 4),), (rand(2, 3, 4, seed=1),))
+    (scores,) = drawing.sheet.outputs
+    assert len({w.axis for w in scores.wires}) == 3  # queries and keys have axes of their own

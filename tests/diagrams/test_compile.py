@@ -141,6 +141,27 @@ def test_source_runs_by_itself():
     assert "b, x, m = src.shape" in source
 
 
+class Conditional(nn.Module):
+    """A branch that depends on values, as torch.export can trace it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.layer(x), lambda x: x - 1, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:drawn as plain boxes")
+def test_branches_are_run_but_not_written():
+    net, (x,) = Conditional(), rand((2, 3))
+    drawing = draw(net, x)
+    for sign in (1, -1):
+        torch.testing.assert_close(drawing.to_module()(sign * x), net(sign * x))
+    with pytest.raises(TorchfolioError, match="only functions of torch can be written out, got true_graph_0, false"):
+        drawing.to_source()
+
+
 def test_running_statistics_move_as_they_do():
     net = nn.Sequential(nn.BatchNorm1d(3)).train()
     other = copy.deepcopy(net)

@@ -140,7 +140,20 @@ MODULES = {
     "embtie": (Of(lambda s, i: s.e(i) @ s.e.weight.T, e=nn.Embedding(5, 3)), (torch.tensor([[0, 3, 1]]),)),
     "embbag": (nn.EmbeddingBag(5, 3), (torch.tensor([[0, 3, 1]]),)),
     "inpl": (Of(written_into), (R(3, 4),)),
-}
+    "conv of one": (nn.Conv2d(3, 4, 3), (R(3, 5, 5),)),
+    "transposed of one": (nn.ConvTranspose1d(3, 4, 2, 2), (R(3, 5),)),
+    "conv by an input": (Of(lambda s, x, w: F.conv2d(x, w)), (R(2, 3, 5, 5), R(4, 3, 3, 3))),
+    "embedding of an input": (Of(lambda s, i, w: F.embedding(i, w)), (torch.tensor([0, 2]), R(4, 3))),
+    "implicit": (Of(lambda s, x, y: torch.einsum("ij,...jk", x, y)), (R(2, 3), R(5, 3, 4))),
+    "scalar weight": (Of(lambda s, x: torch.inner(x, s.w), w=nn.Parameter(R(1)[0])), (R(3),)),
+    "gru of a state": (Of(lambda s, x, h: s.g(x, h), g=nn.GRU(3, 4)), (R(5, 2, 3), R(1, 2, 4))),
+    "stacked weight": (Of(lambda s, x: torch.stack([x, s.w]), w=nn.Parameter(R(2, 3))), (R(2, 3),)),
+    "weight like an input": (Of(lambda s, x: s.w.view_as(x) * s.v.expand_as(x) * x, w=nn.Parameter(R(6)), v=nn.Parameter(R(3))), (R(2, 3),)),
+    "of all": (Of(lambda s, x: x.max() + x.min() * x), (R(2, 3),)),
+    "expanded": (Of(lambda s, x: x.expand(4, 3).exp()), (R(1, 3),)),
+    "whole slice": (Of(lambda s, x: x[:, 0:] + x[:, :3]), (R(2, 3),)),
+    "window of places": (nn.LocalResponseNorm(2), (R(2, 4, 5, 5),)),
+}  # fmt: skip
 
 
 def leaves(found):

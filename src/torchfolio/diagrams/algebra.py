@@ -15,7 +15,7 @@ Spaces separate the axes of a tensor, commas the tensors. `a @ b` does a and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -30,6 +30,7 @@ from torchfolio.diagrams.expression import (
     SignatureError,
     Tuple,
     Woven,
+    agree,
     parse_signature,
     written,
 )
@@ -92,6 +93,19 @@ def _fitting(operation: Expression, inputs: Tuple) -> None:
             )
 
 
+def _need(sizes: Mapping[str, int], axes: Sequence[str], what: str) -> None:
+    """Refuse a learned operation without the size of one of its axes."""
+    missing = [a for a in axes if a not in sizes]
+    if missing:
+        raise SignatureError(f"{what} needs the size of {missing[0]}: {missing[0]}=...")
+
+
+def _weight(shape: Sequence[int], inputs: int) -> nn.Parameter:
+    """A weight of a map of so many inputs, as the layers of PyTorch begin."""
+    bound = 1 / math.sqrt(inputs or 1)
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
 class Contraction(Operation):
     """Product of tensors, summed over the axes that do not come out: an einsum; of one tensor, a transpose or a sum."""
 
@@ -129,17 +143,14 @@ class Linear(Operation):
         if len(self.inputs) != 1 or len(self.core_outputs) != 1:
             raise SignatureError(f"expected a linear map of one tensor, got {signature!r}")
         (core,), (new,) = self.inputs, self.core_outputs
-        missing = [a for a in (*core, *new) if a not in sizes]
-        if missing:
-            raise SignatureError(f"a linear map {signature!r} needs the size of {missing[0]}: {missing[0]}=...")
+        _need(sizes, (*core, *new), f"a linear map {signature!r}")
         if set(core) & set(new):
             raise SignatureError(
                 f"expected new axes to come out of {signature!r}, got {(set(core) & set(new)).pop()} again"
             )
         self.label = name
         shape = [sizes[a] for a in (*core, *new)]
-        bound = 1 / math.sqrt(math.prod(sizes[a] for a in core) or 1)
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.weight = _weight(shape, math.prod(sizes[a] for a in core))
         self.bias = nn.Parameter(torch.zeros([sizes[a] for a in new])) if bias else None
 
     def build(self, b: Building, inputs: Tuple, tensors: Sequence[Value]) -> list[Value]:
@@ -188,9 +199,7 @@ class Convolution(Operation):
                 f"expected channels and one to three further axes, such as 'c h w -> n p q', got {signature!r}"
             )
         (channels, *space), (made, *placed) = self.inputs[0], self.core_outputs[0]
-        missing = [a for a in (channels, made) if a not in sizes]
-        if missing:
-            raise SignatureError(f"a convolution {signature!r} needs the size of {missing[0]}: {missing[0]}=...")
+        _need(sizes, (channels, made), f"a convolution {signature!r}")
         every = (kernel, stride, padding, dilation)
         self.kernel, self.stride, self.padding, self.dilation = (
             tuple(v) if isinstance(v, Sequence) else (v,) * sides for v in every
@@ -203,8 +212,7 @@ class Convolution(Operation):
         if sizes[one] % groups or sizes[other] % groups:
             raise SignatureError(f"{groups} groups do not divide {sizes[channels]} and {sizes[made]} channels")
         shape = [sizes[one], sizes[other] // groups, *self.kernel]
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.weight = _weight(shape, math.prod(shape[1:]))
         self.bias = nn.Parameter(torch.zeros(sizes[made])) if bias else None
         self.sizes = sizes[channels], sizes[made]
 
@@ -226,8 +234,7 @@ class Convolution(Operation):
                     raise SignatureError(
                         f"a window of {self.kernel[i]} does not fit an axis {before} of {b.sizes[before]}"
                     )
-                if b.sizes.setdefault(after, length) != length:
-                    raise SignatureError(f"the axis {after} has the sizes {b.sizes[after]} and {length}")
+                agree(b.sizes, after, length)
         extra = tuple(a for a in given if a not in core)
         value = tensors[0]
         if given != (*extra, *core):
@@ -278,9 +285,7 @@ class Concatenation(Operation):
         (made,), ((new,),) = self.results(inputs), self.core_outputs
         known = [b.sizes.get(a) for (a,) in self.inputs]
         if None not in known:
-            total = sum(k for k in known if k is not None)
-            if b.sizes.setdefault(new, total) != total:
-                raise SignatureError(f"the axis {new} has the sizes {b.sizes[new]} and {total}")
+            agree(b.sizes, new, sum(k for k in known if k is not None))
         values = []
         for (core,), given, value in zip(self.inputs, inputs, tensors, strict=True):
             wanted = tuple(core if a == new else a for a in made)

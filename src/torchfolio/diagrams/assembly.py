@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torchfolio.diagrams.fonts import Span, name_spans
@@ -54,11 +54,13 @@ def assemble(graph: Graph, title: str, view: View | None = None) -> Sheet:
         steps, repeats = fold_repeats(graph, steps, graph.outputs, view.repeats)
     steps = simplified(graph, steps)
     hidden = _hidden(graph, steps) if not view.batch else set()
-    names = _names(graph, steps)
+    values = [*graph.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
+    pairs = _pairs(graph, values)
+    names = _names(graph, values, pairs)
     if view.depth is not None:
         steps = _folded(steps, graph.outputs, view.depth, view.opened)
     steps = with_copies(graph, steps, view.memory)
-    return _Assembly(graph, steps, names, title, repeats, hidden).sheet()
+    return _Assembly(graph, steps, names, pairs, title, repeats, hidden).sheet()
 
 
 def _hidden(graph: Graph, steps: list[Draft]) -> set[int]:
@@ -118,12 +120,10 @@ def _holds(path: str, others: tuple[str, ...]) -> bool:
     return any(other.startswith(f"{path}.") for other in others)
 
 
-def _names(graph: Graph, steps: list[Draft]) -> dict[int, str]:
+def _names(graph: Graph, values: list[Value], pairs: Mapping[int, set[int]]) -> dict[int, str]:
     """A name for every axis, no two alike, in the order in which they appear."""
     names: dict[int, str] = {}
     taken: set[str] = set()
-    values = [*graph.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
-    paired = _pairs(graph, values)
     for axis in (a for value in values for a in graph.visible(value)):
         if axis in names:
             continue
@@ -132,7 +132,7 @@ def _names(graph: Graph, steps: list[Draft]) -> dict[int, str]:
             names[axis] = base
             taken.add(base)
             continue
-        partner = next((names[p] for p in sorted(paired.get(axis, ())) if p in names), "")
+        partner = next((names[p] for p in sorted(pairs.get(axis, ())) if p in names), "")
         if partner and base + partner[1:] not in taken:  # h2 goes with w2
             names[axis] = base + partner[1:]
         else:
@@ -163,16 +163,15 @@ class _Assembly:
         graph: Graph,
         steps: list[Draft],
         names: dict[int, str],
+        pairs: Mapping[int, set[int]],
         title: str,
         repeats: dict[str, int],
         hidden: set[int],
     ) -> None:
-        self.graph, self.steps, self.outputs, self.names, self.title = graph, steps, graph.outputs, names, title
-        self.repeats, self.hidden = repeats, hidden
+        self.graph, self.steps, self.outputs, self.title = graph, steps, graph.outputs, title
+        self.names, self.pairs, self.repeats, self.hidden = names, pairs, repeats, hidden
         self.tensors: dict[int, Tensor] = {}
         self.numbers = itertools.count(1)
-        values = [*graph.inputs, *(v for s in steps for v in (*s.inputs, *s.outputs))]
-        self.pairs = _pairs(graph, values)
 
     def base(self, value: Value) -> Value:
         """The tensor that is drawn for a use: the result of a copy or of another operation, or an input."""
@@ -262,25 +261,15 @@ class _Assembly:
         if "spatial" in params:
             params["spatial"] = {f"a{self.graph.find(a)}" for a in params["spatial"]}
         path, kind = step.stack[-1] if step.stack else ("", "")
-        shapes = [
-            " ".join(f"{''.join(s.text for s in w.label) or 'w'}={w.size}" for w in t.wires)
-            for t in (*inputs, *outputs)
-        ]
-        arrow = f"{', '.join(shapes[: len(inputs)])} → {', '.join(shapes[len(inputs) :])}"
-        title = " ".join(x for x in (step.kind, arrow, f"{path} ({kind})" if path else "") if x)
-        return Step(
-            index,
-            step.kind,
-            inputs,
-            outputs,
-            self._through(step, inputs, outputs, core),
-            core,
-            params,
-            step.learned,
-            title,
-            path,
-            step.times,
+        shapes = (
+            (" ".join(f"{''.join(s.text for s in w.label) or 'w'}={w.size}" for w in t.wires) for t in side)
+            for side in (inputs, outputs)
         )
+        arrow = " → ".join(map(", ".join, shapes))
+        title = " ".join(x for x in (step.kind, arrow, f"{path} ({kind})" if path else "") if x)
+        through = self._through(step, inputs, outputs, core)
+        told = (core, params, step.learned, title, path, step.times)
+        return Step(index, step.kind, inputs, outputs, through, *told)
 
     def _through(
         self, step: Draft, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], core: frozenset[str]

@@ -100,9 +100,7 @@ class Chain(Shown):
         present = [a for a in axes if self.graph.find(a) in have and self.graph.size[a] != 1]
         if len(operands) > 1 or self.seen(operands[0].axes) != self.find(present):
             others = [a for v in operands for a in v.axes if self.graph.find(a) not in self.find(present)]
-            kind = "einsum" if len(operands) > 1 or not others else "reduce"
-            if kind == "einsum" and len(operands) == 1:
-                kind = "transpose"
+            kind = "einsum" if len(operands) > 1 else "reduce" if others else "transpose"
             one = operands[0].axes
             if kind == "transpose" and len(one) != len(present):  # axes of length one go first
                 operands = [self.add("view", operands, [a for a in one if self.graph.size[a] != 1])]

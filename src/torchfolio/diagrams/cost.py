@@ -141,17 +141,15 @@ def _price(step: Step) -> tuple[sympy.Expr, sympy.Expr]:
     nothing = sympy.Integer(0)
     if step.kind in ("linear", "einsum"):
         return 2 * _product([*step.in_wires, *step.out_wires]), nothing
-    if step.kind == "conv":
-        spatial = step.params.get("spatial", set())
-        across = [w for w in (*step.in_wires, *step.out_wires) if w.axis in step.core and w.axis not in spatial]
-        placed = step.in_wires if step.params.get("transposed") else step.out_wires
+    if step.kind in ("conv", "conv weight"):
+        spatial, wires = step.params.get("spatial", set()), [*step.in_wires, *step.out_wires]
+        if step.kind == "conv":
+            placed = step.in_wires if step.params.get("transposed") else step.out_wires
+        else:  # the derivative by the weight costs as much as the convolution
+            wires, placed = step.inputs[0].wires, step.inputs[1].wires
+        across = [w for w in wires if w.axis in step.core and w.axis not in spatial]
         window = sympy.Rational(int(step.params.get("window", 1)), int(step.params.get("groups", 1)))
         return 2 * window * _product([*placed, *across]), nothing
-    if step.kind == "conv weight":  # the derivative of a convolution by its weight: as much as the convolution
-        whole, placed = step.inputs
-        across = [w for w in whole.wires if w.axis not in step.params.get("spatial", set())]
-        window = sympy.Rational(int(step.params.get("window", 1)), int(step.params.get("groups", 1)))
-        return 2 * window * _product([*placed.wires, *across]), nothing
     if step.kind == "pool":
         return nothing, int(step.params.get("window", 1)) * _product(step.out_wires)
     if step.kind == "reduce":

@@ -97,8 +97,7 @@ def _elementwise(c: Chain, step: Draft, found: list[Value]) -> bool | None:
     else:
         inner = step.code.replace("{0}", "v")
         name = f"{step.params.get('function') or step.params.get('sign') or 'f'}′"
-        # Diagonal: the slope times the cotangent, which is also the derivative along it.
-        code = f"torch.func.jvp(lambda v: {inner}, ({{0}},), ({{1}},))[1]"
+        code = f"torch.func.vjp(lambda v: {inner}, {{0}})[1]({{1}})[0]"  # diagonal: the slope times the cotangent
         c.push(
             source,
             c.add("binary", [c.saved(source), made], source.axes, what=name, other=True, code=code, sizes=step.sizes),
@@ -193,6 +192,8 @@ def _conv(c: Chain, step: Draft, found: list[Value]) -> bool | None:
         return False
     weight, *bias = step.weights
     dims, transposed = len(geometry["stride"]), step.params["transposed"]
+    if len(source.axes) < dims + 2:  # one example without a batch
+        return False
     how = f"{geometry['stride']}, {geometry['padding']}, {geometry['dilation']}, {geometry['groups']}"
     shared = {k: step.params[k] for k in ("window", "groups", "kernel_text", "note", "spatial") if k in step.params}
     if not source.root.whole:

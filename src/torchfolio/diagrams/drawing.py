@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from torchfolio.checks import one_of
 from torchfolio.diagrams.assembly import View, assemble
 from torchfolio.diagrams.compile import CircuitModule, source_of
 from torchfolio.diagrams.cost import Cost, axis_symbols, cost_of
@@ -28,6 +29,7 @@ from torchfolio.diagrams.sheet import Tensor as Wires
 from torchfolio.diagrams.svg import render_png, render_svg
 from torchfolio.diagrams.text import render_text
 from torchfolio.diagrams.vjp import Pullback, pullback
+from torchfolio.errors import TorchfolioError
 
 LEVELS = ("auto", "full", "blocks")
 LONGEST = 60
@@ -159,8 +161,13 @@ class Drawing:
         them: `diagram(x, weights=net.state_dict())`.
 
         Raises:
-            TorchfolioError: if an operation cannot be written.
+            TorchfolioError: if an operation cannot be written, as a function that is not one of torch.
         """
+        if self.graph.functions:
+            raise TorchfolioError(f"only functions of torch can be written out, got {', '.join(self.graph.functions)}")
+        return self._source(name)
+
+    def _source(self, name: str = "diagram") -> str:
         return source_of(self.graph, name, self.signature())
 
     def to_module(self) -> CircuitModule:
@@ -175,7 +182,7 @@ class Drawing:
         Raises:
             TorchfolioError: if an operation cannot be written.
         """
-        return CircuitModule(self.to_source(), "diagram", self.graph.weights, self.graph.saved, self.graph.functions)
+        return CircuitModule(self._source(), "diagram", self.graph.weights, self.graph.saved, self.graph.functions)
 
     def equals(self, other: Drawing | Composed) -> bool:
         """Whether another diagram does the same operations on the same axes, whatever its axes are called.
@@ -302,31 +309,32 @@ def draw(
         >>> draw(net, torch.zeros(2, 3, 32, 32)).svg("net.svg")
     """
     examples = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
+    _check_inputs(examples, names)
+    one_of("level", level, LEVELS)
+    if repeats is not None and (repeats < 0 or repeats == 1):
+        raise ValueError(f"expected at least two repeats, or 0 for none to be drawn as one, got {repeats}")
+    graph = read(module, trace(module, examples, names, dynamic), names)
+    least = repeats if repeats is not None else 0 if level == "full" else REPEATS
+    depths = {"auto": (None, 3, 2, 1, 0), "full": (None,), "blocks": (0,)}[level]
+    for view in (View(depth, (), least, not hide_batch) for depth in depths):
+        sheet = assemble(graph, type(module).__name__, view)
+        if len(sheet.columns) <= LONGEST:
+            break
+    unknown = tuple(sorted(set(graph.unknown)))
+    if unknown:
+        warnings.warn(f"drawn as plain boxes, for want of a sign: {', '.join(unknown)}", stacklevel=2)
+    return Drawing(sheet, style or Style(), unknown, graph, view)
+
+
+def _check_inputs(examples: Sequence[Any], names: Sequence[str | None] | None) -> None:
     for i, example in enumerate(examples):
         if not isinstance(example, Tensor):
             raise TypeError(f"expected tensors as inputs, got {type(example).__name__} as input {i}")
-    if level not in LEVELS:
-        raise ValueError(f"expected a level of {', '.join(LEVELS)}, got {level!r}")
     if names is not None and len(names) != len(examples):
         raise ValueError(f"expected names for each of {len(examples)} inputs, got {len(names)}")
     for text, example in zip(names or [], examples, strict=False):
         if text is not None and len(text.split()) != example.dim():
             raise ValueError(f"expected names for the {example.dim()} axes of an input, got {text!r}")
-    graph, title = read(module, trace(module, examples, names, dynamic), names), type(module).__name__
-    unknown = sorted(set(graph.unknown))
-    if repeats is not None and (repeats < 0 or repeats == 1):
-        raise ValueError(f"expected at least two repeats, or 0 for none to be drawn as one, got {repeats}")
-    least = repeats if repeats is not None else 0 if level == "full" else REPEATS
-    view = View(0 if level == "blocks" else None, (), least, not hide_batch)
-    sheet = assemble(graph, title, view)
-    deepest = 3
-    while level == "auto" and len(sheet.columns) > LONGEST and deepest >= 0:
-        view = replace(view, depth=deepest)
-        sheet = assemble(graph, title, view)
-        deepest -= 1
-    if unknown:
-        warnings.warn(f"drawn as plain boxes, for want of a sign: {', '.join(unknown)}", stacklevel=2)
-    return Drawing(sheet, style or Style(), tuple(unknown), graph, view)
 
 
 def _name(wire: Any) -> str:

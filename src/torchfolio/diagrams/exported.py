@@ -83,9 +83,8 @@ def trace(
             # One tensor that is given twice, or a weight that is given, would be traced as one.
             own = tuple(example.detach().clone() for example in args)
             program = torch.export.export(module, own, dynamic_shapes=shapes if free else None)
-            if _writes_beside_a_view(program.graph.nodes) or any(
-                _short(n) in MADE_OF_OTHERS for n in program.graph.nodes
-            ):
+            nodes = program.graph.nodes
+            if _writes_beside_a_view(nodes) or any(_short(n) in MADE_OF_OTHERS for n in nodes):
                 program = program.run_decompositions(_decompositions())
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -116,15 +115,16 @@ def _measure(program: Any, args: Sequence[TorchTensor]) -> None:
     sizes = [s for v in values if isinstance(v, TorchTensor) for s in v.shape]
     if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
         signature, state = program.graph_signature, {**program.state_dict, **program.constants}
-        held = {
-            **signature.inputs_to_parameters,
-            **signature.inputs_to_buffers,
-            **signature.inputs_to_lifted_tensor_constants,
-        }
-        given = iter(args)
+        held, given = _held(signature), iter(args)
         names = [n.name for n in program.graph.nodes if n.op == "placeholder"]
         with torch.no_grad():
             _Measured(program.graph_module).run(*(state[held[n]].clone() if n in held else next(given) for n in names))
+
+
+def _held(signature: Any) -> dict[str, str]:
+    """Names of weights and constants by those of the placeholders that stand for them."""
+    constants = signature.inputs_to_lifted_tensor_constants
+    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **constants}
 
 
 def _check_free(program: Any, words: list[list[str]], free: set[str], what: str) -> None:
@@ -140,10 +140,12 @@ def _in_place(node: Any) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-VIEWS = ("view", "reshape", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "expand", "t", "narrow",
-         "split", "chunk", "unbind", "flatten", "unflatten", "detach", "alias", "getitem", "diagonal", "movedim", "moveaxis",
-         "swapaxes", "swapdims", "mT", "numpy_T", "adjoint", "view_as", "reshape_as", "expand_as", "broadcast_to", "unfold",
-         "contiguous", "to", "type_as", "real", "imag", "as_strided", "tensor_split", "ravel", "atleast_1d", "identity")  # fmt: skip
+def _views(node: Any) -> bool:
+    """Whether the result of an operation may share its memory with what it takes."""
+    if node.target is operator.getitem:
+        return True
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(r.alias_info is not None for r in returns)
 
 
 MADE_OF_OTHERS = {"movedim", "moveaxis", "swapaxes", "swapdims", "mT", "mH", "adjoint", "numpy_T", "narrow", "glu", "hstack",
@@ -182,7 +184,7 @@ def _writes_beside_a_view(nodes: Iterable[Any]) -> bool:
             if first in viewed:
                 return True
             root[node] = first
-        elif _short(node) in VIEWS:
+        elif _views(node):
             root[node] = first
             viewed.add(first)
     return False
@@ -212,14 +214,11 @@ class _Reading(Reader):
     def __init__(self, module: nn.Module, program: Any, names: Sequence[str | None] | None) -> None:
         super().__init__()
         self.program, self.names = program, names
-        state: dict[str, TorchTensor] = {
-            **dict(module.named_buffers(remove_duplicate=False)),
-            **dict(module.named_parameters(remove_duplicate=False)),
-        }
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         constants = {k: v for k, v in (program.constants or {}).items() if isinstance(v, TorchTensor)}
-        self.weights |= constants | state
+        self.weights |= constants | dict(module.named_buffers(remove_duplicate=False)) | parameters
         self.saved = set(module.state_dict())
-        self._learned = {k for k, v in module.named_parameters(remove_duplicate=False) if v.requires_grad}
+        self._learned = {k for k, v in parameters.items() if v.requires_grad}
 
     def plain(self) -> Graph:
         """The graph without what was needed to read it."""
@@ -230,8 +229,7 @@ class _Reading(Reader):
     def read(self) -> None:
         """Read all nodes."""
         signature = self.program.graph_signature
-        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-                **signature.inputs_to_lifted_tensor_constants}  # fmt: skip
+        held = _held(signature)
         nodes = list(self.program.graph.nodes)
         self.uses = Counter(a for node in nodes for a in nodes_of(node))
         given = [n for n in nodes if n.op == "placeholder" and n.name in signature.user_inputs]
@@ -245,6 +243,8 @@ class _Reading(Reader):
                 self.fixed[node] = Value([self.axis("", s) for s in shape], None, name, name in self._learned)
             elif node.op == "call_function":
                 self._call(node)
+            elif node.op == "get_attr":  # the branches of torch.cond
+                self.functions[node.name] = getattr(self.program.graph_module, node.target)
             elif node.op == "output":
                 wanted = set(signature.user_outputs)
                 results = [n for n in node.args[0] if getattr(n, "name", None) in wanted]
@@ -257,7 +257,7 @@ class _Reading(Reader):
         if not self.outputs:
             raise TorchfolioError("expected a module that returns a tensor made of its inputs, got none")
         if left:
-            warnings.warn(f"left out of the drawing, as no input leads to it: output {', '.join(left)}", stacklevel=4)
+            warnings.warn(f"left out of the drawing, as no input leads to it: output {', '.join(left)}", stacklevel=5)
 
     def _input(self, node: Any, words: list[str]) -> None:
         shape = node.meta["val"].shape
@@ -286,10 +286,8 @@ class _Reading(Reader):
             return
         made = self.values[node] = read_node(self, node, name)
         results = node.meta.get("val")
-        several = isinstance(results, list | tuple)
-        for value, result in zip(
-            made if isinstance(made, list) else [made], results if several else [results], strict=False
-        ):
+        pair = made if isinstance(made, list) else [made], results if isinstance(results, list | tuple) else [results]
+        for value, result in zip(*pair, strict=False):
             if isinstance(value, Value) and isinstance(result, TorchTensor):
                 value.whole = _whole(result)
         if _in_place(node):  # from here on the tensor is what it was changed into
@@ -306,9 +304,8 @@ class _Reading(Reader):
             return
         outputs = [Value([self.axis("", s) for s in shape]) for shape in shapes]
         if _short(node) in FILLED and isinstance(made, TorchTensor):
-            value = {"zeros": 0, "ones": 1, "empty": 0}.get(
-                _short(node).replace("new_", "").replace("_like", ""), node.args[-1]
-            )
+            kind = _short(node).removeprefix("new_").removesuffix("_like")
+            value = {"zeros": 0, "ones": 1, "empty": 0}.get(kind, node.args[-1])
             how = {"dtype": made.dtype, "device": made.device}
             writing = call(self, node, "torch.full", [list(made.shape), value], **how)
             self.constants.append(Draft("constant", [], outputs, **writing))

@@ -17,7 +17,7 @@ from torchfolio.diagrams.equality import same_graph
 from torchfolio.diagrams.graph import Graph, Value
 from torchfolio.shown import Shown
 
-__all__ = ["Axes", "Building", "Expression", "SignatureError", "Tuple", "parse_signature", "written"]
+__all__ = ["Axes", "Building", "Expression", "SignatureError", "Tuple", "agree", "parse_signature", "written"]
 
 Axes = tuple[str, ...]
 
@@ -49,6 +49,16 @@ def written(inputs: Tuple, outputs: Tuple) -> str:
     return f"{', '.join(map(' '.join, inputs))} -> {', '.join(map(' '.join, outputs))}"
 
 
+def agree(sizes: dict[str, int], name: str, size: int) -> None:
+    """Give an axis a size.
+
+    Raises:
+        SignatureError: if it has another.
+    """
+    if sizes.setdefault(name, size) != size:
+        raise SignatureError(f"the axis {name} has the sizes {sizes[name]} and {size}")
+
+
 class Building(Shown):
     """The graph of an expression while it is made: an axis for every name.
 
@@ -67,13 +77,8 @@ class Building(Shown):
         self.roots: dict[str, Value] = {}
 
     def size(self, name: str, size: int) -> None:
-        """Give an axis a size.
-
-        Raises:
-            SignatureError: if it has another.
-        """
-        if self.sizes.setdefault(name, size) != size:
-            raise SignatureError(f"the axis {name} has the sizes {self.sizes[name]} and {size}")
+        """Give an axis the size that a weight has."""
+        agree(self.sizes, name, size)
         self.graph.stated.add(self.axis(name))
 
     def axis(self, name: str) -> int:
@@ -175,8 +180,7 @@ class Expression(nn.Module, ABC):
             if tensor.dim() != len(axes):
                 raise SignatureError(f"expected a tensor of axes {' '.join(axes)}, got shape {tuple(tensor.shape)}")
             for name, size in zip(axes, tensor.shape, strict=True):
-                if sizes.setdefault(name, size) != size:
-                    raise SignatureError(f"the axis {name} has the sizes {sizes[name]} and {size}")
+                agree(sizes, name, size)
         return sizes
 
     def __matmul__(self, other: Expression) -> Expression:

@@ -77,8 +77,7 @@ def spans_width(spans: Sequence[Span], size: float) -> float:
     return sum(text_width(s.text, size * s.scale, s.style) for s in spans)
 
 
-_NUMBERED = re.compile(r"^(?P<base>[^\W\d_]+)(?P<index>\d+)(?P<prime>'*)$")
-_UNDERSCORED = re.compile(r"^(?P<base>[^\W\d_]+)_(?P<index>\w+)(?P<prime>'*)$")
+_INDEXED = re.compile(r"(?P<base>[^\W\d_]+)(_(?=\w)|(?=\d+'*$))(?P<index>\w+)(?P<prime>'*)")
 
 
 def name_spans(name: str, *, style: str = "italic", over: bool = False) -> tuple[Span, ...]:
@@ -89,10 +88,8 @@ def name_spans(name: str, *, style: str = "italic", over: bool = False) -> tuple
         style: of its letters.
         over: whether the letter is overlined, for a group of axes.
     """
-    match = _NUMBERED.match(name) or _UNDERSCORED.match(name)
+    match = _INDEXED.fullmatch(name)
     if match is None:
         return (Span(name, "regular" if not any(c.isalpha() for c in name) else style, over=over),)
-    spans = [Span(match["base"] + match["prime"], style, over=over)]
-    if match["index"]:
-        spans.append(Span(match["index"], "regular" if match["index"].isdigit() else "italic", 0.7, -0.18))
-    return tuple(spans)
+    index = Span(match["index"], "regular" if match["index"].isdigit() else "italic", 0.7, -0.18)
+    return Span(match["base"] + match["prime"], style, over=over), index

@@ -238,7 +238,7 @@ class Graph(Shown):
 
     def use(self, value: Value) -> Value:
         """One of several uses of a tensor, with axes of its own."""
-        made = Value([self.twin(a) for a in value.axes], value)
+        made = Value([self.twin(a) for a in value.axes], value.root)
         self.copies.append(made)
         return made
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchfolio.diagrams.fonts import Span, spans_width
-from torchfolio.diagrams.shapes import (
-    Command,
-    Path,
-    ease,
-    polyline,
-)
+from torchfolio.diagrams.shapes import Command, Path, ease, polyline
 from torchfolio.diagrams.sheet import Step, Wire
 from torchfolio.diagrams.strokes import (
     MEMORY_FACE,

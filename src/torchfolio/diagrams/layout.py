@@ -6,19 +6,15 @@ their labels stand, and change their heights within the columns of operations. A
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from torchfolio.diagrams.fonts import Span, spans_width
 from torchfolio.diagrams.lines import Line
 from torchfolio.diagrams.ordering import ordered
 from torchfolio.diagrams.pictograms import plan
 from torchfolio.diagrams.placing import Style, heading
-from torchfolio.diagrams.shapes import (
-    Geometry,
-    Text,
-)
-from torchfolio.diagrams.sheet import Sheet, Step, Wire
-from torchfolio.diagrams.strokes import Plan
+from torchfolio.diagrams.shapes import Geometry, Text
+from torchfolio.diagrams.sheet import Sheet, Wire
 
 __all__ = ["Style", "lay_out"]
 
@@ -38,7 +34,7 @@ def lay_out(sheet: Sheet, style: Style | None = None) -> Geometry:
     plans = {step.index: plan(step) for steps in sheet.columns for step in steps}
     labels = _labels(sheet, style)
     data = [_label_room(labels[k], style) for k in range(len(sheet.levels))]
-    operations = [_operation_room(steps, plans) for steps in sheet.columns]
+    operations = [max((plans[s.index].width for s in steps), default=40.0) for steps in sheet.columns]
     _widen_for_titles(sheet, data, operations, style)
     lines = _broken(sheet, data, operations, style)
     labels = _labels(sheet, style, {first for first, _ in lines})
@@ -91,10 +87,6 @@ def _label_room(labels: Mapping[str, Wire], style: Style) -> float:
     return max((spans_width(w.label, style.label) + 8 for w in labels.values()), default=8.0)
 
 
-def _operation_room(steps: Sequence[Step], plans: Mapping[int, Plan]) -> float:
-    return max((plans[s.index].width for s in steps), default=40.0)
-
-
 def _widen_for_titles(sheet: Sheet, data: list[float], operations: list[float], style: Style) -> None:
     """A fence is at least as wide as its title."""
     for fence in sheet.fences:
@@ -115,17 +107,14 @@ def _broken(sheet: Sheet, data: list[float], operations: list[float], style: Sty
     ideal = total / count + 60
     best: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, n + 1):
-        cut = (
-            0.0
-            if end == n
-            else sum(len(t.wires) for t in sheet.levels[end]) + 6.0 * sum(f.first < end <= f.last for f in sheet.fences)
-        )
+        wires, fences = sum(len(t.wires) for t in sheet.levels[end]), sum(f.first < end <= f.last for f in sheet.fences)
+        cut = wires + 6.0 * fences if end < n else 0.0
         choices = []
         for start in range(end - 1, -1, -1):
             width = sum(data[start : end + 1]) + sum(operations[start:end])
             if width > style.line * 1.05 and start < end - 1:
                 break
-            slack = max(0.0, ideal - width) / ideal if end < n else max(0.0, 0.7 * (ideal - width) / ideal)
+            slack = max(0.0, (1.0 if end < n else 0.7) * (ideal - width)) / ideal
             choices.append((best[start][0] + cut + 14.0 * slack**2 + 2.0, start))
         best.append(min(choices))
     breaks = [n]

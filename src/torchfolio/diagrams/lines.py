@@ -7,28 +7,13 @@ from dataclasses import dataclass, field
 
 from torchfolio.diagrams.fonts import Span, spans_width
 from torchfolio.diagrams.placing import PARENTHESIS, Placed, Slot, heading
-from torchfolio.diagrams.shapes import (
-    Area,
-    Box,
-    Command,
-    DataColumn,
-    Glyph,
-    Path,
-    Text,
-    ease,
-    polyline,
-)
+from torchfolio.diagrams.shapes import GREY, Area, Box, Command, DataColumn, Glyph, Part, Path, Text, ease, polyline
 from torchfolio.diagrams.sheet import Fence, Step, Wire
 from torchfolio.diagrams.strokes import Drawn, Place, finish
 
 __all__ = ["Line"]
 
-INK, GREY = "#1c1c22", "#8a8a92"
-
-
 FILLS = ("#fff3dc", "#eceaf7", "#e6f3ea", "#fdeced", "#e4f1f8", "#fdfbe0")
-
-
 EDGES = ("#ecd9b0", "#cfcae8", "#c2dfca", "#f2c9cd", "#bcd9e8", "#e8e3a8")
 
 
@@ -42,7 +27,7 @@ class _Drawing:
     wires: list[Path] = field(default_factory=list)
     glyphs: list[Glyph] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
-    decor: list[Path | Text | Area] = field(default_factory=list)
+    decor: list[Part] = field(default_factory=list)
     columns: list[DataColumn] = field(default_factory=list)
 
 
@@ -137,15 +122,13 @@ class Line(Placed):
                 path.append(("L", (x1, y)))
                 after = onward.get(slot.key, slot.key if slot.key not in inside else None)
                 goal = self.slots.get(Slot(k + 1, "dash", after)) if after is not None and k < self.last else None
-                if goal is None:
-                    if k < self.last:
-                        path.append(("L", (x1 + 6, y)))
-                    drawing.wires.append(Path(tuple(_simplified(path)), "dash"))
-                else:
-                    following[str(after)] = [
-                        *path,
-                        *ease(x1, y, self.operation_x[k][1], self.top + float(self.y[goal])),
-                    ]
+                if goal is not None:
+                    end = self.operation_x[k][1], self.top + float(self.y[goal])
+                    following[str(after)] = [*path, *ease(x1, y, *end)]
+                    continue
+                if k < self.last:
+                    path.append(("L", (x1 + 6, y)))
+                drawing.wires.append(Path(tuple(_simplified(path)), "dash"))
             open_paths = following
 
     def _draw_labels(self, drawing: _Drawing) -> None:
@@ -164,10 +147,7 @@ class Line(Placed):
             left = self.operation_x[max(fence.first, self.first)][0] - pad
             right = self.operation_x[min(fence.last, self.last - 1)][1] + pad
             inner = [boxes[f.path] for f in self.fences if f.path in boxes and f.steps <= fence.steps]
-            left, right = (
-                min([left, *(b.left - 2.5 for b in inner)]),
-                max([right, *(b.right + 2.5 for b in inner)]),
-            )
+            left, right = min([left, *(b.left - 2.5 for b in inner)]), max([right, *(b.right + 2.5 for b in inner)])
             boxes[fence.path] = Box(left, top, right, bottom)
         return boxes
 
@@ -182,9 +162,8 @@ class Line(Placed):
                 spans = (Span(text, "sans"),)
                 if spans_width(spans, self.style.title) > box.right - box.left - 6 and fence.first < self.first:
                     continue
-                drawing.texts.append(
-                    Text(box.left + 5, box.top + self.style.title + 2, spans, self.style.title, "start", "title")
-                )
+                place = box.left + 5, box.top + self.style.title + 2
+                drawing.texts.append(Text(*place, spans, self.style.title, "start", "title"))
             if fence.repeat > 1:
                 self._parentheses(drawing, fence, box)
 
@@ -208,23 +187,17 @@ class Line(Placed):
 
     def _arrows(self, drawing: _Drawing, level: int, *, entering: bool) -> None:
         """Bent arrows where a line ends and where the next goes on."""
+        x = self.data_x[level][0 if entering else 1]
         for wire in (w for t in self.sheet.levels[level] for w in t.wires):
             y = self.height(level, wire.key)
             if entering:
-                x = self.data_x[level][0]
-                drawing.decor.append(
-                    Path((("M", (x - 24, y - 8)), ("C", (x - 18, y - 2, x - 12, y, x, y))), stroke=GREY)
-                )
-                drawing.decor.append(
-                    Path(polyline([(x - 7, y - 3), (x, y), (x - 7, y + 3)], close=True), fill=GREY, stroke="none")
-                )
+                shaft = [("M", (x - 24, y - 8)), ("C", (x - 18, y - 2, x - 12, y, x, y))]
+                tip = [(x - 7, y - 3), (x, y), (x - 7, y + 3)]
             else:
-                x = self.data_x[level][1]
-                drawing.decor.append(
-                    Path((("M", (x, y)), ("C", (x + 12, y, x + 16, y + 2, x + 20, y + 6))), stroke=GREY)
-                )
+                shaft = [("M", (x, y)), ("C", (x + 12, y, x + 16, y + 2, x + 20, y + 6))]
                 tip = [(x + 16.5, y + 7), (x + 24, y + 9.5), (x + 20.6, y + 2.4)]
-                drawing.decor.append(Path(polyline(tip, close=True), fill=GREY, stroke="none"))
+            drawing.decor.append(Path(tuple(shaft), stroke=GREY))
+            drawing.decor.append(Path(polyline(tip, close=True), fill=GREY, stroke="none"))
 
 
 def _simplified(commands: Iterable[Command]) -> list[Command]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from torchfolio.diagrams.graph import Draft, Graph, Value
 
@@ -15,8 +16,6 @@ farther on. The wires of two copies cross each other, those of each axis all the
 
 MOST = 3
 """Copies that are drawn."""
-
-Stack = tuple[tuple[str, str], ...]
 
 
 def with_copies(graph: Graph, steps: list[Draft], keep: bool) -> list[Draft]:
@@ -74,16 +73,15 @@ class _Copies:
                 self._load(i, use)
             kept = Value(list(source.axes), source)
             places = [i for i, _ in uses]
-            more = {"stack": self._stack(places), "times": self._times(places)}
-            self.before[at].insert(0, Draft("save", [source], [kept], params={"index": self.saved}, **more))
+            save = Draft("save", [source], [kept], params={"index": self.saved}, **self._around(places))
+            self.before[at].insert(0, save)
             source = kept
         if len(near) == 1:
             if near[0][1] is not source:
                 near[0][1].origin = source
             return
         places = [i for i, _ in near]
-        more = {"stack": self._stack(places), "times": self._times(places)}
-        self.before[at].append(Draft("copy", [source], [v for _, v in near], **more))
+        self.before[at].append(Draft("copy", [source], [v for _, v in near], **self._around(places)))
 
     def _load(self, i: int, use: Value) -> None:
         """Take a tensor from memory: beside the sign of a sum, or else as an operation before its use."""
@@ -118,17 +116,13 @@ class _Copies:
             if len(chain) > 1:
                 made.axes = [*(a for a in made.axes if a not in use.axes), *(a for a in use.axes if a in made.axes)]
 
-    def _stack(self, places: Sequence[int]) -> Stack:
-        """Modules that all of some operations are in."""
+    def _around(self, places: Sequence[int]) -> dict[str, Any]:
+        """Modules that all of some operations are in, and how often what serves them is done."""
         stacks = [self.steps[i].stack if i < len(self.steps) else () for i in places]
         common = []
         for level in zip(*stacks, strict=False):
             if len(set(level)) > 1:
                 break
             common.append(level[0])
-        return tuple(common)
-
-    def _times(self, places: Sequence[int]) -> int:
-        """How often what serves some operations is done."""
         inside = [self.steps[i].times for i in places if i < len(self.steps)]
-        return min(inside, default=1) if self._stack(places) else 1
+        return {"stack": tuple(common), "times": min(inside, default=1) if common else 1}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from torchfolio.diagrams.fonts import text_width
-from torchfolio.diagrams.shapes import Area, Geometry, Path, Text
-from torchfolio.diagrams.svg import DASH_WIDTH, INK, WIRE_WIDTH
+from torchfolio.diagrams.shapes import INK, Area, Geometry, Part, Path, Text
+from torchfolio.diagrams.svg import DASH_WIDTH, WIRE_WIDTH
 
 POINTS = 0.75
 """Points in a px: 72 of the one and 96 of the other are an inch."""
@@ -47,7 +46,7 @@ class _Page:
     def __init__(self, axes: Any) -> None:
         self.axes, self.order = axes, 0
 
-    def put(self, part: Path | Text | Area) -> None:
+    def put(self, part: Part) -> None:
         self.order += 1
         if isinstance(part, Path):
             self._path(part)
@@ -55,9 +54,6 @@ class _Page:
             self._text(part)
         else:
             self._area(part)
-
-    def _patch(self, patch: Any) -> None:
-        self.axes.add_patch(patch)
 
     def _path(self, path: Path) -> None:
         from matplotlib.patches import PathPatch
@@ -71,7 +67,7 @@ class _Page:
             codes += {"M": [Line.MOVETO], "L": [Line.LINETO], "C": [Line.CURVE4] * 3, "Z": [Line.CLOSEPOLY]}[command]
         dash = path.role == "dash"
         width = path.width if path.width is not None else DASH_WIDTH if dash else WIRE_WIDTH
-        self._patch(
+        self.axes.add_patch(
             PathPatch(
                 Line(points, codes),
                 facecolor=path.fill or "none",
@@ -91,25 +87,20 @@ class _Page:
         place, size = (box.left, box.top), (box.right - box.left, box.bottom - box.top)
         if area.radius:
             style = f"round,pad=0,rounding_size={min(area.radius, min(size) / 2)}"
-            self._patch(FancyBboxPatch(place, *size, boxstyle=style, zorder=self.order, mutation_aspect=1, **more))
+            self.axes.add_patch(
+                FancyBboxPatch(place, *size, boxstyle=style, zorder=self.order, mutation_aspect=1, **more)
+            )
         else:
-            self._patch(Rectangle(place, *size, zorder=self.order, **more))
+            self.axes.add_patch(Rectangle(place, *size, zorder=self.order, **more))
 
     def _text(self, text: Text) -> None:
         """Every span where the table of widths has it."""
-        x = text.box.left
-        for span in text.spans:
-            size = text.size * span.scale
-            width = text_width(span.text, size, span.style)
+        for span, x, _ in text.placed():
             face = {"italic": {"fontstyle": "italic"}, "bold": {"fontweight": "bold"}}.get(span.style, {})
             family = ["DejaVu Sans"] if span.style == "sans" else ["STIXGeneral", "DejaVu Serif"]
             self.axes.text(
-                x, text.y - text.size * span.shift, span.text.replace("$", r"\$"), fontsize=size * POINTS,
+                x, text.y - text.size * span.shift, span.text.replace("$", r"\$"), fontsize=text.size * span.scale * POINTS,
                 fontfamily=family, color=text.colour or INK, ha="left", va="baseline", zorder=self.order, **face,
             )  # fmt: skip
-            if span.over:
-                y = text.y - text.size * (span.shift + 0.62 * span.scale)
-                self._path(
-                    Path((("M", (x + 0.1 * width, y)), ("L", (x + 0.95 * width, y))), width=0.9, stroke=text.colour)
-                )
-            x += width
+        for line in text.overlines():
+            self._path(Path(line, width=0.9, stroke=text.colour))

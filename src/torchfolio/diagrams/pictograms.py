@@ -12,26 +12,14 @@ from collections.abc import Callable
 
 from torchfolio.diagrams.fonts import Span, spans_width
 from torchfolio.diagrams.joins import concatenation, contraction, copy, crossing, load, merge, save, splitting, spread
-from torchfolio.diagrams.shapes import (
-    Area,
-    Box,
-    Command,
-    Path,
-    Text,
-    circle,
-    ease,
-    polyline,
-)
+from torchfolio.diagrams.shapes import GREY, INK, PAPER, Area, Box, Command, Part, Path, Text, circle, ease, polyline
 from torchfolio.diagrams.sheet import Step
 from torchfolio.diagrams.strokes import (
     BLOCK_FACE,
     BLOCK_SIDE,
     BLOCK_TOP,
     FACE,
-    GREY,
-    INK,
     NORM_FACE,
-    PAPER,
     SOFT_FACE,
     STAR_FACE,
     STRIDE_FACE,
@@ -164,7 +152,7 @@ def convolution(step: Step) -> Plan:
         box = Box(place.centre - width / 2, top, place.centre + width / 2, bottom)
         y_star, y_letter = (spatial[0] + spatial[1]) / 2, (channel[0] + channel[1]) / 2
         x = place.centre - (12 + spans_width(label, 13)) / 2
-        parts: list[Path | Text | Area] = [
+        parts: list[Part] = [
             Area(box, STAR_FACE, INK, 0, role="face"),
             star(x + 5, y_star, 5),
             Text(x + 12, y_star + 4.5, tuple(label), 13, "start", "glyph"),
@@ -187,13 +175,13 @@ def _spatial(step: Step, place: Place) -> tuple[tuple[float, float], tuple[float
     return rows, place.rows(channel_in, channel_out) if channel_in or channel_out else (rows[0] - 20, rows[0] - 20)
 
 
-def _trapezium(box: Box, slash: str, *, mirrored: bool = False) -> list[Path | Text | Area]:
+def _trapezium(box: Box, slash: str, *, mirrored: bool = False) -> list[Part]:
     """A star over a slash with the stride, in a shape whose lower edge slopes to the window that it cuts."""
     drop = 8.0
     left, right = (box.bottom, box.bottom - drop) if mirrored else (box.bottom - drop, box.bottom)
     shape = [(box.left, box.top), (box.right, box.top), (box.right, right), (box.left, left)]
     y = (box.top + box.bottom - drop / 2) / 2
-    parts: list[Path | Text | Area] = [
+    parts: list[Part] = [
         Path(polyline(shape, close=True), fill=STRIDE_FACE),
         star(box.left + 8, y - 4, 4.2),
     ]
@@ -247,6 +235,7 @@ def pooling(step: Step) -> Plan:
     stride, kernel = str(step.params.get("stride_text") or ""), str(step.params.get("kernel_text") or "")
     wide = 24 + spans_width([regular(stride)], 11)
     text = spans_width([regular(what)], 12)
+    under = 11 if spans_width([regular(kernel)], 9) < 16 else 14  # a long one stands below the word
     width = wide + text + 30
 
     def draw(place: Place) -> Drawn:
@@ -257,7 +246,7 @@ def pooling(step: Step) -> Plan:
         y = body.bottom - 5
         parts.append(Path(polyline([(body.right, y - 1.6), (body.right + 14, y - 1.6)]), stroke=GREY))
         parts.append(Path(polyline([(body.right, y + 1.6), (body.right + 14, y + 1.6)]), stroke=GREY))
-        parts.append(letters(body.right + 8, y + 11, [regular(kernel)], 9, GREY))
+        parts.append(letters(body.right + 8, y + under, [regular(kernel)], 9, GREY))
         parts.append(Text(body.right + 16, y + 4, (regular(what),), 12, "start", "glyph"))
         parts.append(arrow_head(body.right + 16 + text + 9, y))
         drawn = Drawn(parts, Box(body.left, body.top, body.right, body.bottom))
@@ -295,7 +284,7 @@ def tag(step: Step) -> Plan:
         y = sum(place.rows(ends)) / 2
         left, right = place.centre - width / 2, place.centre + width / 2
         points = [(left, y), (left + 6, y - 7.5), (right, y - 7.5), (right, y + 7.5), (left + 6, y + 7.5)]
-        parts: list[Path | Text | Area] = [Path(polyline(points, close=True), fill=INK)]
+        parts: list[Part] = [Path(polyline(points, close=True), fill=INK)]
         parts.append(letters(place.centre + 2.5, y + 3.8, spans, 11, PAPER))
         return Drawn(parts, Box(left, y - 7.5, right, y + 7.5))
 
@@ -345,7 +334,7 @@ def block(step: Step) -> Plan:
         l, t, r, b = box.left, box.top, box.right, box.bottom
         lid = [(l, t), (l + edge, t - edge), (r + edge, t - edge), (r, t)]
         side = [(r, t), (r + edge, t - edge), (r + edge, b - edge), (r, b)]
-        parts: list[Path | Text | Area] = [
+        parts: list[Part] = [
             Path(polyline(lid, close=True), fill=BLOCK_TOP),
             Path(polyline(side, close=True), fill=BLOCK_SIDE),
             Area(box, BLOCK_FACE, INK, 0, role="face"),

@@ -29,7 +29,6 @@ class Style:
         pitch: between two wires of a tensor.
         twin: between the two lines of a group of axes.
         between: between two tensors.
-        column: least width of a column of data with its operation.
         label: size of labels.
         title: size of titles of fences.
         line: width after which a drawing is broken.
@@ -40,7 +39,6 @@ class Style:
     pitch: float = 20.0
     twin: float = 5.0
     between: float = 32.0
-    column: float = 40.0
     label: float = 13.0
     title: float = 10.0
     line: float = 1180.0
@@ -157,16 +155,11 @@ class Placed(Shown):
         level, rows = self.rows.level, self.slots
         taken = {t.key for s in self.sheet.columns[k] for t in s.inputs}
         for tensor in (t for t in self.sheet.levels[k] if t.key not in taken):
-            for kind, keys in (
-                ("wire", [w.key for w in tensor.wires]),
-                ("phantom", [tensor.key]),
-                ("dash", [tensor.key]),
-            ):
-                for key in keys:
-                    if (a := rows.get(Slot(k, kind, key))) is not None and (
-                        b := rows.get(Slot(k + 1, kind, key))
-                    ) is not None:
-                        level(a, b, late * (1.2 if kind == "dash" else 4.0))
+            places = [("wire", w.key) for w in tensor.wires] + [("phantom", tensor.key), ("dash", tensor.key)]
+            for kind, key in places:
+                a, b = Slot(k, kind, key), Slot(k + 1, kind, key)
+                if a in rows and b in rows:
+                    level(rows[a], rows[b], late * (1.2 if kind == "dash" else 4.0))
         for step in self.sheet.columns[k]:
             for before, after, weight in _continuing(step):
                 level(rows[Slot(k, "wire", before)], rows[Slot(k + 1, "wire", after)], weight * late)

@@ -14,8 +14,6 @@ __all__ = ["fold_repeats"]
 LONGEST = 6
 """Most modules and operations side by side that are looked at as one part."""
 
-Stack = tuple[tuple[str, str], ...]
-
 
 @dataclass(frozen=True)
 class _Item:
@@ -126,33 +124,26 @@ class _Folding:
             for j, s in enumerate(steps)
             for k, o in enumerate(s.outputs)
         }
-        initial: dict[tuple[int, int], int] = {}
-        for alike in zip(*copies, strict=True):
-            for uses in zip(*(s.inputs for s in alike), strict=True):
-                roots = [v.root for v in uses]
-                places = [place.get(id(r)) for r in roots]
-                later = {p and (c - p[0], *p[1:]) for c, p in enumerate(places) if c}
-                if len(later) != 1:
-                    return False
-                (which,) = later
-                if which is None:  # the same for all copies
-                    if any(r is not roots[0] for r in roots):
-                        return False
-                elif which[0] == 0:  # within a copy
-                    if places[0] is None or places[0][1:] != which[1:]:
-                        return False
-                elif which[0] == 1:  # from the copy before
-                    sizes = [[self.graph.size[a] for a in r.axes] for r in roots]
-                    if places[0] is not None or any(s != sizes[0] for s in sizes):
-                        return False
-                    if initial.setdefault(which[1:], id(roots[0])) != id(roots[0]):
-                        return False
-                else:
-                    return False
+
+        def source(copy: int, value: Value) -> Hashable:
+            """How many copies back a tensor comes from, and where there; or that it comes from elsewhere."""
+            made = place.get(id(value.root))
+            return (made and (copy - made[0], *made[1:])) or id(value.root)
+
+        first, *later = ([source(c, v) for s in steps for v in s.inputs] for c, steps in enumerate(copies))
+        passed: dict[Hashable, Hashable] = {}  # of what each copy gives to the next, what the first one takes
+        for mine, *theirs in zip(first, *later, strict=True):
+            if any(other != theirs[0] for other in theirs):
+                return False
+            before = isinstance(theirs[0], tuple) and theirs[0][0] == 1
+            if isinstance(mine, tuple) if before else mine != theirs[0]:
+                return False
+            if before and passed.setdefault(theirs[0], mine) != mine:
+                return False
         inside = {id(s) for steps in copies for s in steps}
         after = [v for s in self.steps if id(s) not in inside for v in s.inputs] + list(self.outputs)
         used = {place[id(v.root)][0] for v in after if id(v.root) in place}
-        return bool(initial) and used <= {len(copies) - 1}
+        return bool(passed) and used <= {len(copies) - 1}
 
     def _fold(self, copies: list[list[Draft]], depth: int, first: Sequence[_Item]) -> None:
         """Keep the first copy; what the last one gave, it gives."""

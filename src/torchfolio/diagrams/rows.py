@@ -73,44 +73,12 @@ class Rows:
         after: list[list[int]] = [[] for _ in range(self._count)]
         for upper, lower, _ in self._firm:
             after[upper].append(lower)
-        rank = _ranks(after)
         taken = []
         for upper, lower, gap in self._soft:
-            # A path down from `lower` to `upper` is possible only where the ranks do not exclude it.
-            if rank[lower] <= rank[upper] and _reaches(after, lower, upper):
-                continue
-            after[upper].append(lower)
-            _raise(rank, after, lower, rank[upper] + 1)
-            taken.append((upper, lower, gap))
+            if not _reaches(after, lower, upper):
+                after[upper].append(lower)
+                taken.append((upper, lower, gap))
         return taken
-
-
-def _ranks(after: list[list[int]]) -> list[int]:
-    """Longest number of steps from a source to each node."""
-    incoming = [0] * len(after)
-    for followers in after:
-        for f in followers:
-            incoming[f] += 1
-    rank = [0] * len(after)
-    ready = [i for i, count in enumerate(incoming) if not count]
-    while ready:
-        node = ready.pop()
-        for f in after[node]:
-            rank[f] = max(rank[f], rank[node] + 1)
-            incoming[f] -= 1
-            if not incoming[f]:
-                ready.append(f)
-    return rank
-
-
-def _raise(rank: list[int], after: list[list[int]], node: int, least: int) -> None:
-    """Put a node at a rank or beyond, and what follows it further on."""
-    stack = [(node, least)]
-    while stack:
-        node, least = stack.pop()
-        if rank[node] < least:
-            rank[node] = least
-            stack += [(f, least + 1) for f in after[node]]
 
 
 def _reaches(after: list[list[int]], start: int, goal: int) -> bool:

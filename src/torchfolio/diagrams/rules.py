@@ -41,7 +41,16 @@ def read_node(r: Reader, node: Any, name: str) -> Any:
 
 
 def _same(r: Reader, node: Any, name: str) -> Value | None:
-    return r.values.get(node.args[0])
+    """The tensor itself, by another name."""
+    source = node.args[0]
+    r.uses[node] += r.uses[source] - 1
+    return r.values.get(source)
+
+
+def _copied(r: Reader, node: Any, name: str) -> Value | None:
+    """The same numbers elsewhere, so that a change in place of the one does not change the other."""
+    source = _same(r, node, name)
+    return None if source is None else Value(list(source.axes), source)
 
 
 def _cast(r: Reader, node: Any, name: str) -> Value | None:
@@ -303,7 +312,7 @@ Rule = Callable[[Reader, Any, str], Any]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("linear", "matmul", "bmm", "mm", "mv", "dot", "einsum", "tensordot", "inner", "bilinear"), contraction),
     **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum", "gt", "lt", "ge", "le", "eq", "ne"), _binary),
-    **dict.fromkeys(("contiguous", "clone", "alias", "_assert_tensor_metadata", "identity", "lift_fresh_copy"), _same),
+    **dict.fromkeys(("contiguous", "alias", "_assert_tensor_metadata", "identity"), _same), "clone": _copied, "lift_fresh_copy": _copied,
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), _gathered),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
     **dict.fromkeys(("expand", "expand_as"), _expand), **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrence),

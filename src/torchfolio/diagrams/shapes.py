@@ -5,10 +5,12 @@ The layout makes a `Geometry`; the renderers put it into SVG, a raster or a term
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchfolio.diagrams.fonts import ASCENT, DESCENT, Span, spans_width
+
+INK, GREY, PAPER = "#1c1c22", "#8a8a92", "#ffffff"
 
 Command = tuple[str, tuple[float, ...]]
 """One command of a path: `("M", (x, y))`, `("L", (x, y))`, `("C", (x1, y1, x2, y2, x, y))` or `("Z", ())`."""
@@ -34,12 +36,8 @@ class Box:
         return self.left + slack < x < self.right - slack and self.top + slack < y < self.bottom - slack
 
     def union(self, other: Box) -> Box:
-        return Box(
-            min(self.left, other.left),
-            min(self.top, other.top),
-            max(self.right, other.right),
-            max(self.bottom, other.bottom),
-        )
+        corner = min(self.left, other.left), min(self.top, other.top)
+        return Box(*corner, max(self.right, other.right), max(self.bottom, other.bottom))
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,21 @@ class Text:
         bottom = min(s.shift * self.size - DESCENT * s.scale * self.size for s in self.spans)
         return Box(left, self.y - top, left + self.width, self.y - bottom)
 
+    def placed(self) -> Iterator[tuple[Span, float, float]]:
+        """Every span, where it begins and how wide it is, in px."""
+        x = self.box.left
+        for span in self.spans:
+            width = spans_width([span], self.size)
+            yield span, x, width
+            x += width
+
+    def overlines(self) -> Iterator[tuple[Command, ...]]:
+        """Lines over the spans that have one."""
+        for span, x, width in self.placed():
+            if span.over:
+                y = self.y - self.size * (span.shift + 0.62 * span.scale)
+                yield polyline([(x + 0.1 * width, y), (x + 0.95 * width, y)])
+
 
 @dataclass(frozen=True)
 class Area:
@@ -117,7 +130,10 @@ class Area:
     radius: float = 0.0
     role: str = "fence"
     title: str = ""
-    data: Mapping[str, str] = field(default_factory=dict)
+
+
+Part = Path | Text | Area
+"""What is drawn of an operation."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class Glyph:
     op: int
     kind: str
     title: str
-    parts: tuple[Path | Text | Area, ...]
+    parts: tuple[Part, ...]
     box: Box | None = None
     wires: frozenset[str] = frozenset()
 
@@ -172,13 +188,8 @@ class Geometry:
     wires: tuple[Path, ...]
     glyphs: tuple[Glyph, ...]
     texts: tuple[Text, ...]
-    decor: tuple[Path | Text | Area, ...]
+    decor: tuple[Part, ...]
     columns: tuple[DataColumn, ...]
-
-    def all_texts(self) -> list[Text]:
-        """Every line of text: labels, titles, legend and those within pictograms."""
-        inside = [p for g in self.glyphs for p in g.parts if isinstance(p, Text)]
-        return [*self.texts, *(p for p in self.decor if isinstance(p, Text)), *inside]
 
 
 def polyline(points: Sequence[tuple[float, float]], *, close: bool = False) -> tuple[Command, ...]:
@@ -207,11 +218,6 @@ def circle(x: float, y: float, radius: float) -> tuple[Command, ...]:
         ("C", (x - k, y + r, x - r, y + k, x - r, y)),
         ("Z", ()),
     )
-
-
-def moved(commands: Iterable[Command], dx: float, dy: float) -> tuple[Command, ...]:
-    """A path at another place."""
-    return tuple((c, tuple(v + (dy if i % 2 else dx) for i, v in enumerate(values))) for c, values in commands)
 
 
 def flattened(commands: Sequence[Command], steps: int = 16) -> list[tuple[float, float]]:

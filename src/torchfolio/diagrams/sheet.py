@@ -42,7 +42,6 @@ class Tensor:
 
     key: str
     wires: tuple[Wire, ...]
-    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -194,10 +194,13 @@ def _parted(graph: Graph, steps: list[Draft]) -> list[Draft]:
     gone, first = set[int](), dict[int, Draft]()
     for found in uses.values():
         parts = [s for s in found if s is not None and s.kind == "index" and len(s.core) == 1]
+        if len(parts) < len(found) or len(parts) == 1:
+            continue
         sources = [s.inputs[0] for s in parts]
         places = {next(iter(v.axes.index(a) for a in s.core)) for s, v in zip(parts, sources, strict=True)}
-        if len(parts) == len(found) > 1 and len(sources[0].axes) <= MOST + 1 and len(places) == 1 and len({s.params.get("index_text") for s in parts}) == len(parts):  # fmt: skip
-            outputs = [o for s in parts for o in s.outputs]
-            first[id(parts[0])] = Draft("split", [sources[0]], outputs, set(parts[0].core), stack=parts[0].stack, times=parts[0].times)  # fmt: skip
+        entries = {s.params.get("index_text") for s in parts}
+        if len(sources[0].axes) <= MOST + 1 and len(places) == 1 and len(entries) == len(parts):
+            outputs, one = [o for s in parts for o in s.outputs], parts[0]
+            first[id(one)] = Draft("split", [sources[0]], outputs, set(one.core), stack=one.stack, times=one.times)
             gone |= {id(s) for s in parts}
     return [first.get(id(s), s) for s in steps if id(s) in first or id(s) not in gone]

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torchfolio.diagrams.fonts import Span, spans_width
-from torchfolio.diagrams.shapes import (
-    Area,
-    Box,
-    Command,
-    Path,
-    Text,
-    circle,
-    ease,
-    polyline,
-)
+from torchfolio.diagrams.shapes import GREY, INK, Area, Box, Command, Part, Path, Text, circle, ease, polyline
 from torchfolio.diagrams.sheet import Step, Wire
 
 FACE, STAR_FACE, SOFT_FACE, NORM_FACE = "#e9eeeb", "#e3f2f9", "#d5ecd9", "#fde3e6"
-
 STRIDE_FACE, BLOCK_FACE, BLOCK_TOP, BLOCK_SIDE = "#aee0fb", "#c8e9a4", "#dff3c8", "#a5cf7c"
-
 MEMORY_FACE = "#fdf4b0"
-
-INK, GREY, PAPER = "#1c1c22", "#8a8a92", "#ffffff"
 
 HALF = 9.0
 """Half the height of a pictogram on a single wire, px."""
@@ -67,7 +55,7 @@ class Drawn:
         through: of wires that go on, the path from the left end to the right end; by the key that goes in.
     """
 
-    parts: list[Path | Text | Area] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     box: Box | None = None
     ends: dict[str, tuple[Command, ...]] = field(default_factory=dict)
     starts: dict[str, tuple[Command, ...]] = field(default_factory=dict)
@@ -160,8 +148,6 @@ def arrow_head(x: float, y: float, colour: str = INK) -> Path:
 
 def star(x: float, y: float, radius: float) -> Path:
     """A filled star with five points."""
-    import math
-
     points = [
         (x + r * math.sin(math.pi * i / 5), y - r * math.cos(math.pi * i / 5))
         for i in range(10)
@@ -209,11 +195,10 @@ def floating(
     def make(step: Step) -> Plan:
         def draw(place: Place) -> Drawn:
             y = min([*place.ins.values(), *place.outs.values()], default=0.0) - 5
-            parts: list[Path | Text | Area] = [letters(place.centre, y, spans, size, colour)]
+            parts: list[Part] = [letters(place.centre, y, spans, size, colour)]
             if fill:
-                parts.insert(
-                    0, face(Box(place.centre - width / 2 - 3, y - 10, place.centre + width / 2 + 3, y + 4), fill)
-                )
+                ground = Box(place.centre - width / 2 - 3, y - 10, place.centre + width / 2 + 3, y + 4)
+                parts.insert(0, face(ground, fill))
             if arrows:
                 parts.append(arrow_head(place.centre - width / 2 - 1.5, y - 4, colour))
                 parts.append(arrow_head(place.centre + width / 2 + 9, y - 4, colour))

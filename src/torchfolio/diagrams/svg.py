@@ -13,11 +13,10 @@ from pathlib import Path as FilePath
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
-from torchfolio.diagrams.fonts import FAMILIES, text_width
-from torchfolio.diagrams.shapes import Area, Geometry, Glyph, Path, Text
+from torchfolio.diagrams.fonts import FAMILIES
+from torchfolio.diagrams.shapes import INK, PAPER, Area, Command, Geometry, Glyph, Part, Path, Text
 from torchfolio.errors import require
 
-INK, PAPER = "#1c1c22", "#ffffff"
 WIRE_WIDTH, DASH_WIDTH = 1.2, 2.0
 
 
@@ -93,14 +92,14 @@ def _glyph(glyph: Glyph, attributes: str) -> list[str]:
     return [f'<g class="op" {attributes}{data}>{about}', *map(_part, glyph.parts), "</g>"]
 
 
-def _part(part: Path | Text | Area) -> str:
+def _part(part: Part) -> str:
     if isinstance(part, Path):
         return _path(part)
     return _text(part) if isinstance(part, Text) else _area(part)
 
 
 def _path(path: Path) -> str:
-    attributes = [f'd="{path_data(path)}"']
+    attributes = [f'd="{_commands(path.commands)}"']
     if path.role != "glyph":
         attributes.insert(0, f'class="{path.role}"')
     if path.role == "dash":
@@ -113,9 +112,9 @@ def _path(path: Path) -> str:
     return f"<path {' '.join(attributes)}{about}"
 
 
-def path_data(path: Path) -> str:
+def _commands(commands: Iterable[Command]) -> str:
     """The `d` attribute of a path."""
-    return "".join(command + " ".join(_number(v) for v in values) for command, values in path.commands)
+    return "".join(command + " ".join(map(_number, values)) for command, values in commands)
 
 
 def _text(text: Text) -> str:
@@ -126,7 +125,9 @@ def _text(text: Text) -> str:
         body, face = escape(text.text), f" {_face(text.spans[0].style)}"
     else:
         body, face = _tspans(text), ""
-    return f"<text {place} {paint}{face}>{body}</text>" + "".join(_overlines(text))
+    over = f'fill="none" stroke="{text.colour or INK}" stroke-width="0.9"'
+    lines = "".join(f'<path d="{_commands(line)}" {over}/>' for line in text.overlines())
+    return f"<text {place} {paint}{face}>{body}</text>{lines}"
 
 
 def _tspans(text: Text) -> str:
@@ -144,17 +145,6 @@ def _tspans(text: Text) -> str:
     return "".join(parts)
 
 
-def _overlines(text: Text) -> Iterable[str]:
-    x = text.box.left
-    for span in text.spans:
-        width = text_width(span.text, text.size * span.scale, span.style)
-        if span.over:
-            y = text.y - text.size * (span.shift + 0.62 * span.scale)
-            ends = f"M{_number(x + 0.1 * width)} {_number(y)}L{_number(x + 0.95 * width)} {_number(y)}"
-            yield f'<path d="{ends}" fill="none" stroke="{text.colour or INK}" stroke-width="0.9"/>'
-        x += width
-
-
 def _face(style: str) -> str:
     if style == "sans":
         return f"font-family={quoteattr(FAMILIES['sans'])}"
@@ -167,9 +157,8 @@ def _area(area: Area) -> str:
     size = f'width="{_number(box.right - box.left)}" height="{_number(box.bottom - box.top)}"'
     stroke = area.stroke or "none"
     radius = f' rx="{_number(area.radius)}"' if area.radius else ""
-    data = "".join(f" data-{key}={quoteattr(value)}" for key, value in sorted(area.data.items()))
     about = f"><title>{escape(area.title)}</title></rect>" if area.title else "/>"
-    return f'<rect class="{area.role}" {place} {size}{radius} fill="{area.fill}" stroke="{stroke}"{data}{about}'
+    return f'<rect class="{area.role}" {place} {size}{radius} fill="{area.fill}" stroke="{stroke}"{about}'
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from torchfolio.diagrams.shapes import Area, Box, Geometry, Path, Text, flattened
+from torchfolio.diagrams.shapes import Area, Box, Geometry, Part, Path, Text, flattened
 
 CELL_WIDTH, CELL_HEIGHT = 7.0, 10.0
 """Size of a character in the px of a drawing: two rows for a wire, one of them for its label."""
@@ -69,7 +69,7 @@ class _Canvas:
     def frame(self, box: Box) -> None:
         """The face of an operation: what is behind it is covered."""
         (top, left), (bottom, right) = self.cell(box.left, box.top), self.cell(box.right, box.bottom)
-        (top, left), (bottom, right) = self.cell(box.left, box.top), (bottom, max(right, left + 2))
+        right = max(right, left + 2)
         for r in range(top, bottom + 1):
             for c in range(left, right + 1):
                 edge = {(top, left): "┌", (top, right): "┐", (bottom, left): "└", (bottom, right): "┘"}.get((r, c))
@@ -123,7 +123,7 @@ def render_text(geometry: Geometry) -> str:
     return canvas.text()
 
 
-def _draw(canvas: _Canvas, parts: Iterable[Path | Text | Area]) -> None:
+def _draw(canvas: _Canvas, parts: Iterable[Part]) -> None:
     for part in parts:
         if isinstance(part, Area):
             if part.role == "face":

@@ -28,15 +28,16 @@ def convolution(r: Reader, node: Any, name: str, source: Value) -> Value | None:
         r.name[axis] = r.name[axis] or word
     geometry = {k: v if k == "groups" else _sides(v, dims) for k, v in plain.items()}
     text = window_text(list(weight[2:]), geometry, transposed)
-    channel = r.weight_axis("n", node, 1)
+    channel = r.weight_axis("n", node, -dims - 1)
     # Without a stride the change of length is the same for every length: an axis that keeps its length here always does.
     space = [
         a if r.size[a] == hint(s) and "stride_text" not in text else r.axis(r.name[a], s)
-        for a, s in zip(source.axes[2:], lengths(node)[2:], strict=True)
+        for a, s in zip(source.axes[-dims:], lengths(node)[-dims:], strict=True)
     ]
-    core = [source.axes[1], channel, *source.axes[2:], *space]
-    return r.add("conv", [source], [Value([source.axes[0], channel, *space])], core, bias=argument(node, 2, "bias") is not None,
-                 learned=True, spatial=[*source.axes[2:], *space], **text, **call(r, node))  # fmt: skip
+    *batch, inner = source.axes[:-dims]
+    core = [inner, channel, *source.axes[-dims:], *space]
+    return r.add("conv", [source], [Value([*batch, channel, *space])], core, bias=argument(node, 2, "bias") is not None,
+                 learned=True, spatial=[*source.axes[-dims:], *space], **text, **call(r, node))  # fmt: skip
 
 
 def window_text(kernel: list[int], geometry: dict[str, Any], transposed: bool) -> dict[str, Any]:

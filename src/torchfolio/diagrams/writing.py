@@ -75,6 +75,8 @@ class _Writing:
         if isinstance(fixed, Value):
             self.weights.append(Value(list(fixed.axes), fixed))
             return f"{{w{len(self.weights) - 1}}}"
+        if node.op == "get_attr":
+            return node.name
         made = node.meta.get("val")
         if isinstance(made, torch.SymInt):
             return self._size(made.node.expr)
@@ -100,7 +102,7 @@ WRITTEN = {
 
 def _target(node: Any) -> str:
     if not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__name__", str(node.target))
+        return f"torch.ops.higher_order.{node.target.__name__}"
     space, name = node.target._schema.name.split("::")
     overload = node.target._overloadname or "default"
     plain = name.rstrip("_")
