@@ -152,6 +152,7 @@ MODULES = {
     "of all": (Of(lambda s, x: x.max() + x.min() * x), (R(2, 3),)),
     "expanded": (Of(lambda s, x: x.expand(4, 3).exp()), (R(1, 3),)),
     "whole slice": (Of(lambda s, x: x[:, 0:] + x[:, :3]), (R(2, 3),)),
+    "one part": (Of(lambda s, x: x.split(4, 1)[0] * x.chunk(1)[0]), (R(3, 4),)),
     "window of places": (nn.LocalResponseNorm(2), (R(2, 4, 5, 5),)),
 }  # fmt: skip
 

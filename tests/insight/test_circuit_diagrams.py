@@ -84,7 +84,7 @@ def test_an_operation_without_a_sign_is_drawn_and_listed():
 
 def test_bad_input_is_said():
     net, x = nn.Linear(3, 3), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="auto, full, blocks, got 'all'"):
+    with pytest.raises(ValueError, match="'auto', 'full' or 'blocks', got 'all'"):
         draw(net, x, level="all")
     with pytest.raises(ValueError, match="for the 2 axes"):
         draw(net, x, names=["b c h"])

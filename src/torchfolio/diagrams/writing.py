@@ -42,6 +42,9 @@ def call(r: Reader, node: Any, target: str = "", args: Sequence[Any] | None = No
     parts = [writing.of(a) for a in (node.args if args is None else args)]
     parts += [f"{k}={writing.of(v)}" for k, v in kwargs.items()]
     code = f"{target or _target(node)}({', '.join(parts)})"
+    made = node.meta.get("val")
+    if isinstance(made, list | tuple) and len(made) == 1:  # a list of one tensor
+        code += "[0]"
     return {"code": code, "weights": writing.weights, "sizes": writing.sizes}
 
 
