@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +112,36 @@ def test_processes_give_what_one_gives(tmp_path):
     two = measure(tmp_path / "two", seeds=(0, 1), jobs=2)
     assert one.arms == two.arms
     assert one.claims == two.claims
+
+
+def test_a_killed_worker_loses_nothing(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setenv("TOY_DIES_IN", "a worker")
+    outcome = measure(tmp_path / "killed", seeds=(0,), settings={"log": str(log)}, jobs=2)
+    assert outcome.arms == measure(tmp_path / "one", seeds=(0,)).arms
+    assert log.read_text().split("\n")[:-1] == ["0 base", "0 ours", "0 ours"], "what it had stored is kept"
+
+
+def test_an_interrupt_ends_the_workers(tmp_path):
+    log = tmp_path / "log"
+    code = (
+        "from tests.runs import toy\nfrom torchfolio.runs import run_experiment\n"
+        "if __name__ == '__main__':\n"
+        f"    run_experiment(toy, 'quick', range(9), {{'log': {str(log)!r}, 'name': 'endless'}},"
+        f" out={str(tmp_path)!r}, device='cpu', jobs=2)"
+    )
+    (tmp_path / "script.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    words = [sys.executable, str(tmp_path / "script.py")]
+    running = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    while not log.is_file() or log.read_text().count("ours") < 2:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=30)  # comes to an end only when no process holds the pipe any more
+    assert "KeyboardInterrupt" in said
+    assert said.count("Traceback") == 1, said
+    assert sorted(path.name for path in folder_of(tmp_path).glob("seed-*/arms/*.json")) == ["base.json"] * 2
 
 
 @pytest.mark.slow

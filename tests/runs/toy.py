@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,6 +35,10 @@ def _arm(run, name: str, offset: float) -> dict[str, object]:
             file.write(f"{run.seed} {name}\n")
     if name == "ours" and os.environ.get("TOY_DIES_IN") == "ours":
         os.kill(os.getpid(), 9)
+    if name == "ours" and os.environ.get("TOY_DIES_IN") == "a worker" and parent_process() is not None:
+        os.kill(os.getpid(), 9)
+    if name == "ours" and run.settings.name == "endless":
+        time.sleep(1000)
     if run.settings.name == "broken":
         raise RuntimeError("the toy is broken")
     noise = torch.rand(1).item() + random.random() + float(np.random.rand())

@@ -8,6 +8,7 @@ once. Results go to stdout, progress and errors to stderr.
 from __future__ import annotations
 
 import dis
+import gc
 import importlib
 import pkgutil
 import sys
@@ -121,4 +122,9 @@ _register_commands()
 
 def main() -> None:
     """Entry point of the `torchfolio` command."""
-    app(prog_name="torchfolio")
+    # Of the two seconds that it takes to import torch and to leave again, collections of garbage are one.
+    gc.set_threshold(10_000)
+    try:
+        app(prog_name="torchfolio")
+    finally:
+        gc.freeze()

@@ -10,6 +10,7 @@ import typer
 
 from torchfolio import catalog
 from torchfolio.cli._options import MOST_SEED, Device, check_file
+from torchfolio.processes import import_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +60,8 @@ def run(
     from torchfolio.json_text import to_json
 
     chosen = _choose(slugs or [], family, everything)
+    if jobs > 1 and not ray:
+        import_ahead(["torchfolio.cli", *(f"torchfolio.experiments.{slug}" for slug in chosen)])
     from torchfolio.fitting import importable
     from torchfolio.runs import plan, run_all
     from torchfolio.runs.settings import parse

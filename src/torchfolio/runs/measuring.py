@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 from torchfolio.runs.job import Job, Say, claims_of
 from torchfolio.runs.run import Run
 from torchfolio.runs.settings import override
+from torchfolio.runs.store import read_result
 
-__all__ = ["measure_seed"]
+__all__ = ["Measured", "measure_seed"]
 
 
-def measure_seed(job: Job, seed: int, say: Say) -> Run[Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What one seed gave, apart from its arms, which are in the folder of the run.
+
+    Attributes:
+        seed: seed of the run.
+        values: values of the claims, by id.
+        seconds: seconds that each arm took.
+        figures: captions of the pictures, by name.
+    """
+
+    seed: int
+    values: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    figures: dict[str, str]
+
+    def arms(self, job: Job) -> dict[str, dict[str, Any]]:
+        """Results of the arms, read from their files."""
+        folder = job.folder / f"seed-{self.seed}" / "arms"
+        return {name: read_result(folder / f"{name}.json") for name in self.seconds}
+
+
+def measure_seed(job: Job, seed: int, say: Say) -> Measured:
     """Run one seed; arms that are stored are not computed again."""
     import matplotlib
 
@@ -31,4 +55,4 @@ def measure_seed(job: Job, seed: int, say: Say) -> Run[Any]:
         say=lambda text: say(f"{job.slug} seed {seed}: {text}"),
     )
     module.run(run)
-    return run
+    return Measured(seed, run.measured, run.seconds, run.figures)

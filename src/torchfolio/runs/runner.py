@@ -6,26 +6,24 @@ import importlib
 import json
 import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torchfolio.engine.lock import exclusive
-from torchfolio.runs.environment import cores, environment
+from torchfolio.runs.environment import environment
 from torchfolio.runs.job import SCALES as SCALES
 from torchfolio.runs.job import Job, Say, claims_of, command, plan
 from torchfolio.runs.job import experiment as experiment
-from torchfolio.runs.measuring import measure_seed
+from torchfolio.runs.measuring import Measured, measure_seed
 from torchfolio.runs.outcome import Outcome, Results, aggregate_arms, aggregate_claims
-from torchfolio.runs.run import Run, save_figure
+from torchfolio.runs.run import save_figure
 from torchfolio.runs.settings import override
 from torchfolio.runs.store import clear_scratch, write_json
-from torchfolio.runs.workers import measure_in, measure_on_ray, start_worker
+from torchfolio.runs.workers import MeasuredSeeds, measure_in_processes, measure_on_ray
 
 
 def run_experiment(
@@ -83,19 +81,15 @@ def run_all(
         for job in jobs_to_run:
             stack.enter_context(exclusive(job.folder))
             clear_scratch(job.folder)
+        measured: MeasuredSeeds = {}
         if ray:
-            measure_on_ray(jobs_to_run, say)
+            measured = measure_on_ray(jobs_to_run, say)
         elif jobs > 1:
-            threads_each = max(1, cores() // jobs)
-            # A fresh interpreter for each worker: forking one that has run threads of its own can hang.
-            with ProcessPoolExecutor(
-                jobs, mp_context=get_context("spawn"), initializer=start_worker, initargs=(threads_each,)
-            ) as pool:
-                measure_in(pool, jobs_to_run, say)
-        return [_conclude(job, say) for job in jobs_to_run]
+            measured = measure_in_processes(jobs_to_run, jobs, say)
+        return [_conclude(job, measured, say) for job in jobs_to_run]
 
 
-def _conclude(job: Job, say: Say) -> Outcome:
+def _conclude(job: Job, measured: MeasuredSeeds, say: Say) -> Outcome:
     """Run what is left of the seeds, put the outcome together and write it."""
     from torchfolio.engine.devices import resolve_device
 
@@ -113,31 +107,32 @@ def _conclude(job: Job, say: Say) -> Outcome:
         environment=environment(str(resolve_device(job.device))),
     )
     write_json(job.folder / "environment.json", outcome.environment)
-    runs: list[Run[Any]] = []
+    runs: list[Measured] = []
+    arms: list[dict[str, dict[str, Any]]] = []
     try:
         for seed in job.seeds:
-            runs.append(measure_seed(job, seed, say))
-        outcome.figures = _figures(module, settings, job, runs)
+            runs.append(measured.get((job.folder, seed)) or measure_seed(job, seed, say))
+            arms.append(runs[-1].arms(job))
+        outcome.figures = _figures(module, Results(settings, job.seeds, tuple(arms)), job, runs)
         outcome.status = "done"
     except Exception as error:
         outcome.status = "failed"
         outcome.error = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
         say(f"{job.slug}: failed: {type(error).__name__}: {error}")
     finally:
-        complete = runs if outcome.status == "done" else []
+        done = outcome.status == "done"
         claims = claims_of(job.slug, module)
-        outcome.claims = aggregate_claims(claims, [r.measured for r in complete], judge=job.scale != "smoke")
-        outcome.arms = aggregate_arms([r.arms for r in complete])
+        outcome.claims = aggregate_claims(claims, [run.values for run in runs if done], judge=job.scale != "smoke")
+        outcome.arms = aggregate_arms(arms if done else [])
         outcome.seconds = round(sum(sum(run.seconds.values()) for run in runs), 2)
         outcome.save(job.folder)
     return outcome
 
 
-def _figures(module: ModuleType, settings: Any, job: Job, runs: Sequence[Run[Any]]) -> list[dict[str, str]]:
+def _figures(module: ModuleType, results: Results, job: Job, runs: Sequence[Measured]) -> list[dict[str, str]]:
     """Pictures over all seeds, then those of single seeds."""
     figures = []
     if hasattr(module, "figures"):
-        results = Results(settings, job.seeds, tuple(run.arms for run in runs))
         for name, figure in module.figures(results).items():
             save_figure(job.folder / "figures", name, figure)
             figures.append(_files(name, "", "figures"))
