@@ -268,7 +268,8 @@ class Training:
             self._read()
         if logging:
             self.fabric.log_dict(state.sums.latest | {"lr": self._lr()}, step=state.step)
-        self.bar.update(state.step, self._description())
+        if self.bar.show:
+            self.bar.update(state.step, self._description())
         state.epoch_end = False
         self._call_back()
         if saving:

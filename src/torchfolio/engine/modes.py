@@ -64,7 +64,10 @@ def seed_all(seed: int) -> None:
     """Seed every global generator."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # that would keep a traceback for accelerators to come, which costs more than a step of a small network
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
