@@ -132,10 +132,10 @@ class Linear(Operation):
     """A learned linear map of some axes to others, `"m -> k h"`.
 
     Args:
-        signature: of one tensor.
-        bias: add a learned constant.
+        signature: axes of one tensor and of its image.
+        bias: whether to add a learned constant.
         name: superscript in the drawing.
-        **sizes: of all its axes.
+        **sizes: lengths of all its axes.
     """
 
     def __init__(self, signature: str, bias: bool = False, name: str = "", **sizes: int) -> None:
@@ -168,16 +168,16 @@ class Convolution(Operation):
     `y[n, p, q] = sum over c, i, j of W[n, c, i, j] x[c, s p + d i - padding, s q + d j - padding]`, as `torch.nn.Conv2d`.
 
     Args:
-        signature: of one tensor, its channels first. An axis along which the window runs may keep its name where it keeps
-            its length.
+        signature: axes of one tensor and of its image, channels first. An axis along which the window runs may keep its
+            name where it keeps its length.
         kernel: sides of the window, one number for all.
-        stride: as that of `torch.nn.Conv2d`, like the three that follow.
-        padding: on every side.
-        dilation: of the window.
-        groups: of channels.
-        bias: add a learned constant to each channel.
+        stride: step of the window, as that of `torch.nn.Conv2d`, like the three that follow.
+        padding: zeros on every side.
+        dilation: distance of the window's entries.
+        groups: number of groups of channels that do not mix.
+        bias: whether to add a learned constant to each channel.
         transposed: whether it is the transpose of a convolution, as `torch.nn.ConvTranspose2d`.
-        **sizes: of the channels.
+        **sizes: lengths of the axes of channels.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class Elementwise(Operation):
 
     Args:
         function: its name in `torch`, or a function of tensors (which `to_source` cannot write).
-        sign: what stands in the drawing.
+        sign: text that stands in the drawing.
     """
 
     def __init__(self, function: str | Callable[[Tensor], Tensor], sign: str = "") -> None:

@@ -21,7 +21,7 @@ class View:
     """What of a graph is drawn.
 
     Attributes:
-        depth: of the modules that become boxes, 0 for the children of the module; None for none.
+        depth: depth of the modules that become boxes, 0 for the children of the module; None for none.
         opened: paths of modules that are drawn out nevertheless.
         repeats: copies of a part from which they are drawn as one, between parentheses; 0 for never.
         batch: whether the first axis of the first input has wires.
@@ -39,9 +39,9 @@ def assemble(graph: Graph, title: str, view: View | None = None) -> Sheet:
     """Put operations into columns.
 
     Args:
-        graph: what is drawn; it stays as it is.
-        title: of the drawing.
-        view: what of it is drawn; every operation by default.
+        graph: operations; they stay as they are.
+        title: heading of the drawing.
+        view: parts that are drawn; every operation by default.
 
     Raises:
         TorchfolioError: if the batch is to be hidden and an operation is about it.

@@ -35,7 +35,7 @@ class Chain(Shown):
     Attributes:
         forward: the graph that is differentiated.
         graph: operations of the backward pass so far.
-        cotangents: of every tensor of `forward`, by its identity, those of its uses.
+        cotangents: cotangents of the uses of every tensor of `forward`, by its identity.
         kept: tensors of `forward` that the backward pass takes, each with what stands for it there.
         trained: identities of constants that depend on weights that are trained.
     """

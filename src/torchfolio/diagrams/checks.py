@@ -28,9 +28,9 @@ class ColumnCount:
     """Lines in one column of data.
 
     Attributes:
-        index: of the column.
+        index: place of the column.
         wires, dashes: lines whose paths cross its middle.
-        wires_stated, dashes_stated: as the metadata have it.
+        wires_stated, dashes_stated: lines that the metadata state.
     """
 
     index: int
@@ -53,7 +53,7 @@ class Check:
         overlaps: pairs of texts that overlap.
         wires: number of wires.
         through: axes of wires that run through a box of an operation they have no part in, with its kind.
-        width, height: of the drawing, px.
+        width, height: sides of the drawing, px.
         crossings: places where a wire crosses another.
         smallest: size of the smallest text, px.
     """

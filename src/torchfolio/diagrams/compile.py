@@ -27,10 +27,10 @@ def source_of(graph: Graph, name: str, doc: str = "", outputs: Sequence[Value] |
     """A diagram as a function in Python.
 
     Args:
-        graph: what is written.
-        name: of the function.
+        graph: operations that are written.
+        name: name of the function.
         doc: its docstring.
-        outputs: what it returns, the outputs of the graph by default.
+        outputs: tensors that it returns, the outputs of the graph by default.
 
     Returns:
         The text of a module that defines the function. It takes the inputs in order, and where there are any the weights
@@ -326,11 +326,11 @@ class CircuitModule(nn.Module):
     """A diagram as a module: Python that is written from it, on the parameters and buffers of what was drawn.
 
     Args:
-        source: of `source_of`.
-        name: of the function in it.
+        source: text from `source_of`.
+        name: name of the function in it.
         weights: parameters and buffers by the names that they keep here.
         saved: names of those that `state_dict` holds.
-        functions: that the source calls, by name.
+        functions: functions that the source calls, by name.
 
     Its parameters are those of the drawn module, not copies; `state_dict` has the same names. It takes and gives tensors
     alone: where the drawn module gives a structure of tensors, this gives a tuple.

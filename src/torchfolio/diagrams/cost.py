@@ -23,12 +23,13 @@ class Cost:
     """What a diagram says of time and memory.
 
     Attributes:
-        flops: of every operation by its index: two for each product of a contraction (linear, convolution, einsum), as
-            `torch.utils.flop_counter` counts, a polynomial in the names of axes; 0 for all others.
-        operations: likewise, one for every element that another operation gives; 0 for what only moves data.
+        flops: floating-point operations of every operation by its index: two for each product of a contraction (linear,
+            convolution, einsum), as `torch.utils.flop_counter` counts, a polynomial in the names of axes; 0 for all
+            others.
+        operations: one for every element that another operation gives, likewise; 0 for what only moves data.
         memory: elements alive at every column of data, weights aside.
         working: elements alive while the operations of a column are under way: what goes in and what comes out.
-        sizes: of the axes by name.
+        sizes: lengths of the axes by name.
         fixed: kinds of operations without a formula in the names of axes that were counted at the lengths of the
             example, by torch's own formulas.
         uncounted: kinds of operations that could not be counted; their floating-point operations are missing.

@@ -53,7 +53,7 @@ class Drawing:
         style: sizes.
         unknown: names of operations that are drawn as plain boxes, for want of a sign.
         graph: all operations, those too that the drawing leaves out or puts into boxes.
-        view: which of them are drawn.
+        view: choice of those that are drawn.
     """
 
     sheet: Sheet
@@ -107,7 +107,7 @@ class Drawing:
         """The drawing with a module drawn out that is a box in it, and the modules around it.
 
         Args:
-            path: of the module, `encoder.layers.0`.
+            path: path of the module, `encoder.layers.0`.
 
         Raises:
             ValueError: if there is no such module.
@@ -121,7 +121,7 @@ class Drawing:
         """The drawing with modules as boxes.
 
         Args:
-            depth: of those modules, 0 for the children of the module that is drawn.
+            depth: depth of those modules, 0 for the children of the module that is drawn.
         """
         if depth < 0:
             raise ValueError(f"expected a depth of at least 0, got {depth}")
@@ -220,7 +220,7 @@ class BackwardDrawing(Drawing):
     """The backward pass of a diagram: from what is saved and cotangents of the outputs to those of inputs and weights.
 
     Attributes:
-        pullback: which tensors are saved, and what comes out.
+        pullback: tensors that are saved, and what comes out.
         forward: the graph whose backward pass it is.
     """
 
@@ -241,7 +241,7 @@ class BackwardDrawing(Drawing):
         """Run forward, then backward, both as written from the diagrams, without autograd.
 
         Args:
-            inputs: of the forward diagram.
+            inputs: tensors that the forward diagram takes.
             cotangents: one for each of its outputs.
 
         Returns:
@@ -281,7 +281,7 @@ def draw(
     """Draw a module as a neural circuit diagram.
 
     Args:
-        module: what is drawn, in the mode that it is in: batch norm in training takes the batch axis in.
+        module: network that is drawn, in the mode that it is in: batch norm in training takes the batch axis in.
         example_args: an input, or one for each argument.
         names: names of the axes of each input, `"b c h w"`; what has the same name is the same axis.
         level: `"full"`, every operation; `"blocks"`, the children of the module as boxes; `"auto"`, as much as fits
@@ -289,9 +289,9 @@ def draw(
         style: sizes.
         dynamic: names of axes whose length may vary, so that constants of the module that depend on it are read as
             such; True for all that can.
-        repeats: how many modules that follow each other and are built alike are drawn as one, between parentheses with
+        repeats: number of modules in a row, built alike, from which they are drawn as one, between parentheses with
             λ = 1…N; 0 for never. By default three, and never at the level `"full"`. Costs count all of them.
-        hide_batch: leave the first axis of the first input out of the drawing, not out of the costs.
+        hide_batch: whether to leave the first axis of the first input out of the drawing, not out of the costs.
 
     Returns:
         The drawing.

@@ -56,7 +56,7 @@ def trace(
     """The exported program of a module on one example for each input.
 
     Args:
-        module: what is traced.
+        module: network that is traced.
         args: examples.
         names: names of the axes of each input.
         dynamic: names of the axes whose length may vary; True for all that the module allows to.
@@ -199,7 +199,7 @@ def read(module: nn.Module, program: Any, names: Sequence[str | None] | None = N
 
     Args:
         module: whose weights it refers to.
-        program: of `trace`.
+        program: result of `trace`.
         names: names of the axes of each input, `"b c h w"`; those that have none are named automatically.
     """
     reader = _Reading(module, program, names)

@@ -64,7 +64,7 @@ class Building(Shown):
 
     Args:
         whole: the expression, whose parameters are named as they are in it.
-        sizes: of axes by name.
+        sizes: lengths of axes by name.
     """
 
     def __init__(self, whole: Expression, sizes: Mapping[str, int]) -> None:

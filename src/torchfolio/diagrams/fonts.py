@@ -34,10 +34,10 @@ class Span:
     """A piece of a line of text in one style.
 
     Attributes:
-        text: what stands there.
+        text: characters that stand there.
         style: `"italic"`, `"regular"`, `"bold"` or `"sans"`.
-        scale: of the font size.
-        shift: of the baseline, upwards, in units of the font size.
+        scale: factor of the font size.
+        shift: rise of the baseline, in units of the font size.
         over: whether a line is drawn above it, as the notation marks a group of axes.
     """
 
@@ -84,8 +84,8 @@ def name_spans(name: str, *, style: str = "italic", over: bool = False) -> tuple
     """The name of an axis as a formula sets it: `x1` and `x_1` as x with a subscript, numbers upright.
 
     Args:
-        name: of the axis.
-        style: of its letters.
+        name: name of the axis.
+        style: style of its letters.
         over: whether the letter is overlined, for a group of axes.
     """
     match = _INDEXED.fullmatch(name)

@@ -29,9 +29,9 @@ class Value:
 
     Attributes:
         axes: identities of its axes, from the first to the last.
-        origin: of one use of a tensor, that tensor. A use has axes of its own: those of keys and queries made from one
+        origin: tensor of which this is one use. A use has axes of its own: those of keys and queries made from one
             tensor are not the same axis.
-        name: of an input, or of a weight in the state of the module.
+        name: name of an input, or of a weight in the state of the module.
         learned: whether it is a weight that is trained.
         whole: whether its entries are not of floating point, so that nothing is differentiated by them.
     """
@@ -56,19 +56,19 @@ class Draft:
     """An operation of a graph.
 
     Attributes:
-        kind: what is drawn.
+        kind: name of the pictogram.
         inputs, outputs: tensors that it takes and gives.
         core: axes that it is about.
-        params: what the pictogram is told.
+        params: settings of the pictogram.
         learned: whether it has weights that are trained.
         stack: modules that it is in, `(path, class)` from the outermost on.
         weights: tensors that it takes beside its inputs and that are not drawn.
-        code: how it is written in Python where its axes do not say it: `{0}` stands for an input, `{w0}` for a weight,
-            `{s0}` for a length.
+        code: Python for it where its axes do not say it: `{0}` stands for an input, `{w0}` for a weight, `{s0}` for a
+            length.
         sizes: lengths that `code` speaks of: axes, or formulas in the lengths of the inputs' axes.
         pure: `code` without side effects, where it has any.
         weave: axes that it is broadcast along: all others of its inputs and outputs.
-        times: how often it is done, where it stands for several that are repeated.
+        times: number of times that it is done, where it stands for several that are repeated.
     """
 
     kind: str
@@ -95,13 +95,13 @@ class Graph(Shown):
         constants: operations on weights alone, which are not drawn.
         weights: parameters, buffers and constants by name.
         saved: names of those weights that the state of a module holds.
-        name, size: of every axis.
-        symbols: of an axis whose length is a formula, that formula.
-        factors: of an axis that was made of others, or taken apart, those.
-        cuts: of a part of an axis, that axis and the other part.
-        twins: of an axis that another use of a tensor has, that of the tensor.
+        name, size: names and lengths of all axes.
+        symbols: formulas of the axes whose length is one.
+        factors: axes of which another was made, or into which it was taken apart, by that axis.
+        cuts: axis and the other part, by a part of the axis.
+        twins: axis of a tensor, by the axis that another use of the tensor has.
         stated: axes whose length is a number that the network states.
-        functions: that operations call, by name.
+        functions: functions that operations call, by name.
         unknown: names of operations that have no sign.
         named: whether the names of the axes are to stand in the drawing as they are.
     """
@@ -267,7 +267,7 @@ class Graph(Shown):
         """Decide which axes are one, once everything is read, and over which axes each operation is woven.
 
         Args:
-            apart: keep the axes of every weight apart, so that a product with it can be written by its axes.
+            apart: whether to keep the axes of every weight apart, so that a product with it can be written by its axes.
         """
         steps = self.alive()
         self._merge_copies(steps, [w for s in steps for w in s.weights] if apart else [])

@@ -27,11 +27,11 @@ class ContractionOrder:
     """A product of several tensors, as it is taken and as it is best taken.
 
     Attributes:
-        signature: of the whole product, `y k, x k, x l -> y l`.
+        signature: axes of the whole product, `y k, x k, x l -> y l`.
         now: floating-point operations of the order that the diagram has, two for each product, in the names of axes.
         best: those of the best order for the sizes of the diagram.
         order: signatures of that order, pair by pair.
-        saving: how many times as many operations the present order takes, at the sizes of the diagram.
+        saving: operations of the present order over those of the best, at the sizes of the diagram.
     """
 
     signature: str

@@ -17,7 +17,7 @@ def render_pdf(geometry: Geometry, *, title: str = "") -> bytes:
 
     Args:
         geometry: the drawing.
-        title: of the document.
+        title: title of the document.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import FigureCanvasPdf

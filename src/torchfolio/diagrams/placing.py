@@ -26,14 +26,14 @@ class Style:
     """Sizes of a drawing, in px.
 
     Attributes:
-        pitch: between two wires of a tensor.
-        twin: between the two lines of a group of axes.
-        between: between two tensors.
+        pitch: distance of two wires of a tensor.
+        twin: distance of the two lines of a group of axes.
+        between: distance of two tensors.
         label: size of labels.
         title: size of titles of fences.
         line: width after which a drawing is broken.
         relabel: columns after which the label of an unchanged wire is repeated.
-        margin: around the drawing.
+        margin: room around the drawing.
     """
 
     pitch: float = 20.0

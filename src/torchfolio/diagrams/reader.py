@@ -14,9 +14,9 @@ class Reader(Graph):
     """A graph that is being read.
 
     Attributes:
-        values: what each node is: a tensor of the network, several, or nothing.
-        fixed: what each node is that depends on weights and constants alone.
-        uses: how often each node is taken.
+        values: tensor of the network that each node is, or several, or none.
+        fixed: constant that each node is that depends on weights and constants alone.
+        uses: number of times that each node is taken.
         grown: identities of constants that are made of what is learned.
     """
 

@@ -24,8 +24,8 @@ def read_node(r: Reader, node: Any, name: str) -> Any:
 
     Args:
         r: the reader, which is given the operation.
-        node: of the exported graph.
-        name: of its operation in ATen.
+        node: node of the exported graph.
+        name: name of its operation in ATen.
     """
     if name in RULES:
         return RULES[name](r, node, name)

@@ -45,13 +45,13 @@ class Path:
     """A line.
 
     Attributes:
-        commands: where it goes.
+        commands: course of the line.
         role: `"wire"`, `"dash"` or `"glyph"`; only the first two are data.
-        width: of the stroke, in px; None for that of the role.
+        width: width of the stroke, in px; None for that of the role.
         fill: colour inside, None for none.
         stroke: colour of the line; None for the ink of the style, `"none"` for no line.
         title: tooltip.
-        data: what a program may read about it.
+        data: facts about it that a program may read.
         sign: the character that stands for it in a terminal, none for lines that a terminal does without.
     """
 
@@ -71,8 +71,8 @@ class Text:
 
     Attributes:
         x, y: the place, in px.
-        spans: what stands there.
-        size: of the font, in px.
+        spans: pieces of text that stand there.
+        size: size of the font, in px.
         anchor: `"start"`, `"middle"` or `"end"`, says which point of the line is at `x`.
         role: `"label"` of a wire, `"glyph"` in a pictogram, `"title"` of a fence, or `"legend"`.
         colour: None for the ink of the style.
@@ -153,11 +153,11 @@ class DataColumn:
     """Where the tensors alive between two columns of operations can be counted.
 
     Attributes:
-        index: of the column of data.
-        x: where to look, in px.
-        top, bottom: of the line of the drawing that the place is in.
-        wires: how many wires are there.
-        dashes: how many dashed lines are there.
+        index: place of the column of data.
+        x: place to look at, in px.
+        top, bottom: ends of the line of the drawing that the place is in.
+        wires: number of wires there.
+        dashes: number of dashed lines there.
     """
 
     index: int
@@ -173,13 +173,13 @@ class Geometry:
     """A whole drawing at fixed places, in px.
 
     Attributes:
-        width, height: of the drawing.
+        width, height: sides of the drawing.
         fences: rectangles behind everything, outermost first.
         wires: axes and, dashed, the separators of tensors.
         glyphs: operations.
         texts: labels, titles and the legend.
         decor: parentheses, arrows at the ends of lines, depth edges.
-        columns: where the tensors can be counted.
+        columns: places where the tensors can be counted.
     """
 
     width: float

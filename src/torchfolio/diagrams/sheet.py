@@ -21,10 +21,10 @@ class Wire:
         key: unique in the drawing.
         axis: identity of the axis, the same along the whole wire.
         label: name as it is set above the wire.
-        size: as text, `"28"` or a formula.
+        size: length as text, `"28"` or a formula.
         twin: whether it is drawn close below the wire before it, as the second line of a group.
         heads: whether it is the first line of a group.
-        name: of the axis, where the label is that of a group.
+        name: name of the axis, where the label is that of a group.
     """
 
     key: str
@@ -49,16 +49,16 @@ class Step:
     """One operation between two columns.
 
     Attributes:
-        index: of the operation in the diagram.
-        kind: as the diagram has it.
+        index: place of the operation in the diagram.
+        kind: kind that the diagram has.
         inputs, outputs: tensors that it takes and gives.
         through: pairs of keys, of a wire that goes in and of the same axis where it comes out.
         core: identities of the axes that the operation is about; the others are woven over.
-        params: of the operation.
+        params: settings of the pictogram.
         learned: whether it has weights.
         title: tooltip.
-        path: of the module in the network.
-        times: how often it is done, where it is repeated.
+        path: path of the module in the network.
+        times: number of times that it is done, where it is repeated.
     """
 
     index: int
@@ -100,11 +100,11 @@ class Fence:
 
     Attributes:
         title: at its top left.
-        path: of the module in the network; unique.
+        path: path of the module in the network; unique.
         first, last: columns of operations that it spans, both included.
         steps: indices of its operations.
         depth: number of fences round it.
-        repeat: how often it is repeated, drawn as large parentheses; 1 for none.
+        repeat: number of repeats, drawn as large parentheses; 1 for none.
     """
 
     title: str
@@ -124,10 +124,10 @@ class Sheet:
         levels: tensors alive at each column of data, from top to bottom; one more than there are columns of steps.
         columns: operations of each column. A tensor that none of them takes goes on as it is.
         fences: modules, outermost first.
-        title: of the drawing.
+        title: heading of the drawing.
         legend: symbols and what they stand for.
         inputs: tensors that go in, in the code's order, which a drawing may change.
-        outputs: likewise those that come out; one that comes out twice stands there twice.
+        outputs: tensors that come out, likewise; one that comes out twice stands there twice.
     """
 
     levels: tuple[tuple[Tensor, ...], ...]

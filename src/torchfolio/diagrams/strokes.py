@@ -49,10 +49,10 @@ class Drawn:
 
     Attributes:
         parts: lines, areas and text.
-        box: what no other wire should enter.
-        ends: of wires that end here, the path from the left end of the column on.
-        starts: of wires that start here, the path to the right end of the column.
-        through: of wires that go on, the path from the left end to the right end; by the key that goes in.
+        box: place that no other wire should enter.
+        ends: paths from the left end of the column on, of wires that end here.
+        starts: paths to the right end of the column, of wires that start here.
+        through: paths from the left end to the right end, of wires that go on; by the key that goes in.
     """
 
     parts: list[Part] = field(default_factory=list)

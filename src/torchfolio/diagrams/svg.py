@@ -26,7 +26,7 @@ def render_svg(geometry: Geometry, metadata: Mapping[str, Any] | None = None, *,
     Args:
         geometry: the drawing.
         metadata: JSON values that are put into `<metadata>` beside the places of the columns.
-        title: of the document.
+        title: title of the document.
     """
     size = f'width="{_number(geometry.width)}" height="{_number(geometry.height)}"'
     box = f'viewBox="0 0 {_number(geometry.width)} {_number(geometry.height)}"'
@@ -54,7 +54,7 @@ def render_png(svg: str, *, width: int | None = None, zoom: float | None = 2.0) 
 
     Args:
         svg: the document.
-        width: of the raster in px; by default the document's, times `zoom`.
+        width: width of the raster in px; by default the document's, times `zoom`.
         zoom: px of the raster for each of the document.
 
     Raises:

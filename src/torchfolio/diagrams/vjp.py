@@ -22,8 +22,8 @@ class Pullback(Shown):
     """The backward pass of a graph.
 
     Attributes:
-        graph: takes what is saved and then a cotangent for every output; gives a cotangent for each of `inputs` and then
-            for each of `weights`.
+        graph: operations on what is saved and then a cotangent for every output, which give a cotangent for each of
+            `inputs` and then for each of `weights`.
         saved: tensors of the forward graph that it takes.
         inputs: places of the forward inputs that have a cotangent: those of floating point that the outputs depend on.
         weights: names of the weights that have one.

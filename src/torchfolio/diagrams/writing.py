@@ -31,7 +31,7 @@ def call(r: Reader, node: Any, target: str = "", args: Sequence[Any] | None = No
 
     Args:
         r: the reader.
-        node: of the exported graph.
+        node: node of the exported graph.
         target: the function, that of the node by default.
         args: its arguments, those of the node by default. Tensors of the network must be in the order of the inputs.
         **kwargs: named arguments, those of the node where neither `args` nor they are given.
