@@ -231,6 +231,18 @@ def test_more_patterns_never_raise_the_optimum():
 
 
 @quiet
+def test_balancing_does_not_run_away():
+    """Residuals follow the penalty with a delay: changed as often as they are seen, it shrinks without end."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(200, 20, generator=g, dtype=torch.float64)
+    X[:, -1] = 1
+    y = torch.tanh(X.sum(1) / 20**0.5) + 0.1 * torch.randn(200, generator=g, dtype=torch.float64)
+    solution = admm(X, y, activation_patterns(X, 20, generator=g), beta=1e-3, balance=True)
+    assert 1e-4 < solution.convergence.to_frame()["rho"].iloc[-1] < 1e-2
+    assert solution.objective == pytest.approx(0.018942, rel=2e-3)  # by a tolerance of 1e-6
+
+
+@quiet
 def test_relaxation_is_lower_and_its_network_worse():
     X, y = sine()
     D = activation_patterns(X, "all")

@@ -30,7 +30,7 @@ __all__ = ["BlockDescent", "ConjugateGradient", "Dense", "LinearSolver", "UStep"
 
 
 OBJECTIVE_EVERY = 10
-BALANCE_EVERY = 20
+BALANCE_FIRST = 20
 
 
 def admm(
@@ -84,8 +84,9 @@ def admm(
             loss. `"auto"`: the smallest matrix to factor.
         cones: whether to keep the cone constraints. Without them this is the gated-ReLU relaxation, whose solution
             is not a ReLU network's.
-        balance: halve or double `rho` (and `gamma` with it) every twenty iterations while one relative residual is
-            over five times the other, in the first half of `max_iter`. Each change factors anew.
+        balance: after 20, 40, 80, … iterations, in the first half of `max_iter`, multiply `rho` (and `gamma` with it) by the
+            root of the ratio of the relative residuals, by 10 at most, where one is over five times the other. The pauses
+            grow so that residuals settle in between. Each change factors anew.
         start: `state` of an earlier solution with the same data and patterns.
         callback: function that is called with the iteration and $[v, w]$ `[2, P, d]`.
         generator: source of the blocks drawn by `"rbcd"`.
@@ -124,6 +125,7 @@ def admm(
     Gs, Gnu = (E * s) @ X, (E * nu) @ X
     pace = 1.0 if gamma is None else gamma / rho
     progress = Convergence("ADMM", tol=tol, max_iter=max_iter, advice={"dual": "lower rho", "primal": "raise rho"})
+    due = BALANCE_FIRST
     for k in progress:
         u, Xu = step(v - lam + Gs - Gnu)
         Gu, GGu = E * Xu, u @ gram
@@ -142,8 +144,8 @@ def admm(
         progress.record({"primal": primal, "dual": dual}, rho=rho, **_objective_now_and_then(k, X, y, D, v, beta, loss))
         if callback is not None:
             callback(k, v)
-        if balance and k % BALANCE_EVERY == 0 and k <= max_iter // 2:
-            factor = _balance(primal, dual)
+        if balance and k == due and k <= max_iter // 2:
+            factor, due = _balance(primal, dual), 2 * k
             if factor != 1:
                 rho *= factor
                 lam, nu, Gnu = lam / factor, nu / factor, Gnu / factor  # the duals are scaled by rho
@@ -162,7 +164,9 @@ def _objective_now_and_then(
 def _balance(primal: tuple[float, float], dual: tuple[float, float]) -> float:
     """Factor on the penalty that brings the two residuals, relative to their scales, closer."""
     ours, theirs = primal[0] * dual[1], dual[0] * primal[1]
-    return 2.0 if ours > 5 * theirs else 0.5 if theirs > 5 * ours else 1.0
+    if ours <= 5 * theirs and theirs <= 5 * ours:
+        return 1.0
+    return min(max((ours / theirs) ** 0.5 if theirs else 10.0, 0.1), 10.0)
 
 
 def _shrink(x: Tensor, by: float) -> Tensor:
