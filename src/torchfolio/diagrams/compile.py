@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torchfolio.diagrams.graph import Draft, Graph, Value
 from torchfolio.errors import TorchfolioError
 
-__all__ = ["CircuitModule", "attribute", "function_of", "source_of"]
+__all__ = ["CircuitModule", "function_of", "source_of"]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -109,9 +110,7 @@ class _Writer:
 
     def name(self, value: Value) -> str:
         """The variable that holds a tensor."""
-        inner = value
-        while id(inner) not in self.names and inner.origin is not None:
-            inner = inner.origin
+        inner = value.root
         if id(inner) not in self.names:
             if id(inner) in self.maker:
                 self._statement(self.maker[id(inner)])
@@ -133,14 +132,13 @@ class _Writer:
             # Twins are younger than what they are like: of those that lead to each other one is followed.
             if member in graph.twins and graph.find(graph.twins[member]) < root:
                 return self.length(graph.twins[member])
-        for member in self.members[root]:
-            if member in graph.cuts:
-                whole, other = graph.cuts[member]
-                mine, theirs = self._stated(member), self._stated(other)
-                if theirs and (not mine or (whole in graph.factors and graph.factors[whole][0] == member)):
-                    return _quotient(self._whole(whole), graph.size[other])
-                if mine:
-                    return graph.size[member]
+        for member in (m for m in self.members[root] if m in graph.cuts):
+            whole, other = graph.cuts[member]
+            mine, theirs = self._stated(member), self._stated(other)
+            if theirs and (not mine or (whole in graph.factors and graph.factors[whole][0] == member)):
+                return _quotient(self._whole(whole), graph.size[other])
+            if mine:
+                return graph.size[member]
         if self._stated(root):
             return graph.size[root]
         if root in self.held:
@@ -154,11 +152,8 @@ class _Writer:
         """The length of an axis that was cut, not by way of its parts."""
         root = self.graph.find(axis)
         if root in self.variables:
-            self.used.add(self.variables[root])
-            return self.variables[root]
-        if self._stated(root):
-            return self.graph.size[root]
-        return self.held.get(root, self.graph.size[root])
+            return self.length(root)
+        return self.graph.size[root] if self._stated(root) else self.held.get(root, self.graph.size[root])
 
     def _stated(self, axis: int) -> bool:
         return any(m in self.graph.stated for m in self.members[self.graph.find(axis)])
@@ -363,7 +358,7 @@ class CircuitModule(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         if not self._names:
             return self._function(*inputs)
-        return self._function(*inputs, weights={n: attribute(self, n) for n in self._names})
+        return self._function(*inputs, weights={n: attrgetter(n)(self) for n in self._names})
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_function"}
@@ -374,14 +369,6 @@ class CircuitModule(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
-
-
-def attribute(module: nn.Module, path: str) -> Any:
-    """A parameter or buffer by its path."""
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def function_of(

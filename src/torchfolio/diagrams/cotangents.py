@@ -76,11 +76,8 @@ def _linear(c: Chain, step: Draft, found: list[Value]) -> bool | None:
 def _elementwise(c: Chain, step: Draft, found: list[Value]) -> bool | None:
     (source,), (made,) = step.inputs, found
     what, same = step.params.get("what"), c.find(source.axes) == c.find(made.axes)
-    if len(step.weights) == 1 and what in ("add", "mul"):
+    if len(step.weights) == 1 and what == "add":
         weight = step.weights[0]
-        others = [] if what == "add" else [Value(list(weight.axes), weight)]
-        if others:
-            return False
         c.push(source, c.contract([made], source.axes))
         if c.trains(weight):
             c.push(weight, c.contract([made], weight.axes))
@@ -90,10 +87,8 @@ def _elementwise(c: Chain, step: Draft, found: list[Value]) -> bool | None:
     if what == "add":  # of a number
         c.push(source, made)
     elif step.params.get("linear"):
-        sign = step.params.get("sign", "")
-        c.push(
-            source, c.add("elementwise", [made], source.axes, sign=sign, code=step.code, sizes=step.sizes, linear=True)
-        )
+        more = {"sign": step.params.get("sign", ""), "code": step.code, "sizes": step.sizes, "linear": True}
+        c.push(source, c.add("elementwise", [made], source.axes, **more))
     else:
         inner = step.code.replace("{0}", "v")
         name = f"{step.params.get('function') or step.params.get('sign') or 'f'}′"
@@ -221,10 +216,8 @@ def _reduce(c: Chain, step: Draft, found: list[Value]) -> bool | None:
     if what not in ("sum", "mean") or step.params.get("other"):
         return False
     if what == "mean":
-        core = step.core
-        marks = " / ".join(f"{{s{i}}}" for i in range(len(core)))
-        code = f"{{0}} / {marks}" if core else "{0}"
-        made = c.add("elementwise", [made], made.axes, sign="∗1∕n", code=code, sizes=core, linear=True)
+        code = " / ".join(["{0}", *(f"{{s{i}}}" for i in range(len(step.core)))])
+        made = c.add("elementwise", [made], made.axes, sign="∗1∕n", code=code, sizes=step.core, linear=True)
     c.push(source, c.contract([made], source.axes))
     return None
 

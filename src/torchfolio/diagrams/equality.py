@@ -48,9 +48,7 @@ class _Shape:
 
     def tensor(self, value: Value) -> str:
         """What a tensor was computed from, as a digest."""
-        root = value
-        while id(root) not in self.steps and id(root) not in self.inputs and root.origin is not None:
-            root = root.origin
+        root = value.root
         if id(root) not in self.known:
             if id(root) in self.inputs:
                 key: Hashable = ("input", self.inputs[id(root)])

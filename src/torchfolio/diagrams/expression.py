@@ -6,12 +6,13 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchfolio.diagrams.assembly import assemble
-from torchfolio.diagrams.compile import attribute, function_of, source_of
+from torchfolio.diagrams.compile import function_of, source_of
 from torchfolio.diagrams.drawing import BackwardDrawing, Drawing
 from torchfolio.diagrams.equality import same_graph
 from torchfolio.diagrams.graph import Graph, Value
@@ -164,7 +165,7 @@ class Expression(nn.Module, ABC):
             names = [n for n in graph.weights if f"weights[{n!r}]" in text]
             self._running = function_of(text, "diagram", graph.functions), names
         function, names = self._running
-        return function(*tensors, **({"weights": {n: attribute(self, n) for n in names}} if names else {}))
+        return function(*tensors, **({"weights": {n: attrgetter(n)(self) for n in names}} if names else {}))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_running"}

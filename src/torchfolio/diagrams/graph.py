@@ -11,6 +11,7 @@ differentiating another graph (`vjp`). It is drawn (`assembly`), priced, compare
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -197,8 +198,7 @@ class Graph(Shown):
                     size //= length
                     continue
                 # The axis is cut: its first factor belongs here, the rest to what follows.
-                one = self.axis("h", size)
-                other = self.axis("k", length // size)
+                one, other = self.axis("h", size), self.axis("k", length // size)
                 cuts.append((axis, [one, other]))
                 self.cuts |= {one: (axis, other), other: (axis, one)}
                 part.append(one)
@@ -217,10 +217,7 @@ class Graph(Shown):
         for axis, factors in self.factors.items():
             if [self.find(f) for f in factors] == key:
                 return axis
-        size = 1
-        for a in parts:
-            size *= self.size[a]
-        made = self.axis("m", size)
+        made = self.axis("m", math.prod(self.size[a] for a in parts))
         self.factors[made] = list(parts)
         return made
 
@@ -307,8 +304,7 @@ class Graph(Shown):
 def hint(size: int | torch.SymInt) -> int:
     """A length as a number: of one that can vary, or depends on values, that of the example."""
     if isinstance(size, torch.SymInt):
-        node = size.node
-        return int(
-            node.hint if node.hint is not None else node.expr.xreplace(node.shape_env.real_tensor_prop_unbacked_vals)
-        )
+        if size.node.hint is None:
+            return int(size.node.expr.xreplace(size.node.shape_env.real_tensor_prop_unbacked_vals))
+        return int(size.node.hint)
     return int(size)
