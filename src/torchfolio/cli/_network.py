@@ -31,14 +31,22 @@ def predictor_of(bundle: Bundle, allow: Sequence[str] = ()) -> nn.Module:
     Raises:
         TorchfolioError: if the rule is no method of the catalogue and not allowed.
     """
+    rule = own_rule(bundle, allow)
+    return bundle.model if rule is None else rule.predictor(bundle.model)
+
+
+def own_rule(bundle: Bundle, allow: Sequence[str] = ()) -> LearningRule | None:
+    """The learning rule that the network of a bundle answers by, and `None` where its plain outputs are its answers.
+
+    See `predictor_of`.
+    """
     training = bundle.manifest.training
     if not training.get("predictor"):
-        return bundle.model
+        return None
     rule = str(training.get("rule"))
     if ":" in rule and not rule.startswith("torchfolio.") and rule not in allow:
         raise TorchfolioError(f"the network answers by its learning rule {rule}; pass --allow {rule} if you trust it")
-    settings = training.get("rule_settings") or {}
-    return call_with(find_rule(rule), settings, f"the rule {rule}").predictor(bundle.model)
+    return call_with(find_rule(rule), training.get("rule_settings") or {}, f"the rule {rule}")
 
 
 def fitting_splits(

@@ -9,7 +9,7 @@ import typer
 
 from torchfolio.cli import _detectors
 from torchfolio.cli._audit_record import NETWORK, read_record
-from torchfolio.cli._network import normalized
+from torchfolio.cli._network import normalized, predictor_of
 from torchfolio.errors import TorchfolioError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def try_filter(folder: Path, inputs: Path, allow: list[str], device: str, as_jso
     factory = _detectors.offered(record["detector"], "input_detector")
     if factory is None:
         raise TorchfolioError(f"{record['detector']}, which made {folder}, is no filter of inputs")
-    detector = factory.load(folder, source.model)
+    detector = factory.load(folder, predictor_of(source, allow))
     names, x = _images(inputs, source.manifest)
     judged = detector.judge(x)
     p = p_values(detector.calibration_, judged.scores)

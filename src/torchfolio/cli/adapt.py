@@ -15,6 +15,7 @@ from torchfolio.cli._network import (
     fitting_splits,
     normalized,
     numbered_alike,
+    own_rule,
     parse_settings,
     predictor_of,
     say,
@@ -156,6 +157,11 @@ def _adapt_one(
     method: Adapter = _make(_factory("adapter", name), name, settings, {})
     bundle = load_bundle(folder, allow=allow, device=place)
     manifest = bundle.manifest
+    if own_rule(bundle, allow) is not None:
+        raise TorchfolioError(
+            f"{folder} answers by its learning rule, {manifest.training.get('rule')}, and {name} adapts networks that "
+            "answer by their plain outputs; train it on by train --start"
+        )
     splits = fitting_splits(replace(manifest, classes=()), str(folder), source, **sizes)
     same = set(splits.classes) == set(manifest.classes)
     if same:

@@ -12,7 +12,7 @@ import typer
 
 from torchfolio.cli._audit_record import RECORD, combined_report, refuse_strangers, show_report, write_audit
 from torchfolio.cli._detectors import chosen_detectors, default_detector, needs_no_data
-from torchfolio.cli._network import normalized, open_network, say
+from torchfolio.cli._network import normalized, open_network, predictor_of, say
 from torchfolio.cli._options import MOST_SEED, Allow, AsJson, Device, ImageSize, ModelSet, named
 from torchfolio.cli._try_filter import SUSPICIOUS, try_filter
 from torchfolio.cli._verdicts import Part, fit_filter, judge_network
@@ -108,7 +108,7 @@ def audit(
         "seed": seed,
         "device": _place(device),
         "alpha": alpha,
-        "references": [bundle.model for bundle in references],
+        "references": [predictor_of(bundle, allowed) for bundle in references],
     }
     if data is None:
         source, splits = _alone(folder, allowed), None
@@ -123,13 +123,14 @@ def audit(
     name = str(folder) if folder is not None else f"{model} with {weights}"
     clean = None if splits is None else _examples(splits, source.manifest, size, seed)
     source.model.to(_place(device))
+    audited = replace(source, model=predictor_of(source, allowed))
     classes = source.manifest.classes
     if not classes and clean is not None:
-        classes = tuple(map(str, range(_outputs(source, clean[0]))))
+        classes = tuple(map(str, range(_outputs(audited, clean[0]))))
     parts: list[Part] = []
     for slug, inputs_by, network_by in methods:
         say(f"{slug}: {f'fitting to {name} on clean examples of {data}' if data else f'scanning {name} without data'}")
-        parts += _run(slug, inputs_by, network_by, source, clean, classes, seed, budget)
+        parts += _run(slug, inputs_by, network_by, audited, clean, classes, seed, budget)
     report = {
         "network_name": name,
         "examples": 0 if clean is None else len(clean[0]),

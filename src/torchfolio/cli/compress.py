@@ -15,6 +15,7 @@ from torchfolio.cli._network import (
     find_rule,
     normalized_splits,
     open_network,
+    own_rule,
     parse_settings,
     predictor_of,
     say,
@@ -118,6 +119,7 @@ def compress(
     sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
     source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
+    learning_rule = learning_rule or own_rule(source, allow)
     example = splits.train.tensors[0][:2].clone()
     before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
     training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}

@@ -78,6 +78,10 @@ def inspect(
     x, y = (t[:examples] for t in getattr(splits, split).tensors)
     place = resolve_device(device)
     net = source.model.to(place)
+    if source.manifest.training.get("predictor"):
+        say(
+            f"{name} answers over time by its rule, {source.manifest.training.get('rule')}; one step of it is looked at"
+        )
     layers = list(layer) if layer else top_layers(net, x[:2].to(place))
     look = _Look(name, net, layers, Shown(splits, Examples((x, y)), tuple(source.manifest.classes)), seed)
     look.cost(place)

@@ -21,6 +21,7 @@ from torchfolio.efficiency.quantized_layers import (
 )
 from torchfolio.efficiency.rounding import check_bits
 from torchfolio.models import replace_layers
+from torchfolio.models.stateful import fresh
 
 __all__ = ["convert"]
 
@@ -113,7 +114,8 @@ def _norm_sources(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
         if isinstance(module, _NORMS) and latest is not None and name:
             sources[name] = latest
     try:
-        graph = fx.Tracer().trace(model)
+        with fresh(model):
+            graph = fx.Tracer().trace(model)
     except Exception:  # a network that cannot be traced, for any of many reasons
         return sources
     for node in graph.nodes:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from torchfolio.efficiency.compact_conv import CompactConv
 from torchfolio.efficiency.gated_conv import Criterion, GatedConv, MaskPredictor, Pool
+from torchfolio.models.stateful import fresh
 
 __all__ = ["attach_gates"]
 
@@ -72,7 +73,8 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 def _chains(model: nn.Module) -> dict[str, tuple[str | None, nn.Module | None]]:
     """Names of convolutions to gate, each with the name of its norm and its activation."""
     try:
-        graph = fx.Tracer().trace(model)
+        with fresh(model):
+            graph = fx.Tracer().trace(model)
     except Exception as error:  # a network that cannot be traced, for any of many reasons
         raise ValueError(f"the network cannot be traced to find its convolutions: {error}") from error
     modules = dict(model.named_modules())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchfolio.engine.modes import seed_all, undisturbed
-from torchfolio.models.stateful import reset_state
+from torchfolio.models.stateful import fresh, reset_state
 
 __all__ = ["cut_after", "cut_before", "in_mode", "traced"]
 
@@ -60,7 +60,8 @@ def traced(model: nn.Module, leaves: Sequence[str]) -> Graphs:
     try:
         for training in (True, False):
             model.train(training)
-            graphs.append(_trace_as_it_is(model, leaves))
+            with fresh(model):
+                graphs.append(_trace_as_it_is(model, leaves))
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -74,11 +74,14 @@ def reset_state(module: nn.Module) -> None:
 @contextmanager
 def fresh(module: nn.Module) -> Iterator[None]:
     """No state of before inside, and none of inside afterwards."""
-    reset_state(module)
+    parts = state_modules(module)
     try:
+        for part in parts:
+            part.reset()  # pyright: ignore[reportCallIssue]
         yield
     finally:
-        reset_state(module)
+        for part in parts:  # while a network is traced, a state is no tensor and so not known again
+            part.reset()  # pyright: ignore[reportCallIssue]
 
 
 def detach_state(module: nn.Module) -> None:
