@@ -10,6 +10,8 @@ every y and h.
 
 Spaces separate the axes of a tensor, commas the tensors. `a @ b` does a and then b, `a * b` both beside each other,
 `a >> "b"` weaves a over one more axis.
+
+Longer than most because it holds the ten operations, each with its signature, errors and axes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From what was read of a graph to a sheet: copies where a tensor is used twice, columns, names, fences."""
+"""From what was read of a graph to a sheet: copies where a tensor is used twice, columns, names, fences.
+
+Longer than most because folding, names, columns and fences are decided on the same operations.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 The axes say how an operation is written. A contraction is an einsum over the letters that it is about and those that it
 is woven over, a softmax runs along the place of its axis, a reshape goes to the products of its axes. Lengths are read
 from the tensors at hand, so that what was drawn for one length runs for others.
+
+Longer than most because tensors, lengths and operations are written into one text that shares its names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Draw a module: from an example input to SVG, a raster or text."""
+"""Draw a module: from an example input to SVG, a raster or text.
+
+Longer than most because a `Drawing` is the face of all that can be done with a diagram.
+"""
 
 from __future__ import annotations
 
@@ -299,8 +302,9 @@ def draw(
     Raises:
         ValueError: if the level is unknown, or names do not fit the inputs.
         TypeError: if an input is no tensor.
-        TorchfolioError: if no output is made of the inputs, if the module fixes a length that is to vary, if an operation is about the batch that is to be
-            hidden, or if `torch.export` cannot trace the module, as where its control flow depends on values.
+        TorchfolioError: if no output is made of the inputs, if the module fixes a length that is to vary, if an
+            operation is about the batch that is to be hidden, or if `torch.export` cannot trace the module, as where
+            its control flow depends on values.
 
     Operations without a sign become plain boxes on the axes that they change, and a warning names them; so does one name
     outputs that no input leads to, as a weight by itself, which are left out.

@@ -1,4 +1,7 @@
-"""From a module to a graph: what `torch.export` traces, with an identity for every axis."""
+"""From a module to a graph: what `torch.export` traces, with an identity for every axis.
+
+Longer than most because what is traced is read in the same terms: lengths, in-place changes, constants.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ product) are one.
 
 A `Graph` is made by reading a module that was traced (`exported`), by composing expressions (`algebra`), or by
 differentiating another graph (`vjp`). It is drawn (`assembly`), priced, compared, and written as Python (`compile`).
+
+Longer than most because it holds the axes and the operations, which change together.
 """
 
 from __future__ import annotations

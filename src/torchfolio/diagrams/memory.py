@@ -87,7 +87,8 @@ class _Copies:
         """Take a tensor from memory: beside the sign of a sum, or else as an operation before its use."""
         step = self.steps[i]
         others = [v for v in step.inputs if v is not use]
-        if step.kind == "binary" and len(others) == 1 and "index" not in step.params and set(use.axes) <= set(others[0].axes):  # fmt: skip
+        free = step.kind == "binary" and len(others) == 1 and "index" not in step.params
+        if free and set(use.axes) <= set(others[0].axes):
             first = step.inputs[0] is use
             step.inputs, step.params = others, {**step.params, "index": self.saved, "first": first}
             return

@@ -6,8 +6,9 @@ sequence is long. A chain of contractions is one product of several tensors; all
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -92,8 +93,32 @@ def _products(graph: Graph) -> Iterator[tuple[list[Value], Value, list[Draft]]]:
 def _ordered(
     graph: Graph, symbols: Mapping[int, sympy.Symbol], tensors: Sequence[Value], result: Value, members: Sequence[Draft]
 ) -> ContractionOrder:
-    axes = [frozenset(graph.visible(v)) for v in tensors]
-    out, every = frozenset(graph.visible(result)), frozenset(range(len(tensors)))
+    axes, out = [frozenset(graph.visible(v)) for v in tensors], frozenset(graph.visible(result))
+
+    def price(one: frozenset[int], other: frozenset[int]) -> int:
+        return 2 * math.prod(graph.size[a] for a in one | other)
+
+    def named(own: frozenset[int]) -> str:
+        return " ".join(sorted((str(symbols[a]) for a in own), key=lambda n: (len(n), n))) or "1"
+
+    def formula(pairs: Sequence[tuple[frozenset[int], frozenset[int]]]) -> sympy.Expr:
+        return sympy.Add(*(2 * sympy.Mul(*(symbols[a] for a in one | other)) for one, other in pairs))
+
+    now = [(inputs[0], frozenset[int]().union(*inputs[1:])) for inputs in
+           ([frozenset(graph.visible(v)) for v in member.inputs] for member in members)]  # fmt: skip
+    least, best = _cheapest(axes, out, price)
+    order = tuple(f"{named(one)}, {named(other)} -> {named(made)}" for one, other, made in best)
+    whole = f"{', '.join(' '.join(str(symbols[a]) for a in graph.visible(v)) for v in tensors)} -> "
+    whole += " ".join(str(symbols[a]) for a in graph.visible(result))
+    saving = sum(price(*pair) for pair in now) / least
+    return ContractionOrder(whole, formula(now), formula([pair[:2] for pair in best]), order, saving)
+
+
+def _cheapest(
+    axes: Sequence[frozenset[int]], out: frozenset[int], price: Callable[[frozenset[int], frozenset[int]], int]
+) -> tuple[int, tuple[tuple[frozenset[int], frozenset[int], frozenset[int]], ...]]:
+    """The least price of a product of tensors of given axes, and its pairs: axes of the one, the other, their product."""
+    every = frozenset(range(len(axes)))
 
     @cache
     def left(of: frozenset[int]) -> frozenset[int]:
@@ -101,14 +126,8 @@ def _ordered(
         inside = frozenset[int]().union(*(axes[i] for i in of))
         return inside & out.union(*(axes[i] for i in every - of))
 
-    def price(*parts: frozenset[int]) -> int:
-        cost = 2
-        for axis in frozenset[int]().union(*parts):
-            cost *= graph.size[axis]
-        return cost
-
     @cache
-    def best(of: frozenset[int]) -> tuple[int, tuple[tuple[frozenset[int], frozenset[int]], ...]]:
+    def best(of: frozenset[int]) -> tuple[int, tuple[tuple[frozenset[int], frozenset[int], frozenset[int]], ...]]:
         if len(of) == 1:
             return 0, ()
         first, options = min(of), []
@@ -116,24 +135,9 @@ def _ordered(
         for count in range(len(rest)):
             for others in combinations(rest, count):
                 one = frozenset([first, *others])
-                other = of - one
-                (a, before), (b, more) = best(one), best(other)
-                options.append((a + b + price(left(one), left(other)), (*before, *more, (one, other))))
+                (a, before), (b, more) = best(one), best(of - one)
+                pair = left(one), left(of - one)
+                options.append((a + b + price(*pair), (*before, *more, (*pair, left(of)))))
         return min(options, key=lambda o: o[0])
 
-    def named(own: frozenset[int]) -> str:
-        return " ".join(sorted((str(symbols[a]) for a in own), key=lambda n: (len(n), n))) or "1"
-
-    def formula(*parts: frozenset[int]) -> sympy.Expr:
-        return 2 * sympy.Mul(*(symbols[a] for a in frozenset[int]().union(*parts)))
-
-    now, cost = sympy.Integer(0), 0
-    for member in members:
-        inputs = [frozenset(graph.visible(v)) for v in member.inputs]
-        now, cost = now + formula(*inputs), cost + price(*inputs)
-    least, pairs = best(every)
-    order = tuple(f"{named(left(a))}, {named(left(b))} -> {named(left(a | b))}" for a, b in pairs)
-    whole = f"{', '.join(' '.join(str(symbols[a]) for a in graph.visible(v)) for v in tensors)} -> "
-    whole += " ".join(str(symbols[a]) for a in graph.visible(result))
-    formulas = sympy.Add(*(formula(left(a), left(b)) for a, b in pairs))
-    return ContractionOrder(whole, now, formulas, order, cost / least)
+    return best(every)

@@ -3,6 +3,8 @@
 A pictogram first says how much room it needs (`Plan`), before heights are known; then it is drawn at its place, between
 `x0` and `x1`, with the heights of the wires that go in and come out. It draws its own wires between the two columns:
 those that end in it, those that start, and those that it is woven over.
+
+Longer than most because it holds a pictogram for each kind of operation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What each operation of PyTorch does to axes, what it is drawn as, and how it is written."""
+"""What each operation of PyTorch does to axes, what it is drawn as, and how it is written.
+
+Longer than most because it holds a rule for each operation that changes axes.
+"""
 
 from __future__ import annotations
 
@@ -295,12 +298,13 @@ def _gathered(r: Reader, node: Any, name: str) -> Value | None:
     main = values.get(moved)
     if main is None or len(values) < len(nodes_of(node)) or not main.axes:
         return boxed(r, node, name)
+    whole = values.get(node.args[0])
     for value in sources:  # lengths that agree away from the axis are those of the same axes
         for d, (a, b) in enumerate(zip(main.axes, value.axes, strict=False)):
-            if (d != dim or (value is not values.get(node.args[0]) and main is not values.get(node.args[0]))) and r.size[a] == r.size[b]:  # fmt: skip
+            if r.size[a] == r.size[b] and (d != dim or (value is not whole and main is not whole)):
                 r.unite(a, b)
     out = lengths(node)
-    like = values[index] if name == "gather" else values.get(node.args[0])
+    like = values[index] if name == "gather" else whole
     axes = [a if r.size[a] == hint(s) and (d != dim or like is not None) else r.axis("n", s)
             for d, (a, s) in enumerate(zip((like or main).axes, out, strict=True))]  # fmt: skip
     r.unknown.append(name)
