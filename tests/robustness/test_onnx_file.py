@@ -266,6 +266,13 @@ BIG = np.float32([[1, np.inf, 1], [1, 1, 1]]).T
         ([("AveragePool", ["X"], "Y", {})], {}, [1, 1, 4, 4], "expected kernel_shape"),
         ([("MaxPool", ["X"], "Y", {"kernel_shape": [1, 2], "pads": [0, 1, 0, 1], "dilations": [1, 4]})], {}, [1, 1, 3, 3], "but their padding"),
         ([("Relu", ["X"], "Y", {})], {}, [1, 2**40], "more than"),
+        ([("Concat", ["X", "X"], "Y", {"axis": 1})], {}, [1, 3], "values once"),
+        ([("Gather", ["X", "i"], "Y", {"axis": 1})], {"i": np.array([0])}, [1, 3], "is known of constants only"),
+        ([("Gather", ["w", "i"], "v", {}), ("MatMul", ["X", "v"], "Y", {})], {"w": W, "i": np.array([3])}, [1, 3], "does not fit"),
+        ([("Gather", ["w", "i"], "v", {}), ("MatMul", ["X", "v"], "Y", {})], {"w": np.ones((3, 2**13), np.float32), "i": np.zeros(2**14, np.int32)}, [1, 3], "more than"),
+        ([("Concat", ["w", "z"], "v", {"axis": 0}), ("MatMul", ["X", "v"], "Y", {})], {"w": W, "z": np.ones((1, 2))}, [1, 3], "of one type"),
+        ([("Concat", ["w", "w"], "v", {"axis": 5}), ("MatMul", ["X", "v"], "Y", {})], {"w": W}, [1, 3], "does not fit"),
+        ([("Sqrt", ["w"], "v", {}), ("MatMul", ["X", "v"], "Y", {})], {"w": -W}, [1, 3], "NaN or infinity"),
         ([("Erf", ["X"], "Y", {})], {}, [1, 3], "operator Erf is not known"),
     ],
 )  # fmt: skip
@@ -321,6 +328,31 @@ def test_operators_are_followed_in_every_form(tmp_path):
     net, _ = read_onnx(path)
     x = np.float32([[1, 2, 3]])
     np.testing.assert_allclose(net(torch.from_numpy(x)).detach().numpy(), -x @ weight[0])
+
+
+def test_shapes_and_parts_of_constants_are_folded(tmp_path):
+    """A flattening as torch's older exports write it, weights in parts, and a product with a root."""
+    nodes = [
+        ("Shape", ["X"], "sizes", {}), ("Gather", ["sizes", "first"], "count", {"axis": 0}),
+        ("Unsqueeze", ["count", "axis"], "row", {}), ("Concat", ["row", "rest"], "target", {"axis": 0}),
+        ("Reshape", ["X", "target"], "flat", {}), ("Concat", ["w", "v"], "all", {"axis": -1}),
+        ("Gather", ["all", "order"], "turned", {"axis": 1}), ("MatMul", ["flat", "turned"], "product", {}),
+        ("Sqrt", ["c"], "root", {}), ("Mul", ["product", "root"], "Y", {}),
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    constants = {
+        "first": np.array(0), "axis": np.array([0]), "rest": np.array([-1]), "order": np.array([3, -5, 1]),
+        "w": rng.normal(size=(6, 2)).astype(np.float32), "v": rng.normal(size=(6, 3)).astype(np.float32), "c": np.float32([4, 9, 2]),
+    }  # fmt: skip
+    path = saved(tmp_path / "n.onnx", nodes, constants, [1, 2, 3])
+    net, shape = read_onnx(path)
+    assert shape == (2, 3)
+    x = rng.random((1, 2, 3), dtype=np.float32)
+    expected = (
+        x.reshape(1, 6) @ np.concatenate([constants["w"], constants["v"]], 1)[:, [3, 0, 1]] * np.float32([2, 3, 2**0.5])
+    )
+    np.testing.assert_allclose(net(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(net(torch.from_numpy(x)).detach().numpy(), ran(path, x), rtol=1e-5)
 
 
 def affine(inputs, weight, out):

@@ -22,6 +22,7 @@ ATTRIBUTES: dict[str, set[str]] = {
     "Relu": set(), "Sigmoid": set(), "Tanh": set(), "Identity": set(), "Add": set(), "Sub": set(), "Mul": set(),
     "Div": set(), "Neg": set(), "MatMul": set(), "Dropout": {"ratio", "seed"}, "Flatten": {"axis"},
     "Reshape": {"allowzero"}, "Transpose": {"perm"}, "Squeeze": {"axes"}, "Unsqueeze": {"axes"},
+    "Concat": {"axis"}, "Gather": {"axis"}, "Shape": set(), "Sqrt": set(),
     "Cast": {"to", "saturate"}, "Constant": {"value", "value_float", "value_floats", "value_int", "value_ints"},
     "Gemm": {"alpha", "beta", "transA", "transB"}, "GlobalAveragePool": set(),
     "Conv": {"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"},
@@ -135,6 +136,14 @@ class Constants(Shown):
                     return -first
                 if kind == "Cast":
                     return self._cast(first, attributes)
+                if kind == "Sqrt":
+                    return np.sqrt(first)
+                if kind == "Shape":
+                    return np.array(first.shape, np.int64)
+                if kind == "Concat":
+                    return self._joined(given, attributes)
+                if kind == "Gather":
+                    return self._picked(first, given, attributes)
                 if kind == "Transpose":
                     return first.transpose(attributes.get("perm") or None)
                 if kind == "Reshape":
@@ -163,6 +172,22 @@ class Constants(Shown):
             raise self.refuse(f"constants of {a.shape} and {b.shape} make more than {LARGEST} values")
         forms = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
         return np.asarray(forms[kind](a, b), dtype=a.dtype)
+
+    def _joined(self, given: list[np.ndarray | None], attributes: dict[str, Any]) -> np.ndarray:
+        parts = [part for part in given if part is not None]
+        if "axis" not in attributes or len(parts) < len(given) or len({part.dtype for part in parts}) != 1:
+            raise self.refuse("expected an axis and constants of one type")
+        if sum(part.size for part in parts) > LARGEST:
+            raise self.refuse(f"makes more than {LARGEST} values")
+        return np.concatenate(parts, attributes["axis"])
+
+    def _picked(self, value: np.ndarray, given: list[np.ndarray | None], attributes: dict[str, Any]) -> np.ndarray:
+        places, axis = given[1] if len(given) == 2 else None, attributes.get("axis", 0)
+        if places is None or places.dtype.kind != "i" or not -value.ndim <= axis < value.ndim:
+            raise self.refuse("expected constant integers and an axis of what they are places in")
+        if places.size * (value.size // max(value.shape[axis], 1)) > LARGEST:
+            raise self.refuse(f"makes more than {LARGEST} values")
+        return np.asarray(np.take(value, places, axis))
 
     def _cast(self, value: np.ndarray, attributes: dict[str, Any]) -> np.ndarray:
         kind = TYPES.get(attributes.get("to", 0))

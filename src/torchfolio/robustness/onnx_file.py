@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from torchfolio.robustness.affine_layers import ElementwiseAffine, Residual
@@ -35,8 +36,8 @@ def read_onnx(path: str | Path) -> tuple[nn.Sequential, tuple[int, ...]]:
     Known operators of the network's values: Gemm, MatMul, Add, Sub, Mul, Div (by constants), sums and differences of two
     paths, Neg, Conv, Relu, Sigmoid, Tanh, Flatten, Reshape, AveragePool, GlobalAveragePool, MaxPool, BatchNormalization,
     Identity, Dropout, Cast (to their own type).
-    Of constants: Identity, Cast, Transpose, Reshape, Squeeze, Unsqueeze, Neg, Add, Sub, Mul, Div. A network of doubles
-    stays one.
+    Of constants: Identity, Cast, Transpose, Reshape, Squeeze, Unsqueeze, Concat, Gather, Shape (of the network's values, too),
+    Sqrt, Neg, Add, Sub, Mul, Div. A network of doubles stays one.
 
     A sum of two paths becomes a `torchfolio.robustness.affine_layers.Residual` from the place where they part. Where paths cross,
     a layer that lies on several is computed on each.
@@ -138,7 +139,9 @@ class _Reader(LayerReader):
             raise self.refuse(f"reads {strange[0]}, which nothing before it gives")
         constants = [self.constants.get(n) for n in names]
         computed = [n for n in names if n in self.values]
-        if not computed:
+        if node.op_type == "Shape" and len(computed) == 1:  # sizes are known: those of a batch of one
+            self.keep(outputs[0], np.array(self.values[computed[0]].sizes, np.int64))
+        elif not computed:
             self.keep(outputs[0], self.folded(node.op_type, attributes, constants))
         elif len(computed) == 1:
             self.values[outputs[0]] = self._behind(
