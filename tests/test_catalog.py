@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import torchfolio
 from torchfolio import catalog
 from torchfolio.catalog import CatalogError, bibtex, citations, paper, papers, read, search
 
@@ -114,3 +115,11 @@ def test_all_entries_are_balanced():
         entry = bibtex(found)
         assert entry.count("{") == entry.count("}")
         assert not re.search(r"(?<!\\)[&%#]", entry)
+
+
+def test_the_door_shows_the_floors():
+    """Of a package what it imports itself is no part."""
+    shown = {name for name in dir(torchfolio) if not name.startswith("_")}
+    assert {"engine", "data", "measure", "models", "catalog", "local", "theory", "backdoor"} <= shown
+    folder = Path(torchfolio.__file__).parent
+    assert all((folder / name).is_dir() or (folder / f"{name}.py").exists() for name in shown)
