@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_model
 from torch import nn
 from typer.testing import CliRunner
 
 from torchfolio.bundle import Manifest, load_bundle, save_bundle
 from torchfolio.cli import app
+from torchfolio.cli._network import _named_as
 from torchfolio.models import build, spec
 
 runner = CliRunner()
@@ -205,3 +207,24 @@ def test_regressions_are_merged_and_measured_by_their_loss(curved):
                 "--set", "epochs=1")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert set(json.loads(done.stdout)) >= {"before", "after"}
+
+
+class Tied(nn.Module):
+    """One weight under two names, one layer under two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 10), nn.Linear(64, 10)
+        self.b.weight = self.a.weight
+        self.c = self.b
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_are_known_by_any_of_their_names(tmp_path, prefix):
+    """Files of safetensors' `save_model`, of wrapped and of compiled networks."""
+    net, other = Tied(), Tied()
+    save_model(net, str(tmp_path / "one"))
+    state = {prefix + name: value for name, value in load_file(tmp_path / "one").items()}
+    assert len(state) < len(net.state_dict())
+    other.load_state_dict(_named_as(other, state))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())

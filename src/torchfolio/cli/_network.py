@@ -289,7 +289,7 @@ def _from_weights(
     path, arguments = network_recipe(model, arguments, splits)
     net = build(path, arguments, allow=[path])
     try:
-        net.load_state_dict(load_file(weights))
+        net.load_state_dict(_named_as(net, load_file(weights)))
     except SafetensorError as error:
         raise TorchfolioError(f"{weights} is not a readable safetensors file: {error}") from error
     except RuntimeError as error:
@@ -298,6 +298,20 @@ def _from_weights(
     mean, std = (tuple(t.flatten().tolist()) for t in (splits.mean, splits.std))
     shape, classes = tuple(splits.shape), tuple(splits.classes)
     return Bundle(net.eval(), Manifest(path, arguments, shape, classes, mean, std, {"image_size": image_size})), splits
+
+
+def _named_as(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Weights by all names that a network has for them.
+
+    Wrappers for several devices and compiled networks put their own name before every other, and safetensors'
+    `save_model` keeps one name of a tensor that has several.
+    """
+    own = net.state_dict(keep_vars=True)
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    stored = {id(value): state[name] for name, value in own.items() if name in state}
+    return {**{name: stored[id(value)] for name, value in own.items() if id(value) in stored}, **state}
 
 
 def augmentation(splits: DataSplits) -> Any:
