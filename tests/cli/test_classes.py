@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from torchfolio.bundle import Manifest, load_bundle, save_bundle
 from torchfolio.cli import app
+from torchfolio.cli._inside import top_layers
 from torchfolio.cli._network import _named_as
 from torchfolio.models import build, spec
 
@@ -228,3 +229,15 @@ def test_weights_are_known_by_any_of_their_names(tmp_path, prefix):
     assert len(state) < len(net.state_dict())
     other.load_state_dict(_named_as(other, state))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+def test_a_layer_that_runs_twice_is_no_layer_to_show():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.inner(self.inner(x)))
+
+    assert top_layers(Twice(), torch.randn(3, 4)) == ["head"]

@@ -98,8 +98,8 @@ def top_layers(net: nn.Module, x: Tensor) -> list[str]:
     for name in names:
         try:
             output = collect_features(net, x, [name], flatten=False)[name]
-        except (ValueError, KeyError, TypeError):
-            continue  # not run, or without a tensor to show
+        except (ValueError, KeyError, TypeError, RuntimeError):
+            continue  # not run, run more than once, or without a tensor to show
         if (
             output.dim() >= 2 and len(output) == len(x) and output.is_floating_point()
         ):  # not positions, which are no examples
