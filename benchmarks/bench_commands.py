@@ -65,8 +65,8 @@ def train(folder: Path, rounds: int) -> None:
 
 
 def jobs(folder: Path, rounds: int) -> None:
-    command = ("-m", "torchfolio", "run", "opposing_signals", "--scale", "smoke", "--seeds", "4", "--out", str(folder))
-    print("run an experiment's smallest scale with four seeds")
+    command = ("-m", "torchfolio", "run", "xor_grokking", "--scale", "smoke", "--seeds", "4", "--out", str(folder))
+    print("run an experiment with four seeds of about a second each")
     ours, one = (partial(call, *command, "--jobs", str(n)) for n in (2, 1))
     print(alternate(jobs_2=ours, jobs_1=one, repeats=rounds))
 
