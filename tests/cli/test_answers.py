@@ -64,6 +64,8 @@ def test_it_is_made_smaller_by_its_own_rule(spiking, monkeypatch):
     assert isinstance(rules[0], SLTT)
     again = json.loads(call("eval", spiking / "small", "--data", "digits", "--json").stdout)["accuracy"]
     assert f"{again}" in done.stdout
+    kept = json.loads((spiking / "small" / "bundle.json").read_text())["training"]
+    assert kept["compressed"]["rule"] == kept["rule"] == "sltt"
     done = call("compress", spiking / "net", "--method", "double_rounding", "-o", spiking / "rounded", *shared)
     assert done.exit_code == 2
     assert "trains by a rule of its own" in done.stderr

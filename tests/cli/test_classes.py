@@ -158,8 +158,8 @@ def test_networks_of_other_kinds_are_not_merged(curved, manifest, arguments, sai
     assert not Path("merged").exists()
 
 
-def test_what_is_said_and_what_is_the_default_are_one(curved):
-    names = curved("a", activation="relu"), curved("b")
+def test_what_is_said_and_what_is_the_default_are_one_and_dropout_changes_no_meaning(curved):
+    names = curved("a", activation="relu", drop=0.2), curved("b")
     done = call("adapt", "--method", "average", *names, "-o", "merged", "--allow", PATH)
     assert done.exit_code == 0, done.output
 
@@ -241,3 +241,13 @@ def test_a_layer_that_runs_twice_is_no_layer_to_show():
             return self.head(self.inner(self.inner(x)))
 
     assert top_layers(Twice(), torch.randn(3, 4)) == ["head"]
+
+
+def test_eval_says_that_a_network_saw_no_labels(curved):
+    arguments = ("--data", "diabetes", "--allow", PATH, "--json")
+    regression = replace(PLAIN, classes=(), training={"rule": "amcl", "test": {}})
+    done = call("eval", curved("features", regression, outputs=1), *arguments)
+    assert done.exit_code == 0, done.output
+    assert "features was trained by amcl, which sees no labels" in done.stderr
+    done = call("eval", curved("answers", replace(regression, training={}), outputs=1), *arguments)
+    assert "labels" not in done.stderr

@@ -47,10 +47,11 @@ def check_alike(
 
 
 def _arguments(manifest: Manifest, keep: bool, allow: Sequence[str]) -> dict[str, Any]:
-    """What a network is built with, defaults included; without the number of its classes where each keeps its own."""
+    """What its entries mean, by what it is built with; without the number of its classes where each keeps its own."""
     from torchfolio.bundle import resolve
 
     parameters = inspect.signature(resolve(manifest.build, allow=allow)).parameters
     defaults = {name: plain(p.default) for name, p in parameters.items() if p.default is not p.empty}
     known = {**defaults, **plain(manifest.arguments)}
-    return {k: v for k, v in known.items() if not (keep and v == len(manifest.classes))}
+    # Dropout is over once a network is trained, and changes no entry's meaning.
+    return {k: v for k, v in known.items() if "drop" not in k and not (keep and v == len(manifest.classes))}

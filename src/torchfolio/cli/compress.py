@@ -119,7 +119,9 @@ def compress(
     sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
     source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
     splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
-    learning_rule = learning_rule or own_rule(source, allow)
+    if learning_rule is None and (learning_rule := own_rule(source, allow)) is not None:
+        trained = source.manifest.training
+        rule, rule_settings = trained["rule"], trained.get("rule_settings") or {}
     example = splits.train.tensors[0][:2].clone()
     before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
     training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from torchfolio.cli._network import (
     fitting_splits,
     normalized,
     predictor_of,
+    say,
     show_result,
 )
 from torchfolio.cli._options import (
@@ -23,9 +24,6 @@ from torchfolio.cli._options import (
     TestSize,
 )
 from torchfolio.fitting import importable
-
-if TYPE_CHECKING:
-    pass
 
 
 def register(app: typer.Typer) -> None:
@@ -57,5 +55,7 @@ def evaluate(
     loaded = load_bundle(bundle, allow=allow)
     splits = fitting_splits(loaded.manifest, str(bundle), data, seed=seed, image_size=image_size, test_size=test_size)
     examples = normalized(getattr(splits, split), loaded.manifest.mean, loaded.manifest.std)
+    if (rule := loaded.manifest.training.get("rule")) and loaded.manifest.training.get("test") == {}:
+        say(f"{bundle} was trained by {rule}, which sees no labels: its outputs are features, scored here as answers")
     scores = engine.evaluate(predictor_of(loaded, allow), examples, device=device)
     show_result({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)
