@@ -125,8 +125,9 @@ def test_a_killed_worker_loses_nothing(tmp_path, monkeypatch):
 def test_an_interrupt_ends_the_workers(tmp_path):
     log = tmp_path / "log"
     code = (
-        "from tests.runs import toy\nfrom torchfolio.runs import run_experiment\n"
+        "import signal\nfrom tests.runs import toy\nfrom torchfolio.runs import run_experiment\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background of a shell ignore it
         f"    run_experiment(toy, 'quick', range(9), {{'log': {str(log)!r}, 'name': 'endless'}},"
         f" out={str(tmp_path)!r}, device='cpu', jobs=2)"
     )
