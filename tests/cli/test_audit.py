@@ -216,6 +216,43 @@ def test_several_methods_give_one_verdict(folders, tmp_path, monkeypatch):
         assert message in " ".join(refused.stderr.replace("│", " ").split())
 
 
+class Refusing(ModelDetector):
+    def _scan(self, model, clean, scan):
+        raise ValueError("expected images, got sounds")
+
+
+class RefusingFilter(Distance):
+    def _fit(self, model, clean):
+        raise ValueError("expected a sea, got a pond")
+
+
+def test_a_method_that_refuses_costs_no_other_its_verdict(folders, tmp_path, monkeypatch):
+    offers = {
+        "one": {"model_detector": Suspicious},
+        "no": {"model_detector": Refusing},
+        "never": {"input_detector": RefusingFilter},
+        "filter": {"input_detector": Distance},
+    }
+    monkeypatch.setattr("torchfolio.cli._detectors.offered", lambda slug, kind: offers[slug].get(kind))
+    arguments = ["audit", folders / "net", "--data", "digits", "-o", tmp_path / "f", "--json", "--detector"]
+    done = call(*arguments, "one,no,filter")
+    assert done.exit_code == 1, done.output
+    report = json.loads(done.stdout)
+    assert report["failed"] == {"no": "expected images, got sounds"}
+    assert report["detector"] == "filter"
+    assert list(report["networks"]) == ["one"]
+    assert "no cannot do it: expected images, got sounds" in done.stderr
+    assert "no cannot do it: expected images, got sounds" in (tmp_path / "f" / "index.html").read_text()
+    assert call("audit", tmp_path / "f", "--input", folders / "plain").exit_code in (0, 1)
+    done = call(*arguments, "never,one")
+    assert done.exit_code == 1, done.output
+    assert json.loads(done.stdout)["failed"] == {"never": "expected a sea, got a pond"}
+    assert call("audit", tmp_path / "f", "--input", folders / "plain").exit_code == 2  # there is no filter
+    done = call(*arguments, "no,never")
+    assert done.exit_code == 2
+    assert "none of no, never can judge this network" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,18 @@ FORMAT = 1
 RECORD, PAGE, NETWORK = "audit.json", "index.html", "net"
 
 
-def combined_report(parts: Sequence[Part], classes: Sequence[str]) -> dict[str, Any]:
-    """The record of an audit: the filter's figures first where there is one, then the verdicts on the network."""
+def combined_report(parts: Sequence[Part], classes: Sequence[str], failed: Mapping[str, str]) -> dict[str, Any]:
+    """The record of an audit: the filter's figures first where there is one, then the verdicts on the network.
+
+    Args:
+        parts: parts of the methods that came to an end, at least one.
+        classes: names of the labels.
+        failed: reasons of those that did not, by slug.
+    """
     first = min(parts, key=lambda part: part.kind != "inputs")
     verdicts = [part for part in parts if part.kind == "model" and part is not first]
     report = {"detector": first.slug, "notes": [note for part in parts for note in part.notes], **first.report}
+    report |= {"failed": dict(failed)} if failed else {}
     if len({part.slug for part in parts}) == 1:
         return report | ({"network": verdicts[0].report} if verdicts else {})
     judged = {part.slug: part.report for part in parts if part.kind == "model"}
@@ -85,14 +92,17 @@ def _cards(report: dict[str, Any], parts: list[Part]) -> list[Any]:
         pictures = [Picture(*pair) for p in of for pair in p.pictures]
         return Sheet(headline, eyebrow, badge, rest, notes, [Table(("figure", "value"), tuple(rows.items()))], pictures)
 
+    reasons = [f"{slug} cannot do it: {reason}" for slug, reason in report.get("failed", {}).items()]
+    missing = [Sheet("What could not be told", sentences=reasons)] if reasons else []
     if "together" not in report:
         ordered = sorted(parts, key=lambda part: not (part.kind == "model" and part.report["suspicious"]))
         sentences = [text for part in ordered for text in part.report["sentences"]]
-        return [card(report["detector"], parts, sentences, _figures(report))]
+        return [card(report["detector"], parts, sentences, _figures(report)), *missing]
     badge = ("suspicious", "fails") if any(p.report["suspicious"] for p in parts) else ("nothing found", "unmeasured")
     first = Sheet(report["together"], "all methods", badge)
     every = {"examples": report["examples"]}
-    return [first, *(card(p.slug, [p], p.report["sentences"], _figures({**p.report, **every})) for p in parts)]
+    cards = (card(p.slug, [p], p.report["sentences"], _figures({**p.report, **every})) for p in parts)
+    return [first, *cards, *missing]
 
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:

@@ -128,15 +128,25 @@ def audit(
     if not classes and clean is not None:
         classes = tuple(map(str, range(_outputs(audited, clean[0]))))
     parts: list[Part] = []
+    failed: dict[str, str] = {}
     for slug, inputs_by, network_by in methods:
         say(f"{slug}: {f'fitting to {name} on clean examples of {data}' if data else f'scanning {name} without data'}")
-        parts += _run(slug, inputs_by, network_by, audited, clean, classes, seed, budget)
+        try:
+            parts += _run(slug, inputs_by, network_by, audited, clean, classes, seed, budget)
+        except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot judge another can
+            if len(methods) == 1:
+                raise
+            failed[slug] = str(error)
+            typer.echo(f"{slug} cannot do it: {error}", err=True)
+    if not parts:
+        raise TorchfolioError(f"none of {', '.join(failed)} can judge this network")
     report = {
         "network_name": name,
         "examples": 0 if clean is None else len(clean[0]),
-        **combined_report(parts, classes),
+        **combined_report(parts, classes, failed),
     }
-    write_audit(output, next((by for _, by, _ in methods if by is not None), None), source, report, parts)
+    kept = next((by for slug, by, _ in methods if by is not None and slug not in failed), None)
+    write_audit(output, kept, source, report, parts)
     show_report(report, output, as_json)
     if any(part.report["suspicious"] for part in parts):
         raise typer.Exit(SUSPICIOUS)
