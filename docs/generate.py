@@ -6,11 +6,10 @@ The pre-commit hook runs it, nobody edits what it writes, and a test says where 
 from __future__ import annotations
 
 import ast
-import json
-import re
 from pathlib import Path
 
 from torchfolio import catalog
+from torchfolio.runs.record import claims_held
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -23,19 +22,10 @@ def table() -> str:
     lines = ["| method | family | what it does | claims |", "| --- | --- | --- | --- |"]
     for family in catalog.FAMILIES:
         for paper in (p for p in catalog.papers().values() if p.family == family):
-            first = re.split(r"(?<=[.!?])\s", paper.summary)[0]
             link = f"[{paper.slug}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.slug
-            lines.append(f"| {link} | {family} | {first} | {held(paper.slug)} |".replace("\n", " "))
+            held = claims_held(OUTCOMES / f"{paper.slug}.json")
+            lines.append(f"| {link} | {family} | {paper.first_sentence} | {held} |")
     return "\n".join(lines)
-
-
-def held(slug: str) -> str:
-    """How many of a paper's claims hold in its record, `"6 of 7"`; nothing where there is no record."""
-    record = OUTCOMES / f"{slug}.json"
-    if not record.is_file():
-        return ""
-    claims = json.loads(record.read_text(encoding="utf-8"))["claims"]
-    return f"{sum(claim['holds'] is True for claim in claims)} of {len(claims)}"
 
 
 def readme(text: str) -> str:

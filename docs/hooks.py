@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from mkdocs.structure.files import File, Files
 
 from torchfolio import catalog
+from torchfolio.runs.record import claims_held
 from torchfolio.runs.tasks import OwnNetwork
 
 RECORDED = Path(__file__).parent / "outcomes"
@@ -226,24 +227,17 @@ def _index() -> str:
         if members:
             lines += [f"## {family}", "", f"{description[0].upper()}{description[1:]}.", ""]
             lines += [
-                f"- **[{p.slug}]({p.slug}.md)**: {_first(p.summary)} *{p.title}*, {p.venue}{_held(p.slug)}"
+                f"- **[{p.slug}]({p.slug}.md)**: {p.first_sentence} *{p.title}*, {p.venue}{_held(p.slug)}"
                 for p in members
             ]
             lines.append("")
     return "\n".join(lines)
 
 
-def _first(summary: str) -> str:
-    return re.split(r"(?<=[.!?])\s", summary)[0].replace("\n", " ")
-
-
 def _held(slug: str) -> str:
     """How many of a paper's claims hold in its record."""
-    path = RECORDED / f"{slug}.json"
-    if not path.is_file():
-        return "."
-    claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
-    return f"; {sum(claim['holds'] is True for claim in claims)} of {len(claims)} claims hold."
+    held = claims_held(RECORDED / f"{slug}.json")
+    return f"; {held} claims hold." if held else "."
 
 
 def _page(paper: catalog.Paper) -> str:

@@ -117,6 +117,11 @@ class Paper:
         return f"torchfolio.{self.family}.{self.slug}"
 
     @property
+    def first_sentence(self) -> str:
+        """The first sentence of the summary, on one line."""
+        return re.split(r"(?<=[.!?])\s", self.summary)[0].replace("\n", " ")
+
+    @property
     def is_in(self) -> bool:
         """Whether method and experiment are there."""
         method = _HERE / self.family / self.slug

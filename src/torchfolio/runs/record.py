@@ -77,6 +77,12 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def claims_held(path: Path) -> str:
+    """How many claims hold in a record, `"6 of 7"`; nothing where there is no record."""
+    claims = read(path).get("claims", ())
+    return f"{sum(claim['holds'] is True for claim in claims)} of {len(claims)}" if claims else ""
+
+
 def _write(path: Path, head: Mapping[str, Any], rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> Path:
     """A line for each claim, so that a change of one is seen as one."""
     top = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in head.items())
