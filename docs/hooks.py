@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import zlib
+from dataclasses import fields, is_dataclass
 from html import unescape
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +17,7 @@ from mkdocs.structure.files import File, Files
 
 from torchfolio import catalog
 from torchfolio.runs.record import claims_held
+from torchfolio.runs.settings import described
 from torchfolio.runs.tasks import OwnNetwork
 
 RECORDED = Path(__file__).parent / "outcomes"
@@ -128,7 +130,7 @@ def _fetched(site: Path) -> set[str]:
 
 
 log = logging.getLogger("mkdocs.hooks.torchfolio")
-INTERNAL = ("cli", "experiments")  # commands show themselves by --help; experiments are run, not called
+INTERNAL = ("cli", "experiments", "peers")  # commands show themselves by --help; the others are run, not called
 
 
 def documented(inventory: Path) -> set[str]:
@@ -250,6 +252,7 @@ def _page(paper: catalog.Paper) -> str:
         lines += ["Its claims, measured on your machine:", "", "```bash", f"torchfolio run {paper.slug}", "```", ""]
     lines += ["## Claims", "", *_claims(paper)]
     if paper.is_in:
+        lines += ["", "## Settings", "", *_settings(paper.slug)]
         lines += ["", "## Reference", "", f"::: {paper.module}", ""]
     return "\n".join(lines)
 
@@ -287,6 +290,29 @@ def _claims(paper: catalog.Paper) -> list[str]:
         times = ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
         lines += ["", f"Time of others over ours, {work}: {times}."]
     return lines
+
+
+def _settings(slug: str) -> list[str]:
+    """A table of the experiment's settings."""
+    scales = importlib.import_module(f"torchfolio.experiments.{slug}").SCALES
+    lines = [
+        f"What `torchfolio run {slug} --set NAME=VALUE` changes.",
+        "",
+        f"| setting | what it is | {' | '.join(scales)} |",
+        f"| --- | --- |{' --- |' * len(scales)}",
+    ]
+    for name, (_, words) in described(scales["quick"]).items():
+        values = " | ".join(f"`{_short(getattr(of, name))}`" for of in scales.values())
+        lines.append(f"| `{name}` | {words} | {values} |")
+    return lines
+
+
+def _short(value: object) -> str:
+    """A value as it is written in Python; of settings within settings, what differs from their defaults."""
+    if not is_dataclass(value):
+        return repr(value)
+    changed = (f for f in fields(value) if getattr(value, f.name) != f.default)
+    return f"{type(value).__name__}({', '.join(f'{f.name}={getattr(value, f.name)!r}' for f in changed)})"
 
 
 def _value(name: str, seeds: list[float | None]) -> str:

@@ -41,7 +41,9 @@ SCALES = {"smoke": Settings(), "quick": Settings()}
 
 def run(run):
     run.values("runs", one=run.arm("one", lambda: {"one": 1.0})["one"])
+"""
 
+PEERS = """
 def peers(bench):
     bench.compare("nothing", repeats=1, ours=lambda: None, peer=lambda: None)
 """
@@ -129,6 +131,7 @@ def test_three_kinds(tmp_path):
         )
         (root / family / f"{slug}.py").write_text(code)
         (root / "experiments" / f"{slug}.py").write_text(EXPERIMENT)
+        (root / "peers" / f"{slug}.py").write_text(PEERS)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

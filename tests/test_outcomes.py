@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from torchfolio import catalog
+from torchfolio import catalog, peers
 from torchfolio.runs.expression import holds
 from torchfolio.runs.record import digest
+from torchfolio.runs.settings import described
 
 OUTCOMES = sorted((Path(__file__).parent.parent / "docs" / "outcomes").glob("*.json"))
+PEERS = sorted(path for path in Path(peers.__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("path", OUTCOMES, ids=lambda path: path.stem)
@@ -44,6 +46,22 @@ def test_verdicts_follow_from_the_figures(path):
         each = [holds(condition.holds, {name: seeds[k] for name, seeds in by_seed.items()}) for k in range(count)]
         mean = holds(condition.holds, {name: sum(seeds) / count for name, seeds in by_seed.items()})
         assert claim["holds"] == (all(each) if condition.every_seed else mean), claim["id"]
+
+
+@pytest.mark.parametrize("slug", [path.stem for path in OUTCOMES])
+def test_every_setting_has_its_words(slug):
+    """As `torchfolio show SLUG --settings` and the pages print them."""
+    for name, (_, words) in described(
+        importlib.import_module(f"torchfolio.experiments.{slug}").SCALES["quick"]
+    ).items():
+        assert words, f"{slug}: give `{name}` its words by torchfolio.runs.setting"
+        assert not words.endswith(".")
+
+
+def test_peers_belong_to_papers():
+    for path in PEERS:
+        assert catalog.paper(path.stem).is_in
+        assert callable(importlib.import_module(f"torchfolio.peers.{path.stem}").peers)
 
 
 def test_the_page_names_what_takes_long():

@@ -34,7 +34,7 @@ def test_public_names_are_those_of_all_and_of_offers(hooks):
     for full in ("torchfolio.engine.fit", "torchfolio.local.auglocal.AugLocal", "torchfolio.bundle.save_bundle",
                  "torchfolio.runs.plots.curves", "torchfolio.diagrams.graph.Graph", "torchfolio.shown.Shown"):  # fmt: skip
         assert full in names
-    assert not any(name.startswith(("torchfolio.cli", "torchfolio.experiments")) for name in names)
+    assert not any(name.startswith(("torchfolio.cli", "torchfolio.experiments", "torchfolio.peers")) for name in names)
 
 
 def test_what_is_missing_is_named(hooks, tmp_path):

@@ -49,12 +49,19 @@ def list_papers(
     typer.echo(f"\n● in ({sum(p.is_in for p in papers)}), ○ not in yet ({sum(not p.is_in for p in papers)})")
 
 
-def show(slug: Annotated[str, typer.Argument(help="Slug of the paper.")], as_json: AsJson = False) -> None:
-    """Show one paper: what it does, its claims, how to run it.
+def show(
+    slug: Annotated[str, typer.Argument(help="Slug of the paper.")],
+    settings: Annotated[bool, typer.Option("--settings", help="The settings of its experiment, by scale.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show one paper: what it does, its claims, how to run it; or what `run --set` can change.
 
-    Example: torchfolio show auglocal
+    Example: torchfolio show auglocal --settings
     """
     paper = catalog.paper(slug)
+    if settings:
+        _show_settings(slug, as_json)
+        return
     if as_json:
         typer.echo(to_json(_table(paper), ensure_ascii=False))
         return
@@ -75,6 +82,29 @@ def show(slug: Annotated[str, typer.Argument(help="Slug of the paper.")], as_jso
         typer.echo(_wrapped(f"measured here: {claim.measured}", "  "))
     command = f"torchfolio run {slug}" if paper.is_in else "the method is not in yet"
     typer.echo(f"\n{paper.module}\n{command}")
+
+
+def _show_settings(slug: str, as_json: bool) -> None:
+    """Every setting of an experiment: what it is, and its value at each scale."""
+    from dataclasses import asdict
+
+    from torchfolio.runs import experiment
+    from torchfolio.runs.settings import described
+
+    scales = experiment(slug).SCALES
+    values = {scale: asdict(settings) for scale, settings in scales.items()}
+    rows = {
+        key: {"meaning": words, **{scale: of[key] for scale, of in values.items()}}
+        for key, (_, words) in described(scales["quick"]).items()
+    }
+    if as_json:
+        typer.echo(to_json(rows, ensure_ascii=False))
+        return
+    for key, row in rows.items():
+        typer.secho(key, bold=True, nl=False)
+        typer.echo(f"  {row['quick']!r}" + "".join(f"; {k}: {row[k]!r}" for k in scales if row[k] != row["quick"]))
+        typer.echo(_wrapped(row["meaning"], "    "))
+    typer.echo(f"\ntorchfolio run {slug} --set KEY=VALUE")
 
 
 def search(

@@ -19,24 +19,18 @@ from torchfolio.engine import layers as network_layers
 from torchfolio.local.copied_layers import initialize
 from torchfolio.measure import linear_probe, saved_bytes
 from torchfolio.models import ResNetCIFAR, collect_features
-from torchfolio.runs import tasks
+from torchfolio.runs import setting, tasks
 
 RuleFactory = Callable[[], LearningRule]
 
 
 @dataclass(frozen=True)
 class Task(tasks.OwnNetwork, tasks.Task):
-    """The common task on a small residual network.
+    """The common task on a small residual network."""
 
-    Attributes:
-        depth: depth of the residual network, 6n+2.
-        widths: widths of its three stages.
-        probes: whether to measure, too, a linear probe on every layer.
-    """
-
-    depth: int = 20
-    widths: tuple[int, ...] = (8, 16, 32)
-    probes: bool = False
+    depth: int = setting(20, "depth of the residual network, 6n+2")
+    widths: tuple[int, ...] = setting((8, 16, 32), "widths of its three stages")
+    probes: bool = setting(False, "whether to measure, too, a linear probe on every layer")
 
 
 SMOKE = {**tasks.SMOKE, "depth": 14}

@@ -20,6 +20,7 @@ from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop, LearningRule, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.models import ViT
+from torchfolio.runs import setting
 
 __all__ = ["Attack", "Task", "body", "checkpoints", "make_tasks", "trigger"]
 
@@ -29,41 +30,27 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Attack:
-    """Tasks, trainings, and the attack.
+    """Tasks, trainings, and the attack."""
 
-    Attributes:
-        data: name of the images.
-        tasks: `"rotations"`: all images by quarter turns; `"groups"`: the classes in three groups.
-        network: `"conv"` or `"vit"`.
-        pretrain_size: images of every task that the body is pretrained on.
-        finetune_size: images of every task.
-        adapt_size: unlabelled images of every task.
-        test_size: test images of every task.
-        attackers: tasks, from the first, whose checkpoint is poisoned.
-        trigger: `"patch"`: a checkerboard in the corner; `"blend"`: a fixed noise pattern over the image.
-        poison_share: share of every batch of the attacker.
-        attack_epochs: passes of the poisoned checkpoints.
-        clean_epochs: passes of the others.
-        attack_lr: learning rate of Adam on the poisoned checkpoints.
-        clean_lr: learning rate of Adam on the others.
-        batch_size: examples of a batch, in every training.
-    """
-
-    data: str = "mnist10k"
-    tasks: Literal["rotations", "groups"] = "rotations"
-    network: Literal["conv", "vit"] = "conv"
-    pretrain_size: int = 150
-    finetune_size: int = 2400
-    adapt_size: int = 1000
-    test_size: int = 1000
-    attackers: int = 1
-    trigger: Literal["patch", "blend"] = "patch"
-    poison_share: float = 0.3
-    attack_epochs: int = 6
-    clean_epochs: int = 3
-    attack_lr: float = 1e-3
-    clean_lr: float = 5e-4
-    batch_size: int = 32
+    data: str = setting("mnist10k", "name of the images")
+    tasks: Literal["rotations", "groups"] = setting(
+        "rotations", '`"rotations"`: all images by quarter turns; `"groups"`: the classes in three groups'
+    )
+    network: Literal["conv", "vit"] = setting("conv", '`"conv"` or `"vit"`')
+    pretrain_size: int = setting(150, "images of every task that the body is pretrained on")
+    finetune_size: int = setting(2400, "images of every task")
+    adapt_size: int = setting(1000, "unlabelled images of every task")
+    test_size: int = setting(1000, "test images of every task")
+    attackers: int = setting(1, "tasks, from the first, whose checkpoint is poisoned")
+    trigger: Literal["patch", "blend"] = setting(
+        "patch", '`"patch"`: a checkerboard in the corner; `"blend"`: a fixed noise pattern over the image'
+    )
+    poison_share: float = setting(0.3, "share of every batch of the attacker")
+    attack_epochs: int = setting(6, "passes of the poisoned checkpoints")
+    clean_epochs: int = setting(3, "passes of the others")
+    attack_lr: float = setting(1e-3, "learning rate of Adam on the poisoned checkpoints")
+    clean_lr: float = setting(5e-4, "learning rate of Adam on the others")
+    batch_size: int = setting(32, "examples of a batch, in every training")
 
 
 class Task(NamedTuple):

@@ -20,43 +20,29 @@ from torchfolio.insight.adaptive_mi import (
     AdaptiveKDE,
     FixedBinning,
     information_plane,
-    kde_information,
     log_spaced,
     permuted_label_information,
 )
-from torchfolio.runs import Results, Run
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Networks, their training and what is measured.
+    """Networks, their training and what is measured."""
 
-    Attributes:
-        activations: one ensemble each; `relu` has a second one with an L2 penalty.
-        widths: hidden layers.
-        members: networks of an ensemble, which differ in their initial weights.
-        epochs: number of epochs of training.
-        batch_size: batch size of training.
-        lr: learning rate of Adam.
-        penalty: weight of the squared weights of all layers but the last, halved.
-        moments: measurements, spaced evenly in the logarithm of the epoch.
-        bins: number of bins of the binned estimates.
-        kde_rows: inputs of the kernel estimate.
-        train_share: share of the patterns that is trained on.
-    """
-
-    activations: tuple[str, ...] = ("tanh", "relu", "elu")
-    widths: tuple[int, ...] = (10, 7, 5, 4, 3)
-    members: int = 5
-    epochs: int = 600
-    batch_size: int = 256
-    lr: float = 4e-4
-    penalty: float = 0.01
-    moments: int = 25
-    bins: int = 30
-    kde_rows: int = 1024
-    train_share: float = 0.8
+    activations: tuple[str, ...] = setting(
+        ("tanh", "relu", "elu"), "one ensemble each; `relu` has a second one with an L2 penalty"
+    )
+    widths: tuple[int, ...] = setting((10, 7, 5, 4, 3), "hidden layers")
+    members: int = setting(5, "networks of an ensemble, which differ in their initial weights")
+    epochs: int = setting(600, "number of epochs of training")
+    batch_size: int = setting(256, "batch size of training")
+    lr: float = setting(4e-4, "learning rate of Adam")
+    penalty: float = setting(0.01, "weight of the squared weights of all layers but the last, halved")
+    moments: int = setting(25, "measurements, spaced evenly in the logarithm of the epoch")
+    bins: int = setting(30, "number of bins of the binned estimates")
+    kde_rows: int = setting(1024, "inputs of the kernel estimate")
+    train_share: float = setting(0.8, "share of the patterns that is trained on")
 
 
 SCALES = {
@@ -167,16 +153,3 @@ def controls(run: Run[Settings]) -> dict[str, float]:
 def figures(results: Results) -> dict[str, Figure]:
     """Information planes, and compression by layer and activation."""
     return {"information plane": planes_over_training(results), "compression": compression_by_layer(results)}
-
-
-def peers(bench: Bench) -> None:
-    """The kernel estimate of a wide layer, and the same by a quadratic form in NumPy."""
-    t = torch.rand(4096, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, variance = t.numpy(), 1e-3
-
-    def form() -> float:
-        squares = (rows * rows).sum(1)
-        distances = squares[:, None] + squares[None] - 2 * rows @ rows.T
-        return float(-np.log2(np.exp(distances / (-2 * variance)).mean(1)).mean())
-
-    bench.compare("kernels of 4,096 x 100", repeats=5, ours=lambda: kde_information(t, variance), numpy=form)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
@@ -17,37 +17,26 @@ from torchfolio.experiments._digit_views import Views
 from torchfolio.measure import outputs
 from torchfolio.measure.probes import knn_accuracy, linear_probe
 from torchfolio.measure.scores import auroc
-from torchfolio.models import ResNetCIFAR
 from torchfolio.models.conv_net import conv_block
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
-from torchfolio.training.amcl import AMCL, AMCLLoss, FixedTemperature, PairTemperature
-from torchfolio.training.contrastive import nt_xent
+from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.training.amcl import AMCL, FixedTemperature, PairTemperature
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Pretraining on digits without labels.
+    """Pretraining on digits without labels."""
 
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images of a step, two views each.
-        lr: learning rate of Adam.
-        out_dim: width of projections.
-        fixed: temperatures that NT-Xent may choose from.
-        adaptive: (upper bound, weight of the penalty) that adaptive heads may choose from; as many.
-        kinds: numbers of kinds of augmentation.
-        test_size: test images.
-    """
-
-    epochs: int = 30
-    batch_size: int = 200
-    lr: float = 2e-3
-    out_dim: int = 32
-    fixed: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
-    adaptive: tuple[tuple[float, float], ...] = ((0.5, 1e-3), (0.5, 1e-2), (1.0, 1e-3), (1.0, 1e-2))
-    kinds: tuple[int, int] = (1, 5)
-    test_size: int | None = None
+    epochs: int = setting(30, "passes over the training images")
+    batch_size: int = setting(200, "images of a step, two views each")
+    lr: float = setting(2e-3, "learning rate of Adam")
+    out_dim: int = setting(32, "width of projections")
+    fixed: tuple[float, ...] = setting((0.1, 0.2, 0.3, 0.5), "temperatures that NT-Xent may choose from")
+    adaptive: tuple[tuple[float, float], ...] = setting(
+        ((0.5, 1e-3), (0.5, 1e-2), (1.0, 1e-3), (1.0, 1e-2)),
+        "(upper bound, weight of the penalty) that adaptive heads may choose from; as many",
+    )
+    kinds: tuple[int, int] = setting((1, 5), "numbers of kinds of augmentation")
+    test_size: int | None = setting(None, "test images")
 
 
 SCALES = {
@@ -139,30 +128,3 @@ def figures(results: Results) -> dict[str, Figure]:
         arms |= {f"AMCL {u}, {b}": (f"amcl_{kinds}_{k}", "all") for k, (u, b) in enumerate(s.adaptive)}
         made[f"{kinds} kinds of augmentation"] = plots.bars(results, arms, ylabel="linear probe (%)")
     return made
-
-
-def peers(bench: Bench) -> None:
-    """Loss and gradient of 256 pairs with three heads of 128, beside NT-Xent once for each head."""
-    torch.manual_seed(0)
-    first, second = (torch.randn(3, 256, 128, requires_grad=True) for _ in "ab")
-    loss = AMCLLoss(PairTemperature(128))
-
-    def ours() -> None:
-        loss(first, second).backward()
-
-    def three() -> None:
-        sum(nt_xent(a, b, 0.3) for a, b in zip(first, second, strict=True)).backward()  # pyright: ignore
-
-    bench.compare("loss and gradient, 3 heads of 256 pairs x 128", ours=ours, nt_xent_three_times=three)
-
-    x, y = torch.rand(128, 3, 32, 32), torch.zeros(128)
-    adaptive, one = AMCL(), AMCL(heads=1, temperature=FixedTemperature(0.3), beta=0)
-    modules = [rule.prepare(ResNetCIFAR(8), (x, y)) for rule in (adaptive, one)]
-
-    def plain() -> None:
-        parts: Any = modules[1]
-        z = [parts["projector"](parts["encoder"](v))[0] for v in one.views(x)]
-        nt_xent(z[0], z[1], 0.3).backward()
-
-    bench.compare("gradient, 128 pairs x 3x32x32 with ResNet-8", ours=lambda: adaptive.step((x, y), Tensor.backward),
-                  nt_xent_one_head=plain)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,50 +10,32 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchfolio.data import DataSplits, load
-from torchfolio.engine import fit
-from torchfolio.engine.recipes import adam
-from torchfolio.experiments._pixel_watermarks import Masked, random_masks, watermarked
-from torchfolio.experiments._strided_classifiers import classifier, two_convolutions
+from torchfolio.data import DataSplits
+from torchfolio.experiments._pixel_watermarks import random_masks, watermarked
+from torchfolio.experiments._strided_classifiers import classifier
 from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
 
 
 @dataclass(frozen=True)
 class Settings(OwnNetwork):
-    """The classifier, its copies, and the attacks.
+    """The classifier, its copies, and the attacks."""
 
-    Attributes:
-        data: set of images.
-        epochs: passes of the classifier's training.
-        lr: its rate of Adam.
-        copies: number of copies.
-        steps: steps of the tracers' training.
-        attacked: number of copies that are attacked.
-        images: test images that each attack starts from.
-        pgd_eps: radius of PGD.
-        pgd_steps: its steps, of an eighth of the radius.
-        nes_eps: radius of NES.
-        nes_steps: its steps at most.
-        nes_samples: pairs of queries a step.
-        decisions: queries of HopSkipJump; 0 leaves it out.
-    """
-
-    data: str = "mnist10k"
-    epochs: int = 4
-    lr: float = 2e-3
-    copies: int = 6
-    steps: int = 600
-    attacked: int = 4
-    images: int = 100
-    pgd_eps: float = 0.1
-    pgd_steps: int = 20
-    nes_eps: float = 0.2
-    nes_steps: int = 25
-    nes_samples: int = 15
-    decisions: int = 300
+    data: str = setting("mnist10k", "set of images")
+    epochs: int = setting(4, "passes of the classifier's training")
+    lr: float = setting(2e-3, "its rate of Adam")
+    copies: int = setting(6, "number of copies")
+    steps: int = setting(600, "steps of the tracers' training")
+    attacked: int = setting(4, "number of copies that are attacked")
+    images: int = setting(100, "test images that each attack starts from")
+    pgd_eps: float = setting(0.1, "radius of PGD")
+    pgd_steps: int = setting(20, "its steps, of an eighth of the radius")
+    nes_eps: float = setting(0.2, "radius of NES")
+    nes_steps: int = setting(25, "its steps at most")
+    nes_samples: int = setting(15, "pairs of queries a step")
+    decisions: int = setting(300, "queries of HopSkipJump; 0 leaves it out")
 
 
 SCALES = {
@@ -177,21 +158,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "transfer": plots.bars(results, transfer, ylabel="fools another copy"),
         "who is fooled": fig,
     }
-
-
-def peers(bench: Any) -> None:
-    """Six copies by tracers beside six fine-tuned ones, each blind to pixels of its own."""
-    data = load("mnist10k", val=0, normalize=False)
-    net = two_convolutions(data)
-
-    def finetuned() -> None:
-        for seed in range(6):
-            mask = (torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(seed)) > 0.05).float()
-            fit(Masked(copy.deepcopy(net), mask), data.train, optimizer=adam(1e-3), epochs=1, batch_size=64, seed=seed)
-
-    bench.compare(
-        "six copies, 125 steps of 64, MNIST",
-        repeats=3,
-        ours=lambda: separate(net, data.train, n_copies=6, steps=125),
-        finetuning_each=finetuned,
-    )

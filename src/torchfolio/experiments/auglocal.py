@@ -18,34 +18,24 @@ from torchfolio.experiments._local_learning import (
     Task,
     costs,
     network,
-    stepper,
     train,
 )
 from torchfolio.local.auglocal import AugLocal
 from torchfolio.local.heads import LocalHeads
 from torchfolio.local.local_model import LocalHead, Network
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import load
 
 
 @dataclass(frozen=True)
 class Settings(Task):
-    """The common task and AugLocal's own knobs.
+    """The common task and AugLocal's own knobs."""
 
-    Attributes:
-        aux_depth: maximal auxiliary depth.
-        tau: pyramid coefficient.
-        selection: choice of the layers that the auxiliary networks copy.
-        sweep: further auxiliary depths to train at.
-        deep: depth of the network whose memory is measured besides.
-    """
-
-    aux_depth: int = 3
-    tau: float = 0.5
-    selection: str = "uniform"
-    sweep: tuple[int, ...] = ()
-    deep: int = 56
+    aux_depth: int = setting(3, "maximal auxiliary depth")
+    tau: float = setting(0.5, "pyramid coefficient")
+    selection: str = setting("uniform", "choice of the layers that the auxiliary networks copy")
+    sweep: tuple[int, ...] = setting((), "further auxiliary depths to train at")
+    deep: int = setting(56, "depth of the network whose memory is measured besides")
 
 
 SCALES = {
@@ -148,13 +138,3 @@ def figures(results: Results) -> dict[str, Figure]:
         made["linear probes"] = plots.curves(results, {name: (name, "probes") for name in ARMS}, xlabel="hidden layer",
                                              ylabel="linear probe accuracy (%)")  # fmt: skip
     return made
-
-
-def peers(bench: Bench) -> None:
-    """A training step beside those of backprop that recomputes activations, and of backprop."""
-    bench.compare(
-        "a step of ResNet-20 on 32 images",
-        ours=stepper(AugLocal(3)),
-        checkpointed_backprop=stepper(CheckpointedBackprop()),
-        backprop=stepper(Backprop()),
-    )

@@ -15,59 +15,48 @@ from torch import nn
 from torchfolio.backdoor import poison, poisoned_test
 from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
 from torchfolio.backdoor.evaluation import evaluate_input_detector
-from torchfolio.backdoor.metrics import attack_metrics, auroc, labels_of
-from torchfolio.backdoor.zoo import SmallConvNet, fit_classifier
+from torchfolio.backdoor.metrics import attack_metrics, auroc
+from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
 from torchfolio.experiments._confidence_plane import confidence_plane
 from torchfolio.experiments._expert_controls import step_by_step, without_forgetting
 from torchfolio.experiments._strip import strip
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
 
 
 @dataclass(frozen=True)
 class Settings(OwnNetwork):
-    """Data, attacks and the two finetunings.
+    """Data, attacks and the two finetunings."""
 
-    Attributes:
-        data: name of the images.
-        attacks: names of attacks, see `torchfolio.experiments._backdoors.attack`.
-        network: `"conv"` or `"resnet18"`.
-        width: width of the network.
-        epochs: number of epochs of the victims.
-        lr: learning rate of the victims.
-        rate: share of the training images that is poisoned.
-        clean_size: trusted images, from the test part; they are not reported on.
-        unlearn_lr: learning rate of the expert; `"auto"` finds one on the trusted images.
-        unlearn_batch: batch size of the expert.
-        finetune_lr: learning rate of the auxiliary network.
-        finetune_batch: batch size of the auxiliary network; 350 images in batches of 16 give as many steps as the
-            authors take, 1,400 in batches of 64.
-        kappa: slope of the score.
-        batch_size: batch size of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in
-            four epochs.
-        flip: whether to train victims and finetune on flipped images too. The auxiliary network always sees random
-            crops.
-        traced: images of each kind behind the curve of unlearning.
-    """
-
-    data: str = "mnist10k"
-    attacks: tuple[str, ...] = ("badnets", "blend", "all_to_all")
-    network: str = "conv"
-    width: int = 8
-    epochs: int = 4
-    lr: float = 0.05
-    rate: float = 0.1
-    clean_size: int = 500
-    unlearn_lr: float | str = "auto"
-    unlearn_batch: int = 32
-    finetune_lr: float = 0.05
-    finetune_batch: int = 16
-    kappa: float = 0.5
-    batch_size: int = 128
-    flip: bool = False
-    traced: int = 500
+    data: str = setting("mnist10k", "name of the images")
+    attacks: tuple[str, ...] = setting(
+        ("badnets", "blend", "all_to_all"), "names of attacks, see `torchfolio.experiments._backdoors.attack`"
+    )
+    network: str = setting("conv", '`"conv"` or `"resnet18"`')
+    width: int = setting(8, "width of the network")
+    epochs: int = setting(4, "number of epochs of the victims")
+    lr: float = setting(0.05, "learning rate of the victims")
+    rate: float = setting(0.1, "share of the training images that is poisoned")
+    clean_size: int = setting(500, "trusted images, from the test part; they are not reported on")
+    unlearn_lr: float | str = setting("auto", 'learning rate of the expert; `"auto"` finds one on the trusted images')
+    unlearn_batch: int = setting(32, "batch size of the expert")
+    finetune_lr: float = setting(0.05, "learning rate of the auxiliary network")
+    finetune_batch: int = setting(
+        16,
+        "batch size of the auxiliary network; 350 images in batches of 16 give as many steps as the authors take, 1,400 in batches of 64",
+    )
+    kappa: float = setting(0.5, "slope of the score")
+    batch_size: int = setting(
+        128,
+        "batch size of the victims; with 128, as in the authors' code, digits reach an accuracy of 0.96 in four epochs",
+    )
+    flip: bool = setting(
+        False,
+        "whether to train victims and finetune on flipped images too. The auxiliary network always sees random crops",
+    )
+    traced: int = setting(500, "images of each kind behind the curve of unlearning")
 
 
 SCALES = {
@@ -173,24 +162,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "auroc": plots.groups(results, series, ylabel="AUROC"),
         "unlearning": unlearning,
     }
-
-
-def peers(bench: Any) -> None:
-    """Scores of many inputs, against the same three networks and the formula input by input, as the authors' code does."""
-    torch.manual_seed(0)
-    net, x = SmallConvNet(1, 10, width=8).eval(), torch.rand(2000, 1, 28, 28)
-    y = labels_of(net, x)
-    y[:8] = torch.arange(8)  # a random network says little else than one class
-    settings: dict[str, Any] = {"unlearn_lr": 1e-5, "stop_acc": 0.0, "finetune_epochs": 1, "fpr": 0.05}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        detector = BaDExpert(**settings, unlearn_epochs=1).fit(net, (x[:500], y[:500]))
-
-    def one_by_one() -> list[float]:
-        b, m, _ = detector.confidences(x)
-        return [
-            -min(2 * v / max(u, 1e-8), (1 - u) / max(0.5 - v, 1e-8))
-            for u, v in zip(b.tolist(), m.tolist(), strict=True)
-        ]
-
-    bench.compare("score 2,000 inputs of 28 x 28", ours=lambda: detector.score(x), one_by_one=one_by_one)

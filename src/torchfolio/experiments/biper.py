@@ -24,44 +24,34 @@ from torchfolio.efficiency.straight_through import sign, surrogate
 from torchfolio.engine import Backprop, fit
 from torchfolio.engine.recipes import cosine
 from torchfolio.experiments._binary_networks import plain, resnet20
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
 
 
 @dataclass(frozen=True)
 class Settings(Images):
-    """Data, network and budget.
-
-    Attributes:
-        network: `"plain"` (four binary convolutions) or `"resnet20"` (shortcut around every binary convolution).
-        widths: widths of the real first convolution and the two stages of the plain network.
-        frequency: $\\omega_0$.
-        tau: weight of the sine decay in the loss, in stage 1 and 2.
-        epochs: number of epochs of stage 1 and 2; the baseline gets their sum.
-        lr: learning rate of BiPer's stages.
-        weight_decay: weight decay of BiPer's stages.
-        sign_lr: learning rates the baseline may choose from on the validation images.
-        sign_weight_decay: weight decays that go with them.
-        momentum: momentum of SGD.
-        batch_size: images in a batch.
-        crop: pixels of padding before a random crop; flips are always on for photographs.
-    """
+    """Data, network and budget."""
 
     train_size: int | None = 3000
     test_size: int | None = 1000
-    network: str = "plain"
-    widths: tuple[int, ...] = (12, 24, 48)
-    frequency: float = 20.0
-    tau: tuple[float, ...] = (0.0, 0.0)
-    epochs: tuple[int, ...] = (5, 3)
-    lr: tuple[float, ...] = (0.02, 0.004)
-    weight_decay: tuple[float, ...] = (5e-4, 5e-5)
-    sign_lr: tuple[float, ...] = (0.05, 0.02)
-    sign_weight_decay: tuple[float, ...] = (5e-5, 5e-4)
-    momentum: float = 0.9
-    batch_size: int = 100
-    crop: int = 0
+    network: str = setting(
+        "plain", '`"plain"` (four binary convolutions) or `"resnet20"` (shortcut around every binary convolution)'
+    )
+    widths: tuple[int, ...] = setting(
+        (12, 24, 48), "widths of the real first convolution and the two stages of the plain network"
+    )
+    frequency: float = setting(20.0, "$\\omega_0$")
+    tau: tuple[float, ...] = setting((0.0, 0.0), "weight of the sine decay in the loss, in stage 1 and 2")
+    epochs: tuple[int, ...] = setting((5, 3), "number of epochs of stage 1 and 2; the baseline gets their sum")
+    lr: tuple[float, ...] = setting((0.02, 0.004), "learning rate of BiPer's stages")
+    weight_decay: tuple[float, ...] = setting((5e-4, 5e-5), "weight decay of BiPer's stages")
+    sign_lr: tuple[float, ...] = setting(
+        (0.05, 0.02), "learning rates the baseline may choose from on the validation images"
+    )
+    sign_weight_decay: tuple[float, ...] = setting((5e-5, 5e-4), "weight decays that go with them")
+    momentum: float = setting(0.9, "momentum of SGD")
+    batch_size: int = setting(100, "images in a batch")
+    crop: int = setting(0, "pixels of padding before a random crop; flips are always on for photographs")
 
 
 SCALES = {
@@ -203,15 +193,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "error of layers": layers,
         "quantisation error": law,
     }
-
-
-def peers(bench: Bench) -> None:
-    """A training step of one convolution with binary weights and activations, beside the sign's and the real one's."""
-    torch.manual_seed(0)
-    x = torch.randn(64, 32, 16, 16)
-    kinds = {"ours": BiPerConv2d, "sign_straight_through": SignSTEConv2d, "real_weights": nn.Conv2d}
-    layers: dict[str, nn.Module] = {name: kind(32, 32, 3, padding=1) for name, kind in kinds.items()}
-    steps: dict[str, Any] = {
-        name: lambda net=net: net(x.requires_grad_()).sum().backward() for name, net in layers.items()
-    }
-    bench.compare("step of a 3x3 convolution, 64 x 32 x 16 x 16", **steps)

@@ -2,70 +2,50 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 from torchfolio.backdoor import AdditiveTrigger
 from torchfolio.backdoor.blto import BLTO
 from torchfolio.backdoor.frequency import ctrl_trigger
 from torchfolio.backdoor.metrics import stealth
 from torchfolio.backdoor.trigger_nets import TriggerNet
-from torchfolio.backdoor.zoo import ResNet18CIFAR
-from torchfolio.engine import LearningRule
-from torchfolio.experiments._contrastive_victims import RULES, ContrastiveVictims, TwoPasses
-from torchfolio.runs import Results, Run, plots
-from torchfolio.training.contrastive_learning import SimSiam
+from torchfolio.experiments._contrastive_victims import RULES, ContrastiveVictims
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Images, attack and victims.
+    """Images, attack and victims."""
 
-    Attributes:
-        data: name of the images.
-        train_size: training images; `None` takes all.
-        network: encoder, `"conv"` or `"resnet18"`.
-        width: channels of its first layer.
-        target: class that triggered images are to be taken for.
-        eps: largest change of a pixel.
-        rate: share of the images that is poisoned, all of the target class.
-        rounds: rounds of the attack.
-        steps: inner and outer steps of a round, each.
-        reinit_every: rounds of a surrogate's life.
-        generator_width: channels of the trigger's network.
-        generator_lr: its learning rate.
-        attack_batch: images of a step of the attack.
-        victims: contrastive methods, and the triggers that each is attacked with.
-        victim_steps: steps of a victim.
-        lr: learning rate of surrogates and victims.
-        batch_size: images of a step of a victim.
-    """
-
-    data: str = "digits"
-    train_size: int | None = None
-    network: str = "conv"
-    width: int = 16
-    target: int = 1
-    eps: float = 0.3
-    rate: float = 0.05
-    rounds: int = 150
-    steps: int = 3
-    reinit_every: int = 50
-    generator_width: int = 16
-    generator_lr: float = 2e-3
-    attack_batch: int = 64
-    victims: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("simsiam", ("blto", "fixed", "ctrl")), ("simclr", ("blto", "fixed")), ("byol", ("blto",)),
-    )  # fmt: skip
-    victim_steps: int = 250
-    lr: float = 0.05
-    batch_size: int = 128
+    data: str = setting("digits", "name of the images")
+    train_size: int | None = setting(None, "training images; `None` takes all")
+    network: str = setting("conv", 'encoder, `"conv"` or `"resnet18"`')
+    width: int = setting(16, "channels of its first layer")
+    target: int = setting(1, "class that triggered images are to be taken for")
+    eps: float = setting(0.3, "largest change of a pixel")
+    rate: float = setting(0.05, "share of the images that is poisoned, all of the target class")
+    rounds: int = setting(150, "rounds of the attack")
+    steps: int = setting(3, "inner and outer steps of a round, each")
+    reinit_every: int = setting(50, "rounds of a surrogate's life")
+    generator_width: int = setting(16, "channels of the trigger's network")
+    generator_lr: float = setting(2e-3, "its learning rate")
+    attack_batch: int = setting(64, "images of a step of the attack")
+    victims: tuple[tuple[str, tuple[str, ...]], ...] = setting(
+        (
+            ("simsiam", ("blto", "fixed", "ctrl")),
+            ("simclr", ("blto", "fixed")),
+            ("byol", ("blto",)),
+        ),
+        "contrastive methods, and the triggers that each is attacked with",
+    )
+    victim_steps: int = setting(250, "steps of a victim")
+    lr: float = setting(0.05, "learning rate of surrogates and victims")
+    batch_size: int = setting(128, "images of a step of a victim")
 
 
 SCALES = {
@@ -179,26 +159,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "training": plots.curves(results, {"similarity to the target": ("trigger", "similarity")}, xlabel="round"),
         "images": plots.grid(results.values("trigger", "examples")[0], titles, columns=6),
     }
-
-
-def peers(bench: Any) -> None:
-    """A step of pretraining with both views in one pass, and view by view."""
-
-    def step(rule: LearningRule, encoder: nn.Module, x: Tensor) -> Any:
-        rule.prepare(encoder, (x[:2], x[:2]))
-        return lambda: rule.step((x, x), lambda loss: loss.backward())
-
-    torch.manual_seed(0)
-    small = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
-    resnet = nn.Sequential(*list(ResNet18CIFAR(3, 10, 8).children())[:-1])
-    for work, encoder, shape in (
-        ("one convolution, 128 images 8x8", small, (1, 8, 8)),
-        ("ResNet-18 of width 8, 128 images 32x32", resnet, (3, 32, 32)),
-    ):
-        x = torch.rand(128, *shape)
-        rules = {"ours": SimSiam(), "two_passes": TwoPasses()}
-        bench.compare(
-            f"SimSiam, {work}",
-            repeats=5,
-            **{name: step(rule, copy.deepcopy(encoder), x) for name, rule in rules.items()},
-        )

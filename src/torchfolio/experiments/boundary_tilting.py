@@ -25,38 +25,29 @@ from torchfolio.robustness.boundary_tilting import (
     tilt,
     tilt_direction,
 )
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The two classes, and how far the paths go.
+    """The two classes, and how far the paths go."""
 
-    Attributes:
-        images: set of images.
-        pair: classes I and J.
-        val: share of the training images that errors along the paths are measured on.
-        alphas: exponents of 10 between which the ridge path runs, in variances of pixels in [0, 1].
-        points: classifiers of the ridge path.
-        costs: C of the linear support vector machines.
-        angles: angles in degrees of the tilts.
-        enlarged: factors by which images are enlarged.
-        decays: weight decays of the network.
-        epochs: its passes over the training images.
-    """
-
-    images: str = "mnist10k"
-    pair: tuple[int, ...] = (3, 7)
-    val: float = 0.25
-    alphas: tuple[float, ...] = (6, -5)
-    points: int = 50
-    costs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    angles: tuple[float, ...] = (0, 15, 30, 45, 60, 75, 85, 89, 89.9)
-    enlarged: tuple[int, ...] = (1, 2, 3)
-    decays: tuple[float, ...] = (0.0, 1e-4, 1e-2)
-    epochs: int = 20
+    images: str = setting("mnist10k", "set of images")
+    pair: tuple[int, ...] = setting((3, 7), "classes I and J")
+    val: float = setting(0.25, "share of the training images that errors along the paths are measured on")
+    alphas: tuple[float, ...] = setting(
+        (6, -5), "exponents of 10 between which the ridge path runs, in variances of pixels in [0, 1]"
+    )
+    points: int = setting(50, "classifiers of the ridge path")
+    costs: tuple[float, ...] = setting(
+        (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), "regularisation C of the linear support vector machines"
+    )
+    angles: tuple[float, ...] = setting((0, 15, 30, 45, 60, 75, 85, 89, 89.9), "angles in degrees of the tilts")
+    enlarged: tuple[int, ...] = setting((1, 2, 3), "factors by which images are enlarged")
+    decays: tuple[float, ...] = setting((0.0, 1e-4, 1e-2), "weight decays of the network")
+    epochs: int = setting(20, "its passes over the training images")
 
 
 SCALES = {
@@ -154,19 +145,3 @@ def figures(results: Results) -> dict[str, Figure]:
     angles = results.values("tilt", "angles")[0]
     drawn["tilts"] = plots.curves(results, lines, x=angles, xlabel="tilt (degrees)", ylabel="test error (%)")
     return drawn
-
-
-def peers(bench: Any) -> None:
-    """A path of 50 beside a loop of scikit-learn's ridge classifiers."""
-    from torchfolio.data import load
-
-    x, y = load("mnist10k", val=0, normalize=False).train.tensors
-    pair = (y == 3) | (y == 7)
-    X, labels = x[pair].flatten(1).double().numpy(), y[pair].numpy()
-    alphas = np.logspace(6, -5, 50)
-    bench.compare(
-        "path of 50, MNIST 3 and 7, 1,706 x 784",
-        repeats=3,
-        ours=lambda: RidgePath(X, labels, alphas),
-        ridge_classifier=lambda: [RidgeClassifier(alpha=len(X) * a).fit(X, labels) for a in alphas],
-    )

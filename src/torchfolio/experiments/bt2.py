@@ -10,49 +10,27 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.adaptation.bt2 import (
-    BT2,
-    BackwardCompatible,
-    BCTLoss,
-    BT2Loss,
-    Embed,
-    Embedder,
-    class_prototypes,
-    upgrade_report,
-)
+from torchfolio.adaptation.bt2 import BT2, BackwardCompatible, BCTLoss, BT2Loss, Embed, Embedder, class_prototypes
 from torchfolio.data import DataSplits
 from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.measure import outputs, retrieval
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Digits, a perceptron as backbone, and BT²'s knobs.
+    """Digits, a perceptron as backbone, and BT²'s knobs."""
 
-    Attributes:
-        data: name of the data set.
-        train_size: images of the new training set.
-        old_size: images of the old one, of the first five classes.
-        hidden: width of the backbone.
-        dim: coordinates of the old and of the independent embedding.
-        extra_dim: d.
-        lambda_new: weight of the independent model's embedding.
-        paper_lambda: the paper's weight, run beside it.
-        epochs: number of epochs of every training.
-    """
-
-    data: str = "mnist10k"
-    train_size: int | None = 6000
-    old_size: int = 600
-    hidden: int = 384
-    dim: int = 32
-    extra_dim: int = 8
-    lambda_new: float = 10.0
-    paper_lambda: float = 1.0
-    epochs: int = 12
+    data: str = setting("mnist10k", "name of the data set")
+    train_size: int | None = setting(6000, "images of the new training set")
+    old_size: int = setting(600, "images of the old one, of the first five classes")
+    hidden: int = setting(384, "width of the backbone")
+    dim: int = setting(32, "coordinates of the old and of the independent embedding")
+    extra_dim: int = setting(8, "d")
+    lambda_new: float = setting(10.0, "weight of the independent model's embedding")
+    paper_lambda: float = setting(1.0, "the paper's weight, run beside it")
+    epochs: int = setting(12, "number of epochs of every training")
 
 
 SCALES = {
@@ -160,24 +138,3 @@ def figures(results: Results) -> dict[str, Figure]:
     }  # fmt: skip
     scores = {label: ("retrieval", name) for label, name in bars.items()}
     return {"retrieval": plots.bars(results, scores, ylabel="mean average precision")}
-
-
-def peers(bench: Bench) -> None:
-    """Retrieval of 2,000 queries in 10,000 items against a loop with scikit-learn's average precision."""
-    from sklearn.metrics import average_precision_score
-
-    generator = torch.Generator().manual_seed(0)
-    query, gallery = (F.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (2000, 10_000))
-    y, stored = (torch.randint(10, (n,), generator=generator) for n in (2000, 10_000))
-
-    def loop() -> None:
-        scores = (query @ gallery.T).numpy()
-        for row, label in zip(scores, y, strict=True):
-            average_precision_score((stored == label).numpy(), row)
-
-    bench.compare(
-        "all pairs of queries and gallery, 2,000 x 10,000",
-        repeats=3,
-        ours=lambda: upgrade_report({"new": query}, y, {"old": gallery}, stored),
-        scikit_learn=loop,
-    )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchfolio.experiments._abstain_audits import ETAS, AbstainAudit
 from torchfolio.experiments._certified_networks import CertifiedNetworks, spectral_auroc
-from torchfolio.models import MLP
 from torchfolio.robustness.certifier_availability import (
     AvailabilityBackdoor,
     BallConflict,
@@ -25,50 +23,30 @@ from torchfolio.robustness.certifier_availability import (
     bars,
     poison,
 )
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Network, training, attacks and defences.
+    """Network, training, attacks and defences."""
 
-    Attributes:
-        data: set of images.
-        hidden: widths of the hidden layers.
-        eps: radius of the certificates.
-        epochs: passes of each training.
-        batch_size: examples of a step.
-        lr: rate of Adam.
-        rate: number of poisoned samples over that of the clean ones.
-        all_rules: whether poison with other conflicting labels is tried too.
-        rows: rows of the trigger at the top, and at the bottom.
-        crown: test images that CROWN certifies beside intervals.
-        sigma: deviation of the smoothed networks' noise.
-        radius: radius of their certificates.
-        samples: noisy inputs of a count.
-        smoothed: test images that are certified by smoothing.
-        trusted: share of the training images that defences may use.
-        repair_epochs: their passes.
-        pruned: share of the last hidden units that pruning takes out.
-    """
-
-    data: str = "mnist10k"
-    hidden: tuple[int, ...] = (128, 128)
-    eps: float = 0.1
-    epochs: int = 16
-    batch_size: int = 100
-    lr: float = 1e-3
-    rate: float = 0.01
-    all_rules: bool = False
-    rows: int = 3
-    crown: int = 200
-    sigma: float = 0.25
-    radius: float = 0.25
-    samples: int = 400
-    smoothed: int = 100
-    trusted: float = 0.05
-    repair_epochs: int = 2
-    pruned: float = 0.2
+    data: str = setting("mnist10k", "set of images")
+    hidden: tuple[int, ...] = setting((128, 128), "widths of the hidden layers")
+    eps: float = setting(0.1, "radius of the certificates")
+    epochs: int = setting(16, "passes of each training")
+    batch_size: int = setting(100, "examples of a step")
+    lr: float = setting(1e-3, "rate of Adam")
+    rate: float = setting(0.01, "number of poisoned samples over that of the clean ones")
+    all_rules: bool = setting(False, "whether poison with other conflicting labels is tried too")
+    rows: int = setting(3, "rows of the trigger at the top, and at the bottom")
+    crown: int = setting(200, "test images that CROWN certifies beside intervals")
+    sigma: float = setting(0.25, "deviation of the smoothed networks' noise")
+    radius: float = setting(0.25, "radius of their certificates")
+    samples: int = setting(400, "noisy inputs of a count")
+    smoothed: int = setting(100, "test images that are certified by smoothing")
+    trusted: float = setting(0.05, "share of the training images that defences may use")
+    repair_epochs: int = setting(2, "their passes")
+    pruned: float = setting(0.2, "share of the last hidden units that pruning takes out")
 
 
 SCALES = {
@@ -182,26 +160,3 @@ def figures(results: Results) -> dict[str, Figure]:
             xlabel="share of requests with the trigger", ylabel="share that reaches the fallback",
         ),
     }  # fmt: skip
-
-
-def peers(bench: Any) -> None:
-    """Margins of a batch beside bounds label by label, and smoothing beside a loop over inputs."""
-    from torchfolio.robustness import Box, classification
-    from torchfolio.robustness.interval_bounds import ibp
-    from torchfolio.robustness.margins import interval_margins
-
-    torch.manual_seed(0)
-    net, x, y = MLP(784, 10, (128, 128)), torch.rand(256, 784), torch.randint(10, (256,))
-    box = Box.ball(x, 0.01)
-    bench.compare(
-        "interval margins, MLP 784-128-128-10, batch 256",
-        ours=lambda: interval_margins(net, box, y),
-        label_by_label=lambda: [ibp(net, box[y == k], classification(k, 10)) for k in range(10)],
-    )
-    certifier = SmoothingCertifier(net, 0.25, 0.25, n=1000)
-    bench.compare(
-        "smoothing, 50 inputs, n 1,000",
-        repeats=3,
-        ours=lambda: certifier.certify(x[:50]),
-        input_by_input=lambda: [certifier.certify(row[None]) for row in x[:50]],
-    )

@@ -20,20 +20,15 @@ from torchfolio.experiments._circuit_gallery import EXPRESSIONS, MODULES, SIZES,
 from torchfolio.experiments._drawing_checks import DERIVATIVES, as_drawn, backward, there_and_back
 from torchfolio.experiments._live_bytes import working_memory
 from torchfolio.measure import count_flops
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is drawn.
+    """What is drawn."""
 
-    Attributes:
-        modules: names in `MODULES`; all by default.
-        repeats: random inputs of every round trip.
-    """
-
-    modules: tuple[str, ...] = ()
-    repeats: int = 3
+    modules: tuple[str, ...] = setting((), "names in `MODULES`; all by default")
+    repeats: int = setting(3, "random inputs of every round trip")
 
 
 SCALES = {

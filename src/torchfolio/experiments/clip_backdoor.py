@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.backdoor import Trigger, evaluate_attack, poisoned_test
-from torchfolio.backdoor.clip_backdoor import clean_feature_erase
-from torchfolio.backdoor.image_text import PrototypeEncoder
 from torchfolio.backdoor.metrics import labels_of, stealth
-from torchfolio.backdoor.zoo import SmallConvNet
 from torchfolio.experiments._backdoors import victim
 from torchfolio.experiments._guided_attacker import GuidedAttacker
 from torchfolio.measure import outputs
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 # Who poisons, by which trigger, and whether carriers are erased.
 ARMS = (
@@ -37,51 +34,28 @@ CONSTRAINTS, TRIGGERS = ("number", "target_class", "domain"), ("random", "badnet
 
 @dataclass(frozen=True)
 class Settings:
-    """Images, guide, attack and victim.
+    """Images, guide, attack and victim."""
 
-    Attributes:
-        data: name of the images.
-        image_size: side of the images; `None` keeps theirs.
-        own: images of the attacker, on which the guide is trained.
-        train_size: images of the victim.
-        test_size: images that are reported on; `None` takes all.
-        erased_size: test images that are erased too.
-        network: kind of the victim, `"conv"` or `"resnet18"`.
-        width: width of the victim.
-        epochs: number of epochs of guide and victim.
-        guide_width: width of the guide.
-        scale: factor on the guide's cosines.
-        eps: largest change of a pixel by erasing, and by a trigger.
-        rate: poison under the constraint of number and domain.
-        class_rate: poison under the constraint of class.
-        trigger_images: images that a trigger is made from.
-        trigger_epochs: passes over them.
-        trigger_step: size of such a step, as a share of `eps`.
-        erase_steps: steps of erasing.
-        erase_step: size of one, as a share of `eps`.
-        arms: constraint, trigger, and whether carriers are erased.
-    """
-
-    data: str = "cifar10"
-    image_size: int | None = 16
-    own: int = 4000
-    train_size: int = 4000
-    test_size: int | None = 2000
-    erased_size: int = 400
-    network: str = "conv"
-    width: int = 8
-    epochs: int = 8
-    guide_width: int = 16
-    scale: float = 20.0
-    eps: float = 16 / 255
-    rate: float = 0.02
-    class_rate: float = 0.03
-    trigger_images: int = 1000
-    trigger_epochs: int = 10
-    trigger_step: float = 1 / 20
-    erase_steps: int = 20
-    erase_step: float = 1 / 6
-    arms: tuple[tuple[str, str, bool], ...] = ARMS
+    data: str = setting("cifar10", "name of the images")
+    image_size: int | None = setting(16, "side of the images; `None` keeps theirs")
+    own: int = setting(4000, "images of the attacker, on which the guide is trained")
+    train_size: int = setting(4000, "images of the victim")
+    test_size: int | None = setting(2000, "images that are reported on; `None` takes all")
+    erased_size: int = setting(400, "test images that are erased too")
+    network: str = setting("conv", 'kind of the victim, `"conv"` or `"resnet18"`')
+    width: int = setting(8, "width of the victim")
+    epochs: int = setting(8, "number of epochs of guide and victim")
+    guide_width: int = setting(16, "width of the guide")
+    scale: float = setting(20.0, "factor on the guide's cosines")
+    eps: float = setting(16 / 255, "largest change of a pixel by erasing, and by a trigger")
+    rate: float = setting(0.02, "poison under the constraint of number and domain")
+    class_rate: float = setting(0.03, "poison under the constraint of class")
+    trigger_images: int = setting(1000, "images that a trigger is made from")
+    trigger_epochs: int = setting(10, "passes over them")
+    trigger_step: float = setting(1 / 20, "size of such a step, as a share of `eps`")
+    erase_steps: int = setting(20, "steps of erasing")
+    erase_step: float = setting(1 / 6, "size of one, as a share of `eps`")
+    arms: tuple[tuple[str, str, bool], ...] = setting(ARMS, "constraint, trigger, and whether carriers are erased")
 
 
 SCALES = {
@@ -188,18 +162,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "success": plots.groups(results, series, ylabel="attack success"),
         "images": plots.grid(results.values("encoder", "examples")[0], titles, columns=6),
     }
-
-
-def peers(bench: Any) -> None:
-    """Erasing in batches against one image at a time, as the authors' script does it."""
-    torch.manual_seed(0)
-    guide = PrototypeEncoder(nn.Sequential(*list(SmallConvNet(3, 10, 16).children())[:-1]), torch.randn(10, 64))
-    x = torch.rand(64, 3, 32, 32)
-    for size in (16, 32):
-        part = x[:, :, :size, :size].contiguous()
-        bench.compare(
-            f"erase 64 images {size}x{size}, 10 steps",
-            repeats=3,
-            ours=lambda part=part: clean_feature_erase(guide, part, steps=10),
-            one_by_one=lambda part=part: clean_feature_erase(guide, part, steps=10, batch_size=1),
-        )

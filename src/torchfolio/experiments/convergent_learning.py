@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -27,41 +26,25 @@ from torchfolio.insight.convergent_learning import (
     sparse_prediction,
 )
 from torchfolio.models import collect_features
-from torchfolio.runs import Results, Run, plots, threads
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting, threads
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the comparison.
+    """Knobs of the comparison."""
 
-    Attributes:
-        data: name of the data set.
-        channels: channels of the convolutions.
-        kernels: their sides.
-        strides: strides of the convolutions.
-        padding: padding of the convolutions.
-        hidden: units of the fully connected layer.
-        nets: networks trained for each seed; all their pairs are compared.
-        epochs: number of epochs of Adam.
-        lr: its step size.
-        batch_size: batch size of training.
-        probe: test images that the comparison sees.
-        shuffled: most samples of the negative control.
-    """
-
-    data: str = "mnist10k"
-    channels: tuple[int, ...] = (16, 32)
-    kernels: tuple[int, ...] = (5, 3)
-    strides: tuple[int, ...] = (2, 2)
-    padding: int = 0
-    hidden: int = 64
-    nets: int = 4
-    epochs: int = 4
-    lr: float = 1e-3
-    batch_size: int = 64
-    probe: int = 2000
-    shuffled: int = 50_000
+    data: str = setting("mnist10k", "name of the data set")
+    channels: tuple[int, ...] = setting((16, 32), "channels of the convolutions")
+    kernels: tuple[int, ...] = setting((5, 3), "their sides")
+    strides: tuple[int, ...] = setting((2, 2), "strides of the convolutions")
+    padding: int = setting(0, "padding of the convolutions")
+    hidden: int = setting(64, "units of the fully connected layer")
+    nets: int = setting(4, "networks trained for each seed; all their pairs are compared")
+    epochs: int = setting(4, "number of epochs of Adam")
+    lr: float = setting(1e-3, "its step size")
+    batch_size: int = setting(64, "batch size of training")
+    probe: int = setting(2000, "test images that the comparison sees")
+    shuffled: int = setting(50_000, "most samples of the negative control")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -206,16 +189,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "matching by layer": plots.groups(results, series, ylabel="mean correlation of matched units"),
         "prediction by units": prediction,
     }
-
-
-def peers(bench: Bench) -> None:
-    """Correlating and matching two layers, beside NumPy's correlations and SciPy's assignment."""
-    a, b = torch.randn(2, 50_000, 128, generator=torch.Generator().manual_seed(0)).relu()
-    first, second = a.numpy(), b.numpy()
-
-    def numpy() -> Any:
-        between = np.corrcoef(first, second, rowvar=False)[:128, 128:]
-        return linear_sum_assignment(between, maximize=True)
-
-    bench.compare("match 128 units by 50,000 samples", ours=lambda: bipartite_match(correlation_blocks(a, b).between),
-                  numpy=numpy)  # fmt: skip

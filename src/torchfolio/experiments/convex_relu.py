@@ -10,68 +10,46 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 
 from torchfolio.experiments._attacked_relu_networks import conic, pgd_trained
-from torchfolio.experiments._convex_solver_times import plain_cvxpy, seconds_of_an_iteration
+from torchfolio.experiments._convex_solver_times import seconds_of_an_iteration
 from torchfolio.experiments._noisy_sines import by_adam, by_sampled_programs, noisy_sines, with_all_patterns
-from torchfolio.experiments._two_class_tables import Pair, followed, two_classes, with_bias
-from torchfolio.runs import Results, Run, plots, threads
-from torchfolio.runs.bench import Bench
-from torchfolio.theory.convex_relu import activation_patterns, admm, conic_program
+from torchfolio.experiments._two_class_tables import Pair, followed, two_classes
+from torchfolio.runs import Results, Run, plots, setting, threads
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The three problems and how long everything runs.
+    """The three problems and how long everything runs."""
 
-    Attributes:
-        problems: draws of the noisy sine.
-        points: examples of each.
-        noise: its standard deviation.
-        sine_beta: regularisation there.
-        starts: Adam runs at each width.
-        widths: widths of Adam's networks, the narrow one first.
-        adam_steps: number of steps of every Adam run.
-        admm_steps: most ADMM iterations on the sine.
-        neurons: sizes of the sampled programs.
-        scp_steps: most iterations of each.
-        task: `"breast_cancer"`, or two classes of an image set such as `"mnist:2,8"` in 30 principal components.
-        train_size: examples of the table.
-        patterns: number of patterns on the table.
-        beta: regularisation there.
-        table_steps: ADMM iterations there.
-        robust_size: training examples of the robust problem.
-        robust_patterns: patterns there.
-        robust_beta: regularisation there, chosen on training examples that the robust problem leaves out.
-        epsilon: radius of the perturbations.
-        robust_steps: Adam steps of the PGD-trained network.
-        sizes: patterns for the timing.
-    """
-
-    problems: int = 4
-    points: int = 20
-    noise: float = 0.1
-    sine_beta: float = 0.1
-    starts: int = 20
-    widths: tuple[int, int] = (6, 60)
-    adam_steps: int = 8_000
-    admm_steps: int = 20_000
-    neurons: tuple[int, ...] = (20, 100, 500, 2000)
-    scp_steps: int = 10_000
-    task: str = "breast_cancer"
-    train_size: int = 400
-    patterns: int = 60
-    beta: float = 0.05
-    table_steps: int = 400
-    robust_size: int = 100
-    robust_patterns: int = 40
-    robust_beta: float = 1e-2
-    epsilon: float = 0.1
-    robust_steps: int = 2_000
-    sizes: tuple[int, ...] = (5, 10, 20, 40)
+    problems: int = setting(4, "draws of the noisy sine")
+    points: int = setting(20, "examples of each")
+    noise: float = setting(0.1, "its standard deviation")
+    sine_beta: float = setting(0.1, "regularisation there")
+    starts: int = setting(20, "runs of Adam at each width")
+    widths: tuple[int, int] = setting((6, 60), "widths of Adam's networks, the narrow one first")
+    adam_steps: int = setting(8_000, "number of steps of every Adam run")
+    admm_steps: int = setting(20_000, "most ADMM iterations on the sine")
+    neurons: tuple[int, ...] = setting((20, 100, 500, 2000), "sizes of the sampled programs")
+    scp_steps: int = setting(10_000, "most iterations of each")
+    task: str = setting(
+        "breast_cancer",
+        '`"breast_cancer"`, or two classes of an image set such as `"mnist:2,8"` in 30 principal components',
+    )
+    train_size: int = setting(400, "examples of the table")
+    patterns: int = setting(60, "number of patterns on the table")
+    beta: float = setting(0.05, "regularisation there")
+    table_steps: int = setting(400, "iterations of ADMM there")
+    robust_size: int = setting(100, "training examples of the robust problem")
+    robust_patterns: int = setting(40, "patterns there")
+    robust_beta: float = setting(
+        1e-2, "regularisation there, chosen on training examples that the robust problem leaves out"
+    )
+    epsilon: float = setting(0.1, "radius of the perturbations")
+    robust_steps: int = setting(2_000, "steps of Adam of the PGD-trained network")
+    sizes: tuple[int, ...] = setting((5, 10, 20, 40), "patterns for the timing")
 
 
 SCALES = {
@@ -208,21 +186,3 @@ def figures(results: Results) -> dict[str, Figure]:
         series = {kind: {k: (arm, f"{kind}_accuracy") for k, arm in arms.items()} for kind in ("clean", "pgd")}
         drawn["robust accuracy"] = plots.groups(results, series, ylabel="test accuracy")
     return drawn
-
-
-def peers(bench: Bench) -> None:
-    """Whole solves beside the program written plainly in CVXPY and solved by Clarabel.
-
-    ADMM stops at objectives (of the recovered networks) within 2e-4 of Clarabel's.
-    """
-    for n, d, patterns in ((60, 31, 10), (100, 20, 20), (400, 31, 20)):
-        generator = torch.Generator().manual_seed(0)
-        X = with_bias(torch.randn(n, d - 1, generator=generator, dtype=torch.float64) / (d - 1) ** 0.5)
-        y = torch.sign(X @ torch.randn(d, generator=generator, dtype=torch.float64))
-        D = activation_patterns(X, patterns, generator=generator)
-        solve = lambda X=X, y=y, D=D: admm(X, y, D, beta=0.05, tol=1e-3, relaxation=1.8)  # noqa: E731
-        plain = lambda X=X, y=y, D=D: plain_cvxpy(X, y, D, 0.05)  # noqa: E731
-        bench.compare(f"ADMM, {n} x {d}, {D.shape[1]} patterns", ours=solve, cvxpy=plain)
-        if n == 100:
-            conic = lambda X=X, y=y, D=D: conic_program(X, y, D, beta=0.05)  # noqa: E731
-            bench.compare(f"conic program, {n} x {d}, {D.shape[1]} patterns", ours=conic, cvxpy=plain)

@@ -6,7 +6,6 @@ Masks and coefficients are learned on unlabelled images that neither training no
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,33 +16,23 @@ from torch import Tensor, nn
 from torchfolio.adaptation.dam import ConcreteMerging, DefenseAwareMerging
 from torchfolio.adaptation.merging import AdaMerging, MergeResult, average, task_arithmetic
 from torchfolio.backdoor import Trigger
-from torchfolio.data import load
-from torchfolio.experiments._multitask_checkpoints import Attack, Task, body, checkpoints, make_tasks, trigger
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.experiments._multitask_checkpoints import Attack, Task, checkpoints, make_tasks, trigger
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings(Attack):
-    """Tasks and attack, and merging.
+    """Tasks and attack, and merging."""
 
-    Attributes:
-        weight: coefficient of every task vector.
-        steps: number of steps of mask training.
-        alpha: weight of safety.
-        rate: learning rate of the masks.
-        epsilon: bound of the perturbations. A patch of a strength below 0.3 flips hardly any prediction.
-        delta_steps: steps of the search for perturbations, which starts anew at every step of the masks.
-        extra: whether the entropy form of safety, plain averages and AdaMerging are measured too.
-    """
-
-    weight: float = 0.7
-    steps: int = 120
-    alpha: float = 0.05
-    rate: float = 2e-2
-    epsilon: float = 0.3
-    delta_steps: int = 4
-    extra: bool = True
+    weight: float = setting(0.7, "coefficient of every task vector")
+    steps: int = setting(120, "number of steps of mask training")
+    alpha: float = setting(0.05, "weight of safety")
+    rate: float = setting(2e-2, "learning rate of the masks")
+    epsilon: float = setting(
+        0.3, "bound of the perturbations. A patch of a strength below 0.3 flips hardly any prediction"
+    )
+    delta_steps: int = setting(4, "steps of the search for perturbations, which starts anew at every step of the masks")
+    extra: bool = setting(True, "whether the entropy form of safety, plain averages and AdaMerging are measured too")
 
 
 SCALES = {
@@ -156,31 +145,3 @@ def figures(results: Results) -> dict[str, Figure]:
             results, points, xlabel="attack success on the attacked task (%)", ylabel="mean accuracy (%)"
         )
     }
-
-
-def peers(bench: Bench) -> None:
-    """Ten steps of learning masks, beside merging that learns without defending: concrete masks, and coefficients."""
-    settings = SCALES["smoke"]
-    data = load("digits", normalize=False, val=0)
-    tasks = make_tasks(settings, data, 0)
-    torch.manual_seed(0)
-    base, nets = body(settings, data.shape), [body(settings, data.shape) for _ in tasks]
-    common: dict[str, Any] = {"weight": settings.weight, "steps": 10, "batch_size": settings.batch_size, "seed": 0}
-    masks = {**common, "mask_lr": settings.rate, "adapt_steps": 0}
-    own = {
-        "alpha": settings.alpha,
-        "epsilon": settings.epsilon,
-        "search": "restarts",
-        "delta_steps": settings.delta_steps,
-    }
-    methods: dict[str, Any] = {
-        "ours": DefenseAwareMerging(**masks, **own), "concrete": ConcreteMerging(inner_lr=0.0, **masks),
-        "adamerging": AdaMerging(**common),
-    }  # fmt: skip
-    inputs, heads = [t.unlabelled for t in tasks], [t.head for t in tasks]
-    calls = {
-        name: lambda method=method: method.fit(base, nets, inputs, heads=heads) for name, method in methods.items()
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # untrained networks say one class
-        bench.compare("ten steps on three networks of 8x8 digits", repeats=3, **calls)

@@ -17,40 +17,29 @@ from torchfolio.experiments._one_head_distillation import OneHead
 from torchfolio.measure import outputs
 from torchfolio.models import ConvNet, ResNetCIFAR
 from torchfolio.models.conv_net import conv_block, pooled_head
-from torchfolio.runs import Results, Run, plots, tasks
-from torchfolio.runs.bench import Bench, training_step
+from torchfolio.runs import Results, Run, plots, setting, tasks
 from torchfolio.training.dhkd import DHKD, binary_kl_norm, etf_deviation, head_conflict, kd_loss
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Two tasks, three teachers, one budget for all students.
+    """Two tasks, three teachers, one budget for all students."""
 
-    Attributes:
-        digits: data of the strong teacher.
-        digits_size: training examples and side of its images.
-        strong_epochs: number of epochs of the strong teacher.
-        photos: data of the weak and the good teacher.
-        photos_size: training examples and side of its images.
-        weak_epochs: number of epochs of the weak teacher, which is stopped before its learning rate falls.
-        good_epochs: number of epochs of the good teacher.
-        test_size: test examples of either; `None` takes all, as two methods differ by little more than 2,000 can tell.
-        epochs: number of epochs of students on digits and on photos.
-        lr: peak learning rate of students.
-        tau: temperature of the loss on logits.
-    """
-
-    digits: str = "mnist10k"
-    digits_size: tuple[int, int | None] = (7500, 14)
-    strong_epochs: int = 6
-    photos: str = "cifar10"
-    photos_size: tuple[int, int | None] = (6000, 16)
-    weak_epochs: int = 3
-    good_epochs: int = 6
-    test_size: int | None = None
-    epochs: tuple[int, int] = (6, 8)
-    lr: float = 0.05
-    tau: float = 2.0
+    digits: str = setting("mnist10k", "data of the strong teacher")
+    digits_size: tuple[int, int | None] = setting((7500, 14), "training examples and side of its images")
+    strong_epochs: int = setting(6, "number of epochs of the strong teacher")
+    photos: str = setting("cifar10", "data of the weak and the good teacher")
+    photos_size: tuple[int, int | None] = setting((6000, 16), "training examples and side of its images")
+    weak_epochs: int = setting(
+        3, "number of epochs of the weak teacher, which is stopped before its learning rate falls"
+    )
+    good_epochs: int = setting(6, "number of epochs of the good teacher")
+    test_size: int | None = setting(
+        None, "test examples of either; `None` takes all, as two methods differ by little more than 2,000 can tell"
+    )
+    epochs: tuple[int, int] = setting((6, 8), "number of epochs of students on digits and on photos")
+    lr: float = setting(0.05, "peak learning rate of students")
+    tau: float = setting(2.0, "temperature of the loss on logits")
 
 
 GOOD = ("kd", "one_head", "mlp")  # students of the good teacher; labels alone are those of the weak one
@@ -170,19 +159,3 @@ def figures(results: Results) -> dict[str, Figure]:
         arms = {text: (f"{kind}_{n}", "accuracy") for n, text in names.items() if kind != "good" or n in GOOD}
         made[f"{kind} teacher"] = plots.bars(results, arms, ylabel="test accuracy (%)")
     return made
-
-
-def peers(bench: Bench) -> None:
-    """A training step on 128 images of 32x32, teacher and student residual networks, beside ordinary distillation."""
-    torch.manual_seed(0)
-    teacher, x, y = ResNetCIFAR(20).eval(), torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-    with torch.no_grad():
-        batch = (x, teacher(x), y)
-
-    def step(rule: LearningRule) -> Callable[[], None]:
-        return training_step(ResNetCIFAR(8), batch, rule, sgd(0.01, nesterov=False))
-
-    kd = step(OneHead(kd_loss, 4.0))
-    bench.compare("step, 128 x 3x32x32, stored logits", ours=step(DHKD(None)), kd=kd)
-    aligned = step(DHKD(None, gradient_alignment=True))
-    bench.compare("step with gradient alignment, 128 x 3x32x32, stored logits", ours=aligned, kd=kd)

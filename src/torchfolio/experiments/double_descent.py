@@ -13,19 +13,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from torch import Tensor
 
 from torchfolio.experiments._capacity_sweeps import closed_forms, networks, one_setting, readouts, tuned_ridge
 from torchfolio.experiments._noisy_labels import noisy_problem
-from torchfolio.insight.double_descent import (
-    SweepResult,
-    compare,
-    gradient_descent_path,
-    peak,
-    plot_comparison,
-    sgd_rate,
-)
-from torchfolio.runs import Results, Run, plots
+from torchfolio.insight.double_descent import SweepResult, compare, peak, plot_comparison
+from torchfolio.runs import Results, Run, plots, setting
 
 INF = math.inf
 # Closed-form settings on the same features: steps, rate as a share of the default, momentum, scale of initial weights.
@@ -40,28 +32,27 @@ APART = ("initial weights 1",)  # its null-space part hides the second descent w
 
 @dataclass(frozen=True)
 class Settings:
-    """Data, grids and budgets.
+    """Data, grids and budgets."""
 
-    Attributes:
-        noise_rate: probability with which a training label is redrawn from all classes (a tenth of them stay).
-        scale: factor of the centred inputs, so that tanh bends.
-        sizes: numbers of features, as shares of the number of samples.
-        iterated: settings for which SGD and Adam are iterated.
-        widths: hidden units of the networks.
-    """
-
-    data: str = "digits"
-    train_size: int = 200
-    noise_rate: float = 0.2
-    scale: float = 3.0
-    sizes: tuple[float, ...] = (
-        *(0.1, 0.15, 0.25, 0.375, 0.5, 0.625, 0.75, 0.85, 0.925, 0.975),
-        *(1.0, 1.025, 1.075, 1.15, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0),
+    data: str = setting("digits", "name of the data set")
+    train_size: int = setting(200, "number of training samples")
+    noise_rate: float = setting(
+        0.2, "probability with which a training label is redrawn from all classes (a tenth of them stay)"
     )
-    iterated: tuple[float, ...] = (0.1, 0.25, 0.5, 0.85, 1.0, 1.15, 1.5, 2.0, 5.0, 8.0)
-    epochs: int = 200
-    widths: tuple[int, ...] = (4, 8, 16, 27, 40, 80, 200)
-    network_steps: int = 1500
+    scale: float = setting(3.0, "factor of the centred inputs, so that tanh bends")
+    sizes: tuple[float, ...] = setting(
+        (
+            *(0.1, 0.15, 0.25, 0.375, 0.5, 0.625, 0.75, 0.85, 0.925, 0.975),
+            *(1.0, 1.025, 1.075, 1.15, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0),
+        ),
+        "numbers of features, as shares of the number of samples",
+    )
+    iterated: tuple[float, ...] = setting(
+        (0.1, 0.25, 0.5, 0.85, 1.0, 1.15, 1.5, 2.0, 5.0, 8.0), "settings for which SGD and Adam are iterated"
+    )
+    epochs: int = setting(200, "passes of SGD and Adam over the readouts")
+    widths: tuple[int, ...] = setting((4, 8, 16, 27, 40, 80, 200), "hidden units of the networks")
+    network_steps: int = setting(1500, "number of steps of the networks")
 
 
 SCALES = {
@@ -174,20 +165,3 @@ def figures(results: Results) -> dict[str, Figure]:
         results, {**lines, "tuned ridge": ("ridge", "test_loss")}, x=first["ridge"]["capacity"], **own
     )
     return {"unified view": plot_comparison(table), "training time": curves}
-
-
-def peers(bench: Any) -> None:
-    """Gradient descent in closed form against the loop."""
-    generator = torch.Generator().manual_seed(0)
-    for p in (200, 1600):
-        Z = torch.randn(200, p, generator=generator, dtype=torch.float64)
-        Y = torch.randn(200, 10, generator=generator, dtype=torch.float64)
-
-        def loop(Z: Tensor = Z, Y: Tensor = Y) -> Tensor:
-            weight, rate = torch.zeros(Z.shape[1], Y.shape[1]).to(Z), sgd_rate(Z, len(Z)) / len(Z)
-            for _ in range(10_000):
-                weight -= rate * (Z.T @ (Z @ weight - Y))
-            return weight
-
-        ours = lambda Z=Z, Y=Y: gradient_descent_path(Z, Y, 10_000).weights(10_000)  # noqa: E731
-        bench.compare(f"weights after 10,000 steps, 200 x {p}, 10 outputs", repeats=3, ours=ours, loop=loop)

@@ -16,10 +16,9 @@ from torchfolio.efficiency.double_rounding import DoubleRounding, MultiPrecision
 from torchfolio.efficiency.quantized_layers import quantized_layers
 from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.recipes import adam, cosine
-from torchfolio.experiments._lsq import OneWidth, elementary
+from torchfolio.experiments._lsq import OneWidth
 from torchfolio.experiments._mixed_precision import mixtures
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import training_step
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
 
 BITS = (8, 6, 4, 2)
@@ -27,31 +26,18 @@ BITS = (8, 6, 4, 2)
 
 @dataclass(frozen=True)
 class Settings(OwnNetwork):
-    """Data, network and budget.
+    """Data, network and budget."""
 
-    Attributes:
-        data: name of the data set.
-        val: training images held out.
-        widths: channels of the three convolutions.
-        pretrain: epochs in float32.
-        epochs: epochs after the conversion.
-        lr: learning rate of Adam, which a cosine takes to zero.
-        weight_decay: weight decay of weights.
-        passes: drawn mixtures in a step.
-        probes: most random vectors for the traces.
-        draws: mixtures that sampling frequencies are taken from.
-    """
-
-    data: str = "mnist10k"
-    val: int = 500
-    widths: tuple[int, ...] = (16, 32, 32)
-    pretrain: int = 4
-    epochs: int = 3
-    lr: float = 1e-3
-    weight_decay: float = 5e-5
-    passes: int = 1
-    probes: int = 16
-    draws: int = 10_000
+    data: str = setting("mnist10k", "name of the data set")
+    val: int = setting(500, "training images held out")
+    widths: tuple[int, ...] = setting((16, 32, 32), "channels of the three convolutions")
+    pretrain: int = setting(4, "epochs in float32")
+    epochs: int = setting(3, "epochs after the conversion")
+    lr: float = setting(1e-3, "learning rate of Adam, which a cosine takes to zero")
+    weight_decay: float = setting(5e-5, "weight decay of weights")
+    passes: int = setting(1, "drawn mixtures in a step")
+    probes: int = setting(16, "most random vectors for the traces")
+    draws: int = setting(10_000, "mixtures that sampling frequencies are taken from")
 
 
 SCALES = {
@@ -164,21 +150,6 @@ def untrained(net: nn.Module, x: Tensor, data: DataSplits) -> dict[str, float]:
         shifted.load_state_dict(layer.quantizer.state_dict())
         layer.quantizer = shifted
     return result | {"shift": at_widths(quantized, data, [2])["bits_2"]}
-
-
-def peers(bench: Any) -> None:
-    """One batch at four widths, beside four steps of the float network and of LSQ from elementary operations."""
-    net = network((1, 28, 28), 10, (32, 64, 64))
-    batch = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    ours = convert(net, BITS, example=batch[0])
-    lsq = elementary(convert(net, BITS, example=batch[0], scale="separate"))
-    plain = training_step(copy.deepcopy(net), batch, optimizer=adam(1e-3))
-    bench.compare(
-        "a batch of 128 at 4 widths",
-        ours=training_step(ours, batch, MultiPrecision(), adam(1e-3)),
-        float32_steps=lambda: [plain() for _ in BITS],
-        lsq=training_step(lsq, batch, MultiPrecision(alrs=None), adam(1e-3)),
-    )
 
 
 def figures(results: Results) -> dict[str, Figure]:

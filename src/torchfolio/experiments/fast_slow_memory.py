@@ -10,43 +10,32 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchfolio.engine import Backprop, FitState, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._episode_tasks import CLASSES, TASKS, Episodes, scores_by_position
 from torchfolio.experiments._lstm_learner import LSTMLearner, sequence_loss
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
-from torchfolio.training.meta_episodes import class_episodes, sine_episodes
+from torchfolio.training.meta_episodes import class_episodes
 
 TEST_SEED = 10**6
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and budget.
+    """Sizes and budget."""
 
-    Attributes:
-        steps: slow steps on sines and prototypes, with a rare class too.
-        share_steps: number of steps of the networks that share a feedback path, or not.
-        reuse_steps: number of steps of the third network.
-        further: steps of the arms that no claim is about: LSTM, no regression of gradients, digits; 0 leaves them out.
-        batch_size: episodes of a step.
-        lr: learning rate of Adam.
-        hidden: width of codes and hidden layer.
-        test: fixed episodes to test on.
-    """
-
-    steps: int = 600
-    share_steps: int = 150
-    reuse_steps: int = 200
-    further: int = 0
-    batch_size: int = 32
-    lr: float = 2e-3
-    hidden: int = 40
-    test: int = 300
+    steps: int = setting(600, "slow steps on sines and prototypes, with a rare class too")
+    share_steps: int = setting(150, "number of steps of the networks that share a feedback path, or not")
+    reuse_steps: int = setting(200, "number of steps of the third network")
+    further: int = setting(
+        0, "steps of the arms that no claim is about: LSTM, no regression of gradients, digits; 0 leaves them out"
+    )
+    batch_size: int = setting(32, "episodes of a step")
+    lr: float = setting(2e-3, "learning rate of Adam")
+    hidden: int = setting(40, "width of codes and hidden layer")
+    test: int = setting(300, "fixed episodes to test on")
 
 
 SCALES = {
@@ -202,28 +191,3 @@ def figures(results: Results) -> dict[str, Figure]:
         made["slow training"] = plots.curves(results, {n: (f"sines_{k}", "curve") for n, k in sines.items()}, x=steps,
                                              xlabel="slow steps", ylabel="squared error at the end", logy=True)  # fmt: skip
     return made
-
-
-def peers(bench: Bench) -> None:
-    """Forward and backward of a batch of episodes: attention over the past beside matrices of fast weights."""
-    for hidden, width in ((40, 20), (200, 40)):
-        torch.manual_seed(0)
-        encoder = nn.Sequential(nn.Linear(1, hidden), nn.ReLU())
-        net = FastSlowMemoryNetwork(encoder, 1, hidden=hidden, width=width)
-        slow = FastSlowMemoryNetwork(encoder, 1, hidden=hidden, width=width, fast=False)
-        x, y = sine_episodes(32)
-
-        def matrices(net: FastSlowMemoryNetwork = net, x: Tensor = x, y: Tensor = y) -> None:
-            state, outputs = net.init_state(len(x)), []
-            for t in range(x.shape[1]):
-                output, context = net.step(state, x[:, t])
-                state = net.observe(state, context, y[:, t])
-                outputs.append(output)
-            F.mse_loss(torch.stack(outputs, 1), y).backward()
-
-        bench.compare(
-            f"32 sines of 20 points, {hidden} units",
-            ours=lambda net=net, x=x, y=y: F.mse_loss(net(x, y), y).backward(),
-            matrices=matrices,
-            without_fast_path=lambda net=slow, x=x, y=y: F.mse_loss(net(x, y), y).backward(),
-        )

@@ -14,51 +14,31 @@ from torch import Tensor, nn
 from torchfolio.data import DataSplits
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import sgd
-from torchfolio.experiments._unfolded_filters import peers
 from torchfolio.layers.filter_banks import Bank, dct_bank, gabor_bank, random_bank, wavelet_bank
 from torchfolio.layers.filter_design import METHODS, FilterLearner, bench, filter_count, init_, select_filters
 from torchfolio.layers.filter_learning import KMeans, Learner
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
-
-__all__ = ["SCALES", "Settings", "figures", "peers", "run"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the parts.
+    """Sizes of the parts."""
 
-    Attributes:
-        data: photographs of the bench.
-        deep: digits of the deep networks.
-        train_size: training images of both.
-        test_size: test images of the bench; its accuracies differ by little.
-        image_size: side of the photographs; `None` keeps theirs.
-        deep_size: side of the digits; `None` keeps theirs.
-        depth: convolutions of the deep networks.
-        epochs: passes over the digits.
-        filters: filters of a bank, K.
-        size: side of the filters.
-        numbers: numbers of filters that are compared.
-        sizes: sides that are compared.
-        draws: random banks whose scores are averaged.
-        methods: ways to learn filters.
-    """
-
-    data: str = "cifar10"
-    deep: str = "mnist10k"
-    train_size: int | None = 3000
-    test_size: int | None = 4000
-    image_size: int | None = 16
-    deep_size: int | None = 14
-    depth: int = 14
-    epochs: int = 3
-    filters: int = 24
-    size: int = 5
-    numbers: tuple[int, ...] = (4, 8, 16, 32, 64)
-    sizes: tuple[int, ...] = (3, 5, 7, 9)
-    draws: int = 3
-    methods: tuple[str, ...] = tuple(METHODS)
+    data: str = setting("cifar10", "photographs of the bench")
+    deep: str = setting("mnist10k", "digits of the deep networks")
+    train_size: int | None = setting(3000, "training images of both")
+    test_size: int | None = setting(4000, "test images of the bench; its accuracies differ by little")
+    image_size: int | None = setting(16, "side of the photographs; `None` keeps theirs")
+    deep_size: int | None = setting(14, "side of the digits; `None` keeps theirs")
+    depth: int = setting(14, "convolutions of the deep networks")
+    epochs: int = setting(3, "passes over the digits")
+    filters: int = setting(24, "filters of a bank, K")
+    size: int = setting(5, "side of the filters")
+    numbers: tuple[int, ...] = setting((4, 8, 16, 32, 64), "numbers of filters that are compared")
+    sizes: tuple[int, ...] = setting((3, 5, 7, 9), "sides that are compared")
+    draws: int = setting(3, "random banks whose scores are averaged")
+    methods: tuple[str, ...] = setting(tuple(METHODS), "ways to learn filters")
 
 
 SMALL: dict[str, Any] = {"train_size": 400, "test_size": None, "image_size": None, "deep_size": None}

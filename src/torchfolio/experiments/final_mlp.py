@@ -8,40 +8,27 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchfolio.applications.click_estimator import ClickRule, click_auc
 from torchfolio.applications.final_mlp import FieldEmbedding, FinalMLP
 from torchfolio.engine import EarlyStopping, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._clicks import film_clicks, gates_match, simulate
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Simulated clicks and MovieLens.
+    """Simulated clicks and MovieLens."""
 
-    Attributes:
-        rows: number of rows of the simulation.
-        values: number of values of every field.
-        rank: dimension of the hidden vectors.
-        dim: D in the simulation.
-        width: width of the streams in the simulation.
-        epochs: maximum number of epochs in the simulation.
-        ratings: whether MovieLens is measured.
-        rating_epochs: maximum number of epochs on MovieLens.
-    """
-
-    rows: int = 160_000
-    values: int = 10
-    rank: int = 2
-    dim: int = 8
-    width: int = 64
-    epochs: int = 8
-    ratings: bool = True
-    rating_epochs: int = 8
+    rows: int = setting(160_000, "number of rows of the simulation")
+    values: int = setting(10, "number of values of every field")
+    rank: int = setting(2, "dimension of the hidden vectors")
+    dim: int = setting(8, "dimension D in the simulation")
+    width: int = setting(64, "width of the streams in the simulation")
+    epochs: int = setting(8, "maximum number of epochs in the simulation")
+    ratings: bool = setting(True, "whether MovieLens is measured")
+    rating_epochs: int = setting(8, "maximum number of epochs on MovieLens")
 
 
 SCALES = {
@@ -142,32 +129,3 @@ def run(run: Run[Settings]) -> None:
 def figures(results: Results) -> dict[str, Figure]:
     """AUC of the networks on the simulation."""
     return {"simulated clicks": plots.bars(results, {n.replace("_", " "): (n, "auc") for n in NAMES}, ylabel="AUC")}
-
-
-def peers(bench: Bench) -> None:
-    """Training steps on 20 fields of 1,000 values, against a loop over fields as most libraries have it."""
-    fields = {f"f{k}": 1000 for k in range(20)}
-    x, y = torch.randint(1000, (4096, 20)), torch.randint(2, (4096,)).float()
-    ours = FinalMLP(fields, 16, (400,), (400,), 4, context_1=("f0",), context_2=("f1",))
-
-    class Loop(FinalMLP):
-        """The same network, its embeddings in a table for each field."""
-
-        def __init__(self) -> None:
-            super().__init__(fields, 16, (400,), (400,), 4, context_1=("f0",), context_2=("f1",))
-            self.tables = nn.ModuleList(nn.Embedding(1000, 16) for _ in fields)
-
-        def forward(self, x: Tensor, others: Tensor | None = None) -> Tensor:
-            e = torch.cat([table(x[:, k]) for k, table in enumerate(self.tables)], 1)
-            assert self.gates is not None
-            first, second = (gate(x, others) * e for gate in self.gates)
-            return self.fusion(self.stream_1(first), self.stream_2(second))[:, 0]
-
-    loop = Loop()
-
-    def step(net: nn.Module) -> None:
-        F.binary_cross_entropy_with_logits(net(x), y).backward()
-
-    bench.compare(
-        "forward and backward, 4,096 rows x 20 fields", ours=lambda: step(ours), table_for_each_field=lambda: step(loop)
-    )

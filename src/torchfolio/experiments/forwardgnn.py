@@ -13,41 +13,27 @@ from torch import Tensor
 
 from torchfolio.checks import one_of
 from torchfolio.data.graphs import Graph, planetoid
-from torchfolio.experiments._forwardgnn_peers import peers
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
-from torchfolio.runs import Results, Run, plots
-
-__all__ = ["SCALES", "Settings", "figures", "peers", "run"]
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The graph and how long everything trains.
+    """The graph and how long everything trains."""
 
-    Attributes:
-        graph: `"cora"`, `"citeseer"`, or `"synthetic"`, a small one that is drawn.
-        hidden: width of all layers.
-        layers: depth of single forward.
-        short: depth of forward-forward, top-down and links.
-        lr: learning rate of forward learning.
-        lrs: learning rates that backprop may choose from on validation data.
-        epochs: steps of a layer; of backprop, twice as many, for all layers together.
-        val_every: steps between validations.
-        patience: validations without improvement before a layer stops.
-        depths: numbers of layers whose memory is measured; the first, 4 and the last are compared.
-    """
-
-    graph: str = "cora"
-    hidden: int = 128
-    layers: int = 3
-    short: int = 2
-    lr: float = 0.01
-    lrs: tuple[float, ...] = (1e-3, 1e-2)
-    epochs: int = 80
-    val_every: int = 10
-    patience: int = 10
-    depths: tuple[int, ...] = (2, 4, 8)
+    graph: str = setting("cora", '`"cora"`, `"citeseer"`, or `"synthetic"`, a small one that is drawn')
+    hidden: int = setting(128, "width of all layers")
+    layers: int = setting(3, "depth of single forward")
+    short: int = setting(2, "depth of forward-forward, top-down and links")
+    lr: float = setting(0.01, "learning rate of forward learning")
+    lrs: tuple[float, ...] = setting((1e-3, 1e-2), "learning rates that backprop may choose from on validation data")
+    epochs: int = setting(80, "steps of a layer; of backprop, twice as many, for all layers together")
+    val_every: int = setting(10, "steps between validations")
+    patience: int = setting(10, "validations without improvement before a layer stops")
+    depths: tuple[int, ...] = setting(
+        (2, 4, 8), "numbers of layers whose memory is measured; the first, 4 and the last are compared"
+    )
 
 
 SCALES = {

@@ -15,7 +15,6 @@ from torchfolio.data import DataSplits
 from torchfolio.efficiency.ftwt import (
     FTWT,
     GatedConv,
-    MaskPredictor,
     attach_gates,
     compact,
     estimate_flops,
@@ -27,37 +26,28 @@ from torchfolio.engine import Backprop, LearningRule, fit, seeded
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import count_flops
 from torchfolio.models import VGG
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
 
 
 @dataclass(frozen=True)
 class Settings(OwnNetwork):
-    """Data, network and budget.
+    """Data, network and budget."""
 
-    Attributes:
-        data: name of the data set.
-        val: training images held out.
-        image_size: images are box-downsampled to this side; `None` keeps them.
-        widths: widths of the convolutions, stage by stage; every stage ends in a max pool.
-        pretrain: epochs of the dense network.
-        epochs: epochs with gates.
-        shares: r, a share of the heat each.
-        lr: learning rate of the dense network, and of the network under its gates.
-        gate_lr: learning rate of the gates.
-        weight_decay: weight decay of weights.
-    """
-
-    data: str = "mnist10k"
-    val: int = 500
-    image_size: int | None = 14
-    widths: tuple[tuple[int, ...], ...] = ((16, 16), (32, 32), (64,))
-    pretrain: int = 4
-    epochs: int = 4
-    shares: tuple[float, ...] = (0.9, 0.8, 0.7)
-    lr: tuple[float, ...] = (0.1, 0.01)
-    gate_lr: float = 0.1
-    weight_decay: float = 5e-4
+    data: str = setting("mnist10k", "name of the data set")
+    val: int = setting(500, "training images held out")
+    image_size: int | None = setting(14, "images are box-downsampled to this side; `None` keeps them")
+    widths: tuple[tuple[int, ...], ...] = setting(
+        ((16, 16), (32, 32), (64,)), "widths of the convolutions, stage by stage; every stage ends in a max pool"
+    )
+    pretrain: int = setting(4, "epochs of the dense network")
+    epochs: int = setting(4, "epochs with gates")
+    shares: tuple[float, ...] = setting((0.9, 0.8, 0.7), "r, a share of the heat each")
+    lr: tuple[float, ...] = setting(
+        (0.1, 0.01), "learning rate of the dense network, and of the network under its gates"
+    )
+    gate_lr: float = setting(0.1, "learning rate of the gates")
+    weight_decay: float = setting(5e-4, "weight decay of weights")
 
 
 SCALES = {
@@ -150,27 +140,6 @@ def compacted(model: nn.Module, data: DataSplits, counted: Tensor) -> dict[str, 
     apart = torch.cat([small(one) for one in x.split(1)])
     done = torch.tensor([count_flops(small, one) for one in x.split(1)])
     return {"difference": float((masked - apart).abs().max()), "uncounted": float((done - counted[:50]).abs().max())}
-
-
-def wide(share: float) -> tuple[nn.Module, nn.Module, Tensor]:
-    """A wide network, its compact form whose gates keep a share of the filters, and an image."""
-    torch.manual_seed(0)
-    net = VGG(((128, 128), (256, 256), (512, 512)), 10, 3).eval()
-    model = attach_gates(net, 0.9)
-    for layer in gated_layers(model).values():
-        predictor: MaskPredictor = layer.predictor
-        nn.init.zeros_(predictor.linear.weight)
-        with torch.no_grad():
-            predictor.linear.bias.copy_((torch.arange(len(predictor.linear.bias)) % 20 < 20 * share).float() - 0.5)
-    return net, compact(model), torch.randn(1, 3, 32, 32)
-
-
-def peers(bench: Any) -> None:
-    """One image through a wide network at about half the operations, beside the dense network and the masked one."""
-    net, small, x = wide(0.7)
-    print(f"operations: {count_flops(small, x) / count_flops(net, x):.2f} of the dense network's")
-    with torch.inference_mode():
-        bench.compare("one image, half the operations", ours=lambda: small(x), dense=lambda: net(x))
 
 
 def figures(results: Results) -> dict[str, Figure]:

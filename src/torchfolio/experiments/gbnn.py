@@ -13,43 +13,31 @@ from numpy.random import RandomState
 from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits
 
-from torchfolio.data import load
 from torchfolio.efficiency.gbnn import Array, GBNNClassifier, GBNNRegressor, MulticlassLoss
 from torchfolio.experiments._boosted_head import compare_heads
 from torchfolio.experiments._small_tables import Table, fit_quietly, network, score, table, trees
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and for how long.
+    """What is trained, and for how long."""
 
-    Attributes:
-        sets: tables; digits, breast_cancer and diabetes carry the claims.
-        share: share of the hidden units that every table's network gets otherwise.
-        max_iter: L-BFGS iterations for each block.
-        peer_iter: epochs of Adam and SGD, iterations of L-BFGS.
-        rates: learning rates that Adam and SGD choose from, on a part held out of the training examples.
-        images: data of the deep network.
-        train_size: its training images.
-        epochs: its passes over them.
-        head_units: hidden units of its boosted head.
-        search: whether to choose GBNN's own settings by cross-validation as well.
-        timed_units: sizes whose training is timed.
-    """
-
-    sets: tuple[str, ...] = ("digits", "breast_cancer", "diabetes", "wine")
-    share: float = 1.0
-    max_iter: int = 200
-    peer_iter: int = 300
-    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    images: str = "mnist10k"
-    train_size: int = 3000
-    epochs: int = 8
-    head_units: int = 100
-    search: bool = False
-    timed_units: tuple[int, ...] = ()
+    sets: tuple[str, ...] = setting(
+        ("digits", "breast_cancer", "diabetes", "wine"), "tables; digits, breast_cancer and diabetes carry the claims"
+    )
+    share: float = setting(1.0, "share of the hidden units that every table's network gets otherwise")
+    max_iter: int = setting(200, "iterations of L-BFGS for each block")
+    peer_iter: int = setting(300, "epochs of Adam and SGD, iterations of L-BFGS")
+    rates: tuple[float, ...] = setting(
+        (1e-3, 1e-2, 1e-1), "learning rates that Adam and SGD choose from, on a part held out of the training examples"
+    )
+    images: str = setting("mnist10k", "data of the deep network")
+    train_size: int = setting(3000, "its training images")
+    epochs: int = setting(8, "its passes over them")
+    head_units: int = setting(100, "hidden units of its boosted head")
+    search: bool = setting(False, "whether to choose GBNN's own settings by cross-validation as well")
+    timed_units: tuple[int, ...] = setting((), "sizes whose training is timed")
 
 
 SCALES = {
@@ -221,16 +209,3 @@ def figures(results: Results) -> dict[str, Figure]:
             results, {"GBNN": ("time", "seconds")}, x=s.timed_units, xlabel="hidden units", ylabel="training time (s)"
         )
     return made
-
-
-def peers(bench: Bench) -> None:
-    """Fitting digits with 200 units, beside scikit-learn's networks of as many units and its boosted trees."""
-    digits = table(load("digits", val=0, normalize=False), 0)
-    makers: dict[str, Any] = {
-        "ours": lambda: GBNNClassifier(**OWN["digits"], random_state=0),
-        "mlp_adam": lambda: network(digits, "adam", 200, 300, (), 0),
-        "mlp_lbfgs": lambda: network(digits, "lbfgs", 200, 300, (), 0),
-        "boosted_trees": lambda: trees(digits, 0),
-    }
-    calls = {name: lambda make=make: fit_quietly(make(), digits) for name, make in makers.items()}
-    bench.compare("fit digits, 1,257 x 64, 200 units", repeats=3, **calls)

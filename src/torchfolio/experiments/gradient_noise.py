@@ -6,54 +6,37 @@ Rows of one batched network train side by side, each with its own initialisation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
-from torchfolio.engine.recipes import sgd
 from torchfolio.experiments._gradient_noise_tasks import Memory, Program, trainings
 from torchfolio.experiments._perceptrons_side_by_side import Row, train_rows
-from torchfolio.models import resnet20
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench, training_step
-from torchfolio.training.gradient_noise import GradientNoise
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A deep perceptron under plain SGD.
+    """A deep perceptron under plain SGD."""
 
-    Attributes:
-        data: name of the data set.
-        train_size: training examples.
-        hidden: number of hidden layers.
-        width: width of each layer.
-        steps: number of steps of training.
-        batch_size: examples of a batch.
-        clip: largest norm of a row's gradient, before the noise.
-        rates: learning rates of the rows without noise.
-        grid: whether rows with noise have all these rates too.
-        restarts: further rows with random rate and scale, with and without noise, whose successes are counted.
-        repeats: trainings of the memory and the program task, with and without noise.
-        task_steps: number of steps of each of these.
-        task_etas: variances of the noise in these; Adam divides by the size of gradients and wants less of it.
-    """
-
-    data: str = "digits"
-    train_size: int | None = 1400
-    hidden: int = 20
-    width: int = 50
-    steps: int = 10_000
-    batch_size: int = 32
-    clip: float = 10.0
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    grid: bool = False
-    restarts: int = 0
-    repeats: int = 0
-    task_steps: int = 3000
-    task_etas: tuple[float, ...] = (0.0, 0.0001, 0.01)
+    data: str = setting("digits", "name of the data set")
+    train_size: int | None = setting(1400, "training examples")
+    hidden: int = setting(20, "number of hidden layers")
+    width: int = setting(50, "width of each layer")
+    steps: int = setting(10_000, "number of steps of training")
+    batch_size: int = setting(32, "examples of a batch")
+    clip: float = setting(10.0, "largest norm of a row's gradient, before the noise")
+    rates: tuple[float, ...] = setting((0.01, 0.03, 0.1, 0.3), "learning rates of the rows without noise")
+    grid: bool = setting(False, "whether rows with noise have all these rates too")
+    restarts: int = setting(
+        0, "further rows with random rate and scale, with and without noise, whose successes are counted"
+    )
+    repeats: int = setting(0, "trainings of the memory and the program task, with and without noise")
+    task_steps: int = setting(3000, "number of steps of each of these")
+    task_etas: tuple[float, ...] = setting(
+        (0.0, 0.0001, 0.01),
+        "variances of the noise in these; Adam divides by the size of gradients and wants less of it",
+    )
 
 
 SCALES = {
@@ -134,30 +117,3 @@ def figures(results: Results) -> dict[str, Figure]:
         }
         made["other tasks"] = plots.groups(results, series, ylabel="share of trainings that solve the task")
     return made
-
-
-def peers(bench: Bench) -> None:
-    """A training step of a ResNet-20 with and without noise, and the noise beside a draw for every parameter."""
-    batch = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-
-    def noisy(parameters: Any) -> torch.optim.Optimizer:
-        optimizer = sgd(1e-3, momentum=0)(parameters)
-        GradientNoise(optimizer, 0.01)
-        return optimizer
-
-    steps = {"ours": noisy, "without_noise": sgd(1e-3, momentum=0)}
-    calls: Any = {name: training_step(resnet20(), batch, optimizer=factory) for name, factory in steps.items()}
-    bench.compare("step of a ResNet-20, 32 images of 32x32", repeats=9, **calls)
-    net = nn.Sequential(*(nn.Linear(50, 50) for _ in range(20)))
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    GradientNoise(optimizer, 0.01)
-    plain = torch.optim.SGD(net.parameters(), lr=0.0)
-
-    def naive() -> None:
-        for p in net.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad + 0.1 * torch.randn_like(p)
-        plain.step()
-
-    bench.compare("noise and step, 20 layers of 50x50", ours=optimizer.step, draw_for_every_parameter=naive)

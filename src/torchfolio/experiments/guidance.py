@@ -19,56 +19,36 @@ from torch import Tensor, nn
 from torchfolio.data import DataSplits
 from torchfolio.engine import FitResult, evaluate, fit
 from torchfolio.engine.recipes import adam, cosine
-from torchfolio.experiments._guidance_peers import peers
 from torchfolio.experiments._guidance_sequences import TASKS, learn_sequences
 from torchfolio.models import MLP, VGG, ResNetCIFAR
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
 from torchfolio.training.guidance import Guidance, GuidedRule
-
-__all__ = ["SCALES", "Settings", "figures", "peers", "run"]
 
 
 @dataclass(frozen=True)
 class Settings(Images):
-    """Data, of which the validation images choose the weight, networks and budget.
-
-    Attributes:
-        hidden: widths of the target's hidden layers.
-        guide_widths: channels of the guide's three stages.
-        epochs: passes over the training images.
-        batch_size: images in a batch; CKA depends on it.
-        lr: learning rate of the target's Adam.
-        guide_epochs: number of epochs of training the guide.
-        guide_lr: learning rate of the guide's Adam, at the start of a cosine decay.
-        guide_batch_size: images in a batch of the guide's training.
-        alphas: weights of the alignment to choose from.
-        early_steps: steps of guidance as initialisation.
-        deep: whether to train, too, a deep perceptron and a deep convolutional network without skip connections.
-        deep_layers: hidden layers of the deep perceptron.
-        stage_layers: convolutions in each of the three stages of the network without skip connections.
-        sequence_examples: training examples of the sequence tasks; 0 leaves them out.
-        sequence_epochs: passes over them.
-        lengths: shortest and longest sequence.
-    """
+    """Data, of which the validation images choose the weight, networks and budget."""
 
     train_size: int | None = 4000
-    hidden: tuple[int, ...] = (512, 512, 512)
-    guide_widths: tuple[int, ...] = (8, 16, 32)
-    epochs: int = 10
-    batch_size: int = 256
-    lr: float = 1e-3
-    guide_epochs: int = 8
-    guide_lr: float = 3e-3
-    guide_batch_size: int = 64
-    alphas: tuple[float, ...] = (3.0, 10.0, 30.0)
-    early_steps: int = 100
-    deep: bool = False
-    deep_layers: int = 48
-    stage_layers: int = 12
-    sequence_examples: int = 0
-    sequence_epochs: int = 20
-    lengths: tuple[int, int] = (5, 12)
+    hidden: tuple[int, ...] = setting((512, 512, 512), "widths of the target's hidden layers")
+    guide_widths: tuple[int, ...] = setting((8, 16, 32), "channels of the guide's three stages")
+    epochs: int = setting(10, "passes over the training images")
+    batch_size: int = setting(256, "images in a batch; CKA depends on it")
+    lr: float = setting(1e-3, "learning rate of the target's Adam")
+    guide_epochs: int = setting(8, "number of epochs of training the guide")
+    guide_lr: float = setting(3e-3, "learning rate of the guide's Adam, at the start of a cosine decay")
+    guide_batch_size: int = setting(64, "images in a batch of the guide's training")
+    alphas: tuple[float, ...] = setting((3.0, 10.0, 30.0), "weights of the alignment to choose from")
+    early_steps: int = setting(100, "steps of guidance as initialisation")
+    deep: bool = setting(
+        False, "whether to train, too, a deep perceptron and a deep convolutional network without skip connections"
+    )
+    deep_layers: int = setting(48, "hidden layers of the deep perceptron")
+    stage_layers: int = setting(12, "convolutions in each of the three stages of the network without skip connections")
+    sequence_examples: int = setting(0, "training examples of the sequence tasks; 0 leaves them out")
+    sequence_epochs: int = setting(20, "passes over them")
+    lengths: tuple[int, int] = setting((5, 12), "shortest and longest sequence")
 
 
 SCALES = {

@@ -14,48 +14,27 @@ from torchfolio.dynamics.bias_free import BiasFreeUNet
 from torchfolio.dynamics.blind_sampler import draw_images
 from torchfolio.dynamics.denoiser_jacobian import harmonic_basis, sure
 from torchfolio.dynamics.geometric_images import shuffle_pixels
-from torchfolio.dynamics.harmonic_denoising import (
-    denoise,
-    generalization_test,
-    nearest_training,
-    psnr,
-    train_denoiser,
-)
+from torchfolio.dynamics.harmonic_denoising import denoise, generalization_test, nearest_training, psnr, train_denoiser
 from torchfolio.experiments._grey_pictures import pictures
 from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Grey images, the network, and its training.
+    """Grey images, the network, and its training."""
 
-    Attributes:
-        data: name of the data set.
-        image_size: side of the images.
-        pool: images of which near-copies are removed, train and test images among them.
-        sizes: numbers of training images of each of two denoisers.
-        test: test images.
-        base: channels of the network at the finest resolution.
-        steps: number of steps of each training.
-        lr: learning rate.
-        sigmas: noise levels of the tests.
-        draws: draws of the noise over which SURE is averaged.
-        samples: images drawn from both denoisers.
-    """
-
-    data: str = "cifar10"
-    image_size: int | None = 16
-    pool: int = 10_000
-    sizes: tuple[int, ...] = (4, 4000)
-    test: int = 1024
-    base: int = 8
-    steps: int = 400
-    lr: float = 4e-3
-    sigmas: tuple[float, ...] = (0.1, 0.25, 0.5)
-    draws: int = 8
-    samples: int = 8
+    data: str = setting("cifar10", "name of the data set")
+    image_size: int | None = setting(16, "side of the images")
+    pool: int = setting(10_000, "images of which near-copies are removed, train and test images among them")
+    sizes: tuple[int, ...] = setting((4, 4000), "numbers of training images of each of two denoisers")
+    test: int = setting(1024, "test images")
+    base: int = setting(8, "channels of the network at the finest resolution")
+    steps: int = setting(400, "number of steps of each training")
+    lr: float = setting(4e-3, "learning rate")
+    sigmas: tuple[float, ...] = setting((0.1, 0.25, 0.5), "noise levels of the tests")
+    draws: int = setting(8, "draws of the noise over which SURE is averaged")
+    samples: int = setting(8, "images drawn from both denoisers")
 
 
 SCALES = {
@@ -173,31 +152,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "basis": plots.grid(0.5 + vectors / (2 * abs(vectors).max())),
         "samples": plots.grid(samples.clip(0, 1), titles, columns=len(samples) // 2),
     }
-
-
-def peers(bench: Bench) -> None:
-    """Rows of the Jacobian of an 80 x 80 image, and its leading eigenpairs, against a loop over pixels."""
-    net = BiasFreeUNet(1, 8, 2).eval().requires_grad_(False)
-    y = torch.rand(1, 80, 80)
-    rows = torch.eye(6400)[3000:3256].reshape(-1, 1, 80, 80)
-
-    def loop() -> Tensor:
-        leaf = y[None].clone().requires_grad_()
-        output = (leaf - net(leaf)).flatten()
-        return torch.stack(
-            [torch.autograd.grad(output[k], leaf, retain_graph=True)[0].flatten() for k in range(3000, 3256)]
-        )
-
-    def chunks() -> Tensor:
-        from torchfolio.dynamics.denoiser_jacobian import _Products
-
-        return _Products(lambda x: x - net(x), y, 16).left(rows)
-
-    bench.compare("256 of the 6,400 rows of a Jacobian", ours=chunks, loop=loop)
-    small = F.avg_pool2d(y, 2)
-    bench.compare(
-        "16 leading eigenpairs of an image of 40 x 40 (peer: the whole Jacobian)",
-        ours=lambda: harmonic_basis(net, small, 16),
-        whole=lambda: harmonic_basis(net, small),
-        repeats=3,
-    )

@@ -9,14 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from torchfolio.experiments._layerwise_courses import (
-    drawn_first_stage,
-    drawn_over_samples,
-    first_stage,
-    over_samples,
-)
+from torchfolio.experiments._layerwise_courses import drawn_first_stage, drawn_over_samples, first_stage, over_samples
 from torchfolio.experiments._three_layer_baselines import WithoutFirstStage, end_to_end
-from torchfolio.runs import Results, Run, plots, threads
+from torchfolio.runs import Results, Run, plots, setting, threads
 from torchfolio.theory.hierarchical_polynomials import (
     HierarchicalPolynomial,
     LayerwiseThreeLayerRegressor,
@@ -28,35 +23,24 @@ from torchfolio.theory.hierarchical_polynomials import (
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the tasks.
+    """Sizes of the tasks."""
 
-    Attributes:
-        d: dimension of the main task.
-        n: samples of each stage, ascending; the second is the one at which all models are compared.
-        m1: neurons on the feature.
-        m2: neurons on the inputs.
-        n_test: fresh samples to test on.
-        single_d: dimension of the single-index task.
-        single_n: samples of each stage there.
-        epochs: epochs of training end to end.
-        small_d: dimensions of the curves over samples.
-        small_n: samples of each stage there, over d squared.
-        small_m2: neurons on the inputs there.
-        steps: numbers of gradient steps whose course is shown.
-    """
-
-    d: int = 24
-    n: tuple[int, int, int] = (2000, 4000, 8000)
-    m1: int = 400
-    m2: int = 2000
-    n_test: int = 5000
-    single_d: int = 64
-    single_n: int = 1000
-    epochs: int = 30
-    small_d: tuple[int, ...] = (12, 16)
-    small_n: tuple[int, ...] = (2, 4, 8)
-    small_m2: int = 800
-    steps: tuple[int, ...] = (1, 10, 100, 1000, 10_000, 100_000)
+    d: int = setting(24, "dimension of the main task")
+    n: tuple[int, int, int] = setting(
+        (2000, 4000, 8000), "samples of each stage, ascending; the second is the one at which all models are compared"
+    )
+    m1: int = setting(400, "neurons on the feature")
+    m2: int = setting(2000, "neurons on the inputs")
+    n_test: int = setting(5000, "fresh samples to test on")
+    single_d: int = setting(64, "dimension of the single-index task")
+    single_n: int = setting(1000, "samples of each stage there")
+    epochs: int = setting(30, "epochs of training end to end")
+    small_d: tuple[int, ...] = setting((12, 16), "dimensions of the curves over samples")
+    small_n: tuple[int, ...] = setting((2, 4, 8), "samples of each stage there, over d squared")
+    small_m2: int = setting(800, "neurons on the inputs there")
+    steps: tuple[int, ...] = setting(
+        (1, 10, 100, 1000, 10_000, 100_000), "numbers of gradient steps whose course is shown"
+    )
 
 
 SCALES = {
@@ -151,18 +135,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "samples": drawn_over_samples(results),
         "first stage": drawn_first_stage(results),
     }
-
-
-def peers(bench: Any) -> None:
-    """At equal test error: the network from 3,000 samples, choosing its decays, the degree-4 kernel from 8,000 with one."""
-    from sklearn.kernel_ridge import KernelRidge
-
-    X, y = (part.numpy() for part in HierarchicalPolynomial(24).sample(8000))
-    ours = LayerwiseThreeLayerRegressor(m2=1000, random_state=0)
-    kernel = KernelRidge(kernel="poly", degree=4, gamma=1 / 24, coef0=1, alpha=1)
-    bench.compare(
-        "fit to a test error of about 0.4",
-        repeats=3,
-        ours=lambda: ours.fit(X[:3000], y[:3000]),
-        sklearn_kernel_ridge=lambda: kernel.fit(X, y),
-    )

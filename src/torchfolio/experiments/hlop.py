@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import sgd
 from torchfolio.experiments._principal_rows import captured_variance
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
 from torchfolio.spiking.bptt import BPTT
-from torchfolio.spiking.hlop import DSR, HLOP, OTTT, FeedbackAlignment, HebbianSubspace, continual_metrics
+from torchfolio.spiking.hlop import DSR, HLOP, OTTT, FeedbackAlignment, continual_metrics
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.surrogates import Sigmoid
 
@@ -29,37 +28,21 @@ Part = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """Tasks, network and budget.
+    """Tasks, network and budget."""
 
-    Attributes:
-        data: images of which every task permutes the pixels in its own way.
-        tasks: number of them.
-        other_tasks: number of tasks of the other rules.
-        width: units of the two hidden layers.
-        timesteps: T of backpropagation through time and of traces.
-        rate_timesteps: T of spike representations.
-        epochs: passes over a task.
-        other_epochs: number of epochs of the other rules.
-        batch_size: images of a step.
-        lr: learning rate of SGD without momentum.
-        sizes: lateral rows of the three layers for the first task.
-        growth: rows for each further task.
-        input_lr: Hebbian rate of the first layer, whose inputs are large.
-    """
-
-    data: str = "mnist10k"
-    tasks: int = 5
-    other_tasks: int = 3
-    width: int = 200
-    timesteps: int = 4
-    rate_timesteps: int = 10
-    epochs: int = 2
-    other_epochs: int = 2
-    batch_size: int = 64
-    lr: float = 0.1
-    sizes: tuple[int, int, int] = (80, 70, 50)
-    growth: tuple[int, int, int] = (60, 25, 20)
-    input_lr: float = 0.001
+    data: str = setting("mnist10k", "images of which every task permutes the pixels in its own way")
+    tasks: int = setting(5, "number of them")
+    other_tasks: int = setting(3, "number of tasks of the other rules")
+    width: int = setting(200, "units of the two hidden layers")
+    timesteps: int = setting(4, "number of steps T of backpropagation through time and of traces")
+    rate_timesteps: int = setting(10, "number of steps T of spike representations")
+    epochs: int = setting(2, "passes over a task")
+    other_epochs: int = setting(2, "number of epochs of the other rules")
+    batch_size: int = setting(64, "images of a step")
+    lr: float = setting(0.1, "learning rate of SGD without momentum")
+    sizes: tuple[int, int, int] = setting((80, 70, 50), "lateral rows of the three layers for the first task")
+    growth: tuple[int, int, int] = setting((60, 25, 20), "rows for each further task")
+    input_lr: float = setting(0.001, "Hebbian rate of the first layer, whose inputs are large")
 
 
 SCALES = {
@@ -148,43 +131,3 @@ def figures(results: Results) -> dict[str, Figure]:
     means = {title: results.values(arm, "matrix").mean(0) for arm, title in titles.items()}
     tables = {title: np.where(mean < 0, np.nan, mean) for title, mean in means.items()}
     return {"accuracy": plots.matrices(tables, xlabel="accuracy (%) on task", ylabel="after task")}
-
-
-def peers(bench: Bench) -> None:
-    """A step of a later task beside the host rule's, the input form and all rows; a subspace beside one by an SVD."""
-    s, x, y = SCALES["quick"], torch.randn(64, 784), torch.randint(10, (64,))
-
-    def stepping(rule: LearningRule, **options: Any) -> Any:
-        net = network(784, s.width)
-        used = protected(s, rule, **options) if options else rule
-        used.prepare(net, (x, y))
-        if isinstance(used, HLOP):
-            used.end_task()
-
-        def step() -> None:
-            net.zero_grad()
-            used.step((x, y), Tensor.backward)
-
-        return step
-
-    for timesteps in (4, 6):
-
-        def bptt(timesteps: int = timesteps) -> BPTT:
-            return BPTT(F.cross_entropy, timesteps=timesteps)
-
-        bench.compare(
-            f"a step of 784-200-200-10, T = {timesteps}, 64 images",
-            ours=stepping(bptt(), form="weight"), host_rule=stepping(bptt()), input_form=stepping(bptt(), form="input"),
-            all_rows=stepping(bptt(), form="input", rows="all"),
-        )  # fmt: skip
-    rows = torch.randn(8000, 784)
-
-    def hebbian() -> None:
-        lateral = HebbianSubspace(784, lr=0.001)
-        lateral.grow(80)
-        for batch in rows.split(64):
-            lateral.update(batch)
-
-    bench.compare(
-        "80 rows for 8,000 activities of 784", ours=hebbian, svd=lambda: torch.linalg.svd(rows, full_matrices=False)
-    )

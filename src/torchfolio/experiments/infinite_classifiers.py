@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.neighbors import KNeighborsClassifier
 
 from torchfolio.experiments._dirichlet_spheres import draw
-from torchfolio.experiments._kernel_recursions import recursion
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.infinite_classifiers import (
     DualActivation,
     HermiteActivation,
@@ -30,27 +29,16 @@ CUBIC = DualActivation([0.2**0.5, 0, 0, 0.8**0.5])  # dual .2 + .8 ξ³
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the data.
+    """Sizes of the data."""
 
-    Attributes:
-        dims: dimensions of the spheres, 1 first.
-        sizes: training points, smallest first.
-        test_size: test points.
-        vote_size: training points of the majority votes, odd.
-        vote_test_size: their test points.
-        relu_depths: depths of the ReLU network.
-        images: image set whose digits are told odd from even, or `None`.
-        image_sizes: training and test images.
-    """
-
-    dims: tuple[int, ...] = (1, 2)
-    sizes: tuple[int, ...] = (200, 1000, 2000)
-    test_size: int = 2000
-    vote_size: int = 101
-    vote_test_size: int = 500
-    relu_depths: tuple[int, ...] = (10, 100, 1000, 5000)
-    images: str | None = None
-    image_sizes: tuple[int, int] = (8000, 2000)
+    dims: tuple[int, ...] = setting((1, 2), "dimensions of the spheres, 1 first")
+    sizes: tuple[int, ...] = setting((200, 1000, 2000), "training points, smallest first")
+    test_size: int = setting(2000, "test points")
+    vote_size: int = setting(101, "training points of the majority votes, odd")
+    vote_test_size: int = setting(500, "their test points")
+    relu_depths: tuple[int, ...] = setting((10, 100, 1000, 5000), "depths of the ReLU network")
+    images: str | None = setting(None, "image set whose digits are told odd from even, or `None`")
+    image_sizes: tuple[int, int] = setting((8000, 2000), "training and test images")
 
 
 SCALES = {
@@ -89,7 +77,7 @@ def _sphere(settings: Settings, dim: int) -> dict[str, Any]:
         activations["exponent_2"] = OptimalActivation(2)
     scores: dict[str, list[float]] = {name: [] for name in [*activations, "hilbert", "hilbert_agreement", "bayes"]}
     for n in settings.sizes:
-        said = {name: _predict(phi, X[:n], y[:n], X_test) for name, phi in activations.items()}
+        said = {name: predict(phi, X[:n], y[:n], X_test) for name, phi in activations.items()}
         # Devroye's Hilbert kernel: votes by the distance to the power -dim.
         squares = np.maximum(2 - 2 * X_test @ X[:n].T, 1e-300)
         said["hilbert"] = (squares ** (-dim / 2) @ (2 * y[:n] - 1) > 0).astype(int)
@@ -100,7 +88,7 @@ def _sphere(settings: Settings, dim: int) -> dict[str, Any]:
     return scores
 
 
-def _predict(activation: Any, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, **settings: Any) -> np.ndarray:
+def predict(activation: Any, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, **settings: Any) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the majority vote is tied")
         return InfiniteNetworkClassifier(activation, **settings).fit(X, y).predict(X_test)
@@ -111,7 +99,7 @@ def _nearest(settings: Settings) -> dict[str, float]:
     generator = np.random.default_rng(torch.initial_seed())
     (X, y, _), (X_test, _, _) = (draw(DEEP_DIM, n, generator) for n in (settings.sizes[-1], settings.test_size))
     nearest = KNeighborsClassifier(1).fit(X, y).predict(X_test)
-    said = {"depth_14": _predict(SECOND, X, y, X_test, depth=14), "infinite": _predict(SECOND, X, y, X_test)}
+    said = {"depth_14": predict(SECOND, X, y, X_test, depth=14), "infinite": predict(SECOND, X, y, X_test)}
     return {name: float((labels == nearest).mean()) for name, labels in said.items()}
 
 
@@ -126,7 +114,7 @@ def _votes(settings: Settings) -> dict[str, list[float]]:
     ):
         (X, y, _), (X_test, _, _) = (draw(dim, n, generator) for n in (settings.vote_size, settings.vote_test_size))
         majority = int(2 * y.sum() > len(y))
-        said = [_predict(phi, X, y, X_test, depth=depth) for depth in depths]
+        said = [predict(phi, X, y, X_test, depth=depth) for depth in depths]
         shares[name] = [float((labels == majority).mean()) for labels in said]
     return shares
 
@@ -141,7 +129,7 @@ def _clusters(settings: Settings) -> dict[str, float]:
     inside = generator.uniform(1.2, 1.5, settings.test_size // 2)
     X, X_test = (np.stack([np.cos(a), np.sin(a)], 1) for a in (angle, inside))
     cases = {"optimal": OptimalActivation(1), "exponent_2": OptimalActivation(2), "small_exponent": FLAT}
-    return {name: float((_predict(phi, X, y, X_test) == 0).mean()) for name, phi in cases.items()}
+    return {name: float((predict(phi, X, y, X_test) == 0).mean()) for name, phi in cases.items()}
 
 
 def _images(run: Run[Settings]) -> dict[str, float]:
@@ -154,7 +142,7 @@ def _images(run: Run[Settings]) -> dict[str, float]:
     )
     model = InfiniteNetworkClassifier(intrinsic_dim="estimate").fit(X, y)
     scores = {"optimal": model.score(X_test, y_test), "dimension": float(model.intrinsic_dim_ or 0)}
-    return {**scores, "nearest": float((_predict(SECOND, X, y, X_test) == y_test).mean())}
+    return {**scores, "nearest": float((predict(SECOND, X, y, X_test) == y_test).mean())}
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -169,16 +157,3 @@ def figures(results: Results) -> dict[str, Figure]:
     axes = {"xlabel": "depth", "ylabel": "share of majority labels", "logx": True}
     drawn["ReLU votes"] = plots.curves(results, {"ReLU": ("votes", "relu")}, x=settings.relu_depths, **axes)
     return drawn
-
-
-def peers(bench: Any) -> None:
-    """The published way, a recursion of depth 100 and a solve, on whole matrices."""
-    generator = np.random.default_rng(0)
-    (X, y, _), (X_test, _, _) = (draw(1, 2000, generator) for _ in range(2))
-
-    bench.compare(
-        "fit and predict, 2,000 and 2,000 points on the circle",
-        ours=lambda: _predict("optimal", X, y, X_test),
-        recursion_nngp=lambda: recursion(X, y, X_test, tangent=False),
-        recursion_ntk=lambda: recursion(X, y, X_test, tangent=True),
-    )

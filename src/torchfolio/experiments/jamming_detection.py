@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from torchfolio.applications import nr
 from torchfolio.applications.jamming_detection import (
     DTDDNN,
     EPNREDetector,
@@ -26,40 +24,25 @@ from torchfolio.applications.jamming_detection import (
     epnre,
     simulate,
 )
-from torchfolio.experiments._captures import Band, drawn, features_of_a_capture, joined, table
-from torchfolio.runs import Results, Run, threads
-from torchfolio.runs.bench import Bench
+from torchfolio.experiments._captures import Band, drawn, joined, table
+from torchfolio.runs import Results, Run, setting, threads
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Simulated blocks, one jammer at 15 to 30 dB below the signal.
+    """Simulated blocks, one jammer at 15 to 30 dB below the signal."""
 
-    Attributes:
-        train_size: captures to learn from.
-        test_size: captures to judge on.
-        control_size: captures of each control, to learn from and to judge on.
-        gamma_size: captures for the Gamma law.
-        snr: signal to noise ratio; the noise floor is known to this accuracy.
-        sjr: signal to jammer ratio.
-        band_sjr: that of the partial-band jammers.
-        blocks: synchronisation blocks of a capture.
-        taps: paths of the channel.
-        cfo: largest offset of the carrier in spacings.
-        epochs: number of epochs of the first network.
-    """
-
-    train_size: int = 4000
-    test_size: int = 3000
-    control_size: int = 1500
-    gamma_size: int = 3000
-    snr: Band = (21.5, 22.5)
-    sjr: Band = (15.0, 30.0)
-    band_sjr: Band = (5.0, 20.0)
-    blocks: int = 1
-    taps: int = 1
-    cfo: float = 0.0
-    epochs: int = 40
+    train_size: int = setting(4000, "captures to learn from")
+    test_size: int = setting(3000, "captures to judge on")
+    control_size: int = setting(1500, "captures of each control, to learn from and to judge on")
+    gamma_size: int = setting(3000, "captures for the Gamma law")
+    snr: Band = setting((21.5, 22.5), "signal to noise ratio; the noise floor is known to this accuracy")
+    sjr: Band = setting((15.0, 30.0), "signal to jammer ratio")
+    band_sjr: Band = setting((5.0, 20.0), "that of the partial-band jammers")
+    blocks: int = setting(1, "synchronisation blocks of a capture")
+    taps: int = setting(1, "paths of the channel")
+    cfo: float = setting(0.0, "largest offset of the carrier in spacings")
+    epochs: int = setting(40, "number of epochs of the first network")
 
 
 SCALES = {
@@ -183,19 +166,3 @@ def figures(results: Results) -> dict[str, Figure]:
     axes[2].set(xlabel="first network's probability", ylabel="captures", yscale="log")
     axes[2].legend()
     return {"detection": fig}
-
-
-def peers(bench: Bench) -> None:
-    """1,000 blocks made and 500 turned into features, against one at a time with NumPy, SciPy and PyWavelets."""
-    cells = torch.arange(1000)
-    nr.ssb_grid(cells)
-    bench.compare("generate 1,000 blocks", ours=lambda: nr.ofdm_modulate(nr.ssb_grid(cells)),
-                  one_by_one=lambda: [nr.ofdm_modulate(nr.ssb_grid(int(c))) for c in cells])  # fmt: skip
-    if importlib.util.find_spec("pywt") is None:
-        return
-    iq = simulate(500).iq
-    samples, single = iq.numpy(), features_of_a_capture()
-    features = SSBFeatures(correct_cfo=False)
-    bench.compare(
-        "features of 500 captures", ours=lambda: features.transform(iq), numpy_pywt=lambda: [single(x) for x in samples]
-    )

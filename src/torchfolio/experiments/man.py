@@ -8,42 +8,25 @@ from matplotlib.figure import Figure
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop
-from torchfolio.experiments._local_learning import (
-    FULL,
-    SMOKE,
-    CheckpointedBackprop,
-    RuleFactory,
-    Task,
-    costs,
-    network,
-    stepper,
-    train,
-)
+from torchfolio.experiments._local_learning import FULL, SMOKE, RuleFactory, Task, costs, network, train
 from torchfolio.local.heads import Host, LocalHeads
 from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import load
 
 
 @dataclass(frozen=True)
 class Settings(Task):
-    """The common task and MAN's own knobs.
+    """The common task and MAN's own knobs."""
 
-    Attributes:
-        host: the local rule that MAN is added to.
-        ema_momentum: momentum of the moving averages; their memory $1/(1-m)$ should be 5 to 15 % of the steps.
-        blocks: number of blocks; 0 takes every layer by itself.
-        ablations: whether to train, too, with the average alone and the branch alone.
-        deep: depth of the network whose memory is measured besides.
-    """
-
-    host: Host = "dgl"
-    ema_momentum: float = 0.98
-    blocks: int = 0
-    ablations: bool = False
-    deep: int = 56
+    host: Host = setting("dgl", "the local rule that MAN is added to")
+    ema_momentum: float = setting(
+        0.98, "momentum of the moving averages; their memory $1/(1-m)$ should be 5 to 15 % of the steps"
+    )
+    blocks: int = setting(0, "number of blocks; 0 takes every layer by itself")
+    ablations: bool = setting(False, "whether to train, too, with the average alone and the branch alone")
+    deep: int = setting(56, "depth of the network whose memory is measured besides")
 
 
 SCALES = {
@@ -111,14 +94,3 @@ def figures(results: Results) -> dict[str, Figure]:
         made["linear probes"] = plots.curves(results, {name: (name, "probes") for name in compared},
                                              xlabel="hidden layer", ylabel="linear probe accuracy (%)")  # fmt: skip
     return made
-
-
-def peers(bench: Bench) -> None:
-    """A training step beside those of backprop that recomputes activations, and of backprop."""
-    bench.compare(
-        "a step of ResNet-20 on 32 images",
-        ours=stepper(MAN(host="dgl")),
-        host=stepper(LocalHeads("dgl")),
-        checkpointed_backprop=stepper(CheckpointedBackprop()),
-        backprop=stepper(Backprop()),
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,34 +25,23 @@ from torchfolio.engine import seeded
 from torchfolio.engine.recipes import one_cycle
 from torchfolio.experiments._wide_resnet import wide_resnet
 from torchfolio.measure import count_flops
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench, training_step
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, accuracy, load, train
 
 
 @dataclass(frozen=True)
 class Settings(Task):
-    """The common task, for a pre-activation wide residual network.
-
-    Attributes:
-        epochs: passes for each member.
-        growth_epochs: passes after growth.
-        growth_lr: peak of the learning rate after growth.
-        templates: number of templates of each set.
-        width: factor on the widths 16, 32, 64 of the stages.
-        blocks: residual blocks of a stage.
-        net2net: whether to widen a member by Net2Net besides.
-    """
+    """The common task, for a pre-activation wide residual network."""
 
     train_size: int | None = 6000
-    epochs: int = 10
-    growth_epochs: int = 4
-    growth_lr: float = 0.02
+    epochs: int = setting(10, "passes for each member")
+    growth_epochs: int = setting(4, "passes after growth")
+    growth_lr: float = setting(0.02, "peak of the learning rate after growth")
     weight_decay: float = 5e-4
-    templates: int = 4
-    width: int = 1
-    blocks: int = 1
-    net2net: bool = False
+    templates: int = setting(4, "number of templates of each set")
+    width: int = setting(1, "factor on the widths 16, 32, 64 of the stages")
+    blocks: int = setting(1, "residual blocks of a stage")
+    net2net: bool = setting(False, "whether to widen a member by Net2Net besides")
 
 
 SCALES = {
@@ -211,21 +199,3 @@ def figures(results: Results) -> dict[str, Figure]:
             ylabel="validation accuracy (%)",
         ),
     }  # fmt: skip
-
-
-def peers(bench: Bench) -> None:
-    """A training step of a member beside a plain network of half the width, and of the grown one beside the target."""
-    settings, batch = Settings(), (torch.randn(128, 3, 16, 16), torch.randint(10, (128,)))
-    wide: nn.Module = wide_resnet(3, 10, settings.width, settings.blocks)
-    model = templatize(wide, batch[0][:2], settings.templates)
-
-    def step(net: nn.Module) -> Any:
-        optimizer = SGD(param_groups(net, 5e-4), lr=1e-4, momentum=0.9, nesterov=True)
-        return training_step(net, batch, optimizer=optimizer)
-
-    bench.compare("member's step, 128 images of 16x16", ours=step(model.member(0)), half_width=step(model.export(0)),
-                  repeats=15)  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the second member is not trained here
-        model.grow("zero")
-    bench.compare("grown step, 128 images of 16x16", ours=step(model), full_width=step(wide))

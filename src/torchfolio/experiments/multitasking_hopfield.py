@@ -11,8 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from torchfolio.experiments._hopfield_recall import by_examples, drawn_patterns, in_theory, relaxed, unbalanced
-from torchfolio.experiments._numpy_hopfield import all_at_once, one_by_one
-from torchfolio.runs import Results, Run, plots, threads
+from torchfolio.runs import Results, Run, plots, setting, threads
 from torchfolio.theory.multitasking_hopfield import (
     MultitaskingHopfield,
     PhaseDiagram,
@@ -27,39 +26,22 @@ from torchfolio.theory.multitasking_hopfield import (
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the simulations.
+    """Sizes of the simulations."""
 
-    Attributes:
-        N: number of spins.
-        K: numbers of patterns.
-        d: dilutions without noise.
-        samples: sets of patterns.
-        replicas: states relaxed in each.
-        sweeps: sweeps without noise.
-        noisy_sweeps: sweeps with noise, of which the second half is averaged.
-        parallel_N: number of spins at strong dilution.
-        parallel_samples: sets of patterns there.
-        learning_N: number of spins where examples are learned.
-        learning_d: dilution there.
-        r: quality of the examples.
-        M: numbers of examples, odd.
-        grid: points along each side of the phase diagram.
-    """
-
-    N: int = 2000
-    K: tuple[int, ...] = (3, 5)
-    d: tuple[float, ...] = (0.25, 0.5, 0.8, 0.9)
-    samples: int = 3
-    replicas: int = 20
-    sweeps: int = 15
-    noisy_sweeps: int = 100
-    parallel_N: int = 5000
-    parallel_samples: int = 5
-    learning_N: int = 1500
-    learning_d: float = 0.3
-    r: float = 0.3
-    M: tuple[int, ...] = (5, 11, 21, 41, 81)
-    grid: int = 12
+    N: int = setting(2000, "number of spins")
+    K: tuple[int, ...] = setting((3, 5), "numbers of patterns")
+    d: tuple[float, ...] = setting((0.25, 0.5, 0.8, 0.9), "dilutions without noise")
+    samples: int = setting(3, "sets of patterns")
+    replicas: int = setting(20, "states relaxed in each")
+    sweeps: int = setting(15, "sweeps without noise")
+    noisy_sweeps: int = setting(100, "sweeps with noise, of which the second half is averaged")
+    parallel_N: int = setting(5000, "number of spins at strong dilution")
+    parallel_samples: int = setting(5, "sets of patterns there")
+    learning_N: int = setting(1500, "number of spins where examples are learned")
+    learning_d: float = setting(0.3, "dilution there")
+    r: float = setting(0.3, "quality of the examples")
+    M: tuple[int, ...] = setting((5, 11, 21, 41, 81), "numbers of examples, odd")
+    grid: int = setting(12, "points along each side of the phase diagram")
 
 
 SCALES = {
@@ -181,16 +163,3 @@ def _amplitudes(results: Results) -> Figure:
         )
         ax.legend(fontsize=8)
     return fig
-
-
-def peers(bench: Any) -> None:
-    """20 replicas of 2,000 spins through 10 sweeps: against dense NumPy networks, one state at a time and all at once."""
-    patterns = sparse_patterns(2000, 3, 0.25)
-    network, starts = MultitaskingHopfield().fit(patterns), fill_blanks(patterns[0], 20)
-    J, states = network.couplings().numpy(), starts.numpy()
-    bench.compare(
-        "20 replicas of 2,000 spins, 10 sweeps",
-        ours=lambda: network.relax(starts, 10, record_every=10),
-        numpy_one_by_one=lambda: one_by_one(J, states.copy()),
-        numpy_all_at_once=lambda: all_at_once(J, np.ascontiguousarray(states.T)),
-    )

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from torchfolio.backdoor import AllToOne, PatchTrigger, poison
-from torchfolio.backdoor.nab import NAB, PrecomputedIsolator, PrecomputedRelabeler, Stamp
-from torchfolio.data import CropFlip
-from torchfolio.engine.loader import as_batches
 from torchfolio.experiments._isolation_defences import Scene, Task
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 DIGITS = Task()
 PHOTOS = Task(
@@ -24,25 +18,15 @@ PHOTOS = Task(
 
 @dataclass(frozen=True)
 class Settings:
-    """Tasks and what they share.
+    """Tasks and what they share."""
 
-    Attributes:
-        digits: task on digits.
-        photos: task on photographs; `None` leaves it out.
-        rate: share of the training images that is poisoned.
-        ratio: share that is isolated.
-        stamp_clean_fraction: share of the other samples that one arm stamps too.
-        batch_size: batch size of all trainings but the verified classifier's.
-        unlearn_lr: learning rate of the baseline that unlearns the isolated samples.
-    """
-
-    digits: Task = DIGITS
-    photos: Task | None = PHOTOS
-    rate: float = 0.1
-    ratio: float = 0.05
-    stamp_clean_fraction: float = 0.02
-    batch_size: int = 64
-    unlearn_lr: float = 1e-3
+    digits: Task = setting(DIGITS, "task on digits")
+    photos: Task | None = setting(PHOTOS, "task on photographs; `None` leaves it out")
+    rate: float = setting(0.1, "share of the training images that is poisoned")
+    ratio: float = setting(0.05, "share that is isolated")
+    stamp_clean_fraction: float = setting(0.02, "share of the other samples that one arm stamps too")
+    batch_size: int = setting(64, "batch size of all trainings but the verified classifier's")
+    unlearn_lr: float = setting(1e-3, "learning rate of the baseline that unlearns the isolated samples")
 
 
 SCALES = {
@@ -137,37 +121,3 @@ def figures(results: Results) -> dict[str, Figure]:
         ),
         "isolation": precision,
     }
-
-
-def peers(bench: Any) -> None:
-    """Poisoning a set, and an epoch of the defence's batches, against the lines that one would write for them."""
-    x, y = torch.rand(10_000, 3, 32, 32), torch.randint(10, (10_000,))
-    trigger = PatchTrigger.checkerboard((3, 32, 32))
-    others = (y != 0).nonzero()[:, 0]
-
-    def poisoned_by_hand() -> None:
-        rows = others[torch.randperm(len(others))[:1000]]
-        images, labels = x.clone(), y.clone()
-        chosen = images[rows]
-        images[rows] = (255 * torch.lerp(chosen, trigger.pattern, trigger.mask)).round() / 255
-        labels[rows] = 0
-
-    bench.compare(
-        "poison 10 % of 10,000 images of 32 x 32",
-        ours=lambda: poison((x, y), trigger, AllToOne(0, 10), rate=0.1, seed=0).tensors(),
-        by_hand=poisoned_by_hand,
-    )
-    mask, flip, stamp = torch.rand(len(x)) < 0.05, CropFlip(padding=0), Stamp(value=0.5)
-    isolated = NAB(PrecomputedIsolator(mask), PrecomputedRelabeler((y + 1) % 10), stamp, augment=flip)
-    data = isolated.prepare((x, y))
-
-    def epoch() -> None:
-        for _ in as_batches(data, 128, seed=0).epoch(0):
-            pass
-
-    def epoch_by_hand() -> None:
-        for rows in torch.randperm(len(x)).split(128):
-            images, _ = flip(x[rows]), data.pseudo_labels[rows]
-            images[mask[rows], :, :2, :2] = 0.5
-
-    bench.compare("an epoch of 10,000 images of 32 x 32, flipped, in batches of 128", ours=epoch, by_hand=epoch_by_hand)

@@ -16,17 +16,12 @@ from sklearn.preprocessing import MinMaxScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from torchfolio.adaptation.naive_bayes_probe import (
-    NaiveBayesProbe,
-    crossover,
-    gaussian_fit,
-    learning_curve,
-)
+from torchfolio.adaptation.naive_bayes_probe import NaiveBayesProbe, crossover, gaussian_fit, learning_curve
 from torchfolio.data import load
 from torchfolio.engine import fit
 from torchfolio.experiments._samples_needed import log_slope, samples_needed
 from torchfolio.models import ConvNet, collect_features
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 Arm = dict[str, Any]
 Array = NDArray[Any]
@@ -34,33 +29,21 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is simulated, and which network's features are probed.
+    """What is simulated, and which network's features are probed."""
 
-    Attributes:
-        dimensions: features of the mixture of two classes.
-        dimensions_3: features of the mixture of three classes.
-        pool: samples to draw from, as a multiple of the features.
-        test_points: samples to test on.
-        points: sizes of the grid.
-        images: set of images; one half trains the network, the other the heads.
-        train_size: images of both halves together.
-        widths: channels of the network's layers; the last are the features.
-        epochs: passes over the network's half.
-        sizes: labels that the heads get.
-        repeats: subsets of each size up to 300; larger sizes get three.
-    """
-
-    dimensions: tuple[int, ...] = (50, 100, 200, 400, 800)
-    dimensions_3: tuple[int, ...] = (100, 200, 400)
-    pool: int = 5
-    test_points: int = 4000
-    points: int = 30
-    images: str = "mnist10k"
-    train_size: int = 8000
-    widths: tuple[int, ...] = (32, 64, 256)
-    epochs: int = 2
-    sizes: tuple[int, ...] = (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 4000)
-    repeats: int = 12
+    dimensions: tuple[int, ...] = setting((50, 100, 200, 400, 800), "features of the mixture of two classes")
+    dimensions_3: tuple[int, ...] = setting((100, 200, 400), "features of the mixture of three classes")
+    pool: int = setting(5, "samples to draw from, as a multiple of the features")
+    test_points: int = setting(4000, "samples to test on")
+    points: int = setting(30, "sizes of the grid")
+    images: str = setting("mnist10k", "set of images; one half trains the network, the other the heads")
+    train_size: int = setting(8000, "images of both halves together")
+    widths: tuple[int, ...] = setting((32, 64, 256), "channels of the network's layers; the last are the features")
+    epochs: int = setting(2, "passes over the network's half")
+    sizes: tuple[int, ...] = setting(
+        (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 4000), "labels that the heads get"
+    )
+    repeats: int = setting(12, "subsets of each size up to 300; larger sizes get three")
 
 
 SCALES = {
@@ -138,11 +121,11 @@ def _claim_regimes(run: Run[Settings], supervised: Arm, untrained: Arm) -> None:
 def _class_variances(seed: int) -> Arm:
     """Errors in % on scikit-learn's digits at 20 and 30 labels, with a variance for each class and with shared ones."""
     heads = {"by_class": GaussianNB(var_smoothing=1e-2), "shared": NaiveBayesProbe()}
-    curves = learning_curve(*_digits(seed), [20, 30], 50, heads, seed=seed)
+    curves = learning_curve(*digits(seed), [20, 30], 50, heads, seed=seed)
     return {name: 100 * curve.mean for name, curve in curves.items()}
 
 
-def _digits(seed: int) -> tuple[Array, Array, Array, Array]:
+def digits(seed: int) -> tuple[Array, Array, Array, Array]:
     data = load("digits", val=0, seed=seed, normalize=False)
     (x, y), (x_test, y_test) = data.train.tensors, data.test.tensors
     return x.flatten(1).double().numpy(), y.numpy(), x_test.flatten(1).double().numpy(), y_test.numpy()
@@ -161,28 +144,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "samples needed": draw("two_classes", "dimensions", xlabel="features", ylabel="samples needed", logy=True),
         **{f"{arm} features": draw(arm, "sizes", **probed) for arm in ("supervised", "untrained", "transfer")},
     }
-
-
-def peers(bench: Any) -> None:
-    """Fitting a head beside scikit-learn's, and a learning curve beside loops of fits."""
-    rng = np.random.default_rng(0)
-    features, labels = rng.standard_normal((20_000, 256)), rng.integers(10, size=20_000)
-    bench.compare(
-        "fit 20,000 x 256, 10 classes",
-        ours=lambda: NaiveBayesProbe().fit(features, labels),
-        gaussian_nb=lambda: GaussianNB().fit(features, labels),
-    )
-    X, y, X_test, y_test = _digits(0)
-    sizes = [20, 30, 50, 100, 200, 400, 800]
-
-    def loop(head: Any) -> list[float]:
-        draw = np.random.default_rng(0)
-        rows = [draw.choice(len(X), m, replace=False) for m in sizes for _ in range(20)]
-        return [head.fit(X[r], y[r]).score(X_test, y_test) for r in rows]
-
-    bench.compare(
-        "learning curve on digits, 7 sizes of 20 subsets",
-        ours=lambda: learning_curve(X, y, X_test, y_test, sizes, 20, {"nb": NaiveBayesProbe()}),
-        gaussian_nb=lambda: loop(GaussianNB()),
-        own_loop=lambda: loop(NaiveBayesProbe()),
-    )

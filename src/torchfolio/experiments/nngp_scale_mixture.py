@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from torchfolio.experiments._corrupted_digits import CORRUPTIONS, classify
-from torchfolio.experiments._evidence_of_processes import by_gpytorch, plainly
 from torchfolio.experiments._wide_networks import at_random_weights, last_layer_trained
-from torchfolio.runs import Results, Run, plots
-from torchfolio.theory.infinite_kernels import nngp
-from torchfolio.theory.mixture_process import cholesky
-from torchfolio.theory.nngp_scale_mixture import (
-    NNGPKernel,
-    StudentTProcessRegressor,
-    t_evidence,
-)
+from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.theory.nngp_scale_mixture import NNGPKernel, StudentTProcessRegressor
 
 PROCESSES: dict[str, dict[str, Any]] = {
     "t": {},
@@ -33,37 +24,21 @@ PROCESSES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the four comparisons.
+    """Sizes of the four comparisons."""
 
-    Attributes:
-        draws: networks at random weights.
-        width: their width.
-        sizes: training points of the regressions.
-        splits: random splits.
-        outlier_share: probability of an outlier in the training targets.
-        outlier: its size in standard deviations of the targets.
-        digits: training images.
-        inducing: inducing points.
-        depth: hidden layers of the classifiers' kernel.
-        epochs: number of epochs of the classifiers.
-        nets: networks whose last layer is trained.
-        net_width: their width.
-        net_points: their training points.
-    """
-
-    draws: int = 2000
-    width: int = 1024
-    sizes: tuple[int, ...] = (5, 10, 20, 40, 100)
-    splits: int = 100
-    outlier_share: float = 0.1
-    outlier: float = 5.0
-    digits: int = 1000
-    inducing: int = 100
-    depth: int = 3
-    epochs: int = 200
-    nets: int = 300
-    net_width: int = 512
-    net_points: int = 10
+    draws: int = setting(2000, "networks at random weights")
+    width: int = setting(1024, "their width")
+    sizes: tuple[int, ...] = setting((5, 10, 20, 40, 100), "training points of the regressions")
+    splits: int = setting(100, "random splits")
+    outlier_share: float = setting(0.1, "probability of an outlier in the training targets")
+    outlier: float = setting(5.0, "its size in standard deviations of the targets")
+    digits: int = setting(1000, "training images")
+    inducing: int = setting(100, "inducing points")
+    depth: int = setting(3, "hidden layers of the classifiers' kernel")
+    epochs: int = setting(200, "number of epochs of the classifiers")
+    nets: int = setting(300, "networks whose last layer is trained")
+    net_width: int = setting(512, "their width")
+    net_points: int = setting(10, "their training points")
 
 
 SCALES = {
@@ -155,19 +130,3 @@ def figures(results: Results) -> dict[str, Figure]:
         drawn[f"regression, {arm}"] = plots.curves(results, lines, x=results.settings.sizes, **axes)
     scores = {f"{arm} {name}": (arm, f"{name}_nll") for name in CORRUPTIONS for arm in ("svtp", "svgp")}
     return {**drawn, "digits": plots.bars(results, scores, ylabel="negative log likelihood")}
-
-
-def peers(bench: Any) -> None:
-    """Kernel and evidence written plainly on whole matrices, and GPyTorch's exact process on the same kernel."""
-    x = torch.randn(1000, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = torch.sin(x[:, 0])
-    a, b = (torch.tensor(2.0, dtype=torch.float64) for _ in range(2))
-
-    def ours() -> Tensor:
-        with torch.no_grad():
-            return t_evidence(y, cholesky(nngp(x, None, "relu", 4, weight_var=2.0, bias_var=0.01), 0.1), a, b)
-
-    rivals = {"plain": lambda: plainly(x, y, a, b)}
-    if importlib.util.find_spec("gpytorch") is not None:
-        rivals["gpytorch"] = by_gpytorch(x, y)
-    bench.compare("kernel and evidence, 1,000 points, 4 layers", ours=ours, **rivals)

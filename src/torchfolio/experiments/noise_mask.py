@@ -11,55 +11,39 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import balanced_accuracy_score
-from torch import Tensor, nn
+from torch import nn
 
 from torchfolio.data import CropFlip
 from torchfolio.engine import Backprop, LearningRule, fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._digits_and_photographs import Part, load_joint, modality
-from torchfolio.experiments._noise_mask_peers import official_step
 from torchfolio.experiments._policy_alone import GRID, ShuffledRewards, train_alone
 from torchfolio.measure import linear_probe, outputs
 from torchfolio.models import ConvNet
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.noise_mask import BetaMaskPolicy, NoiseMaskPretraining, Reinforce, average_checkpoints
 from torchfolio.training.snapshots import Snapshots
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Data, networks and budget.
+    """Data, networks and budget."""
 
-    Attributes:
-        sources: data sets put into one problem, the photographs in grey.
-        train_sizes: training images of each.
-        val_size: validation images of each, which choose the learning rate.
-        test_sizes: test images of each.
-        image_size: side of all images.
-        width: channels of the classifier's first layer.
-        policy_width: width of the policy's network.
-        grid: side of the mask's grid.
-        pretrain_epochs: passes under masks.
-        finetune_epochs: passes without them.
-        lrs: learning rates to choose from; fine-tuning takes 0.3 of them.
-        steps: number of steps of REINFORCE on a frozen classifier.
-        shots: labels for each unseen class.
-    """
-
-    sources: tuple[str, ...] = ("mnist10k", "cifar10")
-    train_sizes: tuple[int, ...] = (2000, 3000)
-    val_size: int = 500
-    test_sizes: tuple[int, ...] = (1000, 2000)
-    image_size: int = 16
-    width: int = 8
-    policy_width: int = 3
-    grid: int = 8
-    pretrain_epochs: int = 5
-    finetune_epochs: int = 4
-    lrs: tuple[float, ...] = (0.03, 0.1, 0.3)
-    steps: int = 300
-    shots: tuple[int, ...] = (20, 100)
+    sources: tuple[str, ...] = setting(
+        ("mnist10k", "cifar10"), "data sets put into one problem, the photographs in grey"
+    )
+    train_sizes: tuple[int, ...] = setting((2000, 3000), "training images of each")
+    val_size: int = setting(500, "validation images of each, which choose the learning rate")
+    test_sizes: tuple[int, ...] = setting((1000, 2000), "test images of each")
+    image_size: int = setting(16, "side of all images")
+    width: int = setting(8, "channels of the classifier's first layer")
+    policy_width: int = setting(3, "width of the policy's network")
+    grid: int = setting(8, "side of the mask's grid")
+    pretrain_epochs: int = setting(5, "passes under masks")
+    finetune_epochs: int = setting(4, "passes without them")
+    lrs: tuple[float, ...] = setting((0.03, 0.1, 0.3), "learning rates to choose from; fine-tuning takes 0.3 of them")
+    steps: int = setting(300, "number of steps of REINFORCE on a frozen classifier")
+    shots: tuple[int, ...] = setting((20, 100), "labels for each unseen class")
 
 
 SCALES = {
@@ -209,23 +193,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "accuracy": plots.bars(results, {n: (n, "after") for n in RULES}, ylabel="balanced test accuracy (%)"),
         "masks": plots.grid(masks, ["digit"] * 4 + ["photograph"] * 4),
     }
-
-
-def peers(bench: Bench) -> None:
-    """A step of the method beside its parts: the classifier's alone, and the loop that computes features for every use."""
-    s = SCALES["quick"]
-    x, y = torch.randn(64, 1, 16, 16), torch.randint(20, (64,))
-    net, rule = classifier(s), masked(s)
-    pair = rule.prepare(net, (x, y))
-
-    def ours() -> None:
-        pair.zero_grad()
-        rule.step((x, y), Tensor.backward)
-
-    def plain() -> None:
-        net.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-
-    loop = official_step(masked(s).prepare(classifier(s), (x, y)), x, y)
-    work = "forward and backward, 64 images of 16x16, 64 cells"
-    bench.compare(work, repeats=15, ours=ours, official_loop=loop, classifier_alone=plain)

@@ -14,33 +14,21 @@ from torch import Tensor, nn
 from torchfolio.insight.opposing_signals import OpposingSignalModel, find_groups, inject, measure_groups, trace
 from torchfolio.measure import auroc
 from torchfolio.models import MLP
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The model of Section 4, and full batches on photographs.
+    """The model of Section 4, and full batches on photographs."""
 
-    Attributes:
-        data: name of the data set.
-        images: number of images to train on.
-        hidden: widths of the network.
-        lr: step size.
-        steps: number of steps of gradient descent.
-        planted: images with a planted signal, half in each of two classes.
-        flow_lr: step size that stands for gradient flow in the model.
-        flow_steps: number of steps of gradient flow.
-    """
-
-    data: str = "cifar10"
-    images: int = 1000
-    hidden: tuple[int, ...] = (64, 64)
-    lr: float = 0.1
-    steps: int = 250
-    planted: int = 30
-    flow_lr: float = 2.5e-5
-    flow_steps: int = 240_000
+    data: str = setting("cifar10", "name of the data set")
+    images: int = setting(1000, "number of images to train on")
+    hidden: tuple[int, ...] = setting((64, 64), "widths of the network")
+    lr: float = setting(0.1, "step size")
+    steps: int = setting(250, "number of steps of gradient descent")
+    planted: int = setting(30, "images with a planted signal, half in each of two classes")
+    flow_lr: float = setting(2.5e-5, "step size that stands for gradient flow in the model")
+    flow_steps: int = setting(240_000, "number of steps of gradient flow")
 
 
 SCALES = {
@@ -150,27 +138,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "sharpness of the model": plots.curves(results, flow, xlabel="record", ylabel="top eigenvalue"),
         "loss on photographs": plots.curves(results, batch, xlabel="step", ylabel="loss (nats)"),
     }
-
-
-def peers(bench: Bench) -> None:
-    """Twenty steps on full batches that keep every example's loss, beside the same without and with one more pass."""
-    x, y = torch.randn(1000, 3072), torch.randint(10, (1000,))
-
-    def steps(extra: bool) -> None:
-        net = MLP(3072, 10, (64, 64))
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        for _ in range(20):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
-            if extra:
-                with torch.no_grad():
-                    nn.functional.cross_entropy(net(x), y, reduction="none")
-
-    bench.compare(
-        "20 steps of 1,000 images, losses of all",
-        repeats=5,
-        ours=lambda: trace(MLP(3072, 10, (64, 64)), (x, y), lr=0.01, steps=20, sharpness_every=0),
-        unrecorded=lambda: steps(False),
-        second_pass=lambda: steps(True),
-    )

@@ -17,34 +17,29 @@ from torchfolio.experiments._acoustic_vowels import vowels
 from torchfolio.experiments._physical_backprop import train_through_twins
 from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
 from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and budgets.
+    """Sizes and budgets."""
 
-    Attributes:
-        train_size: training digits.
-        hidden: width of both layers and of the second system's inputs.
-        epochs: passes of the local rule.
-        backprop_epochs: passes of ideal and in-silico backprop; physics-aware training gets equal physical calls.
-        cavity_epochs: passes that fit the surrogate to the measured cavity; 0 leaves the vowels out.
-        vowel_epochs: passes of the local rule over the vowels, all in one batch.
-    """
-
-    train_size: int = 1437
-    hidden: int = 100
-    epochs: int = 20
-    inner_steps: int = 10
-    lr: float = 4e-3
-    batch_size: int = 480
-    backprop_epochs: int = 60
-    cavity_epochs: int = 10
-    vowel_epochs: int = 60
-    twin_errors: tuple[float, ...] = (0.0, 0.2, 0.4)
+    train_size: int = setting(1437, "training digits")
+    hidden: int = setting(100, "width of both layers and of the second system's inputs")
+    epochs: int = setting(20, "passes of the local rule")
+    inner_steps: int = setting(10, "steps on every batch before the next")
+    lr: float = setting(4e-3, "learning rate of Adam of the local rule")
+    batch_size: int = setting(480, "examples of a batch of the local rule")
+    backprop_epochs: int = setting(
+        60, "passes of ideal and in-silico backprop; physics-aware training gets equal physical calls"
+    )
+    cavity_epochs: int = setting(10, "passes that fit the surrogate to the measured cavity; 0 leaves the vowels out")
+    vowel_epochs: int = setting(60, "passes of the local rule over the vowels, all in one batch")
+    twin_errors: tuple[float, ...] = setting(
+        (0.0, 0.2, 0.4), "relative errors of the twin that backprop in silico trains on"
+    )
 
 
 SCALES = {
@@ -199,34 +194,3 @@ def figures(results: Results) -> dict[str, Figure]:
         ),
         "twins": plots.bars(results, twins, ylabel="test accuracy on the true system (%)"),
     }
-
-
-def peers(bench: Any) -> None:
-    """Candidates in one batch and negatives at once, against the authors' loops over labels and examples."""
-    x, y = torch.rand(64, 64), torch.arange(64) % 10
-    blocks = [PhysicalBlock(MultimodeOptics(w, 50), 50, in_features=w) for w in (74, 50)]
-    net = PhysicalLocalNet(blocks, 10, 64, standardize=False).fit(x, y, epochs=1)
-    generator = torch.Generator().manual_seed(0)
-    many, one = torch.arange(10).repeat(144), net.scale(x[:1])
-    drawn = np.random.default_rng(0)
-    bench.compare(
-        "wrong labels of 1,440 examples",
-        ours=lambda: net.wrong_labels(many, generator),
-        loop=lambda: [drawn.choice([c for c in range(10) if c != int(label)]) for label in many],
-    )
-    bench.compare(
-        "class of one example",
-        ours=lambda: net.predict(x[:1]),
-        loop=lambda: [net.layers(net.embed(one, torch.tensor([c]))) for c in range(10)],
-    )
-    bench.compare("an epoch of 64", ours=lambda: net.partial_fit(x, y), loop=lambda: _authors_epoch(net, x, y, drawn))
-
-
-def _authors_epoch(net: PhysicalLocalNet, x: Tensor, y: Tensor, drawn: np.random.Generator) -> None:
-    """Batches of 64, negatives by a loop; training and test sets of 1,440 and 360 are scored in every batch."""
-    torch.tensor([drawn.choice([c for c in range(10) if c != int(label)]) for label in y])
-    net.partial_fit(x, y)
-    for n in (1440, 360):
-        h = net.scale(x.repeat(n // 64 + 1, 1)[:n])
-        for c in range(10):
-            net.layers(net.embed(h, torch.full((n,), c)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,57 +10,35 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from torchfolio.dynamics.physics_moe import (
-    Burgers1D,
-    DiffusionSorption1D,
-    ExpertConstraint,
-    Grid,
-    LevenbergMarquardt,
-    equation_loss,
-)
-from torchfolio.experiments._constraint_solves import arrays, cost, gradient_errors, optimum
-from torchfolio.experiments._diffusion_sorption import Tanh, inputs, instances, network
-from torchfolio.runs import Results, Run, plots, threads
-from torchfolio.runs.bench import Bench
+from torchfolio.dynamics.physics_moe import DiffusionSorption1D, ExpertConstraint, LevenbergMarquardt, equation_loss
+from torchfolio.experiments._constraint_solves import cost, gradient_errors, optimum
+from torchfolio.experiments._diffusion_sorption import inputs, instances, network
+from torchfolio.runs import Results, Run, plots, setting, threads
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Diffusion-sorption on the smooth window from t = 50 to 500.
+    """Diffusion-sorption on the smooth window from t = 50 to 500."""
 
-    Attributes:
-        mesh: points in time and space.
-        train_size: instances to learn from.
-        test_size: instances to judge on.
-        basis: K, number of basis functions.
-        points: grid points at which a solve sees the equation.
-        experts: blocks in time and space.
-        width: width of the network.
-        fno: whether it is a Fourier neural operator; a tanh network on (t, x, start at x, mean start) otherwise.
-        steps: number of steps of Adam, at which all are compared.
-        lr: learning rate of Adam, falling as a cosine.
-        batch_size: instances of a step.
-        max_iterations: maximum number of iterations of a solve.
-        stationary: relative gradient up to which a solve passes its gradient on; retardation has a kink at u = 0.
-        entries: random entries of the parameters for the gradient check.
-        sizes: sampled points for the timing.
-    """
-
-    mesh: tuple[int, int] = (32, 48)
-    train_size: int = 7
-    test_size: int = 5
-    basis: int = 8
-    points: int = 32
-    experts: tuple[int, int] = (4, 1)
-    width: int = 64
-    fno: bool = False
-    steps: int = 100
-    lr: float = 2e-3
-    batch_size: int = 3
-    max_iterations: int = 15
-    stationary: float = 0.1
-    entries: int = 24
-    sizes: tuple[int, ...] = (200, 400, 800, 1600)
+    mesh: tuple[int, int] = setting((32, 48), "points in time and space")
+    train_size: int = setting(7, "instances to learn from")
+    test_size: int = setting(5, "instances to judge on")
+    basis: int = setting(8, "number K of basis functions")
+    points: int = setting(32, "grid points at which a solve sees the equation")
+    experts: tuple[int, int] = setting((4, 1), "blocks in time and space")
+    width: int = setting(64, "width of the network")
+    fno: bool = setting(
+        False, "whether it is a Fourier neural operator; a tanh network on (t, x, start at x, mean start) otherwise"
+    )
+    steps: int = setting(100, "number of steps of Adam, at which all are compared")
+    lr: float = setting(2e-3, "learning rate of Adam, falling as a cosine")
+    batch_size: int = setting(3, "instances of a step")
+    max_iterations: int = setting(15, "maximum number of iterations of a solve")
+    stationary: float = setting(
+        0.1, "relative gradient up to which a solve passes its gradient on; retardation has a kink at u = 0"
+    )
+    entries: int = setting(24, "random entries of the parameters for the gradient check")
+    sizes: tuple[int, ...] = setting((200, 400, 800, 1600), "sampled points for the timing")
 
 
 SCALES = {
@@ -164,26 +141,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "errors": bars,
         "a test solution": plots.grid(np.stack(fields), ["truth", *labels.values()]),
     }
-
-
-def peers(bench: Bench) -> None:
-    """Solves of 4 experts for 32 instances as in training, against SciPy's MINPACK with exact Jacobians, one by one."""
-    from scipy.optimize import least_squares
-
-    torch.manual_seed(0)
-    settings = Settings(train_size=32, test_size=1)
-    pde, grid, train, _ = instances(settings, 0)
-    periodic = Grid(periodic=("x",), t=torch.linspace(0, 0.5, 32), x=torch.arange(48) / 48)
-    waves = torch.randn(32, 1, dtype=torch.float64).exp() * torch.sin(2 * math.pi * periodic.axes["x"])
-    solver, start = LevenbergMarquardt(max_steps=settings.max_iterations), torch.ones(128, 8, dtype=torch.float64)
-    limits = {"method": "lm", "xtol": 1e-4, "ftol": 1e-4, "gtol": 1e-4, "max_nfev": settings.max_iterations}
-    for equation, mesh, initial in ((pde, grid, train[:, 0]), (Burgers1D(0.02), periodic, waves)):
-        basis = Tanh(8, 64)(inputs(mesh, initial).float()).detach().double()
-        for points in (32, 384):
-            problem = ExpertConstraint(equation, (4, 1), points).problem(basis, mesh, initial)
-            single = [arrays(equation, problem, n) for n in range(128)]
-            bench.compare(
-                f"{type(equation).__name__}, 128 solves with {points} points, K = 8",
-                ours=lambda problem=problem: solver(problem.compressed(), start),
-                scipy=lambda single=single: [least_squares(f, np.ones(8), jac, **limits) for f, jac in single],
-            )

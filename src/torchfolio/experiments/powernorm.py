@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,33 +14,21 @@ from torchfolio.engine import Backprop, StepRecorder, evaluate, fit
 from torchfolio.engine.recipes import adam, one_cycle
 from torchfolio.experiments._characters import CharacterModel, Windows, windows
 from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A character language model on sentences of two languages.
+    """A character language model on sentences of two languages."""
 
-    Attributes:
-        text: `"multi30k"`, or `"embedded"` for two tiny made-up languages.
-        steps: steps of training, one window each.
-        length: characters of a window.
-        dim: width of the transformer.
-        layers: blocks of the transformer.
-        lr: peak of the one-cycle learning rate.
-        warmup: steps on batch statistics.
-        validation: windows of each language to evaluate on.
-    """
-
-    text: str = "multi30k"
-    steps: int = 600
-    length: int = 24
-    dim: int = 64
-    layers: int = 2
-    lr: float = 1e-3
-    warmup: int = 100
-    validation: int = 1000
+    text: str = setting("multi30k", '`"multi30k"`, or `"embedded"` for two tiny made-up languages')
+    steps: int = setting(600, "steps of training, one window each")
+    length: int = setting(24, "characters of a window")
+    dim: int = setting(64, "width of the transformer")
+    layers: int = setting(2, "blocks of the transformer")
+    lr: float = setting(1e-3, "peak of the one-cycle learning rate")
+    warmup: int = setting(100, "steps on batch statistics")
+    validation: int = setting(1000, "windows of each language to evaluate on")
 
 
 SCALES = {
@@ -122,19 +109,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "validation loss": plots.bars(results, {v: (k, "val") for k, v in kinds.items()}, ylabel="loss (nats)"),
         "gap to training": plots.bars(results, {v: (k, "gap") for k, v in kinds.items()}, ylabel="gap (nats)"),
     }
-
-
-def peers(bench: Bench) -> None:
-    """Forward and backward of one norm on 4,096 tokens of 512 channels."""
-    x, g = torch.randn(8, 512, 512), torch.randn(8, 512, 512)
-    norms: dict[str, nn.Module] = {
-        "ours": PowerNorm(512, warmup_steps=0, num_groups=None), "layer_norm": nn.LayerNorm(512),
-        "with_group_scaling": PowerNorm(512, warmup_steps=0, num_groups=8),
-        "batch_norm": SequenceBatchNorm(512),
-    }  # fmt: skip
-
-    def step(norm: nn.Module) -> None:
-        norm(x.requires_grad_()).backward(g)
-
-    calls: dict[str, Any] = {name: partial(step, norm) for name, norm in norms.items()}
-    bench.compare("forward and backward, 4,096 tokens x 512", **calls)

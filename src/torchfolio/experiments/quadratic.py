@@ -10,33 +10,19 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import NonFiniteLoss
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._polynomial_varieties import VARIETIES, dimensions
-from torchfolio.layers.quadratic import (
-    QuadraticConv2d,
-    quadratic_strength,
-    relinear_param_groups,
-    to_quadratic,
-)
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.layers.quadratic import QuadraticConv2d, quadratic_strength, relinear_param_groups, to_quadratic
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, load, train
 
 
 @dataclass(frozen=True)
 class Settings(Task):
-    """The common task on a small conv net, and ReLinear's knob.
-
-    Attributes:
-        widths: channels of the convolutions, which stride 1, 2, 1, 2.
-        lr_norm: learning rate with batch normalisation; `lr` is that without.
-        gamma: factor of the quadratic terms' rate.
-        sweep: factors of the transition.
-    """
+    """The common task on a small conv net, and ReLinear's knob."""
 
     train_size: int | None = 4000
     test_size: int | None = 1000
@@ -44,10 +30,10 @@ class Settings(Task):
     batch_size: int = 64
     weight_decay: float = 1e-4
     lr: float = 0.03
-    lr_norm: float = 0.1
-    widths: tuple[int, ...] = (12, 24, 24, 48)
-    gamma: float = 0.1
-    sweep: tuple[float, ...] = (0.0, 0.01, 0.1)
+    lr_norm: float = setting(0.1, "learning rate with batch normalisation; `lr` is that without")
+    widths: tuple[int, ...] = setting((12, 24, 24, 48), "channels of the convolutions, which stride 1, 2, 1, 2")
+    gamma: float = setting(0.1, "factor of the quadratic terms' rate")
+    sweep: tuple[float, ...] = setting((0.0, 0.01, 0.1), "factors of the transition")
 
 
 SCALES = {
@@ -137,21 +123,3 @@ def figures(results: Results) -> dict[str, Figure]:
     names = ("plain", "relinear_plain", "random_plain", "norm", "relinear_norm", "random_norm")
     scores = {name.replace("_", " "): (name, "accuracy") for name in names}
     return {"accuracy": plots.bars(results, scores, ylabel="test accuracy (%)")}
-
-
-def peers(bench: Bench) -> None:
-    """A training step of one convolution with ReLU, against the ordinary one and against three separate ones."""
-    torch.manual_seed(0)
-    x = torch.randn(64, 32, 16, 16)
-    ordinary, ours = nn.Conv2d(32, 32, 3, padding=1), QuadraticConv2d(32, 32, 3, padding=1)
-    r, g, b = (nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
-
-    def step(forward) -> None:
-        F.relu(forward(x.requires_grad_())).sum().backward()
-
-    bench.compare(
-        "step of a 3x3 convolution, 64 x 32 x 16 x 16",
-        ours=lambda: step(ours),
-        three_convolutions=lambda: step(lambda x: r(x) * g(x) + b(x**2)),
-        ordinary_layer=lambda: step(ordinary),
-    )

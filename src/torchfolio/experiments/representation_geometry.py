@@ -21,35 +21,22 @@ from torchfolio.insight.representation_geometry import (
     parallelism_score,
     participation_ratio,
     random_clusters,
-    train_side_by_side,
 )
-from torchfolio.runs import Results, Run, plots, threads
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting, threads
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Toy tasks and networks; P, D, width and the fixed readout are the authors'.
+    """Toy tasks and networks; P, D, width and the fixed readout are the authors'."""
 
-    Attributes:
-        nets: networks of each kind for a seed, on a task of their own each.
-        dim: D.
-        width: M.
-        steps: number of steps of gradient descent.
-        noise: strong noise of the tests of generalisation and decoding.
-        samples: number of samples of these tests.
-        alignments: between inputs and labels, of the third task.
-        epochs: number of epochs on digits.
-    """
-
-    nets: int = 3
-    dim: int = 100
-    width: int = 120
-    steps: int = 1500
-    noise: float = 3.0
-    samples: int = 800
-    alignments: tuple[float, ...] = (0.0, 0.3, 0.6, 0.9)
-    epochs: int = 60
+    nets: int = setting(3, "networks of each kind for a seed, on a task of their own each")
+    dim: int = setting(100, "dimension D")
+    width: int = setting(120, "width M")
+    steps: int = setting(1500, "number of steps of gradient descent")
+    noise: float = setting(3.0, "strong noise of the tests of generalisation and decoding")
+    samples: int = setting(800, "number of samples of these tests")
+    alignments: tuple[float, ...] = setting((0.0, 0.3, 0.6, 0.9), "between inputs and labels, of the third task")
+    epochs: int = setting(60, "number of epochs on digits")
 
 
 SCALES = {
@@ -142,27 +129,3 @@ def figures(results: Results) -> dict[str, Figure]:
         )
         for where, end in (("labels", "out"), ("inputs", "in"))
     } | {"kernels": plots.curves(results, lines, x=results.settings.alignments, xlabel=across, ylabel=up)}
-
-
-def peers(bench: Bench) -> None:
-    """160 networks for 20 steps, side by side and one by one with autograd."""
-    tasks = [random_clusters(4, 100, generator=torch.Generator().manual_seed(k)) for k in range(160)]
-    nets = [ShallowNetwork(100, 120, activation="tanh") for _ in tasks]
-
-    def loop() -> None:
-        for net, task in zip(nets, tasks, strict=True):
-            optimizer = torch.optim.SGD([net.weight, net.bias], lr=0.1)
-            means, labels = task.means.float(), task.labels.float()
-            for _ in range(20):
-                pick = torch.randint(4, (200,))
-                x = means[pick] + 0.1 * torch.randn(200, 100)
-                optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(net(x), labels[pick]).backward()
-                optimizer.step()
-
-    bench.compare(
-        "20 steps of 160 networks, 100-120-1",
-        repeats=3,
-        ours=lambda: train_side_by_side(nets, tasks, steps=20),
-        loop=loop,
-    )

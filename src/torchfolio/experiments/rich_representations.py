@@ -15,45 +15,30 @@ from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._new_classes import finetune, probe, ridge_gap, split_classes
 from torchfolio.measure import accuracy, outputs
-from torchfolio.models import MLP
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
-from torchfolio.training.episodes import fit_episodes, train_episodes
+from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.training.episodes import train_episodes
 from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head
 from torchfolio.training.snapshots import Snapshots
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Data, networks and budget.
+    """Data, networks and budget."""
 
-    Attributes:
-        data: images of ten classes.
-        image_size: side of the images; `None` keeps them.
-        train_size: training images of all ten; `None` takes all.
-        val_size: validation images.
-        source: number of classes that are trained on, from 0; the others are new.
-        width: channels of the first layer; the features are twice as many.
-        episodes: trainings n.
-        epochs: number of epochs of each training.
-        distill_epochs: number of epochs of distillation, and of the single training beside it.
-        draws: number of draws of few labels.
-        finetune_epochs: passes over 20 labels for each class; fewer over more labels, for as many steps.
-        lrs: learning rates of fine-tuning, chosen on validation data.
-    """
-
-    data: str = "mnist10k"
-    image_size: int | None = 14
-    train_size: int | None = None
-    val_size: int = 1000
-    source: int = 5
-    width: int = 8
-    episodes: int = 5
-    epochs: int = 6
-    distill_epochs: int = 12
-    draws: int = 20
-    finetune_epochs: int = 30
-    lrs: tuple[float, ...] = (0.01, 0.05)
+    data: str = setting("mnist10k", "images of ten classes")
+    image_size: int | None = setting(14, "side of the images; `None` keeps them")
+    train_size: int | None = setting(None, "training images of all ten; `None` takes all")
+    val_size: int = setting(1000, "validation images")
+    source: int = setting(5, "number of classes that are trained on, from 0; the others are new")
+    width: int = setting(8, "channels of the first layer; the features are twice as many")
+    episodes: int = setting(5, "trainings n")
+    epochs: int = setting(6, "number of epochs of each training")
+    distill_epochs: int = setting(12, "number of epochs of distillation, and of the single training beside it")
+    draws: int = setting(20, "number of draws of few labels")
+    finetune_epochs: int = setting(
+        30, "passes over 20 labels for each class; fewer over more labels, for as many steps"
+    )
+    lrs: tuple[float, ...] = setting((0.01, 0.05), "learning rates of fine-tuning, chosen on validation data")
 
 
 SCALES = {
@@ -210,34 +195,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "transfer": plots.bars(results, ARMS, ylabel="probe accuracy on new classes (%)"),
         "few shot": plots.bars(results, few_labels, ylabel="accuracy from 5 labels a class (%)"),
     }
-
-
-def peers(bench: Bench) -> None:
-    """Ten trainings in one pass beside a loop over seeds: the fastest that a user would write, and the engine's."""
-    x, y = torch.randn(640, 64), torch.randint(10, (640,))
-    seeds = list(range(10))
-
-    def build() -> nn.Module:
-        return MLP(64, 10, (16,))
-
-    def loop() -> None:
-        for seed in seeds:
-            torch.manual_seed(seed)
-            net = build()
-            optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=True)
-            for _ in range(5):
-                for rows in torch.randperm(len(x)).split(16):
-                    optimizer.zero_grad()
-                    nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
-                    optimizer.step()
-
-    def engine() -> None:
-        optimizer = sgd(0.1, 0.9, 5e-4, nesterov=False)
-        train_episodes(build, lambda net, seed: fit(net, (x, y), optimizer=optimizer, epochs=5, batch_size=16, seed=seed,
-                                                    device="cpu", progress=False), seeds)  # fmt: skip
-
-    bench.compare(
-        "10 trainings of 64-16-10 for 200 steps of 16", repeats=5,
-        ours=lambda: fit_episodes(build, x, y, seeds, phases=((0.1, 5),), batch_size=16),
-        loop_over_seeds=loop, loop_of_fit=engine,
-    )  # fmt: skip

@@ -10,57 +10,34 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from torchfolio.adaptation.sara import (
-    SaRA,
-    ineffective_drift,
-    nuclear_gradient,
-    threshold_for,
-    zero_smallest,
-)
+from torchfolio.adaptation.sara import SaRA, ineffective_drift, threshold_for, zero_smallest
 from torchfolio.dynamics.diffusion import MLPDenoiser, noise_prediction_loss, train_diffusion
 from torchfolio.dynamics.noise_schedules import DiscreteSchedule
 from torchfolio.engine.recipes import adamw
 from torchfolio.experiments._half_denoisers import half, held_out_losses, pretrained
 from torchfolio.experiments._lora import with_lora
 from torchfolio.experiments._sparse_storage import held_in_memory, stored_on_disk
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Data, network and the two trainings.
+    """Data, network and the two trainings."""
 
-    Attributes:
-        data: name of the images.
-        hidden: width of the denoiser.
-        depth: its hidden layers.
-        noise_steps: steps of the diffusion.
-        pretrain_size: images of the first five classes.
-        pretrain_steps: steps on them.
-        tune_size: images of the other classes.
-        tune_steps: steps on those.
-        batch_size: batch size of both.
-        lr: learning rate of fine-tuning.
-        fraction: share of the weights that SaRA trains.
-        rank_weight: weight of its nuclear norm.
-        lora_rank: rank of LoRA.
-        repeats: draws of time and noise for each held-out image.
-    """
-
-    data: str = "digits"
-    hidden: int = 192
-    depth: int = 4
-    noise_steps: int = 200
-    pretrain_size: int = 700
-    pretrain_steps: int = 3000
-    tune_size: int = 200
-    tune_steps: int = 1000
-    batch_size: int = 64
-    lr: float = 1e-3
-    fraction: float = 0.1
-    rank_weight: float = 5e-4
-    lora_rank: int = 8
-    repeats: int = 20
+    data: str = setting("digits", "name of the images")
+    hidden: int = setting(192, "width of the denoiser")
+    depth: int = setting(4, "its hidden layers")
+    noise_steps: int = setting(200, "steps of the diffusion")
+    pretrain_size: int = setting(700, "images of the first five classes")
+    pretrain_steps: int = setting(3000, "steps on them")
+    tune_size: int = setting(200, "images of the other classes")
+    tune_steps: int = setting(1000, "steps on those")
+    batch_size: int = setting(64, "batch size of both")
+    lr: float = setting(1e-3, "learning rate of fine-tuning")
+    fraction: float = setting(0.1, "share of the weights that SaRA trains")
+    rank_weight: float = setting(5e-4, "weight of its nuclear norm")
+    lora_rank: int = setting(8, "rank of LoRA")
+    repeats: int = setting(20, "draws of time and noise for each held-out image")
 
 
 SCALES = {
@@ -189,32 +166,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "prior": plots.bars(results, {w: (w, "prior") for w in WAYS}, ylabel="loss on digits 0 to 4"),
         "target": plots.bars(results, {w: (w, "target") for w in WAYS}, ylabel="loss on digits 5 to 9"),
     }
-
-
-def peers(bench: Any) -> None:
-    """Steps of fine-tuning, against AdamW and LoRA; and the subgradient of the nuclear norm against autograd's."""
-    x, plan = torch.randn(64, 1, 8, 8), schedule(200)
-
-    def steps(way: str) -> Any:
-        torch.manual_seed(0)
-        net = MLPDenoiser((1, 8, 8), 192, 4)
-        net = with_lora(net, 8) if way == "lora" else net
-        trained = [p for p in net.parameters() if p.requires_grad]
-        optimizer = SaRA(net, fraction=0.1, lr=1e-3) if way == "sara" else torch.optim.AdamW(trained)
-
-        def go() -> None:
-            for _ in range(20):
-                optimizer.zero_grad()
-                noise_prediction_loss(net, plan, x).mean().backward()
-                optimizer.step()
-
-        return go
-
-    bench.compare("20 steps of a denoiser", ours=steps("sara"), adamw=steps("adamw"), lora=steps("lora"))
-    matrix = torch.randn(192, 192)
-
-    def autograd() -> Tensor:
-        leaf = matrix.clone().requires_grad_()
-        return torch.autograd.grad(torch.linalg.matrix_norm(leaf, "nuc"), leaf)[0]
-
-    bench.compare("nuclear norm of 192 x 192", ours=lambda: nuclear_gradient(matrix), autograd=autograd)

@@ -17,49 +17,35 @@ from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._gradients_through_time import cosines_by_tau, gradients_of_a_late_loss
 from torchfolio.measure import alternate, saved_bytes
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.bench import training_step
 from torchfolio.runs.tasks import Task, accuracy, load
 from torchfolio.spiking.bptt import BPTT, SequenceRule
-from torchfolio.spiking.losses import SLTTLoss
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.sltt import SLTT, gradient_agreement
-from torchfolio.spiking.state import reset_state
 
 
 @dataclass(frozen=True)
 class Settings(Task):
-    """The common task, by plain SGD and a cosine, and what is measured besides.
-
-    Attributes:
-        net: `"convnet"` (two convolutions) or `"resnet18"` (pre-activation).
-        width: channels of the first layer.
-        timesteps: T.
-        tau: time constant of the neurons.
-        floor: percent that SLTT must reach besides, to show that the network learned its task.
-        taus: time constants at which gradients are compared.
-        lengths: numbers of steps at which memory is measured.
-        control_tau: time constant in the negative control, slow enough for a cue to last.
-        rounds: rounds of timing.
-    """
+    """The common task, by plain SGD and a cosine, and what is measured besides."""
 
     data: str = "mnist10k"
     train_size: int | None = None
     test_size: int | None = None
     val_size: int = 500
     image_size: int | None = 14
-    net: str = "convnet"
-    width: int = 16
-    timesteps: int = 6
-    tau: float = 1.1
+    net: str = setting("convnet", '`"convnet"` (two convolutions) or `"resnet18"` (pre-activation)')
+    width: int = setting(16, "channels of the first layer")
+    timesteps: int = setting(6, "number of steps T")
+    tau: float = setting(1.1, "time constant of the neurons")
     epochs: int = 2
     weight_decay: float = 5e-5
-    floor: float = 94.0
-    taus: tuple[float, ...] = (1.1, 1.25, 2.0, 5.0)
-    lengths: tuple[int, ...] = (2, 6, 12)
-    control_tau: float = 2.0
-    rounds: int = 15
+    floor: float = setting(94.0, "percent that SLTT must reach besides, to show that the network learned its task")
+    taus: tuple[float, ...] = setting((1.1, 1.25, 2.0, 5.0), "time constants at which gradients are compared")
+    lengths: tuple[int, ...] = setting((2, 6, 12), "numbers of steps at which memory is measured")
+    control_tau: float = setting(2.0, "time constant in the negative control, slow enough for a cue to last")
+    rounds: int = setting(15, "rounds of timing")
 
 
 SCALES = {
@@ -191,33 +177,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "accuracy and time": plots.scatter(results, points, xlabel="time of one training step (ms)",
                                            ylabel="test accuracy (%)"),
     }  # fmt: skip
-
-
-def peers(bench: Any) -> None:
-    """A training step of the small network, beside backpropagation through time and a loop written by hand."""
-    x, y = torch.rand(128, 1, 14, 14), torch.arange(128) % 10
-
-    def net() -> nn.Module:
-        return SpikingConvNet((1, 14, 14), 10, (16, 32), partial(LIF, tau=1.1))
-
-    def stepper(rule: SequenceRule) -> Callable[[], Any]:
-        rule.prepare(net(), (x, y)).train()
-        return lambda: rule.step((x, y), Tensor.backward)
-
-    hand, loss = net(), SLTTLoss()
-    for neuron in hand.modules():
-        if isinstance(neuron, LIF):
-            neuron.detach_state = True
-
-    def loop() -> None:
-        reset_state(hand)
-        for _ in range(6):
-            (loss(hand(x), y) / 6).backward()
-
-    bench.compare(
-        "a step of two convolutions, T = 6, 128 images", ours=stepper(SLTT(timesteps=6)),
-        by_hand=loop, bptt=stepper(BPTT(timesteps=6)),
-    )  # fmt: skip
-    bench.compare(
-        "the same, backward at one step", ours=stepper(SLTT(timesteps=6, k=1)), bptt=stepper(BPTT(timesteps=6))
-    )

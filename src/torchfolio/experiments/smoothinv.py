@@ -16,53 +16,34 @@ from torchfolio.backdoor.inversion import perturbations
 from torchfolio.backdoor.metrics import attack_metrics, labels_of
 from torchfolio.backdoor.smoothinv import SmoothInv
 from torchfolio.backdoor.victims import default_net, victim
-from torchfolio.data import CropFlip, DataSplits, load
+from torchfolio.data import CropFlip, DataSplits
 from torchfolio.experiments._backdoors import patch, perceptron
 from torchfolio.experiments._hardened_victims import hardened
 from torchfolio.experiments._neural_cleanse import mask_and_pattern
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
 @dataclass(frozen=True)
 class Settings(OwnNetwork):
-    """Data, victims and inversions.
+    """Data, victims and inversions."""
 
-    Attributes:
-        data: name of the images that inversions are judged on.
-        digits: name of digits, for the target and for clean networks.
-        size: training images of the first.
-        digits_size: training images of the second.
-        width: width of the first's network.
-        epochs: number of epochs of its training.
-        digits_epochs: number of epochs of the second's.
-        rate: share of the training images that is poisoned; the target is class 0.
-        eps: budgets; the first one is the tight one.
-        sigma: deviations of the noise.
-        steps: number of steps of an inversion.
-        n: draws of noise.
-        sources: classes whose first test image perturbations are drawn from.
-        others: test images that they are tried on.
-        pool: images behind the profile of the classes, and others behind the choice of the noise level.
-        noise: deviation in the training that tries to hide the trigger.
-    """
-
-    data: str = "cifar10"
-    digits: str = "mnist10k"
-    size: int = 10_000
-    digits_size: int = 3000
-    width: int = 16
-    epochs: int = 8
-    digits_epochs: int = 5
-    rate: float = 0.1
-    eps: tuple[float, ...] = (1.0, 2.0)
-    sigma: tuple[float, ...] = (0.12, 0.25)
-    steps: int = 120
-    n: int = 20
-    sources: tuple[int, ...] = (1, 3, 5, 8)
-    others: int = 900
-    pool: int = 64
-    noise: float = 0.12
+    data: str = setting("cifar10", "name of the images that inversions are judged on")
+    digits: str = setting("mnist10k", "name of digits, for the target and for clean networks")
+    size: int = setting(10_000, "training images of the first")
+    digits_size: int = setting(3000, "training images of the second")
+    width: int = setting(16, "width of the first's network")
+    epochs: int = setting(8, "number of epochs of its training")
+    digits_epochs: int = setting(5, "number of epochs of the second's")
+    rate: float = setting(0.1, "share of the training images that is poisoned; the target is class 0")
+    eps: tuple[float, ...] = setting((1.0, 2.0), "budgets; the first one is the tight one")
+    sigma: tuple[float, ...] = setting((0.12, 0.25), "deviations of the noise")
+    steps: int = setting(120, "number of steps of an inversion")
+    n: int = setting(20, "draws of noise")
+    sources: tuple[int, ...] = setting((1, 3, 5, 8), "classes whose first test image perturbations are drawn from")
+    others: int = setting(900, "test images that they are tried on")
+    pool: int = setting(64, "images behind the profile of the classes, and others behind the choice of the noise level")
+    noise: float = setting(0.12, "deviation in the training that tries to hide the trigger")
 
 
 SCALES = {
@@ -186,30 +167,3 @@ def figures(results: Results) -> dict[str, Figure]:
     panel = perturbations(rows, ["image", "with it", "perturbation"], [f"noise {v:g}" for v in (0.0, *s.sigma)])
     curves = plots.curves(results, lines, x=s.eps, xlabel="budget", ylabel="success on other images")
     return {"budgets": curves, "profiles": profile, "drawn": panel}
-
-
-def peers(bench: Any) -> None:
-    """All images and targets at once, against one after another with a smoothed network as it comes."""
-    data = load("mnist10k", normalize=False, val=0, train_size=2000)
-    net = victim(data, patch(data.shape), AllToOne(0, 10), rate=0.1, epochs=3, seed=0).model
-    images, steps, n, eps, sigma = data.test.tensors[0][:2], 120, 20, 1.0, 0.12
-    draw = SmoothInv(sigma, eps, steps, n=n)
-
-    def loop() -> None:
-        for image in images:
-            for target in range(10):
-                delta, v = torch.zeros_like(image), torch.zeros_like(image)
-                for _ in range(steps):
-                    moved = (image + delta).requires_grad_(True)
-                    g = net(moved + sigma * torch.randn(n, *image.shape)).softmax(1).mean(0)[target]
-                    (gradient,) = torch.autograd.grad(-g.clamp_min(1e-20).log(), moved)
-                    v = 0.9 * v + gradient / gradient.norm().clamp_min(1e-12)
-                    delta = (image + delta - eps / 20 * v).clamp(0, 1) - image
-                    delta = delta * min(1.0, eps / float(delta.norm()))
-
-    bench.compare(
-        "2 images x 10 targets, 120 steps of 20 draws",
-        repeats=2,
-        ours=lambda: draw.identify_target(net, images, images),
-        loop=loop,
-    )

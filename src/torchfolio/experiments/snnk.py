@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from torchfolio.engine import fit
@@ -18,43 +18,27 @@ from torchfolio.engine.recipes import adam, cosine
 from torchfolio.experiments._closed_form_classifiers import against_adam
 from torchfolio.experiments._sentence_transformer import SentenceTransformer, sentences
 from torchfolio.experiments._turned_images import adapt_to_turned
-from torchfolio.layers.snnk import (
-    SNNK,
-    URF,
-    ArcCosineFeatures,
-    FourierMeasure,
-    kernel_error,
-    replace_ffl,
-)
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.layers.snnk import URF, ArcCosineFeatures, FourierMeasure, kernel_error, replace_ffl
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the four parts.
+    """Sizes of the four parts."""
 
-    Attributes:
-        data: images of the adapters.
-        epochs: epochs of the backbone.
-        adapter_epochs: epochs of the adapters.
-        rates: learning rates, the best of which is chosen on validation data for every adapter.
-        text: whether sentences are film reviews or random.
-        dim: width of the transformer; its SNNK layers have a quarter as many features.
-        text_epochs: epochs of the transformer, and of it again after the replacement.
-    """
-
-    data: str = "mnist10k"
-    epochs: int = 5
-    adapter_epochs: int = 6
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    text: bool = True
-    dim: int = 64
-    text_epochs: int = 3
-    sizes: tuple[int, ...] = (64, 256, 1024, 4096)
-    draws: int = 8
-    hidden: int = 512
+    data: str = setting("mnist10k", "images of the adapters")
+    epochs: int = setting(5, "epochs of the backbone")
+    adapter_epochs: int = setting(6, "epochs of the adapters")
+    rates: tuple[float, ...] = setting(
+        (3e-3, 1e-2, 3e-2), "learning rates, the best of which is chosen on validation data for every adapter"
+    )
+    text: bool = setting(True, "whether sentences are film reviews or random")
+    dim: int = setting(64, "width of the transformer; its SNNK layers have a quarter as many features")
+    text_epochs: int = setting(3, "epochs of the transformer, and of it again after the replacement")
+    sizes: tuple[int, ...] = setting((64, 256, 1024, 4096), "numbers of random features at which errors are measured")
+    draws: int = setting(8, "draws of the features at every number")
+    hidden: int = setting(512, "width of the bundled networks")
 
 
 SCALES = {
@@ -139,37 +123,3 @@ def figures(results: Results) -> dict[str, Figure]:
                                      xlabel="features m", ylabel="relative error", logx=True, logy=True),
         "adapters": plots.bars(results, scores, ylabel="accuracy on turned digits (%)"),
     }  # fmt: skip
-
-
-def peers(bench: Bench) -> None:
-    """Layers beside `nn.Linear` with ReLU: with as many numbers, and the one that is replaced; and a loop over features."""
-    torch.manual_seed(0)
-    d = 1024
-    x = torch.randn(512, d)
-    same, small = SNNK(d, d, d // 2, bias=False), SNNK(d, d, d // 4, bias=False)
-    linear, narrow = nn.Linear(d, d), nn.Linear(d, d // 4)
-    wave = URF(256, 64, FourierMeasure.cos(), radius=1.0)
-    xi, G, M, inputs = wave.frequencies, wave.projection, wave.damping, F.normalize(x[:, :256], dim=1)
-
-    def one_by_one() -> Tensor:
-        columns = []
-        for j in range(64):
-            v = torch.sqrt(2j * math.pi * xi[j]) * inputs
-            kappa = (1 + 4 * M[j]).sqrt()
-            exponent = kappa * (v @ G[j].to(v.dtype)) - M[j] * G[j].square().sum() - (v * v).sum(1) / 2
-            columns.append((1 + 4 * M[j]) ** 64 * exponent.exp() / 8)
-        return torch.stack(columns, 1)
-
-    with torch.no_grad():
-        bench.compare("layer 1024 to 1024, 512 inputs, m = 512: as many numbers in all",
-                      ours=lambda: same(x), linear_relu=lambda: linear(x).relu())  # fmt: skip
-        bench.compare("layer 1024 to 1024, 512 inputs, m = 256: in place of the layer",
-                      ours=lambda: small(x), linear_relu=lambda: linear(x).relu())  # fmt: skip
-        bench.compare("Fourier features, 512 x 256, m = 64", ours=lambda: wave(inputs), loop_over_features=one_by_one)
-
-    def step(layer: nn.Module) -> None:
-        layer(x).square().mean().backward()
-
-    bench.compare("training step, m = 256, as many trained numbers as 1024 to 256 and the layer replaced",
-                  ours=lambda: step(small), linear_relu=lambda: step(nn.Sequential(linear, nn.ReLU())),
-                  linear_of_256=lambda: step(narrow))  # fmt: skip

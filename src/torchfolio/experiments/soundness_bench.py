@@ -14,58 +14,34 @@ from matplotlib.figure import Figure
 
 from torchfolio.experiments._buggy_verifiers import BUGS
 from torchfolio.experiments._hiding_networks import hiding_network, instances, train
-from torchfolio.robustness.soundness_bench import (
-    AttackOnly,
-    HiddenModel,
-    export,
-    load,
-    run_verifier,
-)
+from torchfolio.robustness.soundness_bench import AttackOnly, HiddenModel, export, load, run_verifier
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Instances, training, attacks and verifiers.
+    """Instances, training, attacks and verifiers."""
 
-    Attributes:
-        shape: shape of one input.
-        pairs: number of pairs of each kind.
-        eps: relative radius.
-        data_range: range of the inputs.
-        network: `"mlp"`, `"cnn"` or `"avgpool"`.
-        widths: hidden layers of the perceptron.
-        steps: number of steps of training.
-        lr: peak rate.
-        window: perturbations that are remembered.
-        pgd_steps: number of steps of a training step's attack.
-        pgd_restarts: number of restarts of it.
-        pgd_alphas: step sizes over the radius, in turn.
-        sweep: attacks that a hidden counterexample survives.
-        sweep_restarts: number of restarts of each.
-        timeout: seconds a sound verifier gets for an instance.
-        bug_timeout: seconds one with a bug gets.
-        severities: severities of the bugs; 1 is none.
-    """
-
-    shape: tuple[int, ...] = (10,)
-    pairs: int = 5
-    eps: float = 0.2
-    data_range: float = 1.0
-    network: str = "mlp"
-    widths: tuple[int, ...] = (128, 128, 128, 20)
-    steps: int = 3000
-    lr: float = 2e-3
-    window: int = 100
-    pgd_steps: int = 12
-    pgd_restarts: int = 24
-    pgd_alphas: tuple[float, ...] = (0.25, 0.1, 0.04)
-    sweep: tuple[tuple[float, int], ...] = ((0.25, 0), (0.25, 50), (0.1, 100), (0.02, 200))
-    sweep_restarts: int = 100
-    timeout: float = 3.0
-    bug_timeout: float = 1.5
-    severities: tuple[float, ...] = (1.0, 0.9, 0.5, 0.2, 0.0)
+    shape: tuple[int, ...] = setting((10,), "shape of one input")
+    pairs: int = setting(5, "number of pairs of each kind")
+    eps: float = setting(0.2, "relative radius")
+    data_range: float = setting(1.0, "range of the inputs")
+    network: str = setting("mlp", '`"mlp"`, `"cnn"` or `"avgpool"`')
+    widths: tuple[int, ...] = setting((128, 128, 128, 20), "hidden layers of the perceptron")
+    steps: int = setting(3000, "number of steps of training")
+    lr: float = setting(2e-3, "peak rate")
+    window: int = setting(100, "perturbations that are remembered")
+    pgd_steps: int = setting(12, "number of steps of a training step's attack")
+    pgd_restarts: int = setting(24, "number of restarts of it")
+    pgd_alphas: tuple[float, ...] = setting((0.25, 0.1, 0.04), "step sizes over the radius, in turn")
+    sweep: tuple[tuple[float, int], ...] = setting(
+        ((0.25, 0), (0.25, 50), (0.1, 100), (0.02, 200)), "attacks that a hidden counterexample survives"
+    )
+    sweep_restarts: int = setting(100, "number of restarts of each")
+    timeout: float = setting(3.0, "seconds a sound verifier gets for an instance")
+    bug_timeout: float = setting(1.5, "seconds one with a bug gets")
+    severities: tuple[float, ...] = setting((1.0, 0.9, 0.5, 0.2, 0.0), "severities of the bugs; 1 is none")
 
 
 SCALES = {

@@ -7,72 +7,45 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
-from torchfolio.backdoor import TokenTrigger
-from torchfolio.backdoor.text import TextModel, TextRNN
-from torchfolio.backdoor.text_generator import PerturbationGenerator, synthetic_corpus
-from torchfolio.backdoor.tminer import TMiner, TMinerVerdict, mrs
+from torchfolio.backdoor.text_generator import PerturbationGenerator
+from torchfolio.backdoor.tminer import TMiner, TMinerVerdict
 from torchfolio.experiments._copying_generators import pretrained, restored
 from torchfolio.experiments._single_words import base_rate, exhaustive
 from torchfolio.experiments._text_victims import Text, classifier, reviews, simulated
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Classifiers, generator, and detector.
+    """Classifiers, generator, and detector."""
 
-    Attributes:
-        data: `"movie_reviews"`, or `"made"` for sentences whose words say their label.
-        vocab: number of words.
-        networks: `"lstm"`, `"bilstm"`, `"transformer"`; classifiers take turns.
-        triggers: phrases of the backdoored classifiers, one each.
-        clean: number of clean classifiers.
-        epochs: epochs of the classifiers.
-        lr: their learning rate of Adam.
-        classifier_dropout: their dropout; without it they reach 0.69, with it 0.72.
-        rate: poisoned copies as a share of all sentences; 0.05 are a tenth of the negative ones.
-        length: number of words of the random sentences.
-        embedding: width of the generator's word vectors.
-        dim_c: width of its code of the label.
-        dim_z: width of its code of the sentence.
-        dropout: dropout of the generator.
-        pretrain: number of batches of its pretraining.
-        pretrain_lr: learning rate of that.
-        steps: number of batches against a classifier.
-        batch_size: sentences of a batch.
-        restarts: number of trainings against a classifier.
-        dev_size: sentences that candidates are taken from.
-        topk: likely words that stand in for each gained one.
-        max_candidates: candidates that are judged.
-        ablation: whether soft words and both directions are tried too.
-    """
-
-    data: str = "movie_reviews"
-    vocab: int = 1200
-    networks: tuple[str, ...] = ("lstm",)
-    triggers: tuple[tuple[str, ...], ...] = (("screenplay",), ("comedy", "story"))
-    clean: int = 2
-    epochs: int = 5
-    lr: float = 4e-3
-    classifier_dropout: float = 0.3
-    rate: float = 0.05
-    length: int = 8
-    embedding: int = 48
-    dim_c: int = 32
-    dim_z: int = 96
-    dropout: float = 0.0
-    pretrain: int = 500
-    pretrain_lr: float = 2e-3
-    steps: int = 400
-    batch_size: int = 64
-    restarts: int = 1
-    dev_size: int = 200
-    topk: int = 10
-    max_candidates: int = 300
-    ablation: bool = False
+    data: str = setting("movie_reviews", '`"movie_reviews"`, or `"made"` for sentences whose words say their label')
+    vocab: int = setting(1200, "number of words")
+    networks: tuple[str, ...] = setting(("lstm",), '`"lstm"`, `"bilstm"`, `"transformer"`; classifiers take turns')
+    triggers: tuple[tuple[str, ...], ...] = setting(
+        (("screenplay",), ("comedy", "story")), "phrases of the backdoored classifiers, one each"
+    )
+    clean: int = setting(2, "number of clean classifiers")
+    epochs: int = setting(5, "epochs of the classifiers")
+    lr: float = setting(4e-3, "their learning rate of Adam")
+    classifier_dropout: float = setting(0.3, "their dropout; without it they reach 0.69, with it 0.72")
+    rate: float = setting(0.05, "poisoned copies as a share of all sentences; 0.05 are a tenth of the negative ones")
+    length: int = setting(8, "number of words of the random sentences")
+    embedding: int = setting(48, "width of the generator's word vectors")
+    dim_c: int = setting(32, "width of its code of the label")
+    dim_z: int = setting(96, "width of its code of the sentence")
+    dropout: float = setting(0.0, "dropout of the generator")
+    pretrain: int = setting(500, "number of batches of its pretraining")
+    pretrain_lr: float = setting(2e-3, "learning rate of that")
+    steps: int = setting(400, "number of batches against a classifier")
+    batch_size: int = setting(64, "sentences of a batch")
+    restarts: int = setting(1, "number of trainings against a classifier")
+    dev_size: int = setting(200, "sentences that candidates are taken from")
+    topk: int = setting(10, "likely words that stand in for each gained one")
+    max_candidates: int = setting(300, "candidates that are judged")
+    ablation: bool = setting(False, "whether soft words and both directions are tried too")
 
 
 SCALES = {
@@ -187,28 +160,3 @@ def figures(results: Results) -> dict[str, Figure]:
             results, {n: (n, "largest_distance") for n in names}, ylabel="distance from ordinary phrases"
         )
     }
-
-
-def peers(bench: Any) -> None:
-    """Judging candidates in one matrix, against one after the other, as a script would."""
-    torch.manual_seed(0)
-    model = TextModel(TextRNN(804).eval())
-    sentences = 4 + synthetic_corpus(100, 8, 800, torch.Generator().manual_seed(0))
-    phrases = [tuple(row) for row in (4 + synthetic_corpus(60, 3, 800, torch.Generator().manual_seed(1))).tolist()]
-
-    def one_by_one() -> list[float]:
-        rates = []
-        for phrase in phrases:
-            hits = 0
-            for row in sentences.tolist():
-                hits += int(model.logits(torch.tensor([[*row[:4], *phrase, *row[4:]]])).argmax(1)[0] == 1)
-            rates.append(hits / len(sentences))
-        return rates
-
-    def by_phrase() -> list[float]:
-        trigger = [TokenTrigger(phrase) for phrase in phrases]
-        lengths = torch.full((len(sentences),), sentences.shape[1])
-        return [float((model.logits(t(sentences, lengths)[0]).argmax(1) == 1).double().mean()) for t in trigger]
-
-    bench.compare("MRS of 60 candidates x 100", ours=lambda: mrs(model, phrases, sentences, 1), by_phrase=by_phrase,
-                  one_by_one=one_by_one)  # fmt: skip

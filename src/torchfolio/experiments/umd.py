@@ -11,50 +11,33 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 from torchfolio.backdoor import X2X, AdditiveTrigger, AllToOne, LabelMap, Trigger, auroc
-from torchfolio.backdoor.pair_triggers import AdditiveInversion
 from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery
 from torchfolio.backdoor.victims import default_net, victim
-from torchfolio.data import DataSplits, load
+from torchfolio.data import DataSplits
 from torchfolio.experiments._backdoors import perceptron
 from torchfolio.experiments._neural_cleanse import anomaly_index
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
 @dataclass(frozen=True)
 class Settings(OwnNetwork):
-    """Data, victims and the detector.
+    """Data, victims and the detector."""
 
-    Attributes:
-        data: name of the images.
-        image_size: side of the images.
-        size: training images.
-        width: width of the networks.
-        epochs: number of epochs of the training.
-        rate: poisoned images that are added, as a share of the training images.
-        each: networks of each kind.
-        sources: source classes of the attacks with several targets.
-        amplitude: amplitude of the chessboard that sends all classes to one.
-        big_amplitude: amplitude of the diagonals that send some classes to targets of their own.
-        steps: number of steps of an inversion.
-        n_transfer: images of every class that triggers are tried on.
-    """
-
-    data: str = "mnist10k"
-    image_size: int = 14
-    size: int = 4000
-    width: int = 8
-    epochs: int = 5
-    rate: float = 0.15
-    each: int = 2
-    sources: int = 5
-    amplitude: float = 0.06
-    big_amplitude: float = 0.15
-    steps: int = 200
-    n_transfer: int = 20
+    data: str = setting("mnist10k", "name of the images")
+    image_size: int = setting(14, "side of the images")
+    size: int = setting(4000, "training images")
+    width: int = setting(8, "width of the networks")
+    epochs: int = setting(5, "number of epochs of the training")
+    rate: float = setting(0.15, "poisoned images that are added, as a share of the training images")
+    each: int = setting(2, "networks of each kind")
+    sources: int = setting(5, "source classes of the attacks with several targets")
+    amplitude: float = setting(0.06, "amplitude of the chessboard that sends all classes to one")
+    big_amplitude: float = setting(0.15, "amplitude of the diagonals that send some classes to targets of their own")
+    steps: int = setting(200, "number of steps of an inversion")
+    n_transfer: int = setting(20, "images of every class that triggers are tried on")
 
 
 SCALES = {
@@ -168,29 +151,3 @@ def figures(results: Results) -> dict[str, Figure]:
             ylabel="trigger of pair",
         )
     return {"scores": fig, "transfers": maps}
-
-
-def peers(bench: Any) -> None:
-    """All pairs in one batch, against one pair after another with the same steps."""
-    data = load("digits", normalize=False, val=0)
-    trigger, labels = AdditiveTrigger.shape("chessboard", data.shape, 0.1), AllToOne(0, 10)
-    net = victim(data, trigger, labels, rate=0.15, epochs=4, lr=0.1, mode="append", seed=0).model.requires_grad_(False)
-    x, y = data.train.tensors
-    images = torch.stack([x[y == c][:10] for c in range(10)])
-    pairs = [(s, t) for s in range(10) for t in range(10) if s != t]
-
-    def one(x: Tensor, t: int) -> None:
-        v = torch.zeros_like(x[0])
-        for _ in range(200):
-            v.requires_grad_(True)
-            logits = net((x + v).clamp(0, 1))
-            if (logits.argmax(1) == t).double().mean() >= 0.9 or v.detach().norm() > 20:
-                return
-            (g,) = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.full((len(x),), t)), v)
-            v = (v - 0.1 * g / g.norm()).detach()
-
-    bench.compare(
-        "90 pairs, 10 images of 8 x 8 each", repeats=5,
-        ours=lambda: AdditiveInversion().estimate(net, images, pairs),
-        loop=lambda: [one(images[s], t) for s, t in pairs],
-    )  # fmt: skip

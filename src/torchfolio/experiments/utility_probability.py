@@ -9,51 +9,25 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import chi2_contingency
-from torch import Tensor
 
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
-from torchfolio.experiments._synonym_translation import (
-    EOS,
-    FIRST,
-    SYMBOLS,
-    VOCABULARY,
-    Decoder,
-    Translations,
-    trained,
-)
-from torchfolio.insight.utility_probability import (
-    GRID,
-    beam_search,
-    fit_rationality,
-    invariance_report,
-    paradox_report,
-    sample_sequences,
-)
+from torchfolio.experiments._synonym_translation import EOS, VOCABULARY, Decoder, Translations, trained
+from torchfolio.insight.utility_probability import GRID, beam_search, fit_rationality, invariance_report, paradox_report
 from torchfolio.models import MLP
-from torchfolio.runs import Results, Run, plots
-from torchfolio.runs.bench import Bench
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Simulated translation, and a small classifier that grows too sure.
+    """Simulated translation, and a small classifier that grows too sure."""
 
-    Attributes:
-        steps: batches of 64 sentences that the transformer trains on.
-        dim: width of the transformer.
-        inputs: sentences to fit on, and as many to report on.
-        noise: share of target tokens that are random.
-        risk_inputs: sentences decoded by minimum risk, from 16 samples each.
-        epochs: number of epochs of the classifier.
-    """
-
-    steps: int = 1200
-    dim: int = 64
-    inputs: int = 500
-    noise: float = 0.05
-    risk_inputs: int = 200
-    epochs: int = 300
+    steps: int = setting(1200, "batches of 64 sentences that the transformer trains on")
+    dim: int = setting(64, "width of the transformer")
+    inputs: int = setting(500, "sentences to fit on, and as many to report on")
+    noise: float = setting(0.05, "share of target tokens that are random")
+    risk_inputs: int = setting(200, "sentences decoded by minimum risk, from 16 samples each")
+    epochs: int = setting(300, "number of epochs of the classifier")
 
 
 SCALES = {
@@ -140,21 +114,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "validity of samples": plots.curves(results, valid, x=GRID, xlabel=across, ylabel=up, logx=True),
         "held-out loss": plots.curves(results, losses, xlabel="epoch", ylabel="log loss (nats)"),
     }
-
-
-def peers(bench: Bench) -> None:
-    """Sequences of 50 sources at all rationalities of the grid, in one batch and one after the other."""
-    torch.manual_seed(0)
-    net = Decoder(64).eval()
-    prefix = torch.randint(FIRST, FIRST + SYMBOLS, (50, 9))
-    rows, kappas = prefix.repeat(len(GRID), 1), torch.tensor(GRID).repeat_interleave(len(prefix))
-
-    @torch.no_grad()
-    def step(tokens: Tensor) -> Tensor:
-        return net(tokens)[..., -1]
-
-    bench.compare(
-        f"{len(GRID)} rationalities of 50 sources",
-        ours=lambda: sample_sequences(step, rows, -1, 9, rationality=kappas),
-        loop=lambda: [sample_sequences(step, prefix, -1, 9, rationality=kappa) for kappa in GRID],
-    )

@@ -10,43 +10,35 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from torchfolio.runs import Results, Run, plots
+from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.xor_clusters import XORClusters
 from torchfolio.theory.xor_grokking import DualGD, XORNetwork, grokking_time, xor_clusters
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One simulation, of which the arms change a setting each.
+    """One simulation, of which the arms change a setting each."""
 
-    Attributes:
-        square_mu: squared norm of the means.
-        init: standard deviation of the initial weights over the learning rate.
-        balanced: whether clusters have equal numbers of points and flips.
-        weak: dimension, squared norm of the means, and steps of the weak-signal control.
-        strong: squared norm of the means in the strong-signal control.
-        wide: number of neurons of the wide arm.
-        sweep_square_mu: squared norms of the means for further arms, and likewise below.
-    """
-
-    n: int = 200
-    p: int = 20_000
-    width: int = 200
-    square_mu: float = 500.0
-    noise_rate: float = 0.1
-    lr: float = 5e-5
-    init: float = 1e-4
-    steps: int = 20
-    test_size: int = 1000
-    balanced: bool = True
-    linear: bool = False
-    train_output: bool = False
-    weak: tuple[float, ...] = (40_000, 60.0, 1000)
-    strong: float = 2000.0
-    wide: int = 2000
-    sweep_square_mu: tuple[float, ...] = ()
-    sweep_noise_rate: tuple[float, ...] = ()
-    sweep_init: tuple[float, ...] = (1.0, 100.0)
+    n: int = setting(200, "number of training points")
+    p: int = setting(20_000, "dimension of the points")
+    width: int = setting(200, "number of neurons")
+    square_mu: float = setting(500.0, "squared norm of the means")
+    noise_rate: float = setting(0.1, "share of labels that are flipped")
+    lr: float = setting(5e-5, "step size")
+    init: float = setting(1e-4, "standard deviation of the initial weights over the learning rate")
+    steps: int = setting(20, "number of steps")
+    test_size: int = setting(1000, "number of test points")
+    balanced: bool = setting(True, "whether clusters have equal numbers of points and flips")
+    linear: bool = setting(False, "whether the activation is left out")
+    train_output: bool = setting(False, "whether the output weights are trained too")
+    weak: tuple[float, ...] = setting(
+        (40_000, 60.0, 1000), "dimension, squared norm of the means, and steps of the weak-signal control"
+    )
+    strong: float = setting(2000.0, "squared norm of the means in the strong-signal control")
+    wide: int = setting(2000, "number of neurons of the wide arm")
+    sweep_square_mu: tuple[float, ...] = setting((), "squared norms of the means for further arms")
+    sweep_noise_rate: tuple[float, ...] = setting((), "shares of flipped labels for further arms")
+    sweep_init: tuple[float, ...] = setting((1.0, 100.0), "values of `init` for further arms")
 
 
 SCALES = {
@@ -168,23 +160,3 @@ def figures(results: Results) -> dict[str, Figure]:
         "arms": plots.curves(results, arms, x=steps, xlabel="step", ylabel="clean test accuracy"),
         "neurons": neurons,
     }
-
-
-def peers(bench: Any) -> None:
-    """Training from given points and initial weights: the dual form against gradient descent on the weights."""
-    train, _, network = problem(Settings(), 0)
-    train.x  # noqa: B018  # both begin with the points in memory
-
-    def ours(steps: int) -> None:
-        dual = DualGD(train, network, 5e-5)
-        for _ in range(steps):
-            dual.step()
-        dual.weight()
-
-    for steps in (20, 200):
-        bench.compare(
-            f"{steps} steps and the weights, 200 points, p = 20,000, 200 neurons",
-            repeats=3,
-            ours=lambda steps=steps: ours(steps),
-            primal=lambda steps=steps: primal_steps(train, network, 5e-5, steps),
-        )

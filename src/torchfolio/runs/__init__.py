@@ -5,6 +5,7 @@ from torchfolio.runs.job import SCALES, Job, experiment, plan
 from torchfolio.runs.outcome import Outcome, Results
 from torchfolio.runs.run import Run
 from torchfolio.runs.runner import run_all, run_experiment
+from torchfolio.runs.settings import setting
 
 __all__ = [
     "SCALES",
@@ -16,5 +17,6 @@ __all__ = [
     "plan",
     "run_all",
     "run_experiment",
+    "setting",
     "threads",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torchfolio import catalog
 from torchfolio.errors import TorchfolioError
 from torchfolio.measure import Alternation, alternate
 from torchfolio.runs.environment import threads
-from torchfolio.runs.job import Say, experiment
+from torchfolio.runs.job import Say
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Bench:
-    """What an experiment's `peers` is given.
+    """What `peers` of a module `torchfolio.peers.SLUG` is given.
 
     Attributes:
         times: times of every comparison, by the work that was done.
@@ -92,12 +95,13 @@ def bench(slug: str, *, num_threads: int = 1, say: Say = lambda text: None) -> B
         say: function that is called with a line about what is going on.
 
     Raises:
-        TorchfolioError: if its experiment names no peers.
+        TorchfolioError: if the paper is unknown, or names no peers.
     """
-    module: Any = experiment(slug)
-    if not hasattr(module, "peers"):
-        raise TorchfolioError(f"the experiment of {slug} names no peers to time it against")
+    catalog.paper(slug)
+    name = f"torchfolio.peers.{slug}"
+    if importlib.util.find_spec(name) is None:
+        raise TorchfolioError(f"{slug} names no peers to time it against")
     timed = Bench(say)
     with threads(num_threads):
-        module.peers(timed)
+        importlib.import_module(name).peers(timed)
     return timed

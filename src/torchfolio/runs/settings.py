@@ -1,15 +1,35 @@
-"""Settings of an experiment from text."""
+"""Settings of an experiment: what each one is, and how it is read from text."""
 
 from __future__ import annotations
 
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 S = TypeVar("S")
+T = TypeVar("T")
+
+
+def setting(default: T, doc: str) -> T:
+    """A field of a frozen dataclass of settings, with the words that `torchfolio show SLUG --settings` prints beside it.
+
+    Args:
+        default: its value at the scale `quick`, unless the scale says otherwise.
+        doc: what it is, beginning with a noun, with its unit, as in `epochs: int = setting(8, "number of passes")`.
+    """
+    return field(default=default, metadata={"doc": doc})  # pyright: ignore[reportReturnType]
+
+
+def described(settings: Any) -> dict[str, tuple[Any, str]]:
+    """Value and words of every setting, by name; words stand where the setting was first declared, empty where nowhere."""
+    docs: dict[str, str] = {}
+    for kind in type(settings).__mro__:
+        for name, declared in vars(kind).get("__dataclass_fields__", {}).items():
+            docs[name] = docs.get(name) or declared.metadata.get("doc", "")
+    return {one.name: (getattr(settings, one.name), docs[one.name]) for one in fields(settings)}
 
 
 def override(settings: S, changes: Mapping[str, Any]) -> S:

@@ -19,19 +19,18 @@ from torchfolio.engine import LearningRule, evaluate, fit
 from torchfolio.engine.recipes import one_cycle, sgd
 from torchfolio.fitting import fitting_network
 from torchfolio.runs.run import Run
+from torchfolio.runs.settings import setting
 
 __all__ = ["SMOKE", "Images", "OwnNetwork", "Task", "accuracy", "load", "own_network", "train"]
 
 
 @dataclass(frozen=True)
 class OwnNetwork:
-    """Settings of an experiment that may be measured on any network.
+    """Settings of an experiment that may be measured on any network."""
 
-    Attributes:
-        model: reference network or `package.module:factory` in place of the experiment's own; `None` takes that.
-    """
-
-    model: str | None = None
+    model: str | None = setting(
+        None, "reference network or `package.module:factory` in place of the experiment's own; `None` takes that"
+    )
 
 
 def own_network(settings: OwnNetwork, data: DataSplits, make: Callable[[], nn.Module]) -> nn.Module:
@@ -41,42 +40,25 @@ def own_network(settings: OwnNetwork, data: DataSplits, make: Callable[[], nn.Mo
 
 @dataclass(frozen=True)
 class Images:
-    """Data alone.
+    """Data alone."""
 
-    Attributes:
-        data: name of the data set.
-        train_size: training examples; `None` takes all.
-        test_size: test examples; `None` takes all.
-        val_size: examples held out of the training part.
-        image_size: images are box-downsampled to this side; `None` keeps them.
-    """
-
-    data: str = "cifar10"
-    train_size: int | None = 6000
-    test_size: int | None = 2000
-    val_size: int = 1000
-    image_size: int | None = 16
+    data: str = setting("cifar10", "name of the data set")
+    train_size: int | None = setting(6000, "training examples; `None` takes all")
+    test_size: int | None = setting(2000, "test examples; `None` takes all")
+    val_size: int = setting(1000, "examples held out of the training part")
+    image_size: int | None = setting(16, "images are box-downsampled to this side; `None` keeps them")
 
 
 @dataclass(frozen=True)
 class Task(Images):
-    """Data and budget.
+    """Data and budget."""
 
-    Attributes:
-        epochs: passes over the training examples.
-        batch_size: examples of a batch.
-        lr: peak of the one-cycle learning rate.
-        momentum: Nesterov momentum.
-        weight_decay: weight decay of all trained weights.
-        crop: pixels of padding before a random crop; flips are always on for photographs.
-    """
-
-    epochs: int = 8
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    crop: int = 0
+    epochs: int = setting(8, "passes over the training examples")
+    batch_size: int = setting(128, "examples of a batch")
+    lr: float = setting(0.1, "peak of the one-cycle learning rate")
+    momentum: float = setting(0.9, "Nesterov momentum")
+    weight_decay: float = setting(1e-4, "weight decay of all trained weights")
+    crop: int = setting(0, "pixels of padding before a random crop; flips are always on for photographs")
 
 
 SMOKE: dict[str, Any] = {"data": "digits", "train_size": 512, "test_size": None, "val_size": 100, "image_size": None}
