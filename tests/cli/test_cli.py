@@ -54,6 +54,13 @@ def test_show_search_cite():
     assert call("cite", "auglocal", "man").stdout.count("@inproceedings") == 2
 
 
+def test_show_settings():
+    settings = json.loads(call("show", "auglocal", "--settings", "--json").stdout)
+    assert settings["epochs"]["meaning"] == "passes over the training examples"
+    assert settings["epochs"]["smoke"] < settings["epochs"]["quick"]
+    assert "epochs" in call("show", "auglocal", "--settings").stdout
+
+
 def test_errors_are_one_sentence():
     done = call("show", "auglocla")
     assert done.exit_code == 2
