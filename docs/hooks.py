@@ -252,8 +252,8 @@ def _page(paper: catalog.Paper) -> str:
         lines += ["Its claims, measured on your machine:", "", "```bash", f"torchfolio run {paper.slug}", "```", ""]
     lines += ["## Claims", "", *_claims(paper)]
     if paper.is_in:
-        lines += ["", "## Settings", "", *_settings(paper.slug)]
         lines += ["", "## Reference", "", f"::: {paper.module}", ""]
+        lines += ["## Settings of its experiment", "", *_settings(paper.slug), ""]
     return "\n".join(lines)
 
 
