@@ -21,7 +21,7 @@ from torchfolio.backdoor.metrics import labels_of, stealth
 from torchfolio.experiments._backdoors import victim
 from torchfolio.experiments._guided_attacker import GuidedAttacker
 from torchfolio.measure import outputs
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 # Who poisons, by which trigger, and whether carriers are erased.
 ARMS = (
@@ -137,7 +137,7 @@ def run(run: Run[Settings]) -> None:
     guide = run.arm("encoder", scene.encoder)
     clean = run.arm("never_poisoned", scene.never_poisoned)
     arms = {a: run.arm(name_of(*a), scene.attacked, *a) for a in run.progress(run.settings.arms, "victims")}
-    falls = {k: guide[k] for k in ("confidence_fall", "accuracy_fall", "largest_change")}
+    falls = pick(guide, "confidence_fall", "accuracy_fall", "largest_change")
     run.values("feature_erasing", falls, largest_allowed=run.settings.eps)
     run.values("trigger_encoder", {k: guide[k] for k in guide if k.endswith(("_cosine", "_target_rate"))})
     plain = {t: arms["number", t, False] for t in ("random", "blend", "uap", "cfa")}

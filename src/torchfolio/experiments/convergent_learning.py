@@ -26,7 +26,7 @@ from torchfolio.insight.convergent_learning import (
     sparse_prediction,
 )
 from torchfolio.models import collect_features
-from torchfolio.runs import Results, Run, plots, setting, threads
+from torchfolio.runs import Results, Run, pick, plots, setting, threads
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def run(run: Run[Settings]) -> None:
         few[f"{layer}_units"] = pair[f"{layer}_sparse_units"]
     run.values("few_to_one", few)
     run.values("clusters", {f"{layer}_{key}": pair[f"{layer}_{key}"] for layer in layers for key in GROUPS})
-    run.values("negative_control", {key: shuffled[key] for key in ("largest_match", "least_loss", "largest_loss")})
+    run.values("negative_control", pick(shuffled, "largest_match", "least_loss", "largest_loss"))
 
 
 def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, Any]:

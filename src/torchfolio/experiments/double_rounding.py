@@ -18,7 +18,7 @@ from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.experiments._lsq import OneWidth
 from torchfolio.experiments._mixed_precision import mixtures
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
 
 BITS = (8, 6, 4, 2)
@@ -92,10 +92,10 @@ def run(run: Run[Settings]) -> None:
         "accuracy",
         {f"joint_{b}": joint[f"bits_{b}"] for b in BITS} | {f"separate_{b}": alone[b][f"bits_{b}"] for b in BITS},
     )
-    run.values("storage", {name: joint[name] for name in ("ratio", "difference")})
+    run.values("storage", pick(joint, "ratio", "difference"))
     run.values("scale_gradients", {f"gradient_{b}": before[f"gradient_{b}"] for b in BITS})
-    run.values("negative_control", {name: before[name] for name in ("shift", "rounding")})
-    run.values("mixed_precision", {name: mixed[name] for name in ("sigmas", "search_gap")})
+    run.values("negative_control", pick(before, "shift", "rounding"))
+    run.values("mixed_precision", pick(mixed, "sigmas", "search_gap"))
 
 
 def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRule | None, epochs: int) -> None:

@@ -25,7 +25,7 @@ from torchfolio.engine import seeded
 from torchfolio.engine.recipes import one_cycle
 from torchfolio.experiments._wide_resnet import wide_resnet
 from torchfolio.measure import count_flops
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, accuracy, load, train
 
 
@@ -174,7 +174,7 @@ def run(run: Run[Settings]) -> None:
     scratch = run.arm("scratch", from_scratch)["accuracy"]
     exact = run.arm("exact", exactness, run, data, members)
     after = {kind: arm["accuracy"] for kind, arm in done.items()}
-    run.values("growth", {kind: after[kind] for kind in ("orthogonal", "zero", "fresh")}, best_member=members["best"])
+    run.values("growth", pick(after, "orthogonal", "zero", "fresh"), best_member=members["best"])
     run.values(
         "equal_cost", orthogonal=after["orthogonal"], zero=after["zero"], scratch=scratch,
         cost_ratio=cost["total"] / (settings.epochs + settings.growth_epochs),

@@ -17,7 +17,7 @@ from torchfolio.experiments._acoustic_vowels import vowels
 from torchfolio.experiments._physical_backprop import train_through_twins
 from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
 from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -65,7 +65,7 @@ def run(run: Run[Settings]) -> None:
     run.values("hardware_aware", ours=ours, physics_aware=aware["accuracy"], ours_calls=bare["calls"],
                physics_aware_calls=aware["calls"])  # fmt: skip
     optical = done["optics"]
-    run.values("drift", {name: optical[name] for name in ("before", "swapped", "recovered")})
+    run.values("drift", pick(optical, "before", "swapped", "recovered"))
     run.values("control_no_label", accuracy=optical["no_label"])
     run.values("physical_calls", run.arm("calls", _calls, run, digits))
     run.values("control_no_contrast", run.arm("no_contrast", _no_contrast, run, digits))

@@ -17,7 +17,7 @@ from torchfolio.engine.recipes import adamw
 from torchfolio.experiments._half_denoisers import half, held_out_losses, pretrained
 from torchfolio.experiments._lora import with_lora
 from torchfolio.experiments._sparse_storage import held_in_memory, stored_on_disk
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def run(run: Run[Settings]) -> None:
     )
     changed = max(arm["changed"] for arm in found.values() if "changed" in arm)
     run.values("frozen", changed=changed, full_changed=full["moved"])
-    run.values("memory", {k: sara[k] for k in ("held", "allowed", "left", "stored", "reloaded")})
+    run.values("memory", pick(sara, "held", "allowed", "left", "stored", "reloaded"))
 
 
 def losses(settings: Settings, net: nn.Module, held: tuple[Tensor, Tensor]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from torchfolio.data import CropFlip, DataSplits
 from torchfolio.experiments._backdoors import patch, perceptron
 from torchfolio.experiments._hardened_victims import hardened
 from torchfolio.experiments._neural_cleanse import mask_and_pattern
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
 
@@ -74,7 +74,7 @@ def run(run: Run[Settings]) -> None:
     ranks = {**{k: v[0] for k, v in profiles.items()}, **{f"{k}_next": max(v[1:]) for k, v in profiles.items()}}
     alarms, others = digits["alarm_conv"] + found["alarm"], digits["alarm_narrow"] + digits["alarm_mlp"]
     run.values("target", ranks, false_alarms=alarms, other_false_alarms=others)
-    hard = {k: digits[k] for k in ("negatives", "augmented")}
+    hard = pick(digits, "negatives", "augmented")
     ranks = {**{k: v[0] for k, v in hard.items()}, **{f"{k}_next": max(v[1:]) for k, v in hard.items()}}
     run.values("countermeasures", ranks, **{f"{k}_trigger": digits[f"trigger_{k}"] for k in hard})
 

@@ -3,7 +3,7 @@
 from torchfolio.runs.environment import threads
 from torchfolio.runs.job import SCALES, Job, experiment, plan
 from torchfolio.runs.outcome import Outcome, Results
-from torchfolio.runs.run import Run
+from torchfolio.runs.run import Run, pick
 from torchfolio.runs.runner import run_all, run_experiment
 from torchfolio.runs.settings import setting
 
@@ -14,6 +14,7 @@ __all__ = [
     "Results",
     "Run",
     "experiment",
+    "pick",
     "plan",
     "run_all",
     "run_experiment",

@@ -173,6 +173,15 @@ class Run(Generic[S]):
             yield item
 
 
+def pick(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those values of an arm that a claim is about.
+
+    >>> pick({"ratio": 0.25, "difference": 0.0, "seconds": 3.1}, "ratio", "difference")
+    {'ratio': 0.25, 'difference': 0.0}
+    """
+    return {name: values[name] for name in names}
+
+
 def save_figure(folder: Path, name: str, figure: Figure) -> None:
     """Write a figure as PNG and SVG and close it."""
     import matplotlib.pyplot as plt
