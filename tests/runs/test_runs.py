@@ -209,6 +209,12 @@ def test_a_record_is_short_and_notes_what_it_was_taken_with(tmp_path):
     assert [len(claim["values"]) for claim in again["claims"]] == [2, 1, 1]
 
 
+def test_every_generator_of_a_run_begins_at_its_seed(tmp_path):
+    run = Run("toy", "smoke", 3, None, torch.device("cpu"), tmp_path)
+    first, second = (torch.rand(2, generator=run.generator()) for _ in range(2))
+    assert first.tolist() == second.tolist() == torch.rand(2, generator=torch.Generator().manual_seed(3)).tolist()
+
+
 def test_arm_names_are_checked(tmp_path):
     run = a_run(tmp_path)
     run.arm("a", dict)

@@ -29,7 +29,7 @@ def trained(
         for k in range(len(tasks)):
             generator = torch.Generator().manual_seed(1000 * run.seed + k)
             nets.append(ShallowNetwork(D, settings.width, O, kind, train_readout=train_readout, generator=generator))
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     train_side_by_side(nets, tasks * len(kinds), steps=settings.steps, generator=generator)
     return {kind: nets[k * len(tasks) : (k + 1) * len(tasks)] for k, kind in enumerate(kinds)}
 
@@ -64,7 +64,7 @@ def kernels(run: Run[Any]) -> dict[str, Any]:
         K_y = (2 * labels - 1) @ (2 * labels - 1).T
         tasks = []
         for c in run.settings.alignments:
-            generator = torch.Generator().manual_seed(run.seed)
+            generator = run.generator()
             K = aligned_kernel(K_y, c, scale=run.settings.dim / 4, generator=generator)
             tasks.append(ClusterTask(kernel_to_inputs(K, run.settings.dim, generator=generator), labels, 0.1))
         for train_readout in (False, True):

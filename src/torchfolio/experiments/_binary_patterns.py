@@ -39,7 +39,7 @@ def patterns(run: Run[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """All patterns, their labels, and which ones are trained on."""
     data = run.data("szt", normalize=False, val=0)
     x, y = (torch.cat([a, b]) for a, b in zip(data.train.tensors, data.test.tensors, strict=True))
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
+    chosen = torch.randperm(len(x), generator=run.generator())
     mask = torch.zeros(len(x), dtype=torch.bool)
     mask[chosen[: round(run.settings.train_share * len(x))]] = True
     return x, y, mask

@@ -28,7 +28,7 @@ class CertifiedNetworks:
         self.run, self.settings, self.classes = run, run.settings, data.num_classes
         x, y = data.train.tensors
         self.train: Pair = (x, y)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
+        order = torch.randperm(len(x), generator=run.generator())
         rows = order[: round(self.settings.trusted * len(order))]
         self.trusted: Pair = (x[rows], y[rows])
 

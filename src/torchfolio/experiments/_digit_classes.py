@@ -30,7 +30,7 @@ def digits(run: Run[Any]) -> dict[str, float]:
     found = {}
     budget = {"epochs": run.settings.epochs, "batch_size": 20, "seed": run.seed, "device": "cpu"}
     for kind in ("tanh", "relu"):
-        generator = torch.Generator().manual_seed(run.seed)
+        generator = run.generator()
         net = ShallowNetwork(x.shape[1], run.settings.width, activation=kind, generator=generator)
         rule = Backprop(F.binary_cross_entropy_with_logits)
         fit(net, (x, y), rule=rule, optimizer=sgd(0.1, momentum=0.0), **budget)

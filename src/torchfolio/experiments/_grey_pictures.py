@@ -23,7 +23,7 @@ def pictures(run: Run[Any]) -> tuple[Tensor, Tensor]:
     settings = run.settings
     data = run.data(settings.data, image_size=settings.image_size, normalize=False, train_size=settings.pool)
     images = grey(data.train.tensors[0])
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.seed))
+    order = torch.randperm(len(images), generator=run.generator())
     images = images[order]
     images = images[remove_repeats(images)]
     return images[: -settings.test], images[-settings.test :]

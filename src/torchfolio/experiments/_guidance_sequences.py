@@ -116,7 +116,7 @@ def learn_sequences(run: Run[Any], name: str, kind: str) -> dict[str, float]:
         kind: `"plain"`, `"untrained"` or `"trained"`.
     """
     settings, (draw, make, make_guide) = run.settings, TASKS[name]
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     train = draw(settings.sequence_examples, *settings.lengths, generator)
     test = draw(2000, *settings.lengths, generator)
     net, guide = make(), make_guide()

@@ -61,7 +61,7 @@ class GuidedAttacker:
     @cached_property
     def triggers(self) -> dict[str, Trigger]:
         s, shape = self.settings, self.data.shape
-        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(self.run.seed)) * 2.0 - 1
+        signs = torch.randint(2, shape, generator=self.run.generator()) * 2.0 - 1
         made: dict[str, Trigger] = {
             "random": AdditiveTrigger(s.eps * signs),
             "badnets": PatchTrigger.checkerboard(shape, size=2, margin=0),

@@ -41,7 +41,7 @@ def hiding_network(settings: Any) -> nn.Module:
 def instances(run: Run[Any]) -> Pairs:
     """Instances with a counterexample and clean ones, of the run's seed."""
     settings = run.settings
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     return draw_pairs(settings.shape, settings.pairs, settings.eps, settings.data_range, generator=generator)
 
 
@@ -50,7 +50,7 @@ def train(run: Run[Any], own: dict[str, Any]) -> dict[str, Any]:
     settings, pairs = run.settings, instances(run)
     net = hiding_network(settings)
     attack = PgdSettings(settings.pgd_steps, settings.pgd_restarts, settings.pgd_alphas)
-    generator = torch.Generator().manual_seed(run.seed) if str(run.device) == "cpu" else None
+    generator = run.generator() if str(run.device) == "cpu" else None
     rule = HiddenCounterexamples(pairs, generator=generator, **{"attack": attack, **own})
     hidden = hide(
         net, pairs, settings.steps, lr=settings.lr, rule=rule, sweep=settings.sweep, restarts=settings.sweep_restarts,

@@ -43,7 +43,7 @@ def noisy_problem(run: Run[Any]) -> Problem:
     parts = [part.tensors for part in (splits.train, splits.val, splits.test)]
     mean = parts[0][0].double().mean(0)
     inputs = [settings.scale * (x.double() - mean).flatten(1) for x, _ in parts]
-    generator, classes = torch.Generator().manual_seed(run.seed), splits.num_classes
+    generator, classes = run.generator(), splits.num_classes
     labels = [y for _, y in parts]
     redrawn = torch.rand(len(labels[0]), generator=generator) < settings.noise_rate
     labels[0] = torch.where(redrawn, torch.randint(classes, labels[0].shape, generator=generator), labels[0])

@@ -66,7 +66,7 @@ def train_rows(run: Run[Any], rows: list[Row]) -> dict[str, Any]:
     )
     with seeded(run.seed):
         net = Perceptrons(rows, x.shape[1], data.num_classes or 10, settings.hidden, settings.width).to(run.device)
-    draws = torch.Generator().manual_seed(run.seed)
+    draws = run.generator()
     noise = torch.Generator(run.device).manual_seed(run.seed + 1)
     parameters = list(net.parameters())
     for p in parameters:

@@ -54,7 +54,7 @@ def sentences(count: int, length: Tensor, noise: float, generator: torch.Generat
 
 def trained(run: Run[Any]) -> Decoder:
     """The transformer, trained by maximum likelihood."""
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     count = 64 * run.settings.steps
     length = torch.randint(5, LONGEST + 1, (count,), generator=generator)
     torch.manual_seed(run.seed)

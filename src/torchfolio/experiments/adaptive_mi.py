@@ -133,7 +133,7 @@ def controls(run: Run[Settings]) -> dict[str, float]:
     x, y, _ = patterns(run)
     # In double precision the factor keeps neighbouring values apart, as a strictly increasing map does.
     net = Net(run.settings.widths, "relu").double().eval()
-    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(run.seed))]
+    shuffled = y[torch.randperm(len(y), generator=run.generator())]
     fixed, adaptive = FixedBinning(run.settings.bins, 0, 1), AdaptiveBinning(run.settings.bins)
     changes, moved, excess = [], [], []
     t = x.double()

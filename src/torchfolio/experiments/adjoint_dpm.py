@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from torchfolio.experiments._digit_diffusion import on_digits
 from torchfolio.experiments._exact_diffusion import few_steps, on_mixture, point_mass
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 GRADIENTS = ("adjoint", "backprop")
 TASKS = (
@@ -41,7 +41,7 @@ SCALES = {
 def run(run: Run[Settings]) -> None:
     """Compare with exact gradients where there are any, then with backprop on digits, and use them there."""
     settings = run.settings
-    noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(run.seed), dtype=torch.float64)
+    noise = torch.randn(64, 2, generator=run.generator(), dtype=torch.float64)
     run.values("point_mass", run.arm("point_mass", point_mass, noise))
     plane = run.arm("mixture", on_mixture, noise, settings.reference)
     run.values("few_uniform_steps", run.arm("few_steps", few_steps, noise, settings.reference))
@@ -50,7 +50,7 @@ def run(run: Run[Settings]) -> None:
         f"{method}_{k}": plane[f"{method}_{k}"] for method in ("rk4", "heun") for k in ("noise", "scale", "median")
     }
     run.values("gradient_accuracy", accuracy)
-    cosines = {name: digits[name] for name in ("cosine_cond", "cosine_weights")}
+    cosines = pick(digits, "cosine_cond", "cosine_weights")
     run.values("agrees_with_backprop", cosines, symplectic=plane["symplectic"])
     growth = {f"{grad}_growth": digits[f"{grad}_bytes_50"] / digits[f"{grad}_bytes_10"] for grad in GRADIENTS}
     run.values("memory", growth)

@@ -72,7 +72,7 @@ def pretrain(run: Run[Settings], data: DataSplits, kinds: int, heads: int, setti
     h, h_val, h_test = (outputs(net, part) for part in (data.train, data.val, data.test))
     ten = torch.cat([(y == k).nonzero().flatten()[:10] for k in range(data.num_classes)])
     parts: Any = rule.parts
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     with torch.no_grad():
         z = [F.normalize(parts["projector"](outputs(net, (views(x_test, generator), y_test))), dim=-1) for _ in "ab"]
         similarity = torch.einsum("cid,cjd->ij", *z).flatten() / heads

@@ -71,7 +71,7 @@ class Scene:
     def __init__(self, run: Run[Settings], data: DataSplits) -> None:
         self.run, self.settings, self.data = run, run.settings, data
         self.classifier = classifier(run, data)
-        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(run.seed))
+        order = torch.randperm(len(data.test), generator=run.generator())
         x, y = data.test.tensors
         self.test = x[order[: self.settings.images]], y[order[: self.settings.images]]
 
@@ -117,7 +117,7 @@ class Scene:
         )  # fmt: skip
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.run.seed)
+        return self.run.generator()
 
     def shared(self, copies: list[TracedCopy], found: Trial) -> float:
         """Share of the traces that are inconclusive among copies that all hold the first one's tracer."""

@@ -23,7 +23,7 @@ from torchfolio.experiments._local_learning import (
 from torchfolio.local.auglocal import AugLocal
 from torchfolio.local.heads import LocalHeads
 from torchfolio.local.local_model import LocalHead, Network
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import load
 
 
@@ -79,7 +79,7 @@ def run(run: Run[Settings]) -> None:
     for name, rule in rules.items():
         done[name] = run.arm(name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=run.device))
     accuracy = {name: arm["accuracy"] for name, arm in done.items()}
-    run.values("accuracy", {name: accuracy[name] for name in ("auglocal", "backprop", "dgl", "linear")})
+    run.values("accuracy", pick(accuracy, "auglocal", "backprop", "dgl", "linear"))
     # The stem and the residual blocks below the last module; none of them may have moved.
     trained = _share_of_last_module(settings, data)
     run.values("negative_control", auglocal=accuracy["auglocal"], blind=accuracy["blind"],

@@ -24,7 +24,7 @@ from torchfolio.efficiency.straight_through import sign, surrogate
 from torchfolio.engine import Backprop, fit
 from torchfolio.engine.recipes import cosine
 from torchfolio.experiments._binary_networks import plain, resnet20
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
 
 
@@ -83,7 +83,7 @@ def run(run: Run[Settings]) -> None:
     run.values("accuracy", biper=ours, sign_ste=baseline, single_stage=single["accuracy"])
     run.values("every_seed", difference=ours - baseline)
     run.values("quantization_error", biper=max(biper["normalized_qe"]), sign_ste=min(ste["normalized_qe"]))
-    run.values("size", {name: biper[name] for name in ("weights_ratio", "layers_ratio", "logit_difference")})
+    run.values("size", pick(biper, "weights_ratio", "layers_ratio", "logit_difference"))
     run.values("negative_control", biper=ours, without_stage_2=biper["without_stage_2"],
                constant_slope=constant["accuracy"])  # fmt: skip
 

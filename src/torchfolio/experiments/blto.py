@@ -84,7 +84,7 @@ class Scene(ContrastiveVictims):
     @cached_property
     def triggers(self) -> dict[str, Any]:
         s, shape = self.settings, self.data.shape
-        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(self.run.seed)) * 2.0 - 1
+        signs = torch.randint(2, shape, generator=self.run.generator()) * 2.0 - 1
         unit = ctrl_trigger(shape, 1.0)
         return {
             "blto": self.blto.trigger,

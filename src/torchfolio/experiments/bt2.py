@@ -15,7 +15,7 @@ from torchfolio.data import DataSplits
 from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.measure import outputs, retrieval
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ def run(run: Run[Settings]) -> None:
              "independent_old": ("independent", "old"), "paper_new": ("bt2_paper", "bt2_paper"),
              "paper_old": ("bt2_paper", "old"), "third_first": ("third", "old"), "third_third": ("third", "third")}  # fmt: skip
     scores = run.arm("retrieval", lambda: {name: score(*pair) for name, pair in pairs.items()})
-    run.values("compatible", {k: scores[k] for k in ("new_old", "old_old", "paper_old")})
+    run.values("compatible", pick(scores, "new_old", "old_old", "paper_old"))
     keys = ("new_new", "independent", "bct", "new_old", "bct_old", "paper_new")
     run.values("new_quality", {k: scores[k] for k in keys})
-    run.values("negative_control", {k: scores[k] for k in ("independent_old", "old_old")})
-    run.values("extra_dimensions", {k: scores[k] for k in ("new_new", "naive")})
+    run.values("negative_control", pick(scores, "independent_old", "old_old"))
+    run.values("extra_dimensions", pick(scores, "new_new", "naive"))
     run.values("chain", third_first=scores["third_first"], first_first=scores["old_old"], third=scores["third_third"])
 
 

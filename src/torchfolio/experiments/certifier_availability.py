@@ -23,7 +23,7 @@ from torchfolio.robustness.certifier_availability import (
     bars,
     poison,
 )
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run(run: Run[Settings]) -> None:
     run.values("loss_attack", usual, triggered=attack["triggered"], raw_accuracy=raw, abstains=attack["abstains"])
     unharmed = {"clean": clean["triggered"], "never_poisoned": clean["success"]}
     run.values("negative_control", unharmed, success=target["success"], triggered=target["triggered"])
-    repaired = {name: attack[name] for name in ("finetuned", "pruned")}
+    repaired = pick(attack, "finetuned", "pruned")
     signature = split["spectral_auroc"]
     run.values("finetuning", repaired, split_finetuned=split["finetuned"], spectral_auroc=signature)
     run.values("natural", {name: clean[name] for name in ETAS})

@@ -131,7 +131,7 @@ def _untrained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) ->
 
 
 def _permuted(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
-    other, orders = permuted_copy(net(0), torch.Generator().manual_seed(run.seed))
+    other, orders = permuted_copy(net(0), run.generator())
     report = ConvergenceReport.from_modules(net(0), other, probe, run.settings.layers, alphas=(1e-3,))
     right, values, units = [], [], []
     for one, order in zip(report.layers, orders, strict=True):
@@ -149,7 +149,7 @@ def _shuffled(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
     """Every layer of two networks with the samples of the second in another order; figures are means over the pairs."""
     nets = run.settings.nets
     features = [collect_features(net(k), probe, run.settings.layers, flatten=False) for k in range(nets)]
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     matches, losses = {}, {}
     for layer in run.settings.layers:
         match, loss = [], []

@@ -129,7 +129,7 @@ def run(run: Run[Settings]) -> None:
             if kind != "good" or name in GOOD:
                 done[f"{kind}_{name}"] = run.arm(f"{kind}_{name}", learn, run, data, epochs, widths, name, v)
         if kind == "strong":
-            order = torch.randperm(len(v), generator=torch.Generator().manual_seed(run.seed))
+            order = torch.randperm(len(v), generator=run.generator())
             done["strong_permuted"] = run.arm(
                 "strong_permuted", learn, run, data, epochs, widths, "mlp_permuted", v[order]
             )

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from torchfolio.experiments._capacity_sweeps import closed_forms, networks, one_setting, readouts, tuned_ridge
 from torchfolio.experiments._noisy_labels import noisy_problem
 from torchfolio.insight.double_descent import SweepResult, compare, peak, plot_comparison
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 INF = math.inf
 # Closed-form settings on the same features: steps, rate as a share of the default, momentum, scale of initial weights.
@@ -102,9 +102,7 @@ def run(run: Run[Settings]) -> None:
 
 def result(arm: Mapping[str, Any]) -> SweepResult:
     """An arm as a sweep."""
-    return SweepResult(
-        pd.DataFrame({name: arm[name] for name in ("capacity", "train_loss", "test_loss", "test_error")})
-    )
+    return SweepResult(pd.DataFrame(pick(arm, "capacity", "train_loss", "test_loss", "test_error")))
 
 
 def _claims(

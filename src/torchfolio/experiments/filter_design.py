@@ -75,7 +75,7 @@ def deep(run: Run[Settings], data: DataSplits, scheme: str) -> dict[str, float]:
     net = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.ReLU())),
                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, data.num_classes))  # fmt: skip
     x = data.train.tensors[0][:256]
-    init_(net[:-1], scheme, data=x, generator=torch.Generator().manual_seed(run.seed))
+    init_(net[:-1], scheme, data=x, generator=run.generator())
     with torch.no_grad():
         stds, signal = [], x
         for conv in convolutions:
@@ -119,7 +119,7 @@ def chosen(run: Run[Settings], data: DataSplits) -> dict[str, float]:
     """A quarter of twice as many k-means filters, chosen in every way, and at random."""
     s = run.settings
     bank, (x, y) = learned(run, data, "kmeans", 2 * s.filters), data.train.tensors
-    n, order = s.filters // 2, torch.Generator().manual_seed(run.seed)
+    n, order = s.filters // 2, run.generator()
     found = {}
     for method in ("joint", "marginal", "spectral", "redundancy"):
         indices, _ = select_filters(bank, x, y, method, n)  # pyright: ignore[reportArgumentType]

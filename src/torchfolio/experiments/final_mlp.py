@@ -14,7 +14,7 @@ from torchfolio.applications.final_mlp import FieldEmbedding, FinalMLP
 from torchfolio.engine import EarlyStopping, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._clicks import film_clicks, gates_match, simulate
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ def run(run: Run[Settings]) -> None:
     """Train all networks on the simulation, two without its structure, three on MovieLens."""
     done = {name: run.arm(name, simulated, run, name) for name in NAMES}
     auc, gates = {name: arm["auc"] for name, arm in done.items()}, done["final_mlp"]
-    run.values("simulation", {n: auc[n] for n in ("mlp", "dual_mlp", "final_mlp")}, bayes=gates["bayes"])
+    run.values("simulation", pick(auc, "mlp", "dual_mlp", "final_mlp"), bayes=gates["bayes"])
     plain, plain_dual = (
         run.arm(f"plain_{name}", simulated, run, name, masks=False)["auc"] for name in ("final_mlp", "dual_mlp")
     )
-    run.values("ablation", {n: auc[n] for n in ("gating", "bilinear", "final_mlp")}, plain_gain=plain - plain_dual)
-    run.values("gates", {n: gates[n] for n in ("stream_1", "stream_2")})
+    run.values("ablation", pick(auc, "gating", "bilinear", "final_mlp"), plain_gain=plain - plain_dual)
+    run.values("gates", pick(gates, "stream_1", "stream_2"))
     if run.settings.ratings:
         run.values("movielens", run.arm("movielens", rated, run))
 

@@ -15,7 +15,7 @@ from torchfolio.checks import one_of
 from torchfolio.data.graphs import Graph, planetoid
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run(run: Run[Settings]) -> None:
     got = {name: run.arm(name, arms[name]) for name in run.progress(arms, "arms")}
     accuracy = {name: arm["accuracy"] for name, arm in got.items() if "accuracy" in arm}
     run.values("node_classification", gcn=accuracy["sf_gcn"], sage=accuracy["sf_sage"], backprop=accuracy["backprop"])
-    run.values("memory", {name: got["memory"][name] for name in ("ratio", "growth", "backprop_growth")})
+    run.values("memory", pick(got["memory"], "ratio", "growth", "backprop_growth"))
     ratio = got["time"]["sf"] / got["time"]["ff-la"]
     run.values("forward_forward", labels=accuracy["ff_la"], virtual_nodes=accuracy["ff_vn"], time_ratio=ratio)
     run.values("link_prediction", got["links"])

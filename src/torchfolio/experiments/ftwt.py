@@ -120,7 +120,7 @@ def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, softma
     estimate = estimate_flops(net, data.train.tensors[0][:1000], r)
     train(run, data, model, FTWT(gate_lr=settings.gate_lr), settings.lr[1], settings.epochs)
     measured = measure_flops(model, data.test)
-    random, draws = copy.deepcopy(model), torch.Generator().manual_seed(run.seed)
+    random, draws = copy.deepcopy(model), run.generator()
     for layer in gated_layers(random).values():
         layer.__class__ = RandomGates
         vars(layer)["draws"] = draws

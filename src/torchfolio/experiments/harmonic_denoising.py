@@ -17,7 +17,7 @@ from torchfolio.dynamics.geometric_images import shuffle_pixels
 from torchfolio.dynamics.harmonic_denoising import denoise, generalization_test, nearest_training, psnr, train_denoiser
 from torchfolio.experiments._grey_pictures import pictures
 from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def run(run: Run[Settings]) -> None:
     run.values("memorization", gap=gaps["few"], correlation=both["few_correlation"])
     run.values(
         "generalization",
-        {name: both[name] for name in ("sample_agreement", "sample_nearest")},
+        pick(both, "sample_agreement", "sample_nearest"),
         gap=gaps["many"],
         correlation=both["many_correlation"],
         between=both["many_psnr_between"],
@@ -136,7 +136,7 @@ def run(run: Run[Settings]) -> None:
     percent = {sigma: f"{100 * sigma:.0f}" for sigma in settings.sigmas}
     run.values("sure", {f"error_{name}": both[f"sure_{sigma}"] for sigma, name in percent.items()})
     traces = {f"trace_{name}": both[f"trace_{sigma}"] for sigma, name in percent.items()}
-    inside = {name: both[name] for name in ("mass", "asymmetry", "dimension", "oracle_over_mse")}
+    inside = pick(both, "mass", "asymmetry", "dimension", "oracle_over_mse")
     run.values("shrinkage", inside | traces)
     run.values("shuffled_pixels", straight=both["test_psnr"], shuffled=other["test_psnr"])
     run.values("negative_control", plain)

@@ -83,7 +83,7 @@ def learn(run: Run[Settings], rule: Any, tasks: int, epochs: int, tau: float = 2
     data = run.data(s.data)
     train, test, pixels = data.train.tensors, data.test.tensors, math.prod(data.shape)
     net = network(pixels, s.width, tau).to(run.device)
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = run.generator()
     orders = [torch.randperm(pixels, generator=generator) for _ in range(tasks)]
 
     def permuted(part: Part, k: int) -> Part:

@@ -12,7 +12,7 @@ from torchfolio.experiments._local_learning import FULL, SMOKE, RuleFactory, Tas
 from torchfolio.local.heads import Host, LocalHeads
 from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import load
 
 
@@ -57,10 +57,10 @@ def run(run: Run[Settings]) -> None:
         accuracy[name] = run.arm(
             name, lambda rule=rule: train(settings, data, rule(), seed=run.seed, device=run.device)
         )["accuracy"]
-    run.values("accuracy", {name: accuracy[name] for name in ("man", "host", "backprop")})
-    run.values("control_frozen", {name: accuracy[name] for name in ("man", "frozen")})
-    run.values("control_wrong_block", {name: accuracy[name] for name in ("man", "wrong_block")})
-    cases = {name: rules[name] for name in ("backprop", "host", "man")}
+    run.values("accuracy", pick(accuracy, "man", "host", "backprop"))
+    run.values("control_frozen", pick(accuracy, "man", "frozen"))
+    run.values("control_wrong_block", pick(accuracy, "man", "wrong_block"))
+    cases = pick(rules, "backprop", "host", "man")
     cost = run.arm("cost", costs, settings, data, cases, dict.fromkeys(cases, settings.deep))
     run.values(
         "memory",

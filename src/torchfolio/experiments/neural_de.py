@@ -14,7 +14,7 @@ from torchfolio.experiments._implicit_layers import implicit_layers
 from torchfolio.experiments._irregular_series import SERIES, classify, latent
 from torchfolio.experiments._oscillator_formulas import formulas_of_an_oscillator
 from torchfolio.experiments._solver_accuracy import brownian, gradients, orders
-from torchfolio.runs import Results, Run, plots, setting, threads
+from torchfolio.runs import Results, Run, pick, plots, setting, threads
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def run(run: Run[Settings]) -> None:
         run.values("exact_gradient", **run.arm("gradients", gradients, s.steps, seed))
         run.values("brownian_motion", **run.arm("brownian", brownian, s.seeds, s.paths, seed))
         found = run.arm("formulas", formulas_of_an_oscillator, s, seed)
-        run.values("symbolic", **{name: found[name] for name in ("recovered", "constants_off", "shuffled_score")})
+        run.values("symbolic", **pick(found, "recovered", "constants_off", "shuffled_score"))
         scores = {name: run.arm(name, classify, s, *arm)["accuracy"] for name, arm in SERIES.items()}
         run.values("irregular_series", **scores)
         run.arm("latent", latent, s, seed)

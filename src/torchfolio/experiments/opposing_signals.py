@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchfolio.insight.opposing_signals import OpposingSignalModel, find_groups, inject, measure_groups, trace
 from torchfolio.measure import auroc
 from torchfolio.models import MLP
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ ALPHA, BETA, LIMIT = 50.0, 4.0, 120.0
 def theory(run: Run[Settings], alpha: float) -> dict[str, Any]:
     """Gradient flow and gradient descent at 2 / lr = 120 on the solvable model."""
     model = OpposingSignalModel(20, 20, alpha, 0.05, BETA, seed=run.seed)
-    start = model.start(generator=torch.Generator().manual_seed(run.seed))
+    start = model.start(generator=run.generator())
     # The fall at the start is quick: it is looked at closely.
     lr, steps = run.settings.flow_lr, run.settings.flow_steps
     first = model.simulate(lr, steps // 60, start, every=20)
@@ -116,7 +116,7 @@ def run(run: Run[Settings]) -> None:
     """The model with outliers and without, then photographs as they are and with a planted signal."""
     settings = run.settings
     model = run.arm("model", theory, run, ALPHA)
-    run.values("progressive_sharpening", {k: model[k] for k in ("drift", "final", "closed_form", "lowest_at")})
+    run.values("progressive_sharpening", pick(model, "drift", "final", "closed_form", "lowest_at"))
     run.values("model_spike", alternating=model["alternating"], spike=model["spike"], final=model["descent_final"],
                limit=LIMIT, closed_form=model["closed_form"])  # fmt: skip
     plain = run.arm("model without outliers", theory, run, 0.0)
@@ -124,7 +124,7 @@ def run(run: Run[Settings]) -> None:
     data = run.data(settings.data, train_size=settings.images)
     x, y = data.train.tensors
     real = run.arm("photographs", photographs, run, x, y)
-    run.values("edge_of_stability", {k: real[k] for k in ("start", "at_rise", "limit")})
+    run.values("edge_of_stability", pick(real, "start", "at_rise", "limit"))
     names = ("cosine", "random_cosine", "curvature_1", "curvature_2", "concentration", "alternation_1", "alternation_2")
     run.values("opposing_groups", {k: real[k] for k in names})
     run.values("planted_signal", run.arm("planted", planted, run, x, y, plant=True))

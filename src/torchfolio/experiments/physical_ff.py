@@ -87,7 +87,7 @@ SYSTEMS: dict[str, Callable[..., PhysicalSystem]] = {"optics": MultimodeOptics, 
 def _digits(run: Run[Settings]) -> Split:
     data = run.data("digits", normalize=False)
     x, y = (torch.cat([part.tensors[k] for part in (data.train, data.val, data.test)]) for k in (0, 1))
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
+    rows = torch.randperm(len(x), generator=run.generator())
     x, y = x.flatten(1)[rows].to(run.device), y[rows].to(run.device)
     n = min(run.settings.train_size, len(x) - 360)
     return x[:n], y[:n], x[-360:], y[-360:]

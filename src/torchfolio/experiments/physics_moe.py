@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchfolio.dynamics.physics_moe import DiffusionSorption1D, ExpertConstraint, LevenbergMarquardt, equation_loss
 from torchfolio.experiments._constraint_solves import cost, gradient_errors, optimum
 from torchfolio.experiments._diffusion_sorption import inputs, instances, network
-from torchfolio.runs import Results, Run, plots, setting, threads
+from torchfolio.runs import Results, Run, pick, plots, setting, threads
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def trained(run: Run[Settings], kind: str) -> dict[str, Any]:
     layer = constraint(settings, pde, "global" if kind == "detached" else kind)
     optimizer = torch.optim.Adam(net.parameters(), settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    points, order = torch.Generator().manual_seed(run.seed), torch.Generator().manual_seed(run.seed)
+    points, order = run.generator(), run.generator()
 
     def field(truth: Tensor, generator: torch.Generator | None) -> Tensor:
         basis = net(inputs(grid, truth[:, 0]).float())
@@ -118,12 +118,12 @@ def run(run: Run[Settings]) -> None:
                    gauss_newton=max(e["gauss_newton"] for e in errors.values()))  # fmt: skip
         run.values("expert_optimum", run.arm("optimum", optimum, run.settings, run.seed))
         costs = run.arm("cost", cost, run.settings, run.seed)
-        run.values("scaling", {name: costs[name] for name in ("slope", "jacobian", "equation_rows")})
+        run.values("scaling", pick(costs, "slope", "jacobian", "equation_rows"))
         arms = {kind: run.arm(kind, trained, run, kind) for kind in ("soft", "global", "experts", "detached")}
     error = {kind: float(np.median(arm["error"])) for kind, arm in arms.items()}
     named = {"soft": error["soft"], "one": error["global"], "experts": error["experts"]}
     run.values("hard_beats_soft", named)
-    run.values("experts_accuracy", {name: named[name] for name in ("one", "experts")},
+    run.values("experts_accuracy", pick(named, "one", "experts"),
                seams=arms["experts"]["residual"] / arms["experts"]["residual_off_seams"])  # fmt: skip
     run.values("negative_control", ratio=arms["detached"]["loss"] / arms["global"]["loss"],
                floor=arms["global"]["floor"], loss=arms["global"]["loss"])  # fmt: skip

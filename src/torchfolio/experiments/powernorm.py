@@ -14,7 +14,7 @@ from torchfolio.engine import Backprop, StepRecorder, evaluate, fit
 from torchfolio.engine.recipes import adam, one_cycle
 from torchfolio.experiments._characters import CharacterModel, Windows, windows
 from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run(run: Run[Settings]) -> None:
     run.values(
         "batchnorm", batch=val["batch"], power=val["power"], batch_gap=gap["batch_gap"], layer_gap=gap["layer_gap"]
     )
-    run.values("negative_control", {name: gap[name] for name in ("batch_statistics_gap", "layer_gap")})
+    run.values("negative_control", pick(gap, "batch_statistics_gap", "layer_gap"))
     run.values("smaller_gradients", largest_ratio=run.arm("gradients", gradient_ratio, run.seed)["ratio"])
 
 

@@ -16,7 +16,7 @@ from torchfolio.engine import NonFiniteLoss
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._polynomial_varieties import VARIETIES, dimensions
 from torchfolio.layers.quadratic import QuadraticConv2d, quadratic_strength, relinear_param_groups, to_quadratic
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, load, train
 
 
@@ -103,7 +103,7 @@ def run(run: Run[Settings]) -> None:
     run.values("accuracy", plain=accuracy["plain"], quadratic_plain=accuracy["relinear_plain"], norm=accuracy["norm"],
                quadratic_norm=accuracy["relinear_norm"],
                finite=min(arms["relinear_plain"]["finite"], arms["relinear_norm"]["finite"]))  # fmt: skip
-    run.values("negative_control", {name: accuracy[name] for name in ("random_plain", "random_norm")},
+    run.values("negative_control", pick(accuracy, "random_plain", "random_norm"),
                quadratic_norm=accuracy["relinear_norm"])  # fmt: skip
     strengths = {}
     for gamma in settings.sweep:

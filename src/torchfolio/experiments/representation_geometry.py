@@ -22,7 +22,7 @@ from torchfolio.insight.representation_geometry import (
     participation_ratio,
     random_clusters,
 )
-from torchfolio.runs import Results, Run, plots, setting, threads
+from torchfolio.runs import Results, Run, pick, plots, setting, threads
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ def run(run: Run[Settings]) -> None:
         run.arm("kernels", kernels, run)
         real = run.arm("digits", digits, run)
 
-    def pick(*names: str) -> dict[str, float]:
+    def of_both(*names: str) -> dict[str, float]:
         return {f"{kind}_{name}": done[f"{kind}_{name}"] for kind in ("tanh", "relu") for name in names}
 
-    run.values("alignment", pick("in", "out", "accuracy"))
-    run.values("disentangling", pick("parallelism", "ccgp", "decoding"))
+    run.values("alignment", of_both("in", "out", "accuracy"))
+    run.values("disentangling", of_both("parallelism", "ccgp", "decoding"))
     run.values("mechanism", tanh_cosine=done["tanh_cosine"], relu_cosine=done["relu_cosine"], relu_few=done["relu_few"])
-    run.values("separable_xor", {n: parted[n] for n in ("tanh_out_05", "relu_out_05", "tanh_in_0", "relu_in_0")})
+    run.values("separable_xor", pick(parted, "tanh_out_05", "relu_out_05", "tanh_in_0", "relu_in_0"))
     run.values("real_data", real)
     linear, step = done["relu_linear_gradient_out"], done["tanh_step_gradient_in"]
     usual = {"relu_out": done["relu_out"], "tanh_in": done["tanh_in"]}

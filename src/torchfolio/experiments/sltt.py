@@ -17,7 +17,7 @@ from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._gradients_through_time import cosines_by_tau, gradients_of_a_late_loss
 from torchfolio.measure import alternate, saved_bytes
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.bench import training_step
 from torchfolio.runs.tasks import Task, accuracy, load
 from torchfolio.spiking.bptt import BPTT, SequenceRule
@@ -95,7 +95,7 @@ def run(run: Run[Settings]) -> None:
     by_tau = dict(zip(settings.taus, cosines["cosine"], strict=True))
     run.values("gradient_agreement", {f"tau_{tau:g}".replace(".", "_"): by_tau[tau] for tau in (1.1, 2.0, 5.0)})
     time = run.arm("time", step_time, run, data)
-    few = {name: scores[name] for name in ("sltt_1_rescaled", "sltt")}
+    few = pick(scores, "sltt_1_rescaled", "sltt")
     run.values("few_backward_steps", few, time_ratio=time["sltt_1_ratio"])
 
     def late() -> dict[str, float]:

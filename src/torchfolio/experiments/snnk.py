@@ -57,7 +57,7 @@ class LinearFeatures(ArcCosineFeatures):
 
 def estimates(run: Run[Settings]) -> dict[str, Any]:
     """Errors of kernel estimates in 32 dimensions: unit norms, and the cosine away from the unit ball."""
-    s, generator = run.settings, torch.Generator().manual_seed(run.seed)
+    s, generator = run.settings, run.generator()
     x, w = (F.normalize(torch.randn(64, 32, generator=generator), dim=1) for _ in range(2))
     draws = [(m, 1000 * run.seed + k) for m in s.sizes for k in range(s.draws)]
     errors = kernel_error([ArcCosineFeatures(32, m, seed=k) for m, k in draws], x, w)

@@ -16,7 +16,7 @@ from torchfolio.experiments._buggy_verifiers import BUGS
 from torchfolio.experiments._hiding_networks import hiding_network, instances, train
 from torchfolio.robustness.soundness_bench import AttackOnly, HiddenModel, export, load, run_verifier
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run(run: Run[Settings]) -> None:
     ways = {"two_objective": {"window": settings.window}, "no_window": {"window": 1}, "naive": {"attack": None}}
     arms = {name: run.arm(name, train, run, own) for name, own in ways.items()}
     both = arms["two_objective"]
-    found = {name: both[name] for name in ("hidden", "misclassified", "right")}
+    found = pick(both, "hidden", "misclassified", "right")
     run.values("hidden", found, pairs=settings.pairs)
     run.values("ablations", {name: arm["hidden"] for name, arm in arms.items()})
     run.values("clean_instances", clean=both["clean"], pairs=settings.pairs)

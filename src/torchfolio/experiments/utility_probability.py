@@ -15,7 +15,7 @@ from torchfolio.engine.recipes import adam
 from torchfolio.experiments._synonym_translation import EOS, VOCABULARY, Decoder, Translations, trained
 from torchfolio.insight.utility_probability import GRID, beam_search, fit_rationality, invariance_report, paradox_report
 from torchfolio.models import MLP
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def overconfidence(run: Run[Settings]) -> dict[str, Any]:
 def run(run: Run[Settings]) -> None:
     """Translate, then grow too sure."""
     done = run.arm("translation", translation, run)
-    run.values("transformation", {k: done[k] for k in ("usual", "fitted", "greedy", "kappa")})
+    run.values("transformation", pick(done, "usual", "fitted", "greedy", "kappa"))
     run.values("diversity", fitted=done["second"], greedy=done["second_greedy"], usual=done["second_usual"])
     run.values(
         "likelihood", kappa=done["likely"], validity=done["likely_validity"], usual=done["usual"], rise=done["rise"]

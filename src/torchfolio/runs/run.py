@@ -165,6 +165,12 @@ class Run(Generic[S]):
 
         return load(name, **{"seed": self.seed, **arguments})
 
+    def generator(self) -> torch.Generator:
+        """A new generator on the CPU, which begins at this run's seed."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
+
     def progress(self, items: Iterable[T], text: str = "") -> Iterator[T]:
         """Go through items, saying how far it is."""
         items = list(items)
