@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from torchfolio.runs import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def confidence_plane(results: Results) -> Figure:
     """Images of the first seed, clean and triggered, by both confidences, for each attack."""
+    import matplotlib.pyplot as plt
+
     settings = results.settings
     names = settings.attacks
     fig, axes = plt.subplots(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
 from torchfolio.runs import Results, plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def planes_over_training(results: Results) -> Figure:
     """Paths of all layers of the first seed, means over networks, from light to dark; by both estimators."""
+    import matplotlib.pyplot as plt
+
     names = [*results.settings.activations, "relu_l2"]
     fig, axes = plt.subplots(
         2, len(names), figsize=(3.3 * len(names), 6), layout="constrained", squeeze=False, sharey=True

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.runs import Results
 from torchfolio.theory.hierarchical_polynomials import (
@@ -18,6 +16,9 @@ from torchfolio.theory.hierarchical_polynomials import (
     TunedKernelRidge,
     sample_complexity,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def first_stage(settings: Any, seed: int) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def over_samples(settings: Any, seed: int) -> dict[str, Any]:
 
 def drawn_over_samples(results: Results) -> Figure:
     """Errors by samples in units of $d^2$, in which the network's meet, and of $d^4$, in which the kernel's do."""
+    import matplotlib.pyplot as plt
+
     s = results.settings
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
     for ax, power in zip(axes, (2, 4), strict=True):
@@ -75,6 +78,8 @@ def drawn_over_samples(results: Results) -> Figure:
 
 def drawn_first_stage(results: Results) -> Figure:
     """Error and correlation of the first stage over weight decay and over gradient steps."""
+    import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
     places = {"decay": results.arms[0]["path"]["decays"], "steps": results.settings.steps}
     for ax, (name, x) in zip(axes, places.items(), strict=True):

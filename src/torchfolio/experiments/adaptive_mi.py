@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchfolio.engine import fit_many
@@ -24,6 +23,9 @@ from torchfolio.insight.adaptive_mi import (
     permuted_label_information,
 )
 from torchfolio.runs import Results, Run, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.experiments._digit_diffusion import on_digits
 from torchfolio.experiments._exact_diffusion import few_steps, on_mixture, point_mass
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GRADIENTS = ("adjoint", "backprop")
 TASKS = (

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +19,9 @@ from torchfolio.measure.scores import auroc
 from torchfolio.models.conv_net import conv_block
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.amcl import AMCL, FixedTemperature, PairTemperature
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchfolio.data import DataSplits
@@ -17,6 +16,9 @@ from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -25,6 +25,9 @@ from torchfolio.local.heads import LocalHeads
 from torchfolio.local.local_model import LocalHead, Network
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

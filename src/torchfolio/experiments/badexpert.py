@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from torchfolio.backdoor import poison, poisoned_test
@@ -24,6 +23,9 @@ from torchfolio.experiments._expert_controls import step_by_step, without_forget
 from torchfolio.experiments._strip import strip
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -26,6 +25,9 @@ from torchfolio.engine.recipes import cosine
 from torchfolio.experiments._binary_networks import plain, resnet20
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.backdoor import AdditiveTrigger
 from torchfolio.backdoor.blto import BLTO
@@ -16,6 +15,9 @@ from torchfolio.backdoor.metrics import stealth
 from torchfolio.backdoor.trigger_nets import TriggerNet
 from torchfolio.experiments._contrastive_victims import RULES, ContrastiveVictims
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.diagrams import Expression, draw, ncd, op
@@ -21,6 +20,9 @@ from torchfolio.experiments._drawing_checks import DERIVATIVES, as_drawn, backwa
 from torchfolio.experiments._live_bytes import working_memory
 from torchfolio.measure import count_flops
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,9 @@ from torchfolio.experiments._backdoors import victim
 from torchfolio.experiments._guided_attacker import GuidedAttacker
 from torchfolio.measure import outputs
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Who poisons, by which trigger, and whether carriers are erased.
 ARMS = (

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 
 from torchfolio.experiments._attacked_relu_networks import conic, pgd_trained
@@ -18,6 +18,9 @@ from torchfolio.experiments._convex_solver_times import seconds_of_an_iteration
 from torchfolio.experiments._noisy_sines import by_adam, by_sampled_programs, noisy_sines, with_all_patterns
 from torchfolio.experiments._two_class_tables import Pair, followed, two_classes
 from torchfolio.runs import Results, Run, plots, setting, threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.adaptation.dam import ConcreteMerging, DefenseAwareMerging
@@ -18,6 +17,9 @@ from torchfolio.adaptation.merging import AdaMerging, MergeResult, average, task
 from torchfolio.backdoor import Trigger
 from torchfolio.experiments._multitask_checkpoints import Attack, Task, checkpoints, make_tasks, trigger
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -19,6 +18,9 @@ from torchfolio.models import ConvNet, ResNetCIFAR
 from torchfolio.models.conv_net import conv_block, pooled_head
 from torchfolio.runs import Results, Run, plots, setting, tasks
 from torchfolio.training.dhkd import DHKD, binary_kl_norm, etf_deviation, head_conflict, kd_loss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from torchfolio.experiments._capacity_sweeps import closed_forms, networks, one_setting, readouts, tuned_ridge
 from torchfolio.experiments._noisy_labels import noisy_problem
 from torchfolio.insight.double_descent import SweepResult, compare, peak, plot_comparison
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INF = math.inf
 # Closed-form settings on the same features: steps, rate as a share of the default, momentum, scale of initial weights.
@@ -102,6 +103,8 @@ def run(run: Run[Settings]) -> None:
 
 def result(arm: Mapping[str, Any]) -> SweepResult:
     """An arm as a sweep."""
+    import pandas as pd
+
     return SweepResult(pd.DataFrame(pick(arm, "capacity", "train_loss", "test_loss", "test_error")))
 
 

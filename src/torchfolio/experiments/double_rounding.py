@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,9 @@ from torchfolio.experiments._lsq import OneWidth
 from torchfolio.experiments._mixed_precision import mixtures
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BITS = (8, 6, 4, 2)
 

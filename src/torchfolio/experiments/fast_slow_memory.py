@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.engine import Backprop, FitState, fit
@@ -18,6 +17,9 @@ from torchfolio.experiments._lstm_learner import LSTMLearner, sequence_loss
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
 from torchfolio.training.meta_episodes import class_episodes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEST_SEED = 10**6
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -19,6 +18,9 @@ from torchfolio.layers.filter_design import METHODS, FilterLearner, bench, filte
 from torchfolio.layers.filter_learning import KMeans, Learner
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.applications.click_estimator import ClickRule, click_auc
@@ -15,6 +14,9 @@ from torchfolio.engine import EarlyStopping, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._clicks import film_clicks, gates_match, simulate
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchfolio.checks import one_of
@@ -16,6 +15,9 @@ from torchfolio.data.graphs import Graph, planetoid
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -28,6 +27,9 @@ from torchfolio.measure import count_flops
 from torchfolio.models import VGG
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

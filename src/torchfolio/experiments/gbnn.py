@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.random import RandomState
 from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits
@@ -17,6 +16,9 @@ from torchfolio.efficiency.gbnn import Array, GBNNClassifier, GBNNRegressor, Mul
 from torchfolio.experiments._boosted_head import compare_heads
 from torchfolio.experiments._small_tables import Table, fit_quietly, network, score, table, trees
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

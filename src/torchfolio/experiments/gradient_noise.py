@@ -6,13 +6,16 @@ Rows of one batched network train side by side, each with its own initialisation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.experiments._gradient_noise_tasks import Memory, Program, trainings
 from torchfolio.experiments._perceptrons_side_by_side import Row, train_rows
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -24,6 +23,9 @@ from torchfolio.models import MLP, VGG, ResNetCIFAR
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
 from torchfolio.training.guidance import Guidance, GuidedRule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,9 @@ from torchfolio.dynamics.harmonic_denoising import denoise, generalization_test,
 from torchfolio.experiments._grey_pictures import pictures
 from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from torchfolio.experiments._layerwise_courses import drawn_first_stage, drawn_over_samples, first_stage, over_samples
 from torchfolio.experiments._three_layer_baselines import WithoutFirstStage, end_to_end
@@ -19,6 +17,9 @@ from torchfolio.theory.hierarchical_polynomials import (
     TunedKernelRidge,
     feature_recovery,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

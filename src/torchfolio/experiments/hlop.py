@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,9 @@ from torchfolio.spiking.bptt import BPTT
 from torchfolio.spiking.hlop import DSR, HLOP, OTTT, FeedbackAlignment, continual_metrics
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.surrogates import Sigmoid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Part = Sequence[Tensor]
 

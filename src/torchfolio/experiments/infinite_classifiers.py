@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from sklearn.neighbors import KNeighborsClassifier
 
 from torchfolio.experiments._dirichlet_spheres import draw
@@ -19,6 +18,9 @@ from torchfolio.theory.infinite_classifiers import (
     InfiniteNetworkClassifier,
     OptimalActivation,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = tuple[np.ndarray, np.ndarray]
 DEEP_DIM = 4  # of the data for finite depths: on the circle hundreds of points are nearer than 14 layers resolve

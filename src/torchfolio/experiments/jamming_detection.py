@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import kstest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -26,6 +24,9 @@ from torchfolio.applications.jamming_detection import (
 )
 from torchfolio.experiments._captures import Band, drawn, joined, table
 from torchfolio.runs import Results, Run, setting, threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def run(run: Run[Settings]) -> None:
 
 def figures(results: Results) -> dict[str, Figure]:
     """ROC curves, detection against the jammer's weakness, and what the first network says."""
+    import matplotlib.pyplot as plt
+
     scores, truth, sjr = (results.values("barrage", key)[0] for key in ("scores", "truth", "sjr"))
     labels = ("two thresholds", "one threshold", "raw samples", "logistic regression")
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop
@@ -14,6 +13,9 @@ from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import SGD
 
@@ -27,6 +26,9 @@ from torchfolio.experiments._wide_resnet import wide_resnet
 from torchfolio.measure import count_flops
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, accuracy, load, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

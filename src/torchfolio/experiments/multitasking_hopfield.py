@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.experiments._hopfield_recall import by_examples, drawn_patterns, in_theory, relaxed, unbalanced
 from torchfolio.runs import Results, Run, plots, setting, threads
@@ -22,6 +20,9 @@ from torchfolio.theory.multitasking_hopfield import (
     sparse_patterns,
     sse_losses,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ def figures(results: Results) -> dict[str, Figure]:
 
 
 def _amplitudes(results: Results) -> Figure:
+    import matplotlib.pyplot as plt
+
     s: Settings = results.settings
     fig, axes = plt.subplots(1, len(s.K), figsize=(4.5 * len(s.K), 3.8), layout="constrained", squeeze=False)
     for ax, K in zip(axes[0], s.K, strict=True):

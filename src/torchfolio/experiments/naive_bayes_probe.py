@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
@@ -22,6 +21,9 @@ from torchfolio.engine import fit
 from torchfolio.experiments._samples_needed import log_slope, samples_needed
 from torchfolio.models import ConvNet, collect_features
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Arm = dict[str, Any]
 Array = NDArray[Any]

@@ -5,16 +5,18 @@ series, latent SDEs and implicit layers. The parts stand in files of their own b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
 from torchfolio.experiments._implicit_layers import implicit_layers
 from torchfolio.experiments._irregular_series import SERIES, classify, latent
 from torchfolio.experiments._oscillator_formulas import formulas_of_an_oscillator
 from torchfolio.experiments._solver_accuracy import brownian, gradients, orders
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def _oscillator_losses(results: Results) -> Figure:
     """One line a seed: line searches end after different numbers of evaluations."""
+    import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for seed, arms in zip(results.seeds, results.arms, strict=True):
         ax.semilogy(np.asarray(arms["formulas"]["losses"]), lw=1, label=f"seed {seed}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.experiments._corrupted_digits import CORRUPTIONS, classify
 from torchfolio.experiments._wide_networks import at_random_weights, last_layer_trained
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.nngp_scale_mixture import NNGPKernel, StudentTProcessRegressor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROCESSES: dict[str, dict[str, Any]] = {
     "t": {},

@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
@@ -23,6 +22,9 @@ from torchfolio.models import ConvNet
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.noise_mask import BetaMaskPolicy, NoiseMaskPretraining, Reinforce, average_checkpoints
 from torchfolio.training.snapshots import Snapshots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchfolio.experiments._acoustic_vowels import vowels
@@ -18,6 +17,9 @@ from torchfolio.experiments._physical_backprop import train_through_twins
 from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
 from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 

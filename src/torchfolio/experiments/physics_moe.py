@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.dynamics.physics_moe import DiffusionSorption1D, ExpertConstraint, LevenbergMarquardt, equation_loss
 from torchfolio.experiments._constraint_solves import cost, gradient_errors, optimum
 from torchfolio.experiments._diffusion_sorption import inputs, instances, network
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,9 @@ from torchfolio.engine.recipes import adam, one_cycle
 from torchfolio.experiments._characters import CharacterModel, Windows, windows
 from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from torchfolio.data import DataSplits
@@ -18,6 +17,9 @@ from torchfolio.experiments._polynomial_varieties import VARIETIES, dimensions
 from torchfolio.layers.quadratic import QuadraticConv2d, quadratic_strength, relinear_param_groups, to_quadratic
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, load, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

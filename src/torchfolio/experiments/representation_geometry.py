@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from torchfolio.experiments._aligned_representations import alignments, kernels, trained, xor
@@ -23,6 +22,9 @@ from torchfolio.insight.representation_geometry import (
     random_clusters,
 )
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from torchfolio.engine import fit
@@ -19,6 +18,9 @@ from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.episodes import train_episodes
 from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head
 from torchfolio.training.snapshots import Snapshots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.adaptation.sara import SaRA, ineffective_drift, threshold_for, zero_smallest
@@ -18,6 +17,9 @@ from torchfolio.experiments._half_denoisers import half, held_out_losses, pretra
 from torchfolio.experiments._lora import with_lora
 from torchfolio.experiments._sparse_storage import held_in_memory, stored_on_disk
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

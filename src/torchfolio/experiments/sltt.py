@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import CropFlip, DataSplits
@@ -24,6 +23,9 @@ from torchfolio.spiking.bptt import BPTT, SequenceRule
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.sltt import SLTT, gradient_agreement
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

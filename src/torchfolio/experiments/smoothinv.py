@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from torchfolio.backdoor import AllToOne, poisoned_test
@@ -22,6 +21,9 @@ from torchfolio.experiments._hardened_victims import hardened
 from torchfolio.experiments._neural_cleanse import mask_and_pattern
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

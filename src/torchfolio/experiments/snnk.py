@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +20,9 @@ from torchfolio.experiments._turned_images import adapt_to_turned
 from torchfolio.layers.snnk import URF, ArcCosineFeatures, FourierMeasure, kernel_error, replace_ffl
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.experiments._buggy_verifiers import BUGS
 from torchfolio.experiments._hiding_networks import hiding_network, instances, train
 from torchfolio.robustness.soundness_bench import AttackOnly, HiddenModel, export, load, run_verifier
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from torchfolio.backdoor.text_generator import PerturbationGenerator
 from torchfolio.backdoor.tminer import TMiner, TMinerVerdict
@@ -15,6 +14,9 @@ from torchfolio.experiments._copying_generators import pretrained, restored
 from torchfolio.experiments._single_words import base_rate, exhaustive
 from torchfolio.experiments._text_victims import Text, classifier, reviews, simulated
 from torchfolio.runs import Results, Run, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.backdoor import X2X, AdditiveTrigger, AllToOne, LabelMap, Trigger, auroc
 from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery
@@ -20,6 +18,9 @@ from torchfolio.experiments._backdoors import perceptron
 from torchfolio.experiments._neural_cleanse import anomaly_index
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def ranked(clean: list[dict[str, Any]], bad: list[dict[str, Any]], key: str) -> 
 
 def figures(results: Results) -> dict[str, Figure]:
     """Scores of all networks, and the transfers of one of each kind."""
+    import matplotlib.pyplot as plt
+
     fig, ax = plots.axes("", "score")
     for k, (kind, label) in enumerate({"clean": "clean", "a2o": "to one target", "x2x": "to several"}.items()):
         arms = [arm for seed in results.arms for name, arm in seed.items() if name.startswith(kind)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import chi2_contingency
 
 from torchfolio.engine import fit
@@ -16,6 +15,9 @@ from torchfolio.experiments._synonym_translation import EOS, VOCABULARY, Decoder
 from torchfolio.insight.utility_probability import GRID, beam_search, fit_rationality, invariance_report, paradox_report
 from torchfolio.models import MLP
 from torchfolio.runs import Results, Run, pick, plots, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.xor_clusters import XORClusters
 from torchfolio.theory.xor_grokking import DualGD, XORNetwork, grokking_time, xor_clusters
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -26,6 +25,9 @@ from torchfolio.local.layered_network import Network, Shape, trace_shapes, width
 from torchfolio.local.local_model import ClassifierHead, LocalHead, LocalRule, Loss
 from torchfolio.measure import count_flops
 from torchfolio.models.pools import GlobalPool
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["AugLocal", "AuxiliaryPlan", "auxiliary_depths", "copy_architecture", "halvings", "select_layers"]
 
@@ -200,6 +202,8 @@ class AugLocal(LocalRule):
 
     def auxiliary_plan(self) -> pd.DataFrame:
         """The auxiliary networks of the prepared model, a row for each: layers copied, widths, weights, FLOPs."""
+        import pandas as pd
+
         if self.model is None:
             raise RuntimeError("call prepare(model, example) before auxiliary_plan")
         rows = [

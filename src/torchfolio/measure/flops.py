@@ -6,15 +6,17 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from torchfolio.measure.untouched import untouched
 from torchfolio.shown import Shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HEAVY = (
     "mm", "mv", "linear", "conv", "rnn", "lstm", "gru", "attention", "transformer", "mkldnn", "cudnn", "quantized", "cdist",
@@ -168,6 +170,8 @@ def flops_by_module(model: nn.Module, *inputs: Tensor) -> pd.DataFrame:
         the first), `type`, `parameters` (its own), `flops` (forward), `shape` (of the output; `None` for no
         tensor).
     """
+    import pandas as pd
+
     rows: list[dict[str, object]] = []
     starts: dict[str, int] = {}
     seen: set[str] = set()

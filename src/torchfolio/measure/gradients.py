@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -14,6 +14,9 @@ from torch.func import functional_call, grad, vmap
 from torchfolio.measure.batches import Data, batches, taking
 from torchfolio.models.stateful import fresh
 from torchfolio.shown import Shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -161,6 +164,8 @@ def gradient_agreement(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agre
     Raises:
         ValueError: if names or shapes differ, there are none, or one is not finite.
     """
+    import pandas as pd
+
     if set(a) != set(b) or not a:
         odd = sorted(set(a) ^ set(b))
         raise ValueError(f"expected gradients of the same parameters, got {odd[:3] or 'none'} on one side")

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from torch.utils.benchmark import timer
 
 from torchfolio.measure.flops import _names
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Alternation:
 
     def to_frame(self) -> pd.DataFrame:
         """Median seconds, ratio to the reference and its quartiles, a row for each callable."""
+        import pandas as pd
+
         rows = [
             {
                 "name": n,

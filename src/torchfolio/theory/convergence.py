@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 
 from torchfolio.checks import at_least, whole
 from torchfolio.shown import Shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Convergence"]
 
@@ -90,4 +93,6 @@ class Convergence(Shown):
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each iteration (index `iteration`, from 1), a column for each number recorded."""
+        import pandas as pd
+
         return pd.DataFrame(self.rows, index=pd.RangeIndex(1, self.n_iter + 1, name="iteration"))

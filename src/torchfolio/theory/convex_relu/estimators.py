@@ -9,7 +9,6 @@ import warnings
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -97,6 +96,8 @@ class _ConvexReLU(BaseEstimator):
 
     def _fit(self, X: np.ndarray, targets: np.ndarray) -> None:
         """Train on targets `[n, K]`, one network for each column."""
+        import pandas as pd
+
         data = self._with_bias(X)
         y = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.float64))
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
