@@ -78,3 +78,6 @@ def test_matrices_share_a_scale_and_leave_cells_of_nan_empty():
     assert [text.get_text() for text in other.texts] == ["4.0"]
     assert one.images[0].get_clim() == other.images[0].get_clim() == (0.0, 4.0)
     plt.close(fig)
+    bare = plots.matrices({"a": np.eye(3)}, digits=None)
+    assert not bare.axes[0].texts
+    plt.close(bare)

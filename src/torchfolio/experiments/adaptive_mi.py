@@ -58,30 +58,27 @@ SCALES = {
 
 def run(run: Run[Settings]) -> None:
     """Train an ensemble per activation and measure its layers along the way."""
-    settings = run.settings
-    arms: dict[str, tuple[str, float]] = {name: (name, 0.0) for name in settings.activations}
-    arms["relu_l2"] = ("relu", settings.penalty)
-    ensembles = {name: run.arm(name, ensemble, run, *own) for name, own in arms.items()}
-    control = run.arm("control", controls, run)
+    settings, last = run.settings, len(run.settings.widths) - 1
+    ensembles = {name: run.arm(name, ensemble, run, name) for name in settings.activations}
+    ensembles["relu_l2"] = run.arm("relu_l2", ensemble, run, "relu", settings.penalty)
+    run.values("negative_control", run.arm("control", controls, run))
     compression = {name: np.asarray(arm["compression"]) for name, arm in ensembles.items()}  # [members, layers]
-    last = len(settings.widths) - 1
     mean = {name: float(values[:, 2 : last + 1].mean()) for name, values in compression.items()}
-    regained = float(np.mean(np.asarray(ensembles["tanh"]["regained"])[:, last]))
+    regained = np.asarray(ensembles["tanh"]["regained"])[:, last].mean()
     tanh = compression["tanh"][:, last].mean()
     run.values("tanh_compresses", compression=tanh, regained_label_information=regained)
     unbounded = [compression[name] for name in ("relu", "elu") if name in compression]
     largest = max(values[:, : last + 1].mean(0).max() for values in unbounded)
-    spread = max(mean[n] for n in settings.activations) - min(mean[n] for n in settings.activations)
-    run.values("no_saturation_needed", largest=largest, spread=spread)
+    means = [mean[name] for name in settings.activations]
+    run.values("no_saturation_needed", largest=largest, spread=max(means) - min(means))
     deviation = max(compression[n][:, last - 1 : last + 1].std(0, ddof=1).max() for n in ("tanh", "relu"))
     run.values("varies_with_initialisation", deviation=deviation)
     accuracy, without = (100 * float(np.mean(ensembles[name]["accuracy"])) for name in ("relu_l2", "relu"))
-    means = {"with_penalty": mean["relu_l2"], "without": mean["relu"]}
-    run.values("l2_compresses", means, accuracy=accuracy, accuracy_without=without)
-    run.values("negative_control", control)
+    bits = {"with_penalty": mean["relu_l2"], "without": mean["relu"]}
+    run.values("l2_compresses", bits, accuracy=accuracy, accuracy_without=without)
 
 
-def ensemble(run: Run[Settings], activation: str, penalty: float) -> dict[str, Any]:
+def ensemble(run: Run[Settings], activation: str, penalty: float = 0.0) -> dict[str, Any]:
     """Networks of one activation: information of every layer over training, compression, accuracy."""
     settings = run.settings
     x, y, trained = patterns(run)
@@ -90,39 +87,33 @@ def ensemble(run: Run[Settings], activation: str, penalty: float) -> dict[str, A
     when = {epoch * per_epoch: epoch for epoch in log_spaced(settings.moments, settings.epochs)}
     probe = copy.deepcopy(nets[0]).eval()
     names = [name for name, _ in probe.named_children()][:-1]
-    planes: list[np.ndarray] = []
-    kernel: list[np.ndarray] = []
+    estimators = (AdaptiveBinning(settings.bins), len(x)), (AdaptiveKDE(), settings.kde_rows)
+    planes: list[Any] = []
 
     def look(step: int, stacked: dict[str, Tensor]) -> None:
         if step not in when:
             return
-        rows, kde = [], []
         for k in range(settings.members):
             with torch.no_grad():
                 for name, p in probe.named_parameters():
                     p.copy_(stacked[name][k])
-            plane = information_plane(probe, names, x, y, AdaptiveBinning(settings.bins), output=True)
-            part = information_plane(
-                probe, names, x[: settings.kde_rows], y[: settings.kde_rows], AdaptiveKDE(), output=True
-            )
-            rows.append([plane.i_xt, plane.i_ty])
-            kde.append([part.i_xt, part.i_ty])
-        planes.append(np.array(rows))
-        kernel.append(np.array(kde))
+            for estimator, rows in estimators:
+                plane = information_plane(probe, names, x[:rows], y[:rows], estimator, output=True)
+                planes.append([plane.i_xt, plane.i_ty])
 
     fit_many(
         nets, x[trained], y[trained], steps=settings.epochs * per_epoch, lr=settings.lr, optimizer="adam",
         batch_size=settings.batch_size, penalty=hidden_weights(penalty) if penalty else None, record=look,
         seed=[run.seed + k for k in range(settings.members)],
     )  # fmt: skip
-    table = np.stack(planes)  # [moments, members, 2, layers]
-    i_xt, i_ty = table[:, :, 0], table[:, :, 1]
+    table = np.array(planes).reshape(-1, settings.members, 2, 2, len(names) + 1)  # [moments, members, estimators, …]
+    (i_xt, i_ty), (kernel_i_xt, kernel_i_ty) = table.transpose(2, 3, 0, 1, 4)
     with torch.no_grad():
         accuracy = [float((net.eval()(x[~trained]).argmax(1) == y[~trained]).double().mean()) for net in nets]
     return {
-        "epochs": list(when.values()), "i_xt": i_xt, "i_ty": i_ty, "compression": i_xt.max(0) - i_xt[-1],
-        "regained": i_ty[-1] - i_ty.min(0), "accuracy": accuracy,
-        "kernel_i_xt": np.stack(kernel)[:, :, 0], "kernel_i_ty": np.stack(kernel)[:, :, 1],
+        "epochs": list(when.values()), "i_xt": i_xt, "i_ty": i_ty, "kernel_i_xt": kernel_i_xt,
+        "kernel_i_ty": kernel_i_ty, "compression": i_xt.max(0) - i_xt[-1], "regained": i_ty[-1] - i_ty.min(0),
+        "accuracy": accuracy,
     }  # fmt: skip
 
 

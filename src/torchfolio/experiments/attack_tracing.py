@@ -14,7 +14,7 @@ from torchfolio.experiments._pixel_watermarks import random_masks, watermarked
 from torchfolio.experiments._strided_classifiers import classifier
 from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
 
 if TYPE_CHECKING:
@@ -46,25 +46,24 @@ SCALES = {
     "full": Settings(data="cifar10", epochs=10, copies=10, decisions=2000, pgd_eps=0.03, nes_eps=0.06),
 }
 
-ARMS = {"keyed": {"noise": "keyed"}, "random": {"noise": "random"}, "plain": {"noise": None}}
+KINDS: dict[str, Any] = {"keyed": "keyed", "random": "random", "plain": None}
+"""Noise of the copies' tracers, by arm."""
 
 
 def run(run: Run[Settings]) -> None:
     """Train a classifier, make copies in several ways, attack some of them, and trace."""
     scene = Scene(run, run.data(run.settings.data, val=0, normalize=False))
-    arms = {name: run.arm(name, scene.copies, how) for name, how in ARMS.items()}
+    arms = {name: run.arm(name, scene.copies, noise) for name, noise in KINDS.items()}
     mask = run.arm("mask", scene.watermarked)
     keyed, plain = arms["keyed"], arms["plain"]
-    success = {"success": keyed["success"], "transferred": keyed["transferred"]}
-    run.values("tracing_white_box", success, accuracy=keyed["tracing"])
+    run.values("tracing_white_box", pick(keyed, "success", "transferred"), accuracy=keyed["tracing"])
     decisions = {"by_decisions": keyed["decisions_tracing"]} if run.settings.decisions else {}
     run.values("tracing_black_box", decisions, accuracy=keyed["nes_tracing"], success=keyed["nes_success"])
     run.values("utility", mean_loss=100 * keyed["mean_loss"], worst_loss=100 * keyed["worst_loss"])
     traced = {name: arm["tracing"] for name, arm in {**arms, "mask": mask}.items()}
     run.values("negative_control", traced, shared_inconclusive=keyed["shared_inconclusive"])
-    transfer = {"keyed": keyed["transfer"], "plain": plain["transfer"]}
-    stopping = {f"{name}_stopping": arms[name]["stopping_transfer"] for name in transfer}
-    run.values("deterrence", transfer | stopping)
+    stopping = {"keyed_stopping": keyed["stopping_transfer"], "plain_stopping": plain["stopping_transfer"]}
+    run.values("deterrence", stopping, keyed=keyed["transfer"], plain=plain["transfer"])
 
 
 class Scene:
@@ -77,54 +76,49 @@ class Scene:
         x, y = data.test.tensors
         self.test = x[order[: self.settings.images]], y[order[: self.settings.images]]
 
-    def copies(self, how: dict[str, Any]) -> dict[str, Any]:
+    def copies(self, noise: str | None) -> dict[str, Any]:
         """Copies of one kind under attack by gradients; keyed ones by queries too."""
-        settings = self.settings
-        keys = [1000 * self.run.seed + k for k in range(settings.copies)]
-        copies = separate(self.classifier, self.data.train, keys=keys, steps=settings.steps, seed=self.run.seed, **how)
+        s, seed = self.settings, self.run.seed
+        keys = [1000 * seed + k for k in range(s.copies)]
+        copies = separate(self.classifier, self.data.train, keys=keys, steps=s.steps, seed=seed, noise=noise)
         worth = utility(copies, self.classifier, self.data.test)
         white = self.attacked(copies, self.pgd())
+        same = trace([copies[0]] * len(copies), white.x_adv[0], label=white.label)  # all with the first one's tracer
         out = {
             "classifier": worth.classifier, "accuracy": float(worth.copies.mean()), "mean_loss": worth.mean_loss,
-            "worst_loss": worth.worst_loss, "transfer_matrix": white.transfer, **summary(white),
+            "worst_loss": worth.worst_loss, "shared_inconclusive": float(same.inconclusive.double().mean()),
+            "transfer_matrix": white.transfer, **summary(white),
         }  # fmt: skip
-        stopping = summary(self.attacked(copies, partial(self.pgd(), loss=capped)))
-        out |= {f"stopping_{key}": value for key, value in stopping.items()}
-        if how["noise"] == "keyed":
-            out |= {f"nes_{key}": value for key, value in summary(self.attacked(copies, self.nes())).items()}
-            out["shared_inconclusive"] = self.shared(copies, white)
-            if settings.decisions:
-                attack = partial(hop_skip_jump, max_queries=settings.decisions, generator=self.generator())
-                out |= {f"decisions_{key}": value for key, value in summary(self.attacked(copies, attack)).items()}
+        attacks = {"stopping": partial(self.pgd(), loss=capped)}
+        if noise == "keyed":
+            attacks["nes"] = self.nes()
+            if s.decisions:
+                attacks["decisions"] = partial(hop_skip_jump, max_queries=s.decisions, generator=self.run.generator())
+        for name, attack in attacks.items():
+            out |= {f"{name}_{key}": value for key, value in summary(self.attacked(copies, attack)).items()}
         return out
 
     def attacked(self, copies: list[TracedCopy], attack: Any) -> Trial:
+        """An attack on some of the copies, traced."""
         return trial(copies, attack, self.test, sources=range(self.settings.attacked))
 
     def watermarked(self) -> dict[str, float]:
         """Copies blind to pixels of their own, under the same attack."""
-        masks = random_masks(self.settings.copies, self.test[0], self.generator())
-        attacked = self.settings.attacked
-        return watermarked(self.classifier, masks, self.pgd, self.test, self.data.test, attacked)
+        masks = random_masks(self.settings.copies, self.test[0], self.run.generator())
+        return watermarked(self.classifier, masks, self.pgd, self.test, self.data.test, self.settings.attacked)
 
     def pgd(self) -> Any:
+        """The attack by gradients."""
         eps, steps = self.settings.pgd_eps, self.settings.pgd_steps
-        return partial(pgd, eps=eps, alpha=eps / 8, steps=steps, clip=(0.0, 1.0), generator=self.generator())
+        return partial(pgd, eps=eps, alpha=eps / 8, steps=steps, clip=(0.0, 1.0), generator=self.run.generator())
 
     def nes(self) -> Any:
+        """The attack by queries of scores."""
         settings = self.settings
         return partial(
             nes, eps=settings.nes_eps, step=0.1 * settings.nes_eps, steps=settings.nes_steps,
-            samples=settings.nes_samples, clip=(0.0, 1.0), generator=self.generator(),
+            samples=settings.nes_samples, clip=(0.0, 1.0), generator=self.run.generator(),
         )  # fmt: skip
-
-    def generator(self) -> torch.Generator:
-        return self.run.generator()
-
-    def shared(self, copies: list[TracedCopy], found: Trial) -> float:
-        """Share of the traces that are inconclusive among copies that all hold the first one's tracer."""
-        same = [copies[0] for _ in copies]
-        return float(trace(same, found.x_adv[0], label=found.label).inconclusive.double().mean())
 
 
 def capped(logits: Tensor, y: Tensor) -> Tensor:
@@ -143,20 +137,16 @@ def summary(found: Trial) -> dict[str, float]:
 def figures(results: Results) -> dict[str, Figure]:
     """Tracing and transfer by kind of copies, and which copies each attack fools."""
     named = {"keyed": "keyed", "random noise": "random", "plain": "plain"}
-    matrix = results.values("keyed", "transfer_matrix").mean(0)
-    fig, ax = plots.axes("copy", "copy that was attacked")
-    ax.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), value in [((i, j), matrix[i, j]) for i in range(matrix.shape[0]) for j in range(matrix.shape[1])]:
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
-    ax.grid(visible=False)
-    traced = {k: (arm, "tracing") for k, arm in named.items()} | {"keyed, by scores": ("keyed", "nes_tracing")}
+    traced = {label: (arm, "tracing") for label, arm in named.items()}
+    traced["keyed, by scores"] = "keyed", "nes_tracing"
     if results.settings.decisions:
-        traced["keyed, by decisions"] = ("keyed", "decisions_tracing")
-    traced["mask (with the clean image)"] = ("mask", "tracing")
-    transfer = {k: (arm, "transfer") for k, arm in named.items()}
+        traced["keyed, by decisions"] = "keyed", "decisions_tracing"
+    traced["mask (with the clean image)"] = "mask", "tracing"
+    transfer = {label: (arm, "transfer") for label, arm in named.items()}
     transfer |= {f"{arm}, stopping": (arm, "stopping_transfer") for arm in ("keyed", "plain")}
+    fooled = {"share of images that fool a copy": results.values("keyed", "transfer_matrix").mean(0)}
     return {
         "tracing": plots.bars(results, traced, ylabel="traced to their source"),
         "transfer": plots.bars(results, transfer, ylabel="fools another copy"),
-        "who is fooled": fig,
+        "who is fooled": plots.matrices(fooled, xlabel="copy", ylabel="copy that was attacked", digits=2),
     }

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
-from torchfolio.efficiency.ftwt import (
-    FTWT,
-    GatedConv,
-    attach_gates,
-    compact,
-    estimate_flops,
-    gated_layers,
-    measure_flops,
-)
-from torchfolio.efficiency.gated_conv import Gates
+from torchfolio.efficiency.ftwt import FTWT, attach_gates, compact, estimate_flops, gated_layers, measure_flops
+from torchfolio.efficiency.gated_conv import GatedConv, Gates
 from torchfolio.engine import Backprop, LearningRule, fit, seeded
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import count_flops
 from torchfolio.models import VGG
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, column, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,7 @@ SCALES = {
         pretrain=60, epochs=60, shares=(0.97, 0.95, 0.9),
     ),
 }  # fmt: skip
+KINDS = ("softmax", "linear")  # pooled inputs of the gates, normalised by a softmax or as they are
 
 
 class RandomGates(GatedConv):
@@ -81,26 +71,22 @@ def run(run: Run[Settings]) -> None:
         net = own_network(settings, data, lambda: VGG(settings.widths, data.num_classes, data.shape[0]))
     train(run, data, net, Backprop(), settings.lr[0], settings.pretrain)
     dense = run.arm("dense", lambda: {"accuracy": accuracy(net, data.test)})["accuracy"]
-    arms: dict[str, dict[str, Any]] = {}
-    for softmax in (True, False):
-        for r in settings.shares:
-            name = f"{'softmax' if softmax else 'linear'}_{round(100 * r)}"
-            arms[name] = run.arm(name, gated, run, data, net, r, softmax)
-    least, middle = f"{round(100 * settings.shares[0])}", f"{round(100 * settings.shares[1])}"
-    enough = [arm["accuracy"] for arm in arms.values() if arm["measured"] >= 30]
-    run.values("accuracy", dense=dense, best_at_30=max(enough, default=0.0), first=arms[f"softmax_{least}"]["accuracy"],
-               first_reduction=arms[f"softmax_{least}"]["measured"])  # fmt: skip
-    soft, plain = ([arm for name, arm in arms.items() if name.startswith(kind)] for kind in ("softmax", "linear"))
-    steps = [(a[k], b[k]) for kind in (soft, plain) for a, b in pairwise(kind) for k in ("estimate", "measured")]
+    softmax, linear = (
+        [run.arm(f"{kind}_{100 * r:.0f}", gated, run, data, net, r, kind) for r in settings.shares] for kind in KINDS
+    )
+    arms = softmax + linear
+    enough = [arm["accuracy"] for arm in arms if arm["measured"] >= 30]
+    run.values("accuracy", dense=dense, best_at_30=max(enough, default=0.0), first=softmax[0]["accuracy"],
+               first_reduction=softmax[0]["measured"])  # fmt: skip
+    rises = [np.diff(column(kind, saving)).min() for kind in (softmax, linear) for saving in ("estimate", "measured")]
     run.values(
         "budget",
-        linear_error=max(abs(a["estimate"] - a["measured"]) for a in plain),
-        softmax_excess=max(a["measured"] - a["estimate"] for a in soft),
-        least_rise=min(later - earlier for earlier, later in steps),
+        linear_error=abs(column(linear, "estimate") - column(linear, "measured")).max(),
+        softmax_excess=(column(softmax, "measured") - column(softmax, "estimate")).max(),
+        least_rise=min(rises),
     )
-    chosen = arms[f"softmax_{middle}"]
-    run.values("negative_control", dense=dense, learned=chosen["accuracy"], random=chosen["random"])
-    run.values("compact", {name: max(arm[name] for arm in arms.values()) for name in ("difference", "uncounted")})
+    run.values("negative_control", dense=dense, learned=softmax[1]["accuracy"], random=softmax[1]["random"])
+    run.values("compact", {name: column(arms, name).max() for name in ("difference", "uncounted")})
 
 
 def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRule, lr: float, epochs: int) -> None:
@@ -109,10 +95,10 @@ def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRu
         epochs=epochs, seed=run.seed, device=run.device)  # fmt: skip
 
 
-def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, softmax: bool) -> dict[str, float]:
+def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, kind: str) -> dict[str, float]:
     """Accuracy, the saving foretold and measured in percent, and what random masks of equal rate give."""
     settings = run.settings
-    model = attach_gates(net, r, softmax=softmax)
+    model = attach_gates(net, r, softmax=kind == "softmax")
     layers = gated_layers(model).values()
     for layer in layers:
         layer.oracle = True
@@ -146,16 +132,16 @@ def compacted(model: nn.Module, data: DataSplits, counted: Tensor) -> dict[str, 
 
 def figures(results: Results) -> dict[str, Figure]:
     """Accuracy against the operations saved, and the saving foretold against the one measured."""
-    kinds = {kind: [f"{kind}_{round(100 * r)}" for r in results.settings.shares] for kind in ("softmax", "linear")}
-    gates = {f"gates, {kind}": [((n, "measured"), (n, "accuracy")) for n in names] for kind, names in kinds.items()}
-    random = {
-        f"random masks, {kind}": [((n, "measured"), (n, "random")) for n in names] for kind, names in kinds.items()
-    }
-    fig = plots.scatter(results, gates | random, xlabel="operations saved (%)", ylabel="test accuracy (%)")
-    fig.axes[0].axhline(results.values("dense", "accuracy").mean(), c="grey", ls="--")
-    savings = {kind: [((n, "estimate"), (n, "measured")) for n in names] for kind, names in kinds.items()}
-    foretold = plots.scatter(
-        results, savings, xlabel="saving estimated before training (%)", ylabel="saving measured (%)"
-    )
+    arms = {kind: [f"{kind}_{100 * r:.0f}" for r in results.settings.shares] for kind in KINDS}
+    masks = {"gates": "accuracy", "random masks": "random"}
+    scores = {
+        f"{label}, {kind}": [((arm, "measured"), (arm, score)) for arm in arms[kind]]
+        for label, score in masks.items() for kind in KINDS
+    }  # fmt: skip
+    kept = plots.scatter(results, scores, xlabel="operations saved (%)", ylabel="test accuracy (%)")
+    kept.axes[0].axhline(results.values("dense", "accuracy").mean(), c="grey", ls="--")
+    savings = {kind: [((arm, "estimate"), (arm, "measured")) for arm in arms[kind]] for kind in KINDS}
+    across, up = "saving estimated before training (%)", "saving measured (%)"
+    foretold = plots.scatter(results, savings, xlabel=across, ylabel=up)
     foretold.axes[0].axline((30, 30), slope=1, c="grey", ls="--")
-    return {"accuracy and operations": fig, "savings": foretold}
+    return {"accuracy and operations": kept, "savings": foretold}

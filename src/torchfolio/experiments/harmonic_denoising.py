@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from torchfolio.dynamics.bias_free import BiasFreeUNet
 from torchfolio.dynamics.blind_sampler import draw_images
-from torchfolio.dynamics.denoiser_jacobian import harmonic_basis, sure
 from torchfolio.dynamics.geometric_images import shuffle_pixels
 from torchfolio.dynamics.harmonic_denoising import denoise, generalization_test, nearest_training, psnr, train_denoiser
+from torchfolio.experiments._denoiser_jacobians import error_of_sure, shrinkage
 from torchfolio.experiments._grey_pictures import pictures
 from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
 from torchfolio.runs import Results, Run, pick, plots, setting
@@ -46,60 +46,39 @@ SCALES = {
 }
 
 
-def error_of_sure(net: nn.Module, test: Tensor, sigma: float, draws: int, seed: int) -> float:
-    """Relative error of SURE averaged over images and draws of the noise, whose own spread exceeds the error of one."""
-    generator = torch.Generator().manual_seed(seed)
-    estimate, true = 0.0, 0.0
-    for draw in range(draws):
-        y = test + sigma * torch.randn(test.shape, generator=generator)
-        estimate += float(sure(net, y, sigma, probes=4, seed=seed + draw).mean())
-        true += float((denoise(net, y) - test).square().flatten(1).sum(1).mean())
-    return abs(estimate / true - 1)
-
-
 def regimes(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, Any]:
     """Two denoisers on disjoint images for each number of them, and what the best one does inside."""
     result = generalization_test(
         lambda: BiasFreeUNet(1, settings.base, 2), images, test, settings.sizes, sigmas=settings.sigmas,
         steps=settings.steps, seed=seed, lr=settings.lr,
     )  # fmt: skip
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"table": [list(row.values()) for row in result.rows]}
     for name, n in (("few", settings.sizes[0]), ("many", settings.sizes[-1])):
         row = result.row(n, settings.sigmas[0])
         values |= {f"{name}_{key}": row[key] for key in ("train_psnr", "test_psnr", "correlation", "psnr_between")}
-    values["table"] = [list(row.values()) for row in result.rows]
-
+    values["test_psnr"] = result.row(settings.sizes[-1], settings.sigmas[1])["test_psnr"]
     net, other = result.denoisers[settings.sizes[-1]]
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(test.shape, generator=generator)
+    noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(seed))
     values |= errors_of_homogeneity(net, test + 0.25 * noise)
     for sigma in settings.sigmas:
-        y = test + sigma * noise
-        values[f"sure_{sigma}"] = error_of_sure(net, test, sigma, settings.draws, seed)
-        basis = harmonic_basis(net, y[0])
-        values[f"trace_{sigma}"] = sigma**2 * basis.trace / float((denoise(net, y[:1]) - test[0]).square().sum())
-    sigma = settings.sigmas[1]
-    basis = harmonic_basis(net, test[0] + sigma * noise[0])
-    lam = basis.eigenvalues
-    inside = (lam >= -0.1) & (lam <= 1.1)
-    values |= {
-        "mass": lam[inside].abs().sum() / lam.abs().sum(),
-        "asymmetry": basis.asymmetry,
-        "dimension": basis.trace / lam.numel(),
-        "oracle_over_mse": basis.oracle_shrinkage(test[0], sigma)[1] / float((basis.denoised - test[0]).square().sum()),
-        "eigenvalues": lam,
-        "eigenvectors": basis.eigenvectors[:16],
-        "test_psnr": result.row(settings.sizes[-1], sigma)["test_psnr"],
-    }
-    half = images[: settings.sizes[-1]]
-    drawn = [
-        draw_images(model, test.shape[1:], settings.samples, mean=float(images.mean()), h0=0.05, beta=0.1,
-                    sigma_end=0.03, max_steps=300, generator=torch.Generator().manual_seed(seed)).images
-        for model in (net, other)
+        values[f"error_{100 * sigma:.0f}"] = error_of_sure(net, test, sigma, settings.draws, seed)
+    values |= shrinkage(net, test[0], noise[0], settings.sigmas)
+    return values | drawn(settings, (net, other), images[: settings.sizes[-1]], float(images.mean()), seed)
+
+
+def drawn(settings: Settings, nets: tuple[nn.Module, ...], train: Tensor, mean: float, seed: int) -> dict[str, Any]:
+    """Images that two denoisers draw from equal noise: cosines with each other, and with the nearest training image."""
+    samples = [
+        draw_images(net, train.shape[1:], settings.samples, mean=mean, h0=0.05, beta=0.1, sigma_end=0.03,
+                    max_steps=300, generator=torch.Generator().manual_seed(seed)).images
+        for net in nets
     ]  # fmt: skip
-    first, second = (F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1) for x in drawn)
-    alike, nearest = (first * second).sum(1), nearest_training(drawn[0], half)[0]
-    return values | {"samples": torch.cat(drawn), "sample_agreement": alike.mean(), "sample_nearest": nearest.mean()}
+    first, second = (F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1) for x in samples)
+    return {
+        "samples": torch.cat(samples),
+        "sample_agreement": (first * second).sum(1).mean(),
+        "sample_nearest": nearest_training(samples[0], train)[0].mean(),
+    }
 
 
 def shuffled(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, float]:
@@ -119,11 +98,10 @@ def control(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict
 
 def run(run: Run[Settings]) -> None:
     """Train in both regimes, look inside, then train on shuffled pixels and with biases."""
-    settings = run.settings
-    images, test = pictures(run)
-    both = run.arm("regimes", regimes, settings, images, test, run.seed)
-    other = run.arm("shuffled", shuffled, settings, images, test, run.seed)
-    plain = run.arm("control", control, settings, images, test, run.seed)
+    given = run.settings, *pictures(run), run.seed
+    both = run.arm("regimes", regimes, *given)
+    other = run.arm("shuffled", shuffled, *given)
+    run.values("negative_control", run.arm("control", control, *given))
     run.values("homogeneity", scaling=both["scaling"], jacobian=both["jacobian"])
     gaps = {name: both[f"{name}_train_psnr"] - both[f"{name}_test_psnr"] for name in ("few", "many")}
     run.values("memorization", gap=gaps["few"], correlation=both["few_correlation"])
@@ -135,13 +113,11 @@ def run(run: Run[Settings]) -> None:
         between=both["many_psnr_between"],
         test=both["many_test_psnr"],
     )
-    percent = {sigma: f"{100 * sigma:.0f}" for sigma in settings.sigmas}
-    run.values("sure", {f"error_{name}": both[f"sure_{sigma}"] for sigma, name in percent.items()})
-    traces = {f"trace_{name}": both[f"trace_{sigma}"] for sigma, name in percent.items()}
-    inside = pick(both, "mass", "asymmetry", "dimension", "oracle_over_mse")
-    run.values("shrinkage", inside | traces)
+    percents = [f"{100 * sigma:.0f}" for sigma in run.settings.sigmas]
+    run.values("sure", pick(both, *(f"error_{percent}" for percent in percents)))
+    traces = [f"trace_{percent}" for percent in percents]
+    run.values("shrinkage", pick(both, "mass", "asymmetry", "dimension", "oracle_over_mse", *traces))
     run.values("shuffled_pixels", straight=both["test_psnr"], shuffled=other["test_psnr"])
-    run.values("negative_control", plain)
 
 
 def figures(results: Results) -> dict[str, Figure]:

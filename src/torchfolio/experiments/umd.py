@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from torchfolio.backdoor import X2X, AdditiveTrigger, AllToOne, LabelMap, Trigger, auroc
 from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery
@@ -16,11 +17,8 @@ from torchfolio.backdoor.victims import default_net, victim
 from torchfolio.data import DataSplits
 from torchfolio.experiments._backdoors import perceptron
 from torchfolio.experiments._neural_cleanse import anomaly_index
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, column, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -48,40 +46,43 @@ SCALES = {
                      big_amplitude=15 / 255),
 }  # fmt: skip
 
+KINDS = ("clean", "a2o", "x2x")  # no attack; all classes to one; some classes to targets of their own
+
 
 def run(run: Run[Settings]) -> None:
     """Train networks of every kind, scan them, and compare with Neural Cleanse's statistic on the same triggers."""
     s = run.settings
     data = run.data(s.data, normalize=False, val=0, train_size=s.size, image_size=s.image_size)
-    names = [f"{kind}_{k}" for kind in ("clean", "a2o", "x2x") for k in range(s.each)]
-    arms = {name: run.arm(name, scanned, run, data, name) for name in [*names, "clean_mlp", "clean_narrow"]}
-    clean, a2o, x2x = ([arms[f"{kind}_{k}"] for k in range(s.each)] for kind in ("clean", "a2o", "x2x"))
-    flagged = [arm for arm in x2x if arm["flagged"]]
+    clean, a2o, x2x = (
+        [run.arm(f"{kind}_{k}", scanned, run, data, kind, 10 * run.seed + k) for k in range(s.each)] for kind in KINDS
+    )
+    other_nets = {"mlp": partial(perceptron, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
+    others = [
+        run.arm(f"clean_{name}", scanned, run, data, "clean", 10 * run.seed, net) for name, net in other_nets.items()
+    ]
     run.values(
         "detection",
-        false_positives=total(clean, "flagged"),
-        single_target=total(a2o, "flagged"),
-        several_targets=total(x2x, "flagged"),
+        false_positives=column(clean, "flagged").sum(),
+        single_target=column(a2o, "flagged").sum(),
+        several_targets=column(x2x, "flagged").sum(),
         auroc=ranked(clean, a2o + x2x, "score"),
-        other_false_positives=total([arms["clean_mlp"], arms["clean_narrow"]], "flagged"),
+        other_false_positives=column(others, "flagged").sum(),
     )
-    several = mean(flagged, "recall") if flagged else 0.0
-    run.values("pairs", precision=mean(a2o, "precision"), recall=mean(a2o, "recall"), recall_several=several)
+    flagged = [arm for arm in x2x if arm["flagged"]]
+    several = column(flagged, "recall").mean() if flagged else 0.0
+    precision, recall = (column(a2o, name).mean() for name in ("precision", "recall"))
+    run.values("pairs", precision=precision, recall=recall, recall_several=several)
     run.values("baseline", umd=ranked(clean, x2x, "score"), neural_cleanse=ranked(clean, x2x, "cleanse"))
-    run.values("negative_control", recall=mean(a2o, "shuffled_recall"))
+    run.values("negative_control", recall=column(a2o, "shuffled_recall").mean())
 
 
-def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
-    """One network and what the detector says of it."""
+def scanned(run: Run[Settings], data: DataSplits, kind: str, seed: int, net: Any = None) -> dict[str, Any]:
+    """One network, of another kind if given, and what the detector says of it."""
     s = run.settings
-    kind, which = name.split("_")
-    seed = 10 * run.seed + (int(which) if which.isdigit() else 0)
     trigger, labels = attack(s, data, kind, seed)
-    nets = {"mlp": partial(perceptron, data), "narrow": partial(default_net, data, max(2, s.width // 2))}
     made = victim(
         data, trigger, labels, rate=0.0 if kind == "clean" else s.rate, epochs=s.epochs, mode="append",
-        net=partial(own_network, s, data, nets.get(which, partial(default_net, data, s.width))), seed=seed,
-        device=run.device,
+        net=partial(own_network, s, data, net or partial(default_net, data, s.width)), seed=seed, device=run.device,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the number of pairs is recorded
@@ -89,18 +90,17 @@ def scanned(run: Run[Settings], data: DataSplits, name: str) -> dict[str, Any]:
         verdict = detector.scan(made.model, data.test.tensors, seed=seed, progress=False)
     assert isinstance(verdict, UMDVerdict)
     assert verdict.triggers is not None
-    true = set(labels.pairs().items())
-    shuffled = core_periphery(permuted(verdict.transfer, seed), [pair[0] for pair in verdict.triggers.pairs])
-    hits = len(true & {verdict.triggers.pairs[k] for k in shuffled.members})
-    # An infinite score ranks above all others.
+    pairs, true = verdict.triggers.pairs, set(labels.pairs().items())
+    shuffled = core_periphery(permuted(verdict.transfer, seed), [pair[0] for pair in pairs])
+    hits = true & set(verdict.core)
     return {
-        "flagged": int(verdict.is_backdoored), "score": min(verdict.score, 1e6), "threshold": verdict.threshold,
-        "H": verdict.H, "core": [list(pair) for pair in verdict.core], "acc": made.metrics.acc, "asr": made.metrics.asr,
-        "precision": len(true & set(verdict.core)) / len(verdict.core),
-        "recall": len(true & set(verdict.core)) / len(true),
-        "shuffled_recall": hits / len(true), "cleanse": anomaly_index(verdict.sizes), "sizes": verdict.sizes,
-        "reached": verdict.evidence["pairs_reached"], "members": verdict.evidence["members"],
-        "transfer": verdict.transfer,
+        "flagged": int(verdict.is_backdoored),
+        "score": min(verdict.score, 1e6),  # an infinite score ranks above all others
+        "threshold": verdict.threshold, "H": verdict.H, "acc": made.metrics.acc, "asr": made.metrics.asr,
+        "precision": len(hits) / len(verdict.core), "recall": len(hits) / len(true),
+        "shuffled_recall": len(true & {pairs[k] for k in shuffled.members}) / len(true),
+        "cleanse": anomaly_index(verdict.sizes), "reached": verdict.evidence["pairs_reached"],
+        "members": verdict.evidence["members"], "transfer": verdict.transfer,
     }  # fmt: skip
 
 
@@ -120,37 +120,24 @@ def permuted(A: np.ndarray, seed: int) -> np.ndarray:
     return out
 
 
-def total(arms: list[dict[str, Any]], key: str) -> float:
-    return float(sum(arm[key] for arm in arms))
-
-
-def mean(arms: list[dict[str, Any]], key: str) -> float:
-    return total(arms, key) / len(arms)
-
-
-def ranked(clean: list[dict[str, Any]], bad: list[dict[str, Any]], key: str) -> float:
-    return auroc(*(torch.tensor([arm[key] for arm in arms]) for arms in (clean, bad)))
+def ranked(clean: list[dict[str, Any]], bad: list[dict[str, Any]], name: str) -> float:
+    """AUROC of a score that should be larger for backdoored networks."""
+    return auroc(torch.tensor(column(clean, name)), torch.tensor(column(bad, name)))
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """Scores of all networks, and the transfers of one of each kind."""
-    import matplotlib.pyplot as plt
-
-    fig, ax = plots.axes("", "score")
-    for k, (kind, label) in enumerate({"clean": "clean", "a2o": "to one target", "x2x": "to several"}.items()):
+    """Scores of all networks, and the transfers of one of each kind, its members first."""
+    scores, ax = plots.axes("", "score")
+    for k, kind in enumerate(KINDS):
         arms = [arm for seed in results.arms for name, arm in seed.items() if name.startswith(kind)]
-        ax.plot(k + np.linspace(-0.2, 0.2, len(arms)), [min(arm["score"], 20) for arm in arms], "o", label=label)
+        ax.plot(k + np.linspace(-0.2, 0.2, len(arms)), column(arms, "score").clip(max=20), "o")
     ax.axhline(results.arms[0]["clean_0"]["threshold"], c="k", ls="--")
     ax.set_xticks(range(3), ["clean", "one target", "several targets"])
-    maps, axes = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
-    for place, kind in zip(axes, ("clean", "a2o", "x2x"), strict=True):
+    transfers = {}
+    for kind in KINDS:
         arm = results.arms[0][f"{kind}_0"]
         A, members = np.asarray(arm["transfer"]), list(arm["members"])
         order = [*members, *np.setdiff1d(np.arange(len(A)), members)]
-        place.imshow(A[np.ix_(order, order)], vmin=0, vmax=1, interpolation="nearest")
-        place.set(
-            title=f"{kind}: H = {arm['H']:.2f}, z = {arm['score']:.2g}",
-            xlabel="tried on pair",
-            ylabel="trigger of pair",
-        )
-    return {"scores": fig, "transfers": maps}
+        transfers[f"{kind}: H = {arm['H']:.2f}, z = {arm['score']:.2g}"] = A[np.ix_(order, order)]
+    tried = plots.matrices(transfers, xlabel="tried on pair", ylabel="trigger of pair", digits=None)
+    return {"scores": scores, "transfers": tried}

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from torchfolio.experiments._dirichlet_spheres import draw
 from torchfolio.experiments._kernel_recursions import recursion
+from torchfolio.experiments._sphere_classes import draw
 from torchfolio.experiments.infinite_classifiers import predict
 
 

@@ -3,7 +3,7 @@
 from torchfolio.runs.environment import threads
 from torchfolio.runs.job import SCALES, Job, experiment, plan
 from torchfolio.runs.outcome import Outcome, Results
-from torchfolio.runs.run import Run, pick
+from torchfolio.runs.run import Run, column, pick
 from torchfolio.runs.runner import run_all, run_experiment
 from torchfolio.runs.settings import setting
 
@@ -13,6 +13,7 @@ __all__ = [
     "Outcome",
     "Results",
     "Run",
+    "column",
     "experiment",
     "pick",
     "plan",

@@ -173,14 +173,14 @@ def grid(images: Any, titles: Sequence[str] = (), *, columns: int = 8) -> Figure
     return fig
 
 
-def matrices(tables: Mapping[str, Any], *, xlabel: str = "", ylabel: str = "", digits: int = 0) -> Figure:
+def matrices(tables: Mapping[str, Any], *, xlabel: str = "", ylabel: str = "", digits: int | None = 0) -> Figure:
     """Tables of numbers side by side in one scale of colours, with a number in every cell.
 
     Args:
         tables: arrays `[rows, columns]` by title; a cell of NaN stays empty.
         xlabel: text under the axis.
         ylabel: text beside the axis.
-        digits: digits after the point.
+        digits: digits after the point; `None` leaves the numbers out, where there are many cells.
     """
     import matplotlib.pyplot as plt
 
@@ -190,7 +190,7 @@ def matrices(tables: Mapping[str, Any], *, xlabel: str = "", ylabel: str = "", d
     for ax, (title, array) in zip(places.flat, arrays.items(), strict=True):
         ax.imshow(array, vmin=low, vmax=high, cmap="Blues")
         for (row, column), value in np.ndenumerate(array):
-            if np.isfinite(value):
+            if digits is not None and np.isfinite(value):
                 dark = value > (low + high) / 2
                 ax.text(
                     column, row, f"{value:.{digits}f}", ha="center", va="center", color="white" if dark else "black"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
 from torchfolio.runs import expression
 from torchfolio.runs.store import (
     BESIDE,
@@ -186,6 +188,15 @@ def pick(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     {'ratio': 0.25, 'difference': 0.0}
     """
     return {name: values[name] for name in names}
+
+
+def column(arms: Iterable[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One value of several arms, `[arms, ...]`.
+
+    >>> column([{"loss": 0.5}, {"loss": 0.25}], "loss").max()
+    np.float64(0.5)
+    """
+    return np.array([arm[name] for arm in arms])
 
 
 def save_figure(folder: Path, name: str, figure: Figure) -> None:
