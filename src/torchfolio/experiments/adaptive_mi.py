@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,7 @@ from torchfolio.insight.adaptive_mi import (
     log_spaced,
     permuted_label_information,
 )
-from torchfolio.runs import Results, Run, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from torchfolio.runs import Results, Run, plots, setting
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,6 @@ def controls(run: Run[Settings]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Information planes, and compression by layer and activation."""
     return {"information plane": planes_over_training(results), "compression": compression_by_layer(results)}

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from torchfolio.experiments._digit_diffusion import on_digits
 from torchfolio.experiments._exact_diffusion import few_steps, on_mixture, point_mass
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 GRADIENTS = ("adjoint", "backprop")
 TASKS = (
@@ -62,7 +58,7 @@ def run(run: Run[Settings]) -> None:
     run.values("negative_control", coarse, error=plane["coarse_noise"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Samples, stylised ones, and attacked ones, a digit of each class."""
     pictures = ((results.values("digits", "pictures")[0] + 1) / 2).clip(0, 1)
     titles = [title for title in ("sample", "stylised", "sample", "attacked") for _ in range(10)]

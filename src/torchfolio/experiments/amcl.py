@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from torchfolio.measure.scores import auroc
 from torchfolio.models.conv_net import conv_block
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.amcl import AMCL, FixedTemperature, PairTemperature
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def _chosen(best: dict[tuple[str, int], dict[str, Any]], side: str, kinds: int, 
     return list(range(len(settings))) if like is None else [best[like, kinds]["choice"]]
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Linear probes of every setting, with five kinds of augmentation and with one."""
     s: Settings = results.settings
     made = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torchfolio.robustness import hop_skip_jump, margin, nes, pgd
 from torchfolio.robustness.attack_tracing import TracedCopy, Trial, separate, trace, trial, utility
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Scene:
         x, y = data.test.tensors
         self.test = x[order[: self.settings.images]], y[order[: self.settings.images]]
 
-    def copies(self, noise: str | None) -> dict[str, Any]:
+    def copies(self, noise: Any) -> dict[str, Any]:
         """Copies of one kind under attack by gradients; keyed ones by queries too."""
         s, seed = self.settings, self.run.seed
         keys = [1000 * seed + k for k in range(s.copies)]
@@ -134,7 +131,7 @@ def summary(found: Trial) -> dict[str, float]:
     }  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Tracing and transfer by kind of copies, and which copies each attack fools."""
     named = {"keyed": "keyed", "random noise": "random", "plain": "plain"}
     traced = {label: (arm, "tracing") for label, arm in named.items()}

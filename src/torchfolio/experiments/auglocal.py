@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -25,9 +24,6 @@ from torchfolio.local.heads import LocalHeads
 from torchfolio.local.local_model import LocalHead, Network
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import load
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _plans(run: Run[Settings], data: DataSplits) -> dict[str, object]:
     return outcome
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy beside saved memory, accuracy against auxiliary depth, and probes where they were measured."""
     settings: Settings = results.settings
     points = {name: (("cost", f"{name}_saved_mb"), (name, "accuracy")) for name in ARMS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from torchfolio.experiments._expert_controls import step_by_step, without_forget
 from torchfolio.experiments._strip import strip
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) ->
         return BaDExpert(**chosen).fit(net, trusted)
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """The plane of the two confidences, how well every score ranks, and the course of unlearning."""
     scores = {score: f"auroc_{score}" for score in SCORES} | {"STRIP": "auroc_strip"}
     series = {name: {k: (name, value) for k, value in scores.items()} for name in results.settings.attacks}

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from torchfolio.engine.recipes import cosine
 from torchfolio.experiments._binary_networks import plain, resnet20
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def _packed(net: nn.Module, data: DataSplits) -> dict[str, float]:
             "logit_difference": difference}  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracies of all arms, and the quantisation error of every layer."""
     arms = {
         "BiPer, two stages": ("biper", "accuracy"),

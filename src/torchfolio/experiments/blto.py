@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,9 +15,6 @@ from torchfolio.backdoor.metrics import stealth
 from torchfolio.backdoor.trigger_nets import TriggerNet
 from torchfolio.experiments._contrastive_victims import RULES, ContrastiveVictims
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def run(run: Run[Settings]) -> None:
     run.values("negative_control", blto=attacked["simsiam", "blto"]["asr"], untrained=untrained["asr"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Success of every trigger beside that without poison, the course of training, and what images look like."""
     pairs = [(m, t) for m, triggers in results.settings.victims for t in triggers]
     series = {

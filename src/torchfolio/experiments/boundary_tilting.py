@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from torchfolio.robustness.boundary_tilting import (
     tilt_direction,
 )
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Array = NDArray[Any]
 
@@ -134,7 +131,7 @@ def _claim_tilts(run: Run[Settings], tilted: dict[str, Any]) -> None:
     run.values("negative_control", error=tilted["error"][at], untilted=tilted["error"][0])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Both paths of the first seed, and the tilts over seeds."""
     import pandas as pd
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.measure import outputs, retrieval
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def run(run: Run[Settings]) -> None:
     run.values("chain", third_first=scores["third_first"], first_first=scores["old_old"], third=scores["third_third"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Mean average precision of the pairs."""
     bars = {
         "old / old": "old_old", "BT² / old": "new_old", "BCT / old": "bct_old", "alone / old": "independent_old",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -23,9 +23,6 @@ from torchfolio.robustness.certifier_availability import (
     poison,
 )
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Scene:
         return rates
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Abstain rates by attack and certifier, and the fallback's load by the share of attacked requests."""
     arms = {"clean": "clean", "label split": "split", "one target": "target", "loss": "loss_attack"}
     return {

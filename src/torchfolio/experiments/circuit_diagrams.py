@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -20,9 +20,6 @@ from torchfolio.experiments._drawing_checks import DERIVATIVES, as_drawn, backwa
 from torchfolio.experiments._live_bytes import working_memory
 from torchfolio.measure import count_flops
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def wrong_diagrams() -> dict[str, int]:
     return found
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Time to a drawing, and columns of the gallery."""
     names = results.settings.modules or tuple(MODULES)
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from torchfolio.experiments._backdoors import victim
 from torchfolio.experiments._guided_attacker import GuidedAttacker
 from torchfolio.measure import outputs
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Who poisons, by which trigger, and whether carriers are erased.
 ARMS = (
@@ -152,7 +149,7 @@ def run(run: Run[Settings]) -> None:
     run.values("negative_control", success, **{f"{t}_never_poisoned": clean[f"{t}_asr"] for t in plain})
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Attack success of every arm beside that without poison, and what images look like."""
     names = {name_of(*arm).replace("_", " "): arm for arm in results.settings.arms}
     series = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from torchfolio.insight.convergent_learning import (
 )
 from torchfolio.models import collect_features
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def _shuffled(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
     }
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Matching by layer, and prediction by the number of units."""
     layers = results.settings.layers
     series = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -18,9 +17,6 @@ from torchfolio.experiments._convex_solver_times import seconds_of_an_iteration
 from torchfolio.experiments._noisy_sines import by_adam, by_sampled_programs, noisy_sines, with_all_patterns
 from torchfolio.experiments._two_class_tables import Pair, followed, two_classes
 from torchfolio.runs import Results, Run, plots, setting, threads
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def _under_attack(run: Run[Settings], parts: list[Pair]) -> None:
     )
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Objectives on the sines, ADMM's course on the table, the cost of an iteration, and accuracies under attack."""
     s: Settings = results.settings
     objectives, ax = plots.axes("width", "objective / convex optimum")

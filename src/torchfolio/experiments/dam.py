@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from torchfolio.adaptation.merging import AdaMerging, MergeResult, average, task
 from torchfolio.backdoor import Trigger
 from torchfolio.experiments._multitask_checkpoints import Attack, Task, checkpoints, make_tasks, trigger
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def _with(base: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return net
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Attack success against accuracy of every way to merge, seed by seed."""
     names = ["clean_merge", "task_arithmetic", "concrete", "twin", "blind", "dam_single", "dam"]
     if results.settings.extra:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from torchfolio.models import ConvNet, ResNetCIFAR
 from torchfolio.models.conv_net import conv_block, pooled_head
 from torchfolio.runs import Results, Run, plots, setting, tasks
 from torchfolio.training.dhkd import DHKD, binary_kl_norm, etf_deviation, head_conflict, kd_loss
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def report(run: Run[Settings], accuracy: dict[str, float], done: dict[str, dict[
     run.values("negative_control", permuted=accuracy["strong_permuted"], labels=accuracy["strong_labels"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy of every student under each teacher."""
     names = {
         "labels": "labels", "kd": "KD", "logits": "logits", "one_head": "one head", "linear": "DHKD, linear",

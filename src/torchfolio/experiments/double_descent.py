@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from torchfolio.experiments._capacity_sweeps import closed_forms, networks, one_
 from torchfolio.experiments._noisy_labels import noisy_problem
 from torchfolio.insight.double_descent import SweepResult, compare, peak, plot_comparison
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 INF = math.inf
 # Closed-form settings on the same features: steps, rate as a share of the default, momentum, scale of initial weights.
@@ -150,7 +147,7 @@ def _claims(
     run.values("negative_control", ridge=result(ridge).peak().height, interpolation=heights["steps inf"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """The unified view of the first seed, and test losses of the closed forms."""
     first = results.arms[0]
     columns = ("train_loss", "test_loss", "test_error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from torchfolio.experiments._lsq import OneWidth
 from torchfolio.experiments._mixed_precision import mixtures
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BITS = (8, 6, 4, 2)
 
@@ -154,7 +151,7 @@ def untrained(net: nn.Module, x: Tensor, data: DataSplits) -> dict[str, float]:
     return result | {"shift": at_widths(quantized, data, [2])["bits_2"]}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy by width, and gradients of the scales right after conversion."""
     arms = {"joint, adaptive rates": "joint", "joint, one rate": "without_rates", "joint, one update": "one_update"}
     lines = {label: [(arm, f"bits_{b}") for b in BITS] for label, arm in arms.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from torchfolio.experiments._lstm_learner import LSTMLearner, sequence_loss
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
 from torchfolio.training.meta_episodes import class_episodes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEST_SEED = 10**6
 
@@ -178,7 +175,7 @@ def run(run: Run[Settings]) -> None:
             run.arm(f"digits_{kind}", study.digits, kind, digits, s.further)
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Errors and accuracies within an episode, and at its end as slow training goes on."""
     lines = {"fast path": "fast", "memory alone": "slow", **({"LSTM": "lstm"} if results.settings.further else {})}
     sines = {**lines, "no errors or labels": "blind"}

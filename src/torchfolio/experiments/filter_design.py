@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from torchfolio.layers.filter_design import METHODS, FilterLearner, bench, filte
 from torchfolio.layers.filter_learning import KMeans, Learner
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ def run(run: Run[Settings]) -> None:
                unwhitened=plain["accuracy"], blank_kept=empty["kept"], blank_dropped=empty["dropped"])  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """The bench over all banks, and accuracy by number and size of filters."""
     s = results.settings
     names = ("random", "orthogonal", "dct", "gabor", "wavelet", *s.methods)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torchfolio.engine import EarlyStopping, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._clicks import film_clicks, gates_match, simulate
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -128,6 +125,6 @@ def run(run: Run[Settings]) -> None:
         run.values("movielens", run.arm("movielens", rated, run))
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """AUC of the networks on the simulation."""
     return {"simulated clicks": plots.bars(results, {n.replace("_", " "): (n, "auc") for n in NAMES}, ylabel="AUC")}

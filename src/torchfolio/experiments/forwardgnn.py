@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torchfolio.data.graphs import Graph, planetoid
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def _step_times(settings: Settings, graph: Graph) -> dict[str, float]:
     return {name: (min(seconds[name, 45]) - min(seconds[name, 5])) / 40 for name in ("sf", "ff-la")}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy of all arms, and memory by depth."""
     names = ("sf_gcn", "sf_sage", "ff_la", "ff_vn", "top2input", "top2loss", "backprop", "random", "shifted", "equal",
              "untrained")  # fmt: skip

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
@@ -130,7 +129,7 @@ def compacted(model: nn.Module, data: DataSplits, counted: Tensor) -> dict[str, 
     return {"difference": float((masked - apart).abs().max()), "uncounted": float((done - counted[:50]).abs().max())}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy against the operations saved, and the saving foretold against the one measured."""
     arms = {kind: [f"{kind}_{100 * r:.0f}" for r in results.settings.shares] for kind in KINDS}
     masks = {"gates": "accuracy", "random masks": "random"}

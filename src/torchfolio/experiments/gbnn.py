@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.random import RandomState
@@ -16,9 +16,6 @@ from torchfolio.efficiency.gbnn import Array, GBNNClassifier, GBNNRegressor, Mul
 from torchfolio.experiments._boosted_head import compare_heads
 from torchfolio.experiments._small_tables import Table, fit_quietly, network, score, table, trees
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ def _times(run: Run[Settings], table: Table) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Scores beside the peers, accuracy against units kept, training loss with and without fresh residuals."""
     s = results.settings
     arms = ("gbnn", *(["gbnn_searched"] if s.search else []), "adam", "sgd", "lbfgs", "trees")

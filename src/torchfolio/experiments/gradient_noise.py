@@ -6,16 +6,12 @@ Rows of one batched network train side by side, each with its own initialisation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from torchfolio.experiments._gradient_noise_tasks import Memory, Program, trainings
 from torchfolio.experiments._perceptrons_side_by_side import Row, train_rows
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def run(run: Run[Settings]) -> None:
                 run.arm(f"{name}_{eta}", trainings, make, eta, *own)
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Training loss of the networks from poor weights, and accuracy by initialisation."""
     labels = {"zero, noise": "zero_0.3_0.03", "zero, no noise": "zero_0_0.03", "simple, noise": "simple_0.3_0.03",
               "simple, no noise": "simple_0_0.03", "zero, constant noise": "zero_constant"}  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from torchfolio.models import MLP, VGG, ResNetCIFAR
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
 from torchfolio.training.guidance import Guidance, GuidedRule
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ def _fit(run: Run[Settings], data: DataSplits, net: nn.Module, lr: float, **opti
     return fit(net, data.train, **own, **options)
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Validation loss through training, final accuracy, and the choice of the weight."""
     arms = {
         "plain": "plain",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from torchfolio.experiments._denoiser_jacobians import error_of_sure, shrinkage
 from torchfolio.experiments._grey_pictures import pictures
 from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def run(run: Run[Settings]) -> None:
     run.values("shuffled_pixels", straight=both["test_psnr"], shuffled=other["test_psnr"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Shrinkage by direction, the directions, and samples of two denoisers."""
     samples, vectors = (results.values("regimes", name)[0] for name in ("samples", "eigenvectors"))
     titles = [name for name in ("one denoiser", "the other") for _ in range(len(samples) // 2)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchfolio.experiments._layerwise_courses import drawn_first_stage, drawn_over_samples, first_stage, over_samples
 from torchfolio.experiments._three_layer_baselines import WithoutFirstStage, end_to_end
@@ -17,9 +17,6 @@ from torchfolio.theory.hierarchical_polynomials import (
     TunedKernelRidge,
     feature_recovery,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def _controls(run: Run[Settings]) -> None:
     run.values("single_index", error=one["error"], correlation=one["correlation"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """The learned feature against p, all errors, the curves over samples, and the first stage's course."""
     s: Settings = results.settings
     arms = [arm for arm in results.arms[0] if "error" in results.arms[0][arm]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from torchfolio.spiking.bptt import BPTT
 from torchfolio.spiking.hlop import DSR, HLOP, OTTT, FeedbackAlignment, continual_metrics
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.surrogates import Sigmoid
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Part = Sequence[Tensor]
 
@@ -127,7 +124,7 @@ def run(run: Run[Settings]) -> None:
     run.values("other_rules", {name: found["bwt"] for name, found in others.items()})
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """The accuracy on every task after every task, a mean over seeds."""
     titles = {"hlop": "with lateral rows", "sequential": "without", "random": "rows left at random"}
     means = {title: results.values(arm, "matrix").mean(0) for arm, title in titles.items()}

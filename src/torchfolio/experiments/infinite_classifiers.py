@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from sklearn.neighbors import KNeighborsClassifier
 
 from torchfolio.experiments._sphere_classes import draw, two_clusters
@@ -136,7 +135,7 @@ def odd_digits(run: Run[Settings]) -> dict[str, float]:
     return {**scores, "nearest": np.mean(predict(SECOND, X, y, X_test) == y_test)}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy by the number of samples on every sphere, and how a deep ReLU network becomes a majority vote."""
     settings = results.settings
     names = {"Bayes rule": "bayes", "optimal": "optimal", "sine": "sine", "erf": "erf", "nearest neighbour": "nearest"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ from torchfolio.applications.jamming_detection import (
     simulate,
 )
 from torchfolio.experiments._captures import Band, drawn, joined, table
-from torchfolio.runs import Results, Run, setting, threads
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from torchfolio.runs import Results, Run, plots, setting, threads
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ def run(run: Run[Settings]) -> None:
         run.values("negative_control", run.arm("controls", controls, run))
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """ROC curves, detection against the jammer's weakness, and what the first network says."""
     import matplotlib.pyplot as plt
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torchfolio.data import DataSplits
 from torchfolio.engine import Backprop
@@ -13,9 +12,6 @@ from torchfolio.local.local_model import Network
 from torchfolio.local.man import MAN
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import load
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def _other_layers(settings: Settings, data: DataSplits) -> dict[int, int]:
     }
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy of every variant, and saved memory."""
     ablations = ("average_only", "branch_only") if results.settings.ablations else ()
     names = ("host", *ablations, "wrong_block", "frozen", "man", "backprop")

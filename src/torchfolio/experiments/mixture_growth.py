@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +26,6 @@ from torchfolio.experiments._wide_resnet import wide_resnet
 from torchfolio.measure import count_flops
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, accuracy, load, train
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ def run(run: Run[Settings]) -> None:
     run.values("control_batchnorm", fresh_statistics=exact["fresh_statistics"], ensemble=members["ensemble"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy of every network, and over the epochs after growth."""
     names = {"Orthogonal": "orthogonal", "Zero": "zero", "Fresh weights": "fresh", "Permuted": "permuted"}
     others = {"Net2Net": "net2net"} if results.settings.net2net else {}

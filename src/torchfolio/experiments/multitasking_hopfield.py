@@ -137,7 +137,7 @@ def _phase(settings: Settings) -> dict[str, Any]:
     return {"amplitudes": diagram.amplitudes, "regimes": [list(row) for row in diagram.regimes]}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Amplitudes and learning curves over theory, and the phase diagram."""
     s: Settings = results.settings
     d, T = (tuple(np.linspace(*ends, s.grid).tolist()) for ends in ((0.05, 0.95), (0.02, 1.12)))

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torchfolio.experiments._isolation_defences import Scene, Task
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DIGITS = Task()
 PHOTOS = Task(
@@ -93,7 +89,7 @@ def run(run: Run[Settings]) -> None:
     )
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """All defences beside each other, the course of training, and how precise isolation is."""
     arms = {
         "never poisoned": "clean", "no defence": "undefended", "NAB": "nab", "NAB, clean stamped too": "nab_stamped",

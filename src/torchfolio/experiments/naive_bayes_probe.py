@@ -133,7 +133,7 @@ def digits(seed: int) -> tuple[Array, Array, Array, Array]:
     return x.flatten(1).double().numpy(), y.numpy(), x_test.flatten(1).double().numpy(), y_test.numpy()
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Samples needed by dimension, and errors by number of labels."""
     heads = {"naive Bayes": "nb", "logistic regression": "lr"}
 

@@ -71,7 +71,7 @@ def run(run: Run[Settings]) -> None:
         run.values("implicit_layers", **run.arm("implicit", implicit_layers, run.data("digits"), s.deq_steps, seed))
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Training losses of the parts, and the latent SDE beside its data."""
     curves = {
         name: (name, "losses") for name in ("spirals", "speeds", "speeds_without_time", "starts_with_fixed_start")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ from torchfolio.experiments._corrupted_digits import CORRUPTIONS, classify
 from torchfolio.experiments._wide_networks import at_random_weights, last_layer_trained
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.nngp_scale_mixture import NNGPKernel, StudentTProcessRegressor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PROCESSES: dict[str, dict[str, Any]] = {
     "t": {},
@@ -122,7 +119,7 @@ def _regression(run: Run[Settings], train_share: float, test_share: float) -> di
     return {name: (total / settings.splits).tolist() for name, total in totals.items()}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Negative log likelihood by the number of training points, clean and with outliers; accuracy under corruption."""
     labels = {"Student t": "t", "Gaussian": "gp", "Gaussian, fitted scale": "gp_scaled"}
     axes = {"xlabel": "training points", "ylabel": "negative log likelihood", "logx": True}

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sklearn.metrics import balanced_accuracy_score
@@ -22,9 +22,6 @@ from torchfolio.models import ConvNet
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.noise_mask import BetaMaskPolicy, NoiseMaskPretraining, Reinforce, average_checkpoints
 from torchfolio.training.snapshots import Snapshots
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,7 @@ UNSEEN = ("conventional", "random", "lse", "reinforce")
 """Ways to train that are compared on classes they were not trained on."""
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy of all arms, and what the masks look like."""
     masks = results.values("reinforce", "masks")[0]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from torchfolio.insight.opposing_signals import OpposingSignalModel, find_groups
 from torchfolio.measure import auroc
 from torchfolio.models import MLP
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def run(run: Run[Settings]) -> None:
     run.values("control_not_planted", auroc=run.arm("not planted", planted, run, x, y, plant=False)["auroc"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Sharpness of the model under gradient flow, and the loss on photographs."""
     flow, batch = {"gradient flow": ("model", "flow_sharpness")}, {"full batch": ("photographs", "loss")}
     return {

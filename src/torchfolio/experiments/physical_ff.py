@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torchfolio.experiments._physical_backprop import train_through_twins
 from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
 from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -185,7 +182,7 @@ def _unsupervised(run: Run[Settings], split: Split) -> dict[str, float]:
     return scores
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy by epoch, through the swap, and deployed against twin error."""
     arms = {"optics": ("optics", "curve"), "Kerr cavity": ("kerr", "curve"), "optics, no skip": ("no_skip", "curve")}
     twins = {name: (name, "accuracy") for name in results.arms[0] if name.startswith(("twin_", "ideal_", "physics_"))}

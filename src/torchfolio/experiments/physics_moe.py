@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from torchfolio.dynamics.physics_moe import DiffusionSorption1D, ExpertConstrain
 from torchfolio.experiments._constraint_solves import cost, gradient_errors, optimum
 from torchfolio.experiments._diffusion_sorption import inputs, instances, network
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def run(run: Run[Settings]) -> None:
                floor=arms["global"]["floor"], loss=arms["global"]["loss"])  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Loss while training, test errors, one solution."""
     labels = {"soft": "soft penalty", "global": "one constraint", "experts": "experts", "detached": "no gradient"}
     curves = plots.curves(results, {text: (kind, "losses") for kind, text in labels.items()}, xlabel="step", ylabel="loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torchfolio.engine.recipes import adam, one_cycle
 from torchfolio.experiments._characters import CharacterModel, Windows, windows
 from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def gradient_ratio(seed: int) -> dict[str, float]:
     return {"ratio": float((sizes[0] / sizes[1]).max())}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Validation loss and gap by norm."""
     kinds = {"layer": "LayerNorm", "batch": "BatchNorm", "batch_statistics": "PN-V", "power": "PowerNorm"}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from torchfolio.experiments._polynomial_varieties import VARIETIES, dimensions
 from torchfolio.layers.quadratic import QuadraticConv2d, quadratic_strength, relinear_param_groups, to_quadratic
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import SMOKE, Task, load, train
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def run(run: Run[Settings]) -> None:
     run.values("expressivity", wrong_entries=wrong, least_gain=min(gains), largest_gain=max(gains))
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracy by kind and normalisation."""
     names = ("plain", "relinear_plain", "random_plain", "norm", "relinear_norm", "random_norm")
     scores = {name.replace("_", " "): (name, "accuracy") for name in names}

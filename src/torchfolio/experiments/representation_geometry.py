@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from torchfolio.insight.representation_geometry import (
     random_clusters,
 )
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def run(run: Run[Settings]) -> None:
     run.values("negative_control", usual, relu_linear_out=linear, tanh_step_in=step)
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Alignments by kind, and over the alignment of inputs and labels."""
     names = {
         "tanh": "tanh",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,6 @@ from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.episodes import train_episodes
 from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head
 from torchfolio.training.snapshots import Snapshots
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ ARMS = {
 }
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Probes of new classes, with all labels and with five for each class."""
     few_labels = {n: (a, {"full": "few", "cat": "cat_few"}[k]) for n, (a, k) in ARMS.items()}
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from torchfolio.experiments._half_denoisers import half, held_out_losses, pretra
 from torchfolio.experiments._lora import with_lora
 from torchfolio.experiments._sparse_storage import held_in_memory, stored_on_disk
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def tune(
     return result
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Held-out losses after fine-tuning."""
     return {
         "prior": plots.bars(results, {w: (w, "prior") for w in WAYS}, ylabel="loss on digits 0 to 4"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from torchfolio.spiking.bptt import BPTT, SequenceRule
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
 from torchfolio.spiking.neurons import LIF
 from torchfolio.spiking.sltt import SLTT, gradient_agreement
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def step_time(run: Run[Settings], data: DataSplits) -> dict[str, float]:
     return times | {f"{name}_ratio": timed.ratio(name) for name in names[1:]}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Memory against the length of the sequence, gradients against leak, accuracy beside time."""
     rules = {"BPTT": ("memory", "bptt"), "SLTT": ("memory", "sltt")}
     cosines = {"at initialisation": ("agreement", "cosine")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from torchfolio.experiments._hardened_victims import hardened
 from torchfolio.experiments._neural_cleanse import mask_and_pattern
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def targets(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     return {**{name: p.scores.tolist() for name, p in profiles.items()}, **alarms, **success}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Success against the budget, the profiles, and what is drawn."""
     s = results.settings
     lines = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torchfolio.experiments._turned_images import adapt_to_turned
 from torchfolio.layers.snnk import URF, ArcCosineFeatures, FourierMeasure, kernel_error, replace_ffl
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import accuracy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def run(run: Run[Settings]) -> None:
                share=text["share"])  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Error by the number of features, and accuracy of the adapters."""
     sizes = results.settings.sizes
     scores = {

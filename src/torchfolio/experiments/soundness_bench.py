@@ -18,7 +18,6 @@ from torchfolio.runs import Results, Run, pick, plots, setting
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _count(table: pd.DataFrame, kind: str, status: str) -> int:
     return sum(row["kind"] == kind and row["status"] == status for row in table.to_dict("records"))
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Hidden counterexamples by step, a line for each seed, and what verifiers with bugs are caught at."""
     hiding, ax = plots.axes("training step", "counterexamples hidden")
     for k, name in enumerate(("two_objective", "no_window", "naive")):

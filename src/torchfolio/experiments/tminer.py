@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from torchfolio.experiments._copying_generators import pretrained, restored
 from torchfolio.experiments._single_words import base_rate, exhaustive
 from torchfolio.experiments._text_victims import Text, classifier, reviews, simulated
 from torchfolio.runs import Results, Run, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ def scan(
     }  # fmt: skip
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """How far the phrases of each classifier lie from ordinary ones."""
     settings = results.settings
     names = ["_".join(p) for p in settings.triggers] + [f"clean{k}" for k in range(settings.clean)]

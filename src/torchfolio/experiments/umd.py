@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from torchfolio.backdoor import X2X, AdditiveTrigger, AllToOne, LabelMap, Trigger, auroc
 from torchfolio.backdoor.umd import UMD, UMDVerdict, core_periphery
@@ -125,7 +124,7 @@ def ranked(clean: list[dict[str, Any]], bad: list[dict[str, Any]], name: str) ->
     return auroc(torch.tensor(column(clean, name)), torch.tensor(column(bad, name)))
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Scores of all networks, and the transfers of one of each kind, its members first."""
     scores, ax = plots.axes("", "score")
     for k, kind in enumerate(KINDS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from scipy.stats import chi2_contingency
@@ -15,9 +15,6 @@ from torchfolio.experiments._synonym_translation import EOS, VOCABULARY, Decoder
 from torchfolio.insight.utility_probability import GRID, beam_search, fit_rationality, invariance_report, paradox_report
 from torchfolio.models import MLP
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def run(run: Run[Settings]) -> None:
     run.values("overconfidence", loss_ratio=sure["loss_ratio"], accuracy_change=100 * sure["accuracy_change"])
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Validity by rationality, and held-out loss by epoch."""
     valid, losses = {"samples": ("translation", "curve")}, {"digits": ("overconfidence", "losses")}
     across, up = "rationality", "share of valid outputs"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ from torch.nn import functional as F
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.xor_clusters import XORClusters
 from torchfolio.theory.xor_grokking import DualGD, XORNetwork, grokking_time, xor_clusters
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def primal_steps(data: XORClusters, network: XORNetwork, lr: float, steps: int) 
             network.weight.sub_(lr * gradient)
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> plots.Figures:
     """Accuracies and odd energy over steps, test accuracy of every arm, and the first seed's neurons."""
     from matplotlib import pyplot as plt
 

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
     from torchfolio.runs.outcome import Results
 
-__all__ = ["axes", "bars", "curves", "grid", "groups", "matrices", "scatter"]
+__all__ = ["Figures", "axes", "bars", "curves", "grid", "groups", "matrices", "scatter"]
 
 Value = tuple[str, str]
 """An arm, and the name of one of its values."""
+Figures = dict[str, "Figure"]
+"""Pictures of an experiment by name."""
 
 
 def axes(xlabel: str = "", ylabel: str = "", *, width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -183,6 +185,7 @@ def matrices(tables: Mapping[str, Any], *, xlabel: str = "", ylabel: str = "", d
         digits: digits after the point; `None` leaves the numbers out, where there are many cells.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     arrays = {title: np.asarray(table, dtype=float) for title, table in tables.items()}
     low, high = (f([f(array) for array in arrays.values()]) for f in (np.nanmin, np.nanmax))
@@ -196,4 +199,6 @@ def matrices(tables: Mapping[str, Any], *, xlabel: str = "", ylabel: str = "", d
                     column, row, f"{value:.{digits}f}", ha="center", va="center", color="white" if dark else "black"
                 )
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
     return fig
