@@ -35,13 +35,14 @@ def conic(
     return {
         "data_term": solution.objective - beta * float(solution.blocks.norm(dim=-1).sum()),
         "worst_case": float(data_loss(network_output(worst, *network), y, "hinge")),
-        "pgd_loss": float(data_loss(network_output(_pgd(network, X, y, epsilon), *network), y, "hinge")),
         "neurons": len(solution.output),
-        **_attacked(network, test, epsilon),
+        **_attacked(network, train, test, epsilon, seed),
     }
 
 
-def pgd_trained(train: Pair, test: Pair, *, width: int, beta: float, epsilon: float, steps: int) -> dict[str, Any]:
+def pgd_trained(
+    train: Pair, test: Pair, *, width: int, beta: float, epsilon: float, steps: int, seed: int
+) -> dict[str, Any]:
     """Adam on the same objective at examples that PGD finds anew in every step."""
     X, y = train
     hidden = (torch.randn(width, X.shape[1], dtype=X.dtype) / X.shape[1] ** 0.5).requires_grad_()
@@ -52,7 +53,7 @@ def pgd_trained(train: Pair, test: Pair, *, width: int, beta: float, epsilon: fl
         return nonconvex_objective(worst, y, hidden, output, beta, "hinge")
 
     descend([hidden, output], loss, steps)
-    return _attacked((hidden.detach(), output.detach()), test, epsilon)
+    return _attacked((hidden.detach(), output.detach()), train, test, epsilon, seed)
 
 
 def _worst_case(X: Tensor, y: Tensor, D: Tensor, solution: Solution, epsilon: float) -> Tensor:
@@ -64,20 +65,28 @@ def _worst_case(X: Tensor, y: Tensor, D: Tensor, solution: Solution, epsilon: fl
     return X + move
 
 
-def _attacked(network: Network, test: Pair, epsilon: float) -> dict[str, Any]:
+def _attacked(network: Network, train: Pair, test: Pair, epsilon: float, seed: int) -> dict[str, Any]:
+    """Loss and accuracies; the attack of every network starts from the same points."""
+    draws = torch.Generator().manual_seed(seed)
+    learned, unseen = (
+        (network_output(_pgd(network, X, y, epsilon, generator=draws), *network), y) for X, y in (train, test)
+    )
     X, y = test
     return {
+        "pgd_loss": float(data_loss(*learned, "hinge")),
         "clean_accuracy": signs_agree(network_output(X, *network), y),
-        "pgd_accuracy": signs_agree(network_output(_pgd(network, X, y, epsilon), *network), y),
+        "pgd_accuracy": signs_agree(*unseen),
         "hidden": network[0],
         "output": network[1],
     }
 
 
-def _pgd(network: Network, X: Tensor, y: Tensor, epsilon: float, steps: int = 20) -> Tensor:
+def _pgd(
+    network: Network, X: Tensor, y: Tensor, epsilon: float, steps: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
     """Signed gradient ascent from a random point of the ball; the column of ones stays."""
     hidden, output = (p.detach() for p in network)
-    move = (torch.rand_like(X) * 2 - 1) * epsilon
+    move = (torch.rand(X.shape, dtype=X.dtype, generator=generator) * 2 - 1) * epsilon
     move[:, -1] = 0
     for _ in range(steps):
         at = (X + move).requires_grad_()

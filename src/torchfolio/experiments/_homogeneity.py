@@ -11,11 +11,12 @@ from torchfolio.dynamics.harmonic_denoising import denoise
 from torchfolio.models import replace_layers
 
 
-def ordinary(net: nn.Module) -> nn.Module:
-    """The same network with biases and ordinary batch norms."""
+def ordinary(net: nn.Module, seed: int) -> nn.Module:
+    """The same network with biases, drawn by the seed, and ordinary batch norms."""
+    draws = torch.Generator().manual_seed(seed)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.bias = nn.Parameter(0.02 * torch.randn(module.out_channels))
+            module.bias = nn.Parameter(0.02 * torch.randn(module.out_channels, generator=draws))
     return replace_layers(net, BiasFreeBatchNorm2d, lambda m: nn.BatchNorm2d(m.get_parameter("weight").numel()))
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from torchfolio.dynamics import neural_de as de
 from torchfolio.dynamics.implicit import jacobian_penalty
+from torchfolio.engine import seeded
 from torchfolio.measure import saved_bytes
 
 __all__ = ["implicit_layers"]
@@ -35,7 +36,9 @@ def implicit_layers(data: Any, steps: int, seed: int) -> dict[str, float]:
     y, y_test = data.train.tensors[1], data.test.tensors[1]
     values: dict[str, float] = {}
     for name in ("deq", "tied"):
-        cell, readout = _Cell(x.shape[1], width), nn.Linear(width, 10)
+        draws = torch.Generator().manual_seed(seed)
+        with seeded(seed):  # both from the same weights, on the same batches
+            cell, readout = _Cell(x.shape[1], width), nn.Linear(width, 10)
         deq = de.DEQ(cell, width)
 
         def layer(v: Tensor, name: str = name, cell: _Cell = cell, deq: de.DEQ = deq) -> Tensor:
@@ -43,7 +46,7 @@ def implicit_layers(data: Any, steps: int, seed: int) -> dict[str, float]:
 
         optimizer = torch.optim.Adam([*cell.parameters(), *readout.parameters()], 1e-3)
         for _ in range(steps):
-            rows = torch.randint(len(x), (128,))
+            rows = torch.randint(len(x), (128,), generator=draws)
             z = layer(x[rows])
             loss = F.cross_entropy(readout(z), y[rows])
             if name == "deq":  # keeps the equilibrium easy to find

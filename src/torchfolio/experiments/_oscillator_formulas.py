@@ -27,7 +27,7 @@ def formulas_of_an_oscillator(s: Any, seed: int) -> dict[str, Any]:
 
     Args:
         s: settings of the experiment.
-        seed: seed of the search.
+        seed: seed of the search and of the control's permutations.
     """
     y0, ts = torch.rand(s.trajectories, 2) * 1.6 - 0.6, torch.linspace(0, 10, 100)
     data = de.odeint(_oscillator, y0.double(), ts.double(), rtol=1e-8, atol=1e-10).ys.float()
@@ -40,7 +40,8 @@ def formulas_of_an_oscillator(s: Any, seed: int) -> dict[str, Any]:
     search: dict[str, Any] = {"populations": s.populations, "rounds": s.rounds, "random_state": seed}
     X, targets = states.double().numpy(), slopes.double().numpy().T
     fits = [de.SymbolicRegressor(**search).fit(X, y) for y in targets]
-    shuffled = [de.SymbolicRegressor(**search).fit(X, np.random.permutation(y)) for y in targets]  # noqa: NPY002
+    draws = np.random.default_rng(seed)
+    shuffled = [de.SymbolicRegressor(**search).fit(X, draws.permutation(y)) for y in targets]
     formulas = FormulaField([fit.expression_ for fit in fits])
     _train_field(formulas, y0, ts, data, s.tune_steps, dt=10 / 99)
     formulas.snap(0.01)

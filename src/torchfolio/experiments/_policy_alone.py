@@ -24,10 +24,15 @@ LR, GRID = 3.0, 4
 
 
 class ShuffledRewards(Reinforce):
-    """The negative control: rewards of other images."""
+    """The negative control: rewards of other images, by draws of its own, so that masks are drawn as ever."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed, self.draws = seed, torch.Generator().manual_seed(seed)
 
     def __call__(self, losses: Tensor, log_p: Tensor, baseline: Tensor | float) -> Tensor:
-        return super().__call__(losses[torch.randperm(len(losses), device=losses.device)], log_p, baseline)
+        order = torch.randperm(len(losses), generator=self.draws).to(losses.device)
+        return super().__call__(losses[order], log_p, baseline)
 
 
 class LeftHalf(nn.Module):

@@ -145,7 +145,9 @@ def _under_attack(run: Run[Settings], parts: list[Pair]) -> None:
         run.arm(name, conic, **common, patterns=s.robust_patterns, radius=radius, seed=run.seed)
         for name, radius in (("standard", 0.0), ("robust", s.epsilon))
     )
-    trained = run.arm("pgd_trained", pgd_trained, **common, width=2 * s.robust_patterns, steps=s.robust_steps)
+    trained = run.arm(
+        "pgd_trained", pgd_trained, **common, width=2 * s.robust_patterns, steps=s.robust_steps, seed=run.seed
+    )
     run.values(
         "robust",
         robust_term=robust["data_term"],

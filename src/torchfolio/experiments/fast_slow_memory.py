@@ -81,8 +81,10 @@ class Study:
             feedback=feedback, lambda_sg=0.0 if kind == "unregressed" else 0.1,
         )  # fmt: skip
         if kind in ("blind", "sealed"):
-            assert net.feedback is not None
-            net.feedback = (BlindFeedback if kind == "blind" else SealedFeedback)(net.feedback.sizes, out)
+            seeing = net.feedback
+            assert seeing is not None
+            net.feedback = (BlindFeedback if kind == "blind" else SealedFeedback)(seeing.sizes, out)
+            net.feedback.load_state_dict(seeing.state_dict())
         return net
 
     def train(self, net: nn.Module, tasks: list[str], steps: int, callbacks: tuple[Any, ...] = ()) -> None:

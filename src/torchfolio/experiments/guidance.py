@@ -75,7 +75,7 @@ def run(run: Run[Settings]) -> None:
         "untrained": run.arm("untrained", lambda: {**tried[alpha], "alpha": alpha}),
         "trained": run.arm("trained", _learn, run, data, wide, "trained", alpha=alpha),
         "early": run.arm("early", guided, alpha=alpha, steps=settings.early_steps),
-        "permuted": run.arm("permuted", guided, alpha=alpha, guide_input=_shuffled),
+        "permuted": run.arm("permuted", guided, alpha=alpha, guide_input=_shuffled(run.seed)),
     }
     score = {name: arm["accuracy"] for name, arm in arms.items()}
     loss = {f"{name}_loss": arm["loss"] for name, arm in arms.items()}
@@ -130,9 +130,10 @@ def residual(run: Run[Settings], data: DataSplits) -> nn.Module:
 GUIDE_LAYERS = ("stem.0", *(f"block{k}.conv{c}" for k in (1, 2, 3) for c in (1, 2)), "head.0")
 
 
-def _shuffled(x: Tensor) -> Tensor:
-    """The same examples in another order: a guide that looks at the wrong ones."""
-    return x[torch.randperm(len(x), device=x.device)]
+def _shuffled(seed: int) -> Callable[[Tensor], Tensor]:
+    """The same examples in another order, drawn anew for every batch: a guide that looks at the wrong ones."""
+    draws = torch.Generator().manual_seed(seed)
+    return lambda x: x[torch.randperm(len(x), generator=draws).to(x.device)]
 
 
 def _learn(

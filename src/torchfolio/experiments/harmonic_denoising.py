@@ -13,6 +13,7 @@ from torchfolio.dynamics.bias_free import BiasFreeUNet
 from torchfolio.dynamics.blind_sampler import draw_images
 from torchfolio.dynamics.geometric_images import shuffle_pixels
 from torchfolio.dynamics.harmonic_denoising import denoise, generalization_test, nearest_training, psnr, train_denoiser
+from torchfolio.engine import seeded
 from torchfolio.experiments._denoiser_jacobians import error_of_sure, shrinkage
 from torchfolio.experiments._grey_pictures import pictures
 from torchfolio.experiments._homogeneity import errors_of_homogeneity, ordinary
@@ -55,7 +56,7 @@ def regimes(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict
         values |= {f"{name}_{key}": row[key] for key in ("train_psnr", "test_psnr", "correlation", "psnr_between")}
     values["test_psnr"] = result.row(settings.sizes[-1], settings.sigmas[1])["test_psnr"]
     net, other = result.denoisers[settings.sizes[-1]]
-    noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(seed))
+    noise = noise_like(test, seed)
     values |= errors_of_homogeneity(net, test + 0.25 * noise)
     for sigma in settings.sigmas:
         values[f"error_{100 * sigma:.0f}"] = error_of_sure(net, test, sigma, settings.draws, seed)
@@ -78,19 +79,31 @@ def drawn(settings: Settings, nets: tuple[nn.Module, ...], train: Tensor, mean: 
     }
 
 
+def noise_like(test: Tensor, seed: int) -> Tensor:
+    """The noise under which the denoisers are tested, the same in all arms."""
+    return torch.randn(test.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def untrained(settings: Settings, seed: int) -> tuple[nn.Module, int]:
+    """The network that the first of two denoisers starts from in `generalization_test`, and the seed of its training."""
+    with seeded(2 * seed):
+        return BiasFreeUNet(1, settings.base, 2), 2 * seed
+
+
 def shuffled(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, float]:
     """Test PSNR of a denoiser of images whose pixels are all in one other order."""
-    net, sigma = BiasFreeUNet(1, settings.base, 2), settings.sigmas[1]
-    train_denoiser(net, shuffle_pixels(images[: settings.sizes[-1]]), settings.steps, lr=settings.lr, seed=seed)
-    x = shuffle_pixels(test)
-    return {"test_psnr": psnr(denoise(net, x + sigma * torch.randn(x.shape)), x)}
+    (net, own), sigma = untrained(settings, seed), settings.sigmas[1]
+    train_denoiser(net, shuffle_pixels(images[: settings.sizes[-1]]), settings.steps, lr=settings.lr, seed=own)
+    noisy = test + sigma * noise_like(test, seed)
+    return {"test_psnr": psnr(denoise(net, shuffle_pixels(noisy)), shuffle_pixels(test))}
 
 
 def control(settings: Settings, images: Tensor, test: Tensor, seed: int) -> dict[str, float]:
     """Errors of homogeneity with biases and ordinary batch norms."""
-    net = ordinary(BiasFreeUNet(1, settings.base, 2))
-    train_denoiser(net, images[: settings.sizes[-1]], settings.steps // 4, lr=settings.lr, seed=seed)
-    return errors_of_homogeneity(net.eval(), test + 0.25 * torch.randn(test.shape))
+    start, own = untrained(settings, seed)
+    net = ordinary(start, seed)
+    train_denoiser(net, images[: settings.sizes[-1]], settings.steps // 4, lr=settings.lr, seed=own)
+    return errors_of_homogeneity(net.eval(), test + 0.25 * noise_like(test, seed))
 
 
 def run(run: Run[Settings]) -> None:

@@ -164,7 +164,7 @@ def run(run: Run[Settings]) -> None:
                            seed=run.seed, device=run.device)  # fmt: skip
 
     learned = run.arm("policy_alone", alone, Reinforce())
-    shuffled = run.arm("shuffled_rewards", alone, ShuffledRewards())
+    shuffled = run.arm("shuffled_rewards", alone, ShuffledRewards(run.seed))
     run.values("policy_learns", difference=learned["difference"], fall=1 - learned["after"] / learned["before"])
     run.values("negative_control", difference=shuffled["difference"])
     arms = {name: run.arm(name, arm, run, parts, name) for name in RULES}
