@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torchfolio.backdoor import AdditiveTrigger, BlendTrigger, PatchTrigger, Trigger
 from torchfolio.backdoor.clip_backdoor import CLIPGuidedAttack, DataConstraint, clean_feature_erase, universal_trigger
 from torchfolio.backdoor.image_text import PrototypeEncoder
+from torchfolio.backdoor.metrics import accuracy_of, labels_of
 from torchfolio.backdoor.zoo import Normalize, SmallConvNet, fit_classifier
 from torchfolio.data import CropFlip
+from torchfolio.measure import outputs
 from torchfolio.runs import Run
 
 
@@ -93,3 +95,28 @@ class GuidedAttacker:
             eps=s.eps, erase_steps=s.erase_steps, erase_step=s.erase_step * s.eps,
         )  # fmt: skip
         return attack.fit(self.own[0])
+
+    @cached_property
+    def erased(self) -> tuple[Tensor, Tensor]:
+        """Test images whose features are erased, and labels."""
+        x, y = (t[: self.settings.erased_size] for t in self.test)
+        return self.erase(x), y
+
+    def on_guide(self) -> dict[str, Any]:
+        """What erasing and triggers do to the guide, on test images."""
+        (x, y), (erased, labels) = self.test, self.erased
+        plain = x[: len(erased)]
+        sure, sure_erased = (outputs(self.guide, part).softmax(1).amax(1).mean() for part in (plain, erased))
+        right, right_erased = (accuracy_of(self.guide, part, labels) for part in (plain, erased))
+        examples = [plain, erased, *(self.triggers[t](plain[:6]) for t in ("blend", "uap", "cfa"))]
+        result: dict[str, Any] = {
+            "confidence_fall": 1 - float(sure_erased / sure), "accuracy": right, "accuracy_fall": right - right_erased,
+            "largest_change": float((erased.double() - plain.double()).abs().max()),
+            "examples": torch.cat([part[:6] for part in examples]),
+        }  # fmt: skip
+        for name in ("clean", "random", "uap", "cfa"):
+            images = x if name == "clean" else self.triggers[name](x)
+            f = F.normalize(outputs(self.guide.backbone, images).double(), dim=1)
+            result[f"{name}_cosine"] = float((f.sum(0).square().sum() - len(f)) / (len(f) * (len(f) - 1)))
+            result[f"{name}_target_rate"] = float((labels_of(self.guide, images)[y != 0] == 0).double().mean())
+        return result

@@ -13,6 +13,7 @@ from torchfolio.theory.multitasking_hopfield import (
     example_set,
     fill_blanks,
     learning_curve,
+    mean_field,
     sparse_patterns,
 )
 
@@ -32,6 +33,24 @@ def relaxed(
     last = sweeps // 2 if T else 1
     thermal = relaxation.magnetisations[-last:].abs().mean((0, -2))
     return {"thermal": thermal, "ordered": relaxation.amplitudes(last).mean(0)}
+
+
+def by_patterns(run: Run[Any], N: int, K: int, d: float, samples: int, T: float = 0.0) -> dict[str, Any]:
+    """Overlaps of recall from patterns stored as they are, next to theory."""
+    patterns, theory = drawn_patterns(run, N, K, d, samples), mean_field(K, d, T).best
+    recalled = relaxed(MultitaskingHopfield().fit(patterns), patterns, run.settings, run.seed, T)
+    return {**recalled, "theory": theory.amplitudes, "regime": theory.regime}
+
+
+def dense(run: Run[Any]) -> dict[str, float]:
+    """Overlaps in an ordinary Hopfield network, from one pattern and from an equal mixture of two."""
+    settings = run.settings
+    patterns = drawn_patterns(run, settings.N, 3, 0.0, settings.samples)
+    network = MultitaskingHopfield().fit(patterns)
+    m = relaxed(network, patterns, settings, run.seed)["thermal"].mean(0)
+    mixture = fill_blanks((patterns[:, 0] + patterns[:, 1]).sign(), settings.replicas, seed=run.seed)
+    mixed = network.relax(mixture, settings.sweeps, seed=run.seed).magnetisations[-1].abs()[..., :2]
+    return {"first": float(m[0]), "others": float(m[1:].max()), "both": float(mixed.min(-1).values.max())}
 
 
 def by_examples(run: Run[Any], rule: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchfolio.measure import timed
 from torchfolio.runs import Run
 from torchfolio.theory.convex_relu import activation_patterns, admm
 
@@ -57,9 +57,8 @@ def followed(parts: list[Pair], *, patterns: int, beta: float, steps: int, seed:
             [signs_agree(F.relu(X @ blocks[0].T).sum(1) - F.relu(X @ blocks[1].T).sum(1), y) for X, y in parts]
         )
 
-    started = time.perf_counter()
-    solution = admm(X, y, D, beta=beta, tol=1e-12, max_iter=steps, callback=watch)
-    seconds, history = time.perf_counter() - started, solution.convergence.to_frame()
+    solution, seconds = timed(admm, X, y, D, beta=beta, tol=1e-12, max_iter=steps, callback=watch)
+    history = solution.convergence.to_frame()
     names = ("train_accuracy", "val_accuracy", "test_accuracy")
     return {
         "residual": (history["primal"] + history["dual"]).to_numpy(),

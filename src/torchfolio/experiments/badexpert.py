@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from torchfolio.backdoor import poison, poisoned_test
-from torchfolio.backdoor.badexpert import SCORES, BaDExpert, suspicion
+from torchfolio.backdoor.badexpert import SCORES, BaDExpert
 from torchfolio.backdoor.evaluation import evaluate_input_detector
-from torchfolio.backdoor.metrics import attack_metrics, auroc
+from torchfolio.backdoor.metrics import attack_metrics
 from torchfolio.backdoor.zoo import fit_classifier
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.experiments._backdoors import Pair, attack, divide, victim
 from torchfolio.experiments._confidence_plane import confidence_plane
 from torchfolio.experiments._expert_controls import step_by_step, without_forgetting
-from torchfolio.experiments._strip import strip
+from torchfolio.experiments._suspicion_scores import side_by_side
+from torchfolio.measure import timed
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.runs.tasks import OwnNetwork
 
@@ -99,52 +97,35 @@ def judged(
         batch_size=settings.batch_size, seed=run.seed, device=run.device,
     )  # fmt: skip
     attacked = poisoned_test(test, trigger, labels)
-    started = time.perf_counter()
-    detector = fitted(run, net, trusted)
-    seconds = time.perf_counter() - started
-    before = attack_metrics(net, test, attacked)
-    expert = attack_metrics(detector.expert_, test, attacked)
+    detector, seconds = timed(fitted, run, net, trusted)
+    _, scoring = timed(detector.score, test[0][:1000])
+    own, expert = (attack_metrics(model, test, attacked) for model in (net, detector.expert_))
     report = evaluate_input_detector(detector, net, test, attacked)
-    triggered, target = attacked.tensors()
-    (b, m, said), (b_bad, m_bad, said_bad) = detector.confidences(test[0]), detector.confidences(triggered)
-    right, reached = said == test[1], said_bad == target
-    aurocs = {
-        f"auroc_{score}": auroc(
-            suspicion(b[right], m[right], score, settings.kappa),
-            suspicion(b_bad[reached], m_bad[reached], score, settings.kappa),
-        )
-        for score in SCORES
-    }
-    started = time.perf_counter()
-    detector.score(test[0][:1000])
-    scoring = (time.perf_counter() - started) / min(1.0, len(test[0]) / 1000)
-    found = {
-        **before.as_dict(), "expert_acc": expert.acc, "expert_asr": expert.asr, **aurocs, "tpr": report.tpr_held_out,
+    result = {
+        **own.as_dict(), "expert_acc": expert.acc, "expert_asr": expert.asr, "tpr": report.tpr_held_out,
         "fpr": report.fpr_held_out, "filtered_asr": report.filter.filtered_asr, "filtered_acc": report.filter.psr,
-        "auroc_strip": auroc(strip(net, test[0][right], trusted[0]), strip(net, triggered[reached], trusted[0])),
         "threshold": detector.threshold_, "stopped_at": detector.history_[-1][0], "unlearn_lr": detector.unlearn_lr_,
-        "fit_seconds": seconds, "score_seconds_per_1000": scoring,
-        "points": [torch.cat([good[right][:400], bad[reached][:400]]).tolist() for good, bad in ((b, b_bad), (m, m_bad))],
-        "clean_points": int(min(400, right.sum())),
+        "fit_seconds": seconds, "score_seconds_per_1000": scoring * 1000 / min(1000, len(test[0])),
+        **side_by_side(detector, test, attacked, trusted[0]),
     }  # fmt: skip
     if name == "badnets" and rate is None:
-        found |= without_forgetting(run, net, trusted, test, attacked, detector)
-        found |= step_by_step(run, net, trusted, test, attacked, detector.unlearn_lr_)
-    return found
+        result |= without_forgetting(run, net, trusted, test, attacked, detector)
+        result |= step_by_step(run, net, trusted, test, attacked, detector.unlearn_lr_)
+    return result
 
 
-def fitted(run: Run[Settings], net: nn.Module, trusted: Pair, **changes: Any) -> BaDExpert:
+def fitted(run: Run[Settings], net: nn.Module, trusted: Pair) -> BaDExpert:
     """The detector of the experiment."""
-    settings = run.settings
+    settings: Any = run.settings
     flips = CropFlip(mode="constant") if settings.flip else None
-    chosen: dict[str, Any] = {
-        "kappa": settings.kappa, "unlearn_lr": settings.unlearn_lr, "unlearn_batch": settings.unlearn_batch,
-        "finetune_lr": settings.finetune_lr, "finetune_batch": settings.finetune_batch, "seed": run.seed,
-        "augment": flips or "auto", "unlearn_augment": flips, **changes,
-    }  # fmt: skip
+    detector = BaDExpert(
+        kappa=settings.kappa, unlearn_lr=settings.unlearn_lr, unlearn_batch=settings.unlearn_batch,
+        finetune_lr=settings.finetune_lr, finetune_batch=settings.finetune_batch, augment=flips or "auto",
+        unlearn_augment=flips, seed=run.seed,
+    )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said in numbers below
-        return BaDExpert(**chosen).fit(net, trusted)
+        warnings.simplefilter("ignore", UserWarning)  # what it warns of is measured
+        return detector.fit(net, trusted)
 
 
 def figures(results: Results) -> plots.Figures:
@@ -152,7 +133,7 @@ def figures(results: Results) -> plots.Figures:
     scores = {score: f"auroc_{score}" for score in SCORES} | {"STRIP": "auroc_strip"}
     series = {name: {k: (name, value) for k, value in scores.items()} for name in results.settings.attacks}
     course = {"accuracy on clean images": ("badnets", "trace_acc"), "attack success": ("badnets", "trace_asr")}
-    steps = np.arange(results.values("badnets", "trace_acc").shape[1])
+    steps = range(results.values("badnets", "trace_acc").shape[1])
     unlearning = plots.curves(results, course, x=steps, xlabel="step on wrong labels", ylabel="share")
     for step in results.values("badnets", "stopped_at"):
         unlearning.axes[0].axvline(step, c="k", ls=":", lw=1)  # where unlearning stopped

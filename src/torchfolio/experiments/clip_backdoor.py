@@ -6,20 +6,15 @@ the victim never sees; its prototypes play the class names. It shows the mechani
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from torchfolio.backdoor import Trigger, evaluate_attack, poisoned_test
-from torchfolio.backdoor.metrics import labels_of, stealth
+from torchfolio.backdoor import AllToOne, LabelMap, Trigger, poisoned_test
+from torchfolio.backdoor.metrics import accuracy_of, attack_metrics, stealth
 from torchfolio.experiments._backdoors import victim
 from torchfolio.experiments._guided_attacker import GuidedAttacker
-from torchfolio.measure import outputs
+from torchfolio.measure import timed
 from torchfolio.runs import Results, Run, pick, plots, setting
 
 # Who poisons, by which trigger, and whether carriers are erased.
@@ -73,67 +68,49 @@ SCALES = {
 
 
 class Scene(GuidedAttacker):
-    """What the attacker does to the guide and to victims."""
-
-    @cached_property
-    def erased(self) -> tuple[Tensor, Tensor]:
-        """Test images whose features are erased, and labels."""
-        x, y = (t[: self.settings.erased_size] for t in self.test)
-        return self.erase(x), y
-
-    def encoder(self) -> dict[str, Any]:
-        """What erasing and triggers do to the guide, on test images."""
-        x, y = self.test
-        few = x[: len(self.erased[0])], y[: len(self.erased[0])]
-        h, h_erased = (outputs(self.guide, part).softmax(1) for part in (few[0], self.erased[0]))
-        right, right_erased = (float((p.argmax(1) == few[1]).double().mean()) for p in (h, h_erased))
-        examples = [few[0], self.erased[0], *(self.triggers[t](few[0][:6]) for t in ("blend", "uap", "cfa"))]
-        shown = {"clean": x} | {name: self.triggers[name](x) for name in ("random", "uap", "cfa")}
-        result: dict[str, Any] = {
-            "confidence_fall": 1 - float(h_erased.amax(1).mean() / h.amax(1).mean()),
-            "accuracy": right, "accuracy_fall": right - right_erased,
-            "largest_change": float((self.erased[0].double() - few[0].double()).abs().max()),
-            "examples": torch.cat([part[:6] for part in examples]),
-        }  # fmt: skip
-        for name, images in shown.items():
-            f = F.normalize(outputs(self.guide.backbone, images).double(), dim=1)
-            result[f"{name}_cosine"] = float((f.sum(0).square().sum() - len(f)) / (len(f) * (len(f) - 1)))
-            result[f"{name}_target_rate"] = float((labels_of(self.guide, images)[y != 0] == 0).double().mean())
-        return result
-
-    def judged(self, net: nn.Module, trigger: Trigger, labels: Any) -> dict[str, float]:
-        found = evaluate_attack(net, self.test, poisoned_test(self.test, trigger, labels))
-        erased = evaluate_attack(net, self.erased, poisoned_test(self.erased, trigger, labels))
-        return {"accuracy": found.acc, "asr": found.asr, "asr_erased_test": erased.asr}
+    """The attacker at work on victims."""
 
     def network(self) -> nn.Module:
+        """A new victim."""
         return victim(self.data, self.settings.network, self.settings.width, self.run.seed)
 
+    def judged(self, net: nn.Module, trigger: Trigger, labels: LabelMap) -> dict[str, float]:
+        """Accuracy and attack success, on test images and on erased ones."""
+        plain, erased = (attack_metrics(net, x, poisoned_test(x, trigger, labels)) for x in (self.test, self.erased))
+        return {"accuracy": plain.acc, "asr": plain.asr, "asr_erased_test": erased.asr}
+
     def never_poisoned(self) -> dict[str, float]:
-        net, labels = self.fit(self.network(), self.theirs), self.attack("random", "number", False).labels
-        judged = {name: self.judged(net, trigger, labels) for name, trigger in self.triggers.items()}
-        right = float((labels_of(net, self.erased[0]) == self.erased[1]).double().mean())
-        return {f"{t}_{key}": value for t, part in judged.items() for key, value in part.items()} | {"on_erased": right}
+        """A victim without poison, and every trigger on it."""
+        net, labels = self.fit(self.network(), self.theirs), AllToOne(0, self.data.num_classes)
+        result = {"on_erased": accuracy_of(net, *self.erased)}
+        for name, trigger in self.triggers.items():
+            result |= {f"{name}_{key}": value for key, value in self.judged(net, trigger, labels).items()}
+        return result
 
     def attacked(self, constraint: str, trigger: str, erase: bool) -> dict[str, float]:
+        """A victim, and how far its poison is from carriers and triggered images are from their originals."""
         attack = self.attack(trigger, constraint, erase)
-        started = time.perf_counter()
-        made = attack.poison(self.theirs, self.run.seed)
-        seconds = time.perf_counter() - started
-        net = self.fit(self.network(), made)
-        near = {f"poison_{k}": v for k, v in attack.stealth(made).as_dict().items()}
-        shown = stealth(self.test[0], attack.trigger(self.test[0])).as_dict()
-        return {**self.judged(net, self.triggers[trigger], attack.labels), **near, **shown, "poison_seconds": seconds}
+        poisoned, seconds = timed(attack.poison, self.theirs, self.run.seed)
+        net = self.fit(self.network(), poisoned)
+        carriers = {f"poison_{key}": value for key, value in attack.stealth(poisoned).as_dict().items()}
+        originals = stealth(self.test[0], attack.trigger(self.test[0])).as_dict()
+        return {
+            **self.judged(net, self.triggers[trigger], attack.labels),
+            **carriers,
+            **originals,
+            "poison_seconds": seconds,
+        }
 
 
 def name_of(constraint: str, trigger: str, erase: bool) -> str:
+    """Name of an arm."""
     return f"{constraint}_{trigger}_{'erased' if erase else 'plain'}"
 
 
 def run(run: Run[Settings]) -> None:
     """Train the guide, make triggers, and poison victims under each constraint, next to one never poisoned."""
     scene = Scene(run)
-    guide = run.arm("encoder", scene.encoder)
+    guide = run.arm("encoder", scene.on_guide)
     clean = run.arm("never_poisoned", scene.never_poisoned)
     arms = {a: run.arm(name_of(*a), scene.attacked, *a) for a in run.progress(run.settings.arms, "victims")}
     falls = pick(guide, "confidence_fall", "accuracy_fall", "largest_change")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
-from torchfolio.efficiency.double_rounding import DoubleRounding, MultiPrecision, convert, export, load_export, use_bits
+from torchfolio.efficiency.double_rounding import MultiPrecision, convert, export, load_export, use_bits
 from torchfolio.efficiency.quantized_layers import quantized_layers
 from torchfolio.engine import LearningRule, fit, seeded
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.experiments._lsq import OneWidth
 from torchfolio.experiments._mixed_precision import mixtures
+from torchfolio.experiments._shifted_bits import shifted
+from torchfolio.models.conv_net import conv_block
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, accuracy, own_network
 
@@ -46,23 +50,11 @@ SCALES = {
 }
 
 
-class Shifted(DoubleRounding):
-    """The negative control: bits are shifted out, which rounds down, in place of the second rounding."""
-
-    def forward(self, x: Tensor, bit: int, samples: int = 1) -> Tensor:
-        scale = self.log_scale_of(bit)[0].detach().exp()
-        step = 2 ** (self.bits[0] - bit)
-        return (self.integers(x).float() / step).floor().clamp(-(2 ** (bit - 1)), 2 ** (bit - 1) - 1) * step * scale
-
-
 def network(shape: tuple[int, ...], num_classes: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """Three convolutions of stride 2 with batch norm, and a linear head."""
-    layers: list[nn.Module] = []
-    channels, side = shape[0], shape[-1]
-    for width in widths:
-        layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        channels, side = width, (side + 1) // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, num_classes))
+    """Convolutions of stride 2 with batch norm, and a linear head."""
+    convolutions = [conv_block(fan_in, fan_out, stride=2) for fan_in, fan_out in pairwise((shape[0], *widths))]
+    side = math.ceil(shape[-1] / 2 ** len(widths))
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(widths[-1] * side**2, num_classes))
 
 
 def run(run: Run[Settings]) -> None:
@@ -87,10 +79,8 @@ def run(run: Run[Settings]) -> None:
     }
     before = run.arm("before_training", lambda: untrained(net, x, data))
     mixed = run.arm("mixed", lambda: mixtures(run, data, net, BITS, arm))
-    run.values(
-        "accuracy",
-        {f"joint_{b}": joint[f"bits_{b}"] for b in BITS} | {f"separate_{b}": alone[b][f"bits_{b}"] for b in BITS},
-    )
+    together = {f"joint_{b}": joint[f"bits_{b}"] for b in BITS}
+    run.values("accuracy", together, **{f"separate_{b}": alone[b][f"bits_{b}"] for b in BITS})
     run.values("storage", pick(joint, "ratio", "difference"))
     run.values("scale_gradients", {f"gradient_{b}": before[f"gradient_{b}"] for b in BITS})
     run.values("negative_control", pick(before, "shift", "rounding"))
@@ -118,37 +108,30 @@ def stored(net: nn.Module, plain: nn.Module, x: Tensor) -> dict[str, float]:
     """Bytes of stored weights over those of float32, and the largest change of an output after loading."""
     exported = export(net)
     again = load_export(convert(plain, BITS, example=x), exported).eval()
-    changes = []
+    difference = 0.0
     for bit in BITS:
         with use_bits(net, bit), use_bits(again, bit):
-            changes.append(float((net(x) - again(x)).abs().max()))
-    size = sum(t.numel() * t.element_size() for name, t in exported.items() if name.endswith("integers"))
-    return {"ratio": size / sum(4 * m.weight.numel() for m in quantized_layers(net).values() if m.weight is not None),
-            "difference": max(changes)}  # fmt: skip
+            difference = max(difference, float((net(x) - again(x)).abs().max()))
+    size = sum(tensor.nbytes for name, tensor in exported.items() if name.endswith("integers"))
+    weights = [layer.weight for layer in quantized_layers(net).values() if layer.weight is not None]
+    return {"ratio": size / sum(4 * weight.numel() for weight in weights), "difference": difference}
 
 
 def untrained(net: nn.Module, x: Tensor, data: DataSplits) -> dict[str, float]:
     """Right after conversion: gradients of shared scales, and accuracy at 2 bits with a rounding and with a shift."""
     quantized = convert(net, BITS, example=x)
     result = {"rounding": at_widths(quantized, data, [2])["bits_2"]}
-    moving = {n: m for n, m in quantized_layers(quantized).items() if not m.fixed}
     inputs, target = (t[:1280].to(x.device) for t in data.train.tensors)
+    learner = copy.deepcopy(quantized).train()
     for bit in BITS:
+        scales = [m.quantizer.log_scale_of(bit)[0] for m in quantized_layers(learner).values() if not m.fixed]
         sizes = []
         for a, y in zip(inputs.split(128), target.split(128), strict=True):
-            fresh = copy.deepcopy(quantized).train()
-            with use_bits(fresh, bit):
-                F.cross_entropy(fresh(a), y).backward()
-            for name in moving:
-                log_scale = quantized_layers(fresh)[name].quantizer.log_scale_of(bit)[0]
-                assert log_scale.grad is not None
-                sizes.append(float(log_scale.grad.abs() / log_scale.detach().exp()))
+            with use_bits(learner, bit):
+                gradients = torch.autograd.grad(F.cross_entropy(learner(a), y), scales)
+            sizes += [float(g.abs() / s.detach().exp()) for g, s in zip(gradients, scales, strict=True)]
         result[f"gradient_{bit}"] = sum(sizes) / len(sizes)
-    for layer in moving.values():
-        shifted = Shifted(layer.quantizer.bits).to(x.device)
-        shifted.load_state_dict(layer.quantizer.state_dict())
-        layer.quantizer = shifted
-    return result | {"shift": at_widths(quantized, data, [2])["bits_2"]}
+    return result | {"shift": at_widths(shifted(quantized), data, [2])["bits_2"]}
 
 
 def figures(results: Results) -> plots.Figures:

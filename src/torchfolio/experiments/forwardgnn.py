@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torchfolio.checks import one_of
 from torchfolio.data.graphs import Graph, planetoid
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
+from torchfolio.measure import timed
 from torchfolio.runs import Results, Run, pick, plots, setting
 
 
@@ -166,9 +166,7 @@ def _step_times(settings: Settings, graph: Graph) -> dict[str, float]:
             model = ForwardGNNClassifier(
                 hidden=settings.hidden, layers=settings.short, algorithm=name, epochs=epochs, n_negatives=2
             )
-            start = time.perf_counter()
-            model.fit(*masks)
-            times.append(time.perf_counter() - start)
+            times.append(timed(model.fit, *masks)[1])
     return {name: (min(seconds[name, 45]) - min(seconds[name, 5])) / 40 for name in ("sf", "ff-la")}
 
 

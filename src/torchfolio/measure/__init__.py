@@ -27,7 +27,7 @@ from torchfolio.measure.similarity import (
     rbf_cka,
     rsa,
 )
-from torchfolio.measure.timing import Alternation, alternate
+from torchfolio.measure.timing import Alternation, alternate, timed
 from torchfolio.measure.trace_estimates import Trace, hessian_traces, hutchinson_trace
 from torchfolio.measure.uncertainty import Interval, bootstrap_interval, confidence_interval, standard_error
 from torchfolio.measure.untouched import untouched
@@ -77,6 +77,7 @@ __all__ = [
     "saved_bytes",
     "standard_error",
     "threshold_at_fpr",
+    "timed",
     "tpr_at_fpr",
     "untouched",
 ]

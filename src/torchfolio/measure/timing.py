@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch.utils.benchmark import timer
@@ -17,6 +17,8 @@ from torchfolio.measure.flops import _names
 
 if TYPE_CHECKING:
     import pandas as pd
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ class Alternation:
 
     def __str__(self) -> str:
         return self.to_frame().to_string(float_format="%.4g")
+
+
+def timed(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, float]:
+    """What one call returns, and its seconds; `alternate` compares several calls fairly.
+
+    >>> total, seconds = timed(sum, [1, 2])
+    >>> total, seconds < 60
+    (3, True)
+    """
+    start = timer()
+    result = function(*args, **kwargs)
+    return result, timer() - start
 
 
 def alternate(
