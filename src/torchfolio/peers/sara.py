@@ -9,8 +9,8 @@ from torch import Tensor
 
 from torchfolio.adaptation.sara import SaRA, nuclear_gradient
 from torchfolio.dynamics.diffusion import MLPDenoiser, noise_prediction_loss
+from torchfolio.experiments._half_denoisers import schedule
 from torchfolio.experiments._lora import with_lora
-from torchfolio.experiments.sara import schedule
 
 
 def peers(bench: Any) -> None:
