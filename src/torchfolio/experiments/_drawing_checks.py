@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,24 @@ from torch import Tensor, nn
 
 from torchfolio.diagrams import Drawing, check_svg
 from torchfolio.diagrams.graph import Graph
+from torchfolio.measure import timed
 
 DERIVATIVES = ("linear", "elementwise", "softmax", "einsum", "conv", "add", "copy", "concat")
 
 
-def as_drawn(drawing: Drawing, again: Drawing) -> dict[str, Any]:
-    document = drawing.svg()
+def as_drawn(make: Callable[[], Drawing]) -> tuple[Drawing, dict[str, Any]]:
+    """A drawing, the seconds it takes, what is wrong with it, and whether it comes out the same to the byte again."""
+
+    def drawn() -> tuple[Drawing, str]:
+        drawing = make()
+        return drawing, drawing.svg()
+
+    (drawing, document), seconds = timed(drawn)
     found = check_svg(document)
-    return {
+    return drawing, {
         "wrong_columns": sum(not c.agrees for c in found.columns), "overlaps": len(found.overlaps),
-        "clear": 1 - len(found.through) / max(1, found.wires), "other_bytes": int(document != again.svg()),
-        "columns": len(drawing.sheet.columns),
+        "clear": 1 - len(found.through) / max(1, found.wires), "other_bytes": int(document != drawn()[1]),
+        "columns": len(drawing.sheet.columns), "seconds": seconds,
     }  # fmt: skip
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchfolio.backdoor import AllToOne, poisoned_test
+from torchfolio.backdoor import AllToOne
 from torchfolio.backdoor.inversion import perturbations
-from torchfolio.backdoor.metrics import attack_metrics, labels_of
+from torchfolio.backdoor.metrics import labels_of
 from torchfolio.backdoor.smoothinv import SmoothInv
 from torchfolio.backdoor.victims import default_net, victim
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.experiments._backdoors import patch, perceptron
-from torchfolio.experiments._hardened_victims import hardened
+from torchfolio.experiments._backdoors import patch
 from torchfolio.experiments._neural_cleanse import mask_and_pattern
+from torchfolio.experiments._target_profiles import HARDENED, profile, targets, true_and_next
 from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.runs.tasks import OwnNetwork, own_network
 
@@ -57,92 +59,69 @@ SCALES = {
 def run(run: Run[Settings]) -> None:
     """Train victims and clean networks, draw perturbations, and try them on other test images."""
     s = run.settings
-    data = run.data(s.data, normalize=False, val=0, train_size=s.size)
-    found = run.arm("images", inversions, run, data)
-    key = f"{s.eps[0]:g}"
-    best = max(s.sigma, key=lambda sigma: found[f"held {sigma:g} {key}"])
-    run.values("inversion", asr=found[f"asr {s.sigma[0]:g} {s.eps[-1]:g}"], trigger=found["trigger"])
-    run.values("smoothing", best=found[f"asr {best:g} {key}"], plain=found[f"asr 0 {key}"], masked=found["masked"])
-    run.values(
-        "fidelity", share=found[f"share {s.sigma[0]:g} {key}"], plain=found[f"share 0 {key}"], area=found["area"]
-    )
-    run.values("negative_control", asr=found["clean"])
-    small = run.data(s.digits, normalize=False, val=0, train_size=s.digits_size)
-    digits = run.arm("digits", targets, run, small)
-    profiles = {"images": found["profile"], "digits": digits["bad"]}
-    ranks = {**{k: v[0] for k, v in profiles.items()}, **{f"{k}_next": max(v[1:]) for k, v in profiles.items()}}
-    alarms, others = digits["alarm_conv"] + found["alarm"], digits["alarm_narrow"] + digits["alarm_mlp"]
+    images = run.arm("images", inversions, run, run.data(s.data, normalize=False, val=0, train_size=s.size))
+    level, tight, wide = (f"{value:g}" for value in (s.sigma[0], s.eps[0], s.eps[-1]))
+    best = max((f"{sigma:g}" for sigma in s.sigma), key=lambda sigma: images[f"held {sigma} {tight}"])
+    run.values("inversion", asr=images[f"asr {level} {wide}"], trigger=images["trigger"])
+    plain = images[f"asr 0 {tight}"]
+    run.values("smoothing", best=images[f"asr {best} {tight}"], plain=plain, masked=images["masked"])
+    plain = images[f"share 0 {tight}"]
+    run.values("fidelity", share=images[f"share {level} {tight}"], plain=plain, area=images["area"])
+    run.values("negative_control", asr=images["clean"])
+    digits = run.arm("digits", targets, run, run.data(s.digits, normalize=False, val=0, train_size=s.digits_size))
+    ranks = true_and_next({"images": images["profile"], "digits": digits["bad"]})
+    alarms, others = digits["alarm_conv"] + images["alarm"], digits["alarm_narrow"] + digits["alarm_mlp"]
     run.values("target", ranks, false_alarms=alarms, other_false_alarms=others)
-    hard = pick(digits, "negatives", "augmented")
-    ranks = {**{k: v[0] for k, v in hard.items()}, **{f"{k}_next": max(v[1:]) for k, v in hard.items()}}
-    run.values("countermeasures", ranks, **{f"{k}_trigger": digits[f"trigger_{k}"] for k in hard})
+    ranks = true_and_next(pick(digits, *HARDENED))
+    run.values("countermeasures", ranks, **{f"{kind}_trigger": digits[f"trigger_{kind}"] for kind in HARDENED})
 
 
 def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """Success, place and looks of perturbations from single images, against plain descent and mask and pattern."""
     s = run.settings
-    trigger, labels = patch(data.shape), AllToOne(0, data.num_classes)
-    bad, clean = (
-        victim(data, trigger, labels, rate=rate, epochs=s.epochs, seed=run.seed,
-               net=lambda: own_network(s, data, lambda: default_net(data, s.width)),
-               augment=CropFlip(padding=0), device=run.device)
-        for rate in (s.rate, 0.0)
+    train = partial(
+        victim, data, patch(data.shape), AllToOne(0, data.num_classes), epochs=s.epochs, seed=run.seed,
+        net=lambda: own_network(s, data, lambda: default_net(data, s.width)), augment=CropFlip(padding=0),
+        device=run.device,
     )  # fmt: skip
-    x, y = data.test.tensors
-    # The first test image of each source that neither network takes for the target.
-    usable = (labels_of(bad.model, x) != 0) & (labels_of(clean.model, x) != 0)
-    chosen = [int((2 * (y == c) + ((y == c) & usable)).argmax()) for c in s.sources]
-    images = x[chosen]
-    rest = torch.ones(len(x), dtype=torch.bool).index_fill(0, torch.tensor(chosen), False)
-    # The noise level is chosen on images that success is not reported on.
-    further = x[rest & (y != 0)]
-    held, others = further[: s.pool], further[s.pool :][: s.others]
-    side = [max(3, k // 5) for k in data.shape[1:]]
+    bad, clean = train(rate=s.rate), train(rate=0.0)
+    images, held, others = divided(s, data, (bad.model, clean.model))
+    tall, across = (max(3, side // 5) for side in data.shape[1:])
     corner = torch.zeros(data.shape[1:])
-    corner[-side[0] :, -side[1] :] = 1
-    result: dict[str, Any] = {"trigger": bad.metrics.asr, "acc": bad.metrics.acc, "area": float(corner.mean())}
+    corner[-tall:, -across:] = 1
+    masked = [mask_and_pattern(bad.model, image, others, s.steps) for image in images]
+    result: dict[str, Any] = {"trigger": bad.metrics.asr, "acc": bad.metrics.acc, "area": float(corner.mean()),
+                              "masked": np.mean(masked)}  # fmt: skip
+    draw = partial(SmoothInv, steps=s.steps, n=s.n, patience=None, seed=run.seed)
     panel = [images[0]]
-    for eps in s.eps:
-        for sigma in (0.0, *s.sigma):
-            draw = SmoothInv(sigma, eps, s.steps, n=s.n, patience=None, seed=run.seed)
-            inverted, name = [draw.invert(bad.model, image, 0) for image in images], f"{sigma:g} {eps:g}"
-            inside = [(t.delta**2 * corner).sum() / (t.delta**2).sum() for t in inverted]
-            result[f"asr {name}"] = average(t.asr(bad.model, others) for t in inverted)
-            result[f"held {name}"] = average(t.asr(bad.model, held) for t in inverted)
-            result[f"share {name}"] = average(float(share) for share in inside)
-            panel += [inverted[0].delta] if eps == s.eps[0] else []
-            if (sigma, eps) == (s.sigma[0], s.eps[0]):
-                result["clean"] = average(draw.invert(clean.model, i, 0).asr(clean.model, others) for i in images)
-    result["masked"] = average(mask_and_pattern(bad.model, image, others, s.steps) for image in images)
-    finder = SmoothInv(s.sigma[0], s.eps[0], s.steps // 2, n=s.n // 2, seed=run.seed)
-    profiles = [finder.identify_target(net.model, images[0], x[50:][: s.pool]) for net in (bad, clean)]
-    result |= {"profile": profiles[0].scores.tolist(), "profile_clean": profiles[1].scores.tolist()}
-    return result | {"alarm": int(profiles[1].target is not None), "panel": torch.stack(panel)}
-
-
-def average(values: Iterable[float]) -> float:
-    parts = list(values)
-    return sum(parts) / len(parts)
-
-
-def targets(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
-    """Profiles of digit networks: a victim, clean ones of several kinds, and victims trained against smoothing."""
-    s = run.settings
-    trigger, labels = patch(data.shape), AllToOne(0, data.num_classes)
-    kinds: dict[str, Callable[[], nn.Module]] = {
-        "conv": lambda: default_net(data, 8), "narrow": lambda: default_net(data, 4), "mlp": partial(perceptron, data)
+    for eps, sigma in product(s.eps, (0.0, *s.sigma)):
+        name, inverted = f"{sigma:g} {eps:g}", [draw(sigma, eps).invert(bad.model, image, 0) for image in images]
+        inside = [float((t.delta**2 * corner).sum() / (t.delta**2).sum()) for t in inverted]
+        result[f"asr {name}"] = np.mean([t.asr(bad.model, others) for t in inverted])
+        result[f"held {name}"] = np.mean([t.asr(bad.model, held) for t in inverted])
+        result[f"share {name}"] = np.mean(inside)
+        if eps == s.eps[0]:
+            panel.append(inverted[0].delta)
+    innocent = [draw(s.sigma[0], s.eps[0]).invert(clean.model, image, 0) for image in images]
+    profiles = [profile(run, net.model, images[0], data) for net in (bad, clean)]
+    return result | {
+        "clean": np.mean([t.asr(clean.model, others) for t in innocent]), "panel": torch.stack(panel),
+        "profile": profiles[0].scores.tolist(), "profile_clean": profiles[1].scores.tolist(),
+        "alarm": int(profiles[1].target is not None),
     }  # fmt: skip
-    train = partial(victim, data, trigger, labels, epochs=s.digits_epochs, seed=run.seed, device=run.device)
-    nets = {"bad": train(rate=s.rate).model, **{name: train(rate=0, net=net).model for name, net in kinds.items()}}
-    nets |= {name: hardened(run, data, name) for name in ("negatives", "augmented")}
+
+
+def divided(settings: Settings, data: DataSplits, nets: Iterable[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
+    """Images that perturbations are drawn from, those that the noise level is chosen on, and those that are reported on.
+
+    The first are those of each source that no network takes for the target, where there are any.
+    """
     x, y = data.test.tensors
-    image, pool = x[y == s.sources[0]][0], x[50:][: s.pool]
-    finder = SmoothInv(s.sigma[0], s.eps[0], s.steps // 2, n=s.n // 2, seed=run.seed)
-    profiles = {name: finder.identify_target(net, image, pool) for name, net in nets.items()}
-    alarms = {f"alarm_{name}": int(profiles[name].target is not None) for name in kinds}
-    attacked = poisoned_test((x, y), trigger, labels)
-    success = {f"trigger_{name}": attack_metrics(net, (x, y), attacked).asr for name, net in nets.items()}
-    return {**{name: p.scores.tolist() for name, p in profiles.items()}, **alarms, **success}
+    usable = torch.stack([labels_of(net, x) != 0 for net in nets]).all(0)
+    chosen = [int((2 * (y == c) + ((y == c) & usable)).argmax()) for c in settings.sources]
+    rest = torch.ones(len(x), dtype=torch.bool).index_fill(0, torch.tensor(chosen), False)
+    further = x[rest & (y != 0)]
+    return x[chosen], further[: settings.pool], further[settings.pool :][: settings.others]
 
 
 def figures(results: Results) -> plots.Figures:
