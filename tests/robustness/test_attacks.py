@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -197,3 +199,35 @@ def test_decisions_alone_lead_near_the_boundary(norm):
 def test_bad_input_is_refused(arguments, settings, message):
     with pytest.raises(ValueError, match=message):
         pgd(linear()[0], *arguments, **{"eps": 0.1, "alpha": 0.1, "steps": 1, **settings})
+
+
+ATTACKS = {
+    "fgsm": partial(fgsm, eps=0.1),
+    "pgd": partial(pgd, eps=0.1, alpha=0.1, steps=2),
+    "pgd by cross-entropy": partial(pgd, eps=0.1, alpha=0.1, steps=2, loss="ce", restarts=2, targeted=True),
+    "deepfool": deepfool,
+    "nes": partial(nes, eps=0.1, step=0.1, steps=2),
+    "hop_skip_jump": partial(hop_skip_jump, max_queries=200),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_what_no_attack_can_judge_is_refused(attack):
+    """Labels out of range once gave errors of torch, or a success on all; a network of NaN seemed robust."""
+    net, x = network().eval(), points(shape=(12,), dtype=torch.float32).clamp(0, 1)
+    y = net(x).argmax(1)
+    assert attack(net, x, y.int()).success.shape == y.shape
+    for label in (-1, -100, net(x).shape[1]):
+        wrong = y.clone()
+        wrong[-1] = label
+        with pytest.raises(ValueError, match="labels from 0"):
+            attack(net, x, wrong)
+    with pytest.raises(ValueError, match="float input"):
+        attack(net, x.long(), y)
+    broken = network().eval()
+    next(broken.parameters()).data.flatten()[0] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN"):
+        attack(broken, x, y)
+    if attack is not deepfool:
+        with pytest.raises(ValueError, match="answers with NaN"):
+            attack(lambda x: net(x) * torch.nan, x, y)

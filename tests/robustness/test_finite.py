@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from tests.robustness.test_bounds import convolutional, small
+from torchfolio.robustness.certifier_base import classes_of
+from torchfolio.robustness.certifiers import SmoothingCertifier
 from torchfolio.robustness.properties import Box, Property, classification
 from torchfolio.robustness.relu_split import ReluSplit
 from torchfolio.robustness.verifiers import Crown, CrownSplit, Interval, milp_verify
@@ -82,3 +84,15 @@ def test_a_bound_that_is_infinite_or_nan_shows_nothing():
 def test_a_property_of_other_outputs_is_refused(verify):
     with pytest.raises(ValueError, match="outputs"):
         verify(small(), around((4,)), classification(0, 7))
+
+
+def test_a_network_of_nan_is_not_smoothed_into_certainty():
+    """Every vote for a class that nothing was said for would make a certificate of it."""
+    certifier = SmoothingCertifier(small(), 0.1, 0.1, n0=10, n=50)
+    x = torch.rand(2, 4, dtype=torch.float64)
+    certifier.certify(x)
+    next(certifier.model.parameters()).data.flatten()[0] = math.nan
+    with pytest.raises(ValueError, match="holds NaN"):
+        certifier.certify(x)
+    with pytest.raises(ValueError, match="answers with NaN"):
+        classes_of(torch.tensor([[0.0, math.nan]]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio import checks
 from torchfolio.measure import untouched
 from torchfolio.shown import Shown
 
@@ -23,6 +24,7 @@ __all__ = [
     "Norm",
     "attacked",
     "check_inputs",
+    "check_logits",
     "finished",
     "lengths",
     "logits_of",
@@ -77,7 +79,7 @@ def _sum_margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": lambda z, y: F.cross_entropy(z, y, reduction="none"),
+    "ce": lambda z, y: F.cross_entropy(z, y.long(), reduction="none"),
     "margin": margin,
     "sum_margin": _sum_margin,
 }
@@ -96,10 +98,11 @@ def wide(values: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A model in evaluation mode whose parameters want no gradients; all is put back."""
+    """A model in evaluation mode whose parameters want no gradients; all is put back. One that holds NaN is refused."""
     if not isinstance(model, nn.Module):
         yield
         return
+    checks.network(model)
     with untouched(model, training=False):
         for p in model.parameters():
             p.requires_grad_(False)
@@ -110,8 +113,18 @@ def objective_of(loss: Loss, targeted: bool) -> Callable[[Tensor, Tensor], Tenso
     """The function of logits and labels that an attack raises: the loss, or its negative to reach a target."""
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"expected a loss among {', '.join(LOSSES)} or a function, got {loss!r}")
-    objective = LOSSES[loss] if isinstance(loss, str) else loss
-    return (lambda z, y: -objective(z, y)) if targeted else objective
+    if not isinstance(loss, str):
+        return (lambda z, y: -loss(z, y)) if targeted else loss
+    checked = False
+
+    def objective(logits: Tensor, y: Tensor) -> Tensor:
+        nonlocal checked
+        if not checked:  # the first ones tell how many classes there are
+            check_logits(logits, y)
+        checked = True
+        return -LOSSES[loss](logits, y) if targeted else LOSSES[loss](logits, y)
+
+    return objective
 
 
 @torch.no_grad()
@@ -140,9 +153,17 @@ def check_inputs(x: Tensor, y: Tensor, clip: Clip, *, eps: float, restarts: int,
         raise ValueError(f"expected at least one float input, got {x.dtype} of shape {tuple(x.shape)}")
     if y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"expected integer labels [{len(x)}], got {y.dtype} of shape {tuple(y.shape)}")
+    checks.labels(y)
     if not bool(x.isfinite().all()):
         raise ValueError("the inputs hold NaN or infinite values")
     if clip is not None and not (clip[0] < clip[1] and float(x.min()) >= clip[0] and float(x.max()) <= clip[1]):
         raise ValueError(f"expected inputs in {clip}, got {float(x.min()):g} to {float(x.max()):g}")
     if not (math.isfinite(eps) and eps >= 0) or restarts < 1 or norm not in ("inf", 2):
         raise ValueError(f"expected eps >= 0, restarts >= 1 and norm 'inf' or 2, got {eps}, {restarts}, {norm!r}")
+
+
+def check_logits(logits: Tensor, y: Tensor) -> None:
+    """Raise ValueError on labels that the logits `[N, C]` do not tell apart, and on NaN, whose class is none."""
+    checks.labels(y, logits.shape[1])
+    if bool(logits.isnan().any()):
+        raise ValueError("the network answers with NaN, which names no class")

@@ -7,7 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchfolio.robustness.attack_base import Attack, Clip, attacked, check_inputs, finished, lengths, margin, wide
+from torchfolio.robustness.attack_base import (
+    Attack,
+    Clip,
+    attacked,
+    check_inputs,
+    check_logits,
+    finished,
+    lengths,
+    margin,
+    wide,
+)
 
 __all__ = ["deepfool"]
 
@@ -37,10 +47,11 @@ def deepfool(
         clip: range of valid inputs.
     """
     with attacked(model):
+        check_inputs(x, torch.zeros(len(x), dtype=torch.long) if y is None else y, clip, eps=0.0, restarts=1, norm=2)
         with torch.no_grad():
             logits = model(x)
         labels = logits.argmax(1) if y is None else y
-        check_inputs(x, labels, clip, eps=0.0, restarts=1, norm=2)
+        check_logits(logits, labels)
         count = logits.shape[1] if classes == "all" else min(int(classes), logits.shape[1])
         if count < 2:
             raise ValueError(f"expected at least two classes, got {classes!r}")

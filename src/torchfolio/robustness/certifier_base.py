@@ -79,9 +79,11 @@ def classes_of(logits: Any) -> Tensor:
     """Class of the largest logit, `[B]`.
 
     Raises:
-        ValueError: unless the logits are `[B, K]` of two classes or more.
+        ValueError: unless the logits are `[B, K]` of two classes or more, without NaN.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"expected logits [B, K] of two classes or more, got {shape}")
+    if bool(logits.isnan().any()):
+        raise ValueError("the network answers with NaN, which names no class")
     return logits.argmax(1)

@@ -13,6 +13,7 @@ from torchfolio.robustness.attack_base import (
     Norm,
     attacked,
     check_inputs,
+    check_logits,
     finished,
     lengths,
     logits_of,
@@ -95,7 +96,10 @@ class _Decisions:
 
     def adversarial(self, x: Tensor) -> Tensor:
         self.queries += 1
-        return logits_of(self.model, x, 4096).argmax(1) != self.y
+        logits = logits_of(self.model, x, 4096)
+        if self.queries == 1:
+            check_logits(logits, self.y)
+        return logits.argmax(1) != self.y
 
     def random(self, shape: torch.Size, like: Tensor, normal: bool) -> Tensor:
         draw = torch.randn if normal else torch.rand

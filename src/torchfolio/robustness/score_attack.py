@@ -13,6 +13,7 @@ from torchfolio.robustness.attack_base import (
     Loss,
     attacked,
     check_inputs,
+    check_logits,
     finished,
     logits_of,
     margin,
@@ -68,7 +69,9 @@ def nes(
     current, queries = x.clone(), 0
     with attacked(model), torch.no_grad():
         for _ in range(steps):
-            going = margin(logits_of(model, current, max_batch), y) <= stop
+            logits = logits_of(model, current, max_batch)
+            check_logits(logits, y)
+            going = margin(logits, y) <= stop
             if not going.any():
                 break
             queries += 2 * samples

@@ -70,6 +70,7 @@ class SmoothingCertifier(Certifier):
         return torch.where(p > 0.5, self.sigma * torch.special.ndtri(p), -torch.inf)
 
     def _prepared(self) -> Callable[[Tensor, int], Certificate]:
+        checks.network(self.model)
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
 
         @torch.no_grad()
