@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Sized
+from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "positive",
     "same_length",
     "whole",
+    "writable",
 ]
 
 T = TypeVar("T")
@@ -270,6 +273,27 @@ def same_length(**values: Sized) -> int:
         got = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"expected {' and '.join(lengths)} of the same length, {got}")
     return next(iter(lengths.values()), 0)
+
+
+def writable(path: Path) -> Path:
+    """Refuse a place where no file or folder can be made, found by trying: before the work for it begins.
+
+    Args:
+        path: file or folder that will be made or replaced; folders above it need not be there.
+
+    Raises:
+        OSError: naming it, and the folder that cannot be written.
+    """
+    import tempfile  # slow to import for the commands that write nothing
+
+    whole = path.absolute()
+    above = next(folder for folder in whole.parents if folder.exists())
+    for folder in [above, whole] if whole.is_dir() else [above]:
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".torchfolio-", dir=folder))
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror} in {folder}") from error
+    return path
 
 
 def _real(name: str, value: Any, expected: str) -> float:

@@ -130,6 +130,38 @@ def test_bad_input_is_code_two_before_any_work(place, arguments):
     assert sorted(place.rglob("*")) == before
 
 
+NOWHERE = [
+    (*TRAIN, "-o"),
+    ("compress", "net", "--data", "digits", "-o"),
+    ("adapt", "net", "net", "--method", "average", "-o"),
+    ("audit", "net", "--data", "digits", "-o"),
+    ("inspect", "net", "--data", "digits", "-o"),
+    ("draw", "net", "-o"),
+    ("run", "convex_relu", "--scale", "smoke", "--out"),
+    ("run", "convex_relu", "--scale", "smoke", "--record"),
+    ("bench", "gbnn", "--record"),
+    ("report", "other", "-o"),
+    ("demo", "-o"),
+]
+
+
+@pytest.mark.parametrize("arguments", NOWHERE, ids=lambda a: f"{a[0]} {a[-1]}")
+def test_a_place_that_cannot_be_written_is_told_at_once(place, arguments):
+    """Some commands once told it when all their work was done."""
+    done = call(*arguments, "/proc/nothing.svg")
+    assert done.exit_code == 2, done.output
+    assert done.stderr.splitlines() == [
+        "torchfolio: /proc/nothing.svg cannot be written: No such file or directory in /proc"
+    ]
+    assert sorted(p.name for p in place.iterdir()) == ["file", "net", "other"]
+
+
+@pytest.mark.parametrize("arguments", NOWHERE[6:9] + NOWHERE[10:], ids=lambda a: f"{a[0]} {a[-1]}")
+def test_a_file_where_a_folder_belongs_is_told_at_once(place, arguments):
+    done = call(*arguments, "file")
+    assert (done.exit_code, done.stderr) == (2, "torchfolio: file is a file, expected a folder\n")
+
+
 def test_an_error_nobody_foresaw_is_code_three(monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("x")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchfolio.bundle.manifest import MANIFEST, WEIGHTS, BundleError
+from torchfolio.checks import writable
 from torchfolio.engine.lock import held, sync
 
 
@@ -22,11 +23,10 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} exists and is no folder; name another one")
-    above = next(p for p in (folder.absolute(), *folder.absolute().parents)[1:] if p.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".torchfolio-", dir=above))
+        writable(folder)
     except OSError as error:
-        raise BundleError(f"{folder} cannot be written: {error.strerror} in {above}") from error
+        raise BundleError(str(error)) from error
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} exists and is no bundle; name another folder")
 

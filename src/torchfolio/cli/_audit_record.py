@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from torchfolio.checks import writable
 from torchfolio.cli._verdicts import Part
 from torchfolio.errors import TorchfolioError
 
@@ -59,9 +60,15 @@ def _together(judged: dict[str, dict[str, Any]], classes: Sequence[str]) -> str:
 
 
 def refuse_strangers(output: Path) -> None:
-    """Raise TorchfolioError on a folder that holds something else than an audit."""
+    """Refuse a folder that holds something else than an audit, or where none can be written.
+
+    Raises:
+        TorchfolioError: in the first case.
+        OSError: in the second.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / RECORD).is_file():
         raise TorchfolioError(f"{output} exists and is no audit; name another folder with -o")
+    writable(output)
 
 
 def write_audit(

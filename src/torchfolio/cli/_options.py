@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from torchfolio.checks import writable
 from torchfolio.errors import TorchfolioError
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
@@ -90,13 +92,24 @@ def check_file(path: Path) -> None:
 
     Raises:
         TorchfolioError: naming it.
+        OSError: likewise.
     """
-    import os
-
     if path.is_dir():
         raise TorchfolioError(f"{path} is a folder, expected a file to write")
-    above = path.absolute().parent
-    if not above.is_dir():
+    if not path.absolute().parent.is_dir():
         raise TorchfolioError(f"there is no folder {path.parent}")
-    if not os.access(path if path.exists() else above, os.W_OK):
+    writable(path)
+    if path.exists() and not os.access(path, os.W_OK):
         raise TorchfolioError(f"{path} cannot be written")
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place where no folder of results can be, or be written.
+
+    Raises:
+        TorchfolioError: naming it.
+        OSError: likewise.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TorchfolioError(f"{folder} is a file, expected a folder")
+    writable(folder)

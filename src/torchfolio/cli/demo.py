@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from torchfolio.cli._options import AsJson
-from torchfolio.errors import TorchfolioError
+from torchfolio.cli._options import AsJson, check_place
 
 
 def register(app: typer.Typer) -> None:
@@ -29,10 +28,8 @@ def demo(
     from torchfolio.json_text import to_json
     from torchfolio.report.demo import write_demo
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise TorchfolioError(f"{output} cannot be made a folder: {error}") from error
+    check_place(output)
+    output.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         page = write_demo(output, say=lambda text: typer.echo(f"{text} …", err=True))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchfolio import catalog
-from torchfolio.cli._options import MOST_SEED, Device, check_file
+from torchfolio.cli._options import MOST_SEED, Device, check_file, check_place
 from torchfolio.processes import import_ahead
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def run(
     from torchfolio.json_text import to_json
 
     chosen = _choose(slugs or [], family, everything)
+    for place in (out, record):
+        if place is not None:
+            check_place(place)
     if jobs > 1 and not ray:
         import_ahead(["torchfolio.cli", *(f"torchfolio.experiments.{slug}" for slug in chosen)])
     from torchfolio.fitting import importable
@@ -99,6 +102,8 @@ def bench(
     from torchfolio.runs import bench as benches
     from torchfolio.runs.record import record_peers
 
+    if record is not None:
+        check_place(record)
     with _Status() as status:
         timed = benches.bench(slug, num_threads=num_threads, say=status.say)
     ratios = timed.ratios()
