@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.engine import fit
+from torchfolio.engine import Backprop, fit
 from torchfolio.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 FLIPS = 200
@@ -135,6 +135,59 @@ def test_another_number_of_threads_is_refused_with_the_way_on(tmp_path):
         assert same(train(tmp_path, 3), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+class Noise:
+    """An augmentation with a setting."""
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def __call__(self, x):
+        return x + self.size * torch.randn_like(x)
+
+
+def smooth(x):
+    return x
+
+
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+OTHERS = {
+    "inputs": {"shift": 1.0},
+    "labels": {"turn": True},
+    "one label": {"one": True},
+    "loss": {"rule": Backprop(nn.CrossEntropyLoss(label_smoothing=0.1))},
+    "function for loss": {"rule": Backprop(nn.functional.multi_margin_loss)},
+    "weights of classes": {"rule": Backprop(WEIGHTED)},
+    "augmentation": {"augment": Noise(0.1)},
+    "function that augments": {"augment": smooth},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_another_training_is_not_gone_on_with(other, tmp_path):
+    """Weights of one set, loss or augmentation once went on silently with another."""
+
+    def run(*, shift=0.0, turn=False, one=False, **arguments):
+        x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+        y = x[:, :3].argmax(1)
+        y = (y + turn) % 3
+        y[-1] = (y[-1] + one) % 3
+        fit(model := net(), (x + shift, y), epochs=2, batch_size=10, device="cpu", checkpoint=tmp_path, **arguments)
+        return model
+
+    given = {"rule": Backprop(nn.CrossEntropyLoss()), "augment": Noise(0.2)}
+    whole = run(**given)
+    with pytest.raises(ValueError, match=r"is of a training on other examples|was made with (rule\.loss|augment) "):
+        run(**{**given, **other})
+    again = {"rule": Backprop(nn.CrossEntropyLoss()), "augment": Noise(0.2)}  # the same, made anew
+    assert same(run(**again), whole)
+    with pytest.raises(ValueError, match="was made with rule 'Backprop', now it is 'Sum'"):
+        run(rule=Sum(), augment=Noise(0.2))
+
+
+class Sum(Backprop):
+    """Another rule of the same arguments."""
 
 
 def test_a_place_that_cannot_be_written_is_told_before_training(tmp_path):

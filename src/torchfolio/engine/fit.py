@@ -21,9 +21,9 @@ from torchfolio.engine.checks import (
     may_be_uneven,
 )
 from torchfolio.engine.evaluate import check_validation
-from torchfolio.engine.fingerprint import fingerprint, settings_of
+from torchfolio.engine.fingerprint import described, digest_of, fingerprint, settings_of
 from torchfolio.engine.history import FitResult
-from torchfolio.engine.loader import Data, as_batches
+from torchfolio.engine.loader import Data, as_batches, tensors_of
 from torchfolio.engine.loop import Evaluate, Options, Training
 from torchfolio.engine.modes import seed_all, seeded
 from torchfolio.engine.resume import Checkpoints
@@ -170,7 +170,8 @@ def fit(
             arguments, state.optimizer, state.scheduler, seed=seed, batch_size=batch_size,
             accumulate=accumulate, clip_norm=clip_norm, schedule=schedule, processes=fabric.world_size,
             precision=str(fabric.strategy.precision.precision), batches=batches.count,
-            threads=torch.get_num_threads() if fabric.device.type == "cpu" else None,
+            threads=torch.get_num_threads() if fabric.device.type == "cpu" else None, augment=described(augment),
+            data=digest_of(tensors) if checkpoint is not None and (tensors := tensors_of(train)) is not None else None,
         )  # fmt: skip
         checkpoints = Checkpoints(Path(checkpoint) if checkpoint is not None else None, state, settings)
         options = Options(
