@@ -66,7 +66,7 @@ def digest_of(tensors: Sequence[Tensor]) -> str:
         rows = rows[:, None] if rows.dim() == 1 else rows.flatten(1)
         size = rows[:1].numel() * rows.element_size()
         step = max(1, -(-len(rows) * size // LOOKED_AT))
-        digest.update(rows[::step].contiguous().cpu().view(torch.uint8).numpy())
+        digest.update(rows[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
