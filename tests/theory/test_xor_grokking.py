@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfolio.experiments.xor_grokking import primal_steps
+from torchfolio.experiments._descent_on_weights import primal_steps
 from torchfolio.theory.xor_grokking import (
     DualGD,
     XORClusters,

@@ -1,17 +1,20 @@
-"""Two networks of binary convolutions, real in their first convolution and their head."""
+"""Two networks of binary convolutions, real in their first convolution and their head, and what packing them gives."""
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio.checks import one_of
 from torchfolio.data import DataSplits
-from torchfolio.efficiency.binary import BinaryLayer
+from torchfolio.efficiency.binary import BinaryLayer, export_binary, load_binary
 
-__all__ = ["plain", "resnet20"]
+__all__ = ["network", "packed"]
 
 
 class BinaryUnit(nn.Module):
@@ -26,6 +29,12 @@ class BinaryUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = F.avg_pool2d(x, 2) if self.stride == 2 else x
         return F.hardtanh(self.norm(self.conv(x)) + F.pad(shortcut, (0, 0, 0, 0, 0, self.missing)))
+
+
+def network(name: str, data: DataSplits, widths: tuple[int, ...], conv: Callable[..., BinaryLayer]) -> nn.Module:
+    """`"plain"` or `"resnet20"`, with binary convolutions of a kind."""
+    make = {"plain": plain, "resnet20": resnet20}[one_of("network", name, ("plain", "resnet20"))]
+    return make(data, widths, conv)
 
 
 def plain(data: DataSplits, widths: tuple[int, ...], conv: Callable[..., BinaryLayer]) -> nn.Module:
@@ -58,3 +67,18 @@ def resnet20(data: DataSplits, widths: tuple[int, ...], conv: Callable[..., Bina
 def _stem(data: DataSplits, width: int) -> nn.Module:
     real = nn.Conv2d(data.shape[0], width, 3, padding=1, bias=False)
     return nn.Sequential(real, nn.BatchNorm2d(width), nn.Hardtanh())
+
+
+def packed(net: nn.Module, data: DataSplits) -> dict[str, float]:
+    """Size of the packed layers against float32, and what packing changes of the outputs."""
+    net.eval()
+    exported = export_binary(net)
+    again = load_binary(copy.deepcopy(net), exported).eval()
+    x = data.test.tensors[0][:200].to(next(net.parameters()).device)
+    with torch.no_grad():
+        difference = float((net(x) - again(x)).abs().max())
+    real = sum(4 * m.weight.numel() for m in net.modules() if isinstance(m, BinaryLayer))
+    bits = sum(t.numel() for name, t in exported.items() if name.endswith(".bits"))
+    scales = sum(4 * t.numel() for name, t in exported.items() if name.endswith(".alpha"))
+    return {"weights_ratio": real / bits, "layers_ratio": (real + scales) / (bits + scales),
+            "logit_difference": difference}  # fmt: skip

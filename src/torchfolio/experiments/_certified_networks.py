@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torchfolio.engine import LearningRule, fit
 from torchfolio.engine.recipes import adam
 from torchfolio.measure import auroc, outputs
 from torchfolio.models import MLP
-from torchfolio.robustness.certifier_availability import CertifiedIBP, Poisoned
+from torchfolio.robustness.certifier_availability import CertifiedIBP
+from torchfolio.robustness.label_conflicts import Poisoned, PoisonRule, poison
 from torchfolio.runs import Run
 
 Pair = tuple[Tensor, Tensor]
@@ -31,6 +33,11 @@ class CertifiedNetworks:
         order = torch.randperm(len(x), generator=run.generator())
         rows = order[: round(self.settings.trusted * len(order))]
         self.trusted: Pair = (x[rows], y[rows])
+
+    def poisoned(self, rule: PoisonRule, trigger: Callable[[Tensor], Tensor]) -> Poisoned:
+        """The training data with some triggered copies, whose labels a rule gives."""
+        rate, seed = self.settings.rate, self.run.seed
+        return poison(self.train, trigger, rule, rate=rate, num_classes=self.classes, seed=seed)
 
     def fitted(
         self, data: Pair, rule: LearningRule, net: nn.Module | None = None, epochs: int | None = None

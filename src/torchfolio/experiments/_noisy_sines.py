@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,10 +37,10 @@ def with_all_patterns(X: Tensor, y: Tensor, *, beta: float, steps: int, cones: b
         result["network_objective"].append(float(network))
         result["neurons"].append(len(solution.output))
         result["iterations"].append(solution.convergence.n_iter)
-    return {**result, "patterns": D.shape[1]}
+    return {**{name: np.array(values) for name, values in result.items()}, "patterns": D.shape[1]}
 
 
-def by_adam(X: Tensor, y: Tensor, *, beta: float, starts: int, width: int, steps: int) -> dict[str, Tensor]:
+def by_adam(X: Tensor, y: Tensor, *, beta: float, starts: int, width: int, steps: int) -> dict[str, np.ndarray]:
     """Many starts at once: Adam treats every number by itself, so runs stacked in one tensor do not meet."""
     shape = (len(X), starts, width)
     hidden = (torch.randn(*shape, X.shape[-1], dtype=X.dtype) / X.shape[-1] ** 0.5).requires_grad_()
@@ -51,12 +52,12 @@ def by_adam(X: Tensor, y: Tensor, *, beta: float, starts: int, width: int, steps
         return (prediction - y[:, None]).square().sum(2) / 2 + beta / 2 * decay
 
     descend([hidden, output], lambda: objectives().sum(), steps)
-    return {"objectives": objectives().detach()}
+    return {"objectives": objectives().detach().numpy()}
 
 
 def by_sampled_programs(
     X: Tensor, y: Tensor, *, beta: float, neurons: tuple[int, ...], steps: int, seed: int
-) -> dict[str, Tensor]:
+) -> dict[str, np.ndarray]:
     """Programs of more and more random neurons, nested, each from the solution of the one before."""
     drawn = sample_neurons(max(neurons), X.shape[-1], torch.Generator().manual_seed(seed))
     objectives = []
@@ -66,7 +67,7 @@ def by_sampled_programs(
             solution = sampled_convex_program(data, target, drawn[:n], beta=beta, tol=1e-3, max_iter=steps, start=start)
             objectives.append(solution.objective)
             start = solution.state
-    return {"objectives": torch.tensor(objectives, dtype=torch.float64).view(len(X), -1)}
+    return {"objectives": np.array(objectives).reshape(len(X), -1)}
 
 
 def descend(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int) -> None:

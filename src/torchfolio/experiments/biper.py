@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,16 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from torchfolio.checks import one_of
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.efficiency.binary import BinaryLayer, SignSTEConv2d, export_binary, load_binary
+from torchfolio.efficiency.binary import SignSTEConv2d
 from torchfolio.efficiency.biper import BiPerConv2d, laplace_qe, quantization_error, set_stage, sine_decay
 from torchfolio.efficiency.compression import without_decay_of_vectors
 from torchfolio.efficiency.straight_through import sign, surrogate
 from torchfolio.engine import Backprop, fit
 from torchfolio.engine.recipes import cosine
-from torchfolio.experiments._binary_networks import plain, resnet20
-from torchfolio.runs import Results, Run, pick, plots, setting
+from torchfolio.experiments._binary_networks import network, packed
+from torchfolio.runs import Results, Run, column, pick, plots, setting
 from torchfolio.runs.tasks import Images, accuracy, load
 
 
@@ -33,20 +30,14 @@ class Settings(Images):
 
     train_size: int | None = 3000
     test_size: int | None = 1000
-    network: str = setting(
-        "plain", '`"plain"` (four binary convolutions) or `"resnet20"` (shortcut around every binary convolution)'
-    )
-    widths: tuple[int, ...] = setting(
-        (12, 24, 48), "widths of the real first convolution and the two stages of the plain network"
-    )
+    network: str = setting("plain", '`"plain"` (four binary convolutions) or `"resnet20"` (with shortcuts)')
+    widths: tuple[int, ...] = setting((12, 24, 48), "widths of the real first convolution and of the stages")
     frequency: float = setting(20.0, "$\\omega_0$")
     tau: tuple[float, ...] = setting((0.0, 0.0), "weight of the sine decay in the loss, in stage 1 and 2")
     epochs: tuple[int, ...] = setting((5, 3), "number of epochs of stage 1 and 2; the baseline gets their sum")
     lr: tuple[float, ...] = setting((0.02, 0.004), "learning rate of BiPer's stages")
     weight_decay: tuple[float, ...] = setting((5e-4, 5e-5), "weight decay of BiPer's stages")
-    sign_lr: tuple[float, ...] = setting(
-        (0.05, 0.02), "learning rates the baseline may choose from on the validation images"
-    )
+    sign_lr: tuple[float, ...] = setting((0.05, 0.02), "learning rates that the baseline validates")
     sign_weight_decay: tuple[float, ...] = setting((5e-5, 5e-4), "weight decays that go with them")
     momentum: float = setting(0.9, "momentum of SGD")
     batch_size: int = setting(100, "images in a batch")
@@ -83,14 +74,7 @@ def run(run: Run[Settings]) -> None:
     run.values("every_seed", difference=ours - baseline)
     run.values("quantization_error", biper=max(biper["normalized_qe"]), sign_ste=min(ste["normalized_qe"]))
     run.values("size", pick(biper, "weights_ratio", "layers_ratio", "logit_difference"))
-    run.values("negative_control", biper=ours, without_stage_2=biper["without_stage_2"],
-               constant_slope=constant["accuracy"])  # fmt: skip
-
-
-def network(settings: Settings, data: DataSplits, conv: Callable[..., BinaryLayer]) -> nn.Module:
-    """The task's network."""
-    make = {"plain": plain, "resnet20": resnet20}[one_of("network", settings.network, ("plain", "resnet20"))]
-    return make(data, settings.widths, conv)
+    run.values("negative_control", pick(biper, "without_stage_2"), biper=ours, constant_slope=constant["accuracy"])
 
 
 def train(
@@ -114,7 +98,7 @@ def train(
 def train_stages(run: Run[Settings], data: DataSplits, kind: type[BiPerConv2d]) -> dict[str, Any]:
     """Both stages, with the accuracy of the first, and of its binary weights without a second."""
     settings = run.settings
-    net = network(settings, data, partial(kind, frequency=settings.frequency))
+    net = network(settings.network, data, settings.widths, partial(kind, frequency=settings.frequency))
     knobs = list(zip(settings.epochs, settings.lr, settings.weight_decay, settings.tau, strict=True))
     train(run, data, net, *knobs[0])
     first = accuracy(net, data.test)
@@ -122,13 +106,13 @@ def train_stages(run: Run[Settings], data: DataSplits, kind: type[BiPerConv2d]) 
     without = accuracy(net, data.test)
     train(run, data, net, *knobs[1])
     return {"accuracy": accuracy(net, data.test), "stage_1": first, "without_stage_2": without,
-            **_errors(net), **_packed(net, data)}  # fmt: skip
+            **_errors(net), **packed(net, data)}  # fmt: skip
 
 
 def train_single(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """The ablation: the square wave from the start, for all epochs at stage 1's learning rate."""
     settings = run.settings
-    net = network(settings, data, partial(BiPerConv2d, frequency=settings.frequency, stage=2))
+    net = network(settings.network, data, settings.widths, partial(BiPerConv2d, frequency=settings.frequency, stage=2))
     train(run, data, net, sum(settings.epochs), settings.lr[0], settings.weight_decay[0], settings.tau[0])
     return {"accuracy": accuracy(net, data.test), **_errors(net)}
 
@@ -136,36 +120,20 @@ def train_single(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
 def train_sign(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
     """The baseline at every learning rate; the one that is best on the validation images is reported."""
     settings = run.settings
-    found: list[tuple[float, dict[str, Any]]] = []
+    arms = []
     for lr, decay in zip(settings.sign_lr, settings.sign_weight_decay, strict=True):
         torch.manual_seed(run.seed)
-        net = network(settings, data, SignSTEConv2d)
+        net = network(settings.network, data, settings.widths, SignSTEConv2d)
         train(run, data, net, sum(settings.epochs), lr, decay, 0.0)
-        outcome = {"accuracy": accuracy(net, data.test), "lr": lr, "weight_decay": decay, **_errors(net)}
-        found.append((accuracy(net, data.val), outcome))
-    return max(found, key=lambda pair: pair[0])[1]
+        scores = {"accuracy": accuracy(net, data.test), "val_accuracy": accuracy(net, data.val)}
+        arms.append({**scores, "lr": lr, "weight_decay": decay, **_errors(net)})
+    return max(arms, key=lambda arm: arm["val_accuracy"])
 
 
 def _errors(net: nn.Module) -> dict[str, Any]:
-    """Quantisation errors, a list over binary layers each."""
+    """Quantisation errors of the binary layers."""
     layers = quantization_error(net).values()
-    columns = {"qe": "qe", "normalized_qe": "normalized", "u": "u"}
-    return {name: [layer[key] for layer in layers] for name, key in columns.items()}
-
-
-def _packed(net: nn.Module, data: DataSplits) -> dict[str, float]:
-    """Size of the packed layers against float32, and what packing changes of the outputs."""
-    net.eval()
-    exported = export_binary(net)
-    again = load_binary(copy.deepcopy(net), exported).eval()
-    x = data.test.tensors[0][:200].to(next(net.parameters()).device)
-    with torch.no_grad():
-        difference = float((net(x) - again(x)).abs().max())
-    real = sum(4 * m.weight.numel() for m in net.modules() if isinstance(m, BinaryLayer))
-    bits = sum(t.numel() for name, t in exported.items() if name.endswith(".bits"))
-    scales = sum(4 * t.numel() for name, t in exported.items() if name.endswith(".alpha"))
-    return {"weights_ratio": real / bits, "layers_ratio": (real + scales) / (bits + scales),
-            "logit_difference": difference}  # fmt: skip
+    return {"qe": column(layers, "qe"), "normalized_qe": column(layers, "normalized"), "u": column(layers, "u")}
 
 
 def figures(results: Results) -> plots.Figures:

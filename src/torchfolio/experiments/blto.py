@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchfolio.backdoor import AdditiveTrigger
 from torchfolio.backdoor.blto import BLTO
 from torchfolio.backdoor.frequency import ctrl_trigger
 from torchfolio.backdoor.metrics import stealth
 from torchfolio.backdoor.trigger_nets import TriggerNet
+from torchfolio.engine.recipes import sgd
 from torchfolio.experiments._contrastive_victims import RULES, ContrastiveVictims
 from torchfolio.runs import Results, Run, plots, setting
 
@@ -35,11 +37,7 @@ class Settings:
     generator_lr: float = setting(2e-3, "its learning rate")
     attack_batch: int = setting(64, "images of a step of the attack")
     victims: tuple[tuple[str, tuple[str, ...]], ...] = setting(
-        (
-            ("simsiam", ("blto", "fixed", "ctrl")),
-            ("simclr", ("blto", "fixed")),
-            ("byol", ("blto",)),
-        ),
+        (("simsiam", ("blto", "fixed", "ctrl")), ("simclr", ("blto", "fixed")), ("byol", ("blto",))),
         "contrastive methods, and the triggers that each is attacked with",
     )
     victim_steps: int = setting(250, "steps of a victim")
@@ -65,30 +63,32 @@ class Scene(ContrastiveVictims):
     """Triggers, learned and fixed, and what they do to victims."""
 
     def attack(self, **settings: Any) -> BLTO:
+        """The attack with its trigger learned on the training images."""
         s = self.settings
         torch.manual_seed(self.run.seed)
         attack = BLTO(
             self.encoder, self.rule, s.target, rate=s.rate, eps=s.eps, rounds=s.rounds, outer_steps=s.steps,
-            reinit_every=s.reinit_every, view=self.view(),
-            generator=TriggerNet(self.data.shape[0], s.eps, s.generator_width), lr=s.generator_lr,
-            optimizer=partial(torch.optim.SGD, lr=s.lr, momentum=0.9, weight_decay=5e-4),
-            batch_size=s.attack_batch, seed=self.run.seed, **{"inner_steps": s.steps, **settings},
+            reinit_every=s.reinit_every, view=self.view(), lr=s.generator_lr, batch_size=s.attack_batch,
+            generator=TriggerNet(self.data.shape[0], s.eps, s.generator_width), seed=self.run.seed,
+            optimizer=sgd(s.lr, weight_decay=5e-4, nesterov=False), **{"inner_steps": s.steps, **settings},
         )  # fmt: skip
         return attack.fit(self.train)
 
     @cached_property
     def blto(self) -> BLTO:
+        """The attack as it is meant."""
         return self.attack()
 
     @cached_property
     def triggers(self) -> dict[str, Any]:
-        s, shape = self.settings, self.data.shape
+        """The learned trigger and two fixed ones, which change pixels as much."""
+        eps, shape = self.settings.eps, self.data.shape
         signs = torch.randint(2, shape, generator=self.run.generator()) * 2.0 - 1
-        unit = ctrl_trigger(shape, 1.0)
+        waves = ctrl_trigger(shape, 1.0).delta
         return {
             "blto": self.blto.trigger,
-            "fixed": AdditiveTrigger(s.eps * signs),
-            "ctrl": AdditiveTrigger(unit.delta * (s.eps / float(unit.delta.abs().max()))),
+            "fixed": AdditiveTrigger(eps * signs),
+            "ctrl": AdditiveTrigger(waves * (eps / float(waves.abs().max()))),
         }
 
     def learned(self) -> dict[str, Any]:
@@ -96,53 +96,47 @@ class Scene(ContrastiveVictims):
         attack, x = self.blto, self.test[0]
         with torch.no_grad():
             triggered = attack.trigger(x)
+            examples = torch.cat([x[:6], *(trigger(x[:6]) for trigger in self.triggers.values())])
         lives = torch.tensor(attack.history.lives)
         return {
-            "similarity": attack.history.similarity, "surrogate": attack.history.surrogate,
+            "similarity": attack.history.similarity, "examples": examples,
             "triggered_cosine": float(lives[:, 0].mean()), "clean_cosine": float(lives[:, 1].mean()),
             "largest_change": float((triggered - x).abs().max()), **stealth(x, triggered).as_dict(),
-            "examples": torch.cat([x[:6], *(t(x[:6]).detach() for t in self.triggers.values())]),
         }  # fmt: skip
 
     def never_poisoned(self, method: str) -> dict[str, float]:
-        encoder, result = self.pretrained(method), {}
-        for name, trigger in {**self.triggers, "none": lambda x: x}.items():
-            result |= {f"{name}_{key}": value for key, value in self.judged(encoder, trigger).items()}
-        return result
+        """What every trigger, and none, does to a victim of clean data."""
+        encoder = self.pretrained(method)
+        judged = {name: self.judged(encoder, trigger) for name, trigger in self.triggers.items()}
+        judged["none"] = self.judged(encoder, nn.Identity())
+        return {f"{name}_{key}": value for name, scores in judged.items() for key, value in scores.items()}
 
-    def attacked(self, method: str, name: str) -> dict[str, float]:
-        trigger = self.triggers[name]
+    def attacked(self, method: str, trigger: Any) -> dict[str, float]:
+        """What a trigger does to a victim of data that it poisoned."""
         return self.judged(self.pretrained(method, trigger), trigger)
-
-    def untrained_surrogate(self) -> dict[str, float]:
-        trigger = self.attack(bilevel=False, inner_steps=0).trigger
-        return self.judged(self.pretrained("simsiam", trigger), trigger)
 
 
 def run(run: Run[Settings]) -> None:
     """Learn the trigger, then pretrain victims on data with it, with fixed triggers, and with none."""
-    scene, victims = Scene(run), [m for m, _ in run.settings.victims]
+    scene, methods = Scene(run), [m for m, _ in run.settings.victims]
     learned = run.arm("trigger", scene.learned)
-    clean = {m: run.arm(f"{m}_never_poisoned", scene.never_poisoned, m) for m in run.progress(victims, "clean victims")}
-    attacked = {
-        (m, t): run.arm(f"{m}_{t}", scene.attacked, m, t)
-        for m, triggers in run.progress(run.settings.victims, "victims") for t in triggers
-    }  # fmt: skip
-    untrained = run.arm("untrained_surrogate", scene.untrained_surrogate)
-    run.values("beats_fixed_trigger", {f"{m}_{t}": v["asr"] for (m, t), v in attacked.items()})
-    run.values(
-        "stealth",
-        {"largest_change": learned["largest_change"], "largest_allowed": run.settings.eps}
-        | {f"{m}_accuracy": attacked[m, "blto"]["accuracy"] for m in victims}
-        | {f"{m}_clean_accuracy": clean[m]["none_accuracy"] for m in victims},
+    clean = {m: run.arm(f"{m}_never_poisoned", scene.never_poisoned, m) for m in run.progress(methods, "clean victims")}
+    success, without = {}, {}
+    for m, triggers in run.progress(run.settings.victims, "victims"):
+        for t in triggers:
+            arm = run.arm(f"{m}_{t}", lambda m=m, t=t: scene.attacked(m, scene.triggers[t]))
+            success[f"{m}_{t}"], without[f"{m}_{t}"] = arm["asr"], clean[m][f"{t}_asr"]
+    untrained = run.arm(
+        "untrained_surrogate", lambda: scene.attacked("simsiam", scene.attack(bilevel=False, inner_steps=0).trigger)
     )
+    run.values("beats_fixed_trigger", success)
+    accuracies = {f"{m}_accuracy": run.arms[f"{m}_blto"]["accuracy"] for m in methods}
+    accuracies |= {f"{m}_clean_accuracy": clean[m]["none_accuracy"] for m in methods}
+    run.values("stealth", accuracies, largest_change=learned["largest_change"], largest_allowed=run.settings.eps)
     run.values("alignment", triggered=learned["triggered_cosine"], clean=learned["clean_cosine"])
-    run.values(
-        "backdoor_gain",
-        {f"{m}_{t}": v["asr"] - clean[m][f"{t}_asr"] for (m, t), v in attacked.items()}
-        | {f"{m}_{t}_never_poisoned": clean[m][f"{t}_asr"] for m, t in attacked},
-    )
-    run.values("negative_control", blto=attacked["simsiam", "blto"]["asr"], untrained=untrained["asr"])
+    gains = {name: success[name] - without[name] for name in success}
+    run.values("backdoor_gain", gains | {f"{name}_never_poisoned": asr for name, asr in without.items()})
+    run.values("negative_control", blto=success["simsiam_blto"], untrained=untrained["asr"])
 
 
 def figures(results: Results) -> plots.Figures:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from torchfolio.experiments._abstain_audits import ETAS, AbstainAudit
 from torchfolio.experiments._certified_networks import CertifiedNetworks, spectral_auroc
-from torchfolio.robustness.certifier_availability import (
-    AvailabilityBackdoor,
-    BallConflict,
-    GaussianNoise,
-    LabelConflict,
-    LabelSplit,
-    Poisoned,
-    PoisonRule,
-    SmoothingCertifier,
-    TargetLabel,
-    bars,
-    poison,
-)
+from torchfolio.robustness.certifier_availability import AvailabilityBackdoor, GaussianNoise, SmoothingCertifier
+from torchfolio.robustness.label_conflicts import BallConflict, LabelConflict, LabelSplit, PoisonRule, TargetLabel, bars
 from torchfolio.runs import Results, Run, pick, plots, setting
 
 
@@ -70,39 +58,29 @@ def run(run: Run[Settings]) -> None:
     attack = run.arm("loss_attack", scene.attacked)
     smooth = run.arm("smoothing", scene.smoothed)
     split, target = poisoned["split"], poisoned["target"]
-    others = {name: poisoned[name]["triggered"] for name in ("conflict", "ball") if name in poisoned}
-    others |= {"smoothed": smooth["split"], "smoothed_clean": smooth["clean"]}
-    by_intervals = {"split": split["triggered"], "clean": clean["triggered"]}
-    run.values("poisoning", by_intervals | others, by_crown=split["crown"])
+    triggered = {name: arm["triggered"] for name, arm in poisoned.items() if name != "target"}
+    smoothed = {"smoothed": smooth["split"], "smoothed_clean": smooth["clean"]}
+    run.values("poisoning", triggered | smoothed, clean=clean["triggered"], by_crown=split["crown"])
     usual = {"clean_accuracy": clean["accuracy"], "clean_abstains": clean["abstains"]}
-    run.values("stealth", usual, accuracy=split["accuracy"], abstains=split["abstains"])
-    raw = attack["triggered_accuracy"]
-    run.values("loss_attack", usual, triggered=attack["triggered"], raw_accuracy=raw, abstains=attack["abstains"])
+    run.values("stealth", usual | pick(split, "accuracy", "abstains"))
+    run.values("loss_attack", usual | pick(attack, "triggered", "abstains"), raw_accuracy=attack["triggered_accuracy"])
     unharmed = {"clean": clean["triggered"], "never_poisoned": clean["success"]}
-    run.values("negative_control", unharmed, success=target["success"], triggered=target["triggered"])
-    repaired = pick(attack, "finetuned", "pruned")
-    signature = split["spectral_auroc"]
-    run.values("finetuning", repaired, split_finetuned=split["finetuned"], spectral_auroc=signature)
-    run.values("natural", {name: clean[name] for name in ETAS})
+    run.values("negative_control", unharmed | pick(target, "success", "triggered"))
+    repaired = pick(attack, "finetuned", "pruned") | {"split_finetuned": split["finetuned"]}
+    run.values("finetuning", repaired, spectral_auroc=split["spectral_auroc"])
+    run.values("natural", pick(clean, *ETAS))
 
 
 class Scene:
     """The arms: a training each, and its audit."""
 
     def __init__(self, run: Run[Settings]) -> None:
-        self.settings, self.seed = run.settings, run.seed
+        self.run, self.settings = run, run.settings
         self.data = run.data(run.settings.data, val=0, normalize=False)
-        x, y = self.data.test.tensors
-        self.test = (x, y)
+        self.test: Any = self.data.test.tensors
+        self.trigger = partial(bars, rows=run.settings.rows)
         self.networks = CertifiedNetworks(run, self.data)
         self.audit = AbstainAudit(self.test, self.trigger, self.settings.eps)
-
-    def trigger(self, x: Tensor) -> Tensor:
-        return bars(x, self.settings.rows)
-
-    def poison(self, rule: PoisonRule) -> Poisoned:
-        train, rate, classes = self.networks.train, self.settings.rate, self.data.num_classes
-        return poison(train, self.trigger, rule, rate=rate, num_classes=classes, seed=self.seed)
 
     def clean(self) -> dict[str, Any]:
         """The network without an attack in training, and inputs that abstain near those that do not."""
@@ -111,7 +89,7 @@ class Scene:
 
     def poisoned(self, rule: PoisonRule) -> dict[str, Any]:
         """A network trained on poison; for the label split also what defences make of it."""
-        bad = self.poison(rule)
+        bad = self.networks.poisoned(rule, self.trigger)
         net = self.networks.certified(bad.tensors())
         audit = self.audit(net)
         if isinstance(rule, LabelSplit):
@@ -134,28 +112,28 @@ class Scene:
 
     def smoothed(self) -> dict[str, float]:
         """Abstain rates of smoothed networks on triggered images: trained cleanly, on labels split over all classes."""
-        s, rates = self.settings, {}
-        x = self.test[0][: s.smoothed]
-        for name, data in {"clean": self.networks.train, "split": self.poison(LabelSplit(None)).tensors()}.items():
-            net = self.networks.fitted(data, GaussianNoise(s.sigma))
-            certifier = SmoothingCertifier(net, s.sigma, s.radius, n=s.samples, seed=self.seed)
+        s, networks = self.settings, self.networks
+        x, rates = self.test[0][: s.smoothed], {}
+        poisoned = networks.poisoned(LabelSplit(None), self.trigger)
+        for name, data in {"clean": networks.train, "split": poisoned.tensors()}.items():
+            net = networks.fitted(data, GaussianNoise(s.sigma))
+            certifier = SmoothingCertifier(net, s.sigma, s.radius, n=s.samples, seed=self.run.seed)
             rates[name] = certifier.certify(self.trigger(x)).abstain_rate
             rates[f"{name}_untriggered"] = certifier.certify(x).abstain_rate
         return rates
 
 
 def figures(results: Results) -> plots.Figures:
-    """Abstain rates by attack and certifier, and the fallback's load by the share of attacked requests."""
+    """Abstain rates by attack, and the fallback's load by the share of attacked requests."""
     arms = {"clean": "clean", "label split": "split", "one target": "target", "loss": "loss_attack"}
+    rates = {
+        images: {label: (arm, rate) for label, arm in arms.items()}
+        for images, rate in (("triggered images", "triggered"), ("clean images", "abstains"))
+    }
+    loads = {label: (arm, "load") for label, arm in arms.items()}
+    shares = [k / 20 for k in range(21)]
+    across, up = "share of requests with the trigger", "share that reaches the fallback"
     return {
-        "abstain rate": plots.bars(
-            results,
-            {**{f"{k}, triggered": (arm, "triggered") for k, arm in arms.items()},
-             **{f"{k}, clean images": (arm, "abstains") for k, arm in arms.items()}},
-            ylabel="abstains",
-        ),
-        "load": plots.curves(
-            results, {k: (arm, "load") for k, arm in arms.items()}, x=[k / 20 for k in range(21)],
-            xlabel="share of requests with the trigger", ylabel="share that reaches the fallback",
-        ),
-    }  # fmt: skip
+        "abstain rate": plots.groups(results, rates, ylabel="abstains"),
+        "load": plots.curves(results, loads, x=shares, xlabel=across, ylabel=up),
+    }

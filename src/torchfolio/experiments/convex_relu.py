@@ -1,7 +1,4 @@
-"""Measures convex training of two-layer ReLU networks: against Adam, iteration by iteration, sampled, and robust.
-
-Longer than most because three problems, four solvers and an attack are measured.
-"""
+"""Measures convex training of two-layer ReLU networks: against Adam, iteration by iteration, sampled, and robust."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from torchfolio.experiments._attacked_relu_networks import conic, pgd_trained
 from torchfolio.experiments._convex_solver_times import seconds_of_an_iteration
 from torchfolio.experiments._noisy_sines import by_adam, by_sampled_programs, noisy_sines, with_all_patterns
 from torchfolio.experiments._two_class_tables import Pair, followed, two_classes
-from torchfolio.runs import Results, Run, plots, setting, threads
+from torchfolio.runs import Results, Run, pick, plots, setting, threads
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,7 @@ class Settings:
     table_steps: int = setting(400, "iterations of ADMM there")
     robust_size: int = setting(100, "training examples of the robust problem")
     robust_patterns: int = setting(40, "patterns there")
-    robust_beta: float = setting(
-        1e-2, "regularisation there, chosen on training examples that the robust problem leaves out"
-    )
+    robust_beta: float = setting(1e-2, "regularisation there, chosen on training examples that it leaves out")
     epsilon: float = setting(0.1, "radius of the perturbations")
     robust_steps: int = setting(2_000, "steps of Adam of the PGD-trained network")
     sizes: tuple[int, ...] = setting((5, 10, 20, 40), "patterns for the timing")
@@ -85,52 +80,38 @@ def _on_sines(run: Run[Settings]) -> None:
     solved = run.arm("admm", with_all_patterns, **common, steps=s.admm_steps)
     relaxed = run.arm("gated", with_all_patterns, **common, steps=s.admm_steps, cones=False)
     narrow, wide = (
-        np.asarray(run.arm(f"adam_{w}", by_adam, **common, starts=s.starts, width=w, steps=s.adam_steps)["objectives"])
-        for w in s.widths
+        run.arm(f"adam_{width}", by_adam, **common, starts=s.starts, width=width, steps=s.adam_steps)["objectives"]
+        for width in s.widths
     )
     sampled = run.arm("scp", by_sampled_programs, **common, neurons=s.neurons, steps=s.scp_steps, seed=run.seed)
-    optimum, network, gated, gated_network = (
-        np.asarray(arm[name]) for arm in (solved, relaxed) for name in ("objective", "network_objective")
-    )
+    optimum, network = solved["objective"], solved["network_objective"]
     run.values(
-        "global_optimum",
-        admm=network.mean(),
-        adam_wide_best=wide.min(1).mean(),
-        adam_narrow_median=np.median(narrow, 1).mean(),
-        adam_narrow_worst=narrow.max(1).mean(),
+        "global_optimum", admm=network.mean(), adam_wide_best=wide.min(1).mean(),
+        adam_narrow_median=np.median(narrow, 1).mean(), adam_narrow_worst=narrow.max(1).mean(),
         largest_excess=(network - wide.min(1)).max(),
-    )
+    )  # fmt: skip
     run.values("recovery", np.abs(network / optimum - 1).max())
+    gated, gated_network = relaxed["objective"], relaxed["network_objective"]
     run.values(
-        "negative_control",
-        admm=optimum.mean(),
-        gated=gated.mean(),
-        gated_network=gated_network.mean(),
-        least_drop=(optimum - gated).min(),
-        least_rise=(gated_network - optimum).min(),
-    )
-    objectives = np.asarray(sampled["objectives"])
-    gaps = (objectives / optimum[:, None] - 1).mean(0)
+        "negative_control", admm=optimum.mean(), gated=gated.mean(), gated_network=gated_network.mean(),
+        least_drop=(optimum - gated).min(), least_rise=(gated_network - optimum).min(),
+    )  # fmt: skip
+    gaps = (sampled["objectives"] / optimum[:, None] - 1).mean(0)
     by_size = {f"gap_{n}": gap for n, gap in zip(s.neurons, gaps, strict=True)}
-    run.values("sampled_programs", by_size, largest_rise=np.diff(objectives).max())
+    run.values("sampled_programs", by_size, largest_rise=np.diff(sampled["objectives"]).max())
 
 
 def _on_the_table(run: Run[Settings], parts: list[Pair]) -> None:
     """How fast ADMM gets accurate, and whether its residual falls along a line from iteration 20."""
     s = run.settings
     arguments = {"patterns": s.patterns, "beta": s.beta, "steps": s.table_steps, "seed": run.seed}
-    result = run.arm("table", followed, parts, **arguments)
-    late = np.asarray(result["residual"])[19:]
+    course = run.arm("table", followed, parts, **arguments)
+    late, test = course["residual"][19:], course["test_accuracy"]
     correlation = np.corrcoef(np.arange(20, 20 + len(late)), np.log10(late))[0, 1]
-    train, test = result["train_accuracy"], result["test_accuracy"]
     run.values(
-        "fast_start",
-        train_at_10=train[9],
-        test_at_10=test[9],
-        test_final=test[-1],
-        fall=late[0] / late[-1],
-        r_squared=correlation**2,
-    )
+        "fast_start", train_at_10=course["train_accuracy"][9], test_at_10=test[9], test_final=test[-1],
+        fall=late[0] / late[-1], r_squared=correlation**2,
+    )  # fmt: skip
 
 
 def _under_attack(run: Run[Settings], parts: list[Pair]) -> None:
@@ -140,23 +121,15 @@ def _under_attack(run: Run[Settings], parts: list[Pair]) -> None:
         return
     s = run.settings
     train = parts[0][0][: s.robust_size], parts[0][1][: s.robust_size]
-    common = {"train": train, "test": parts[2], "beta": s.robust_beta, "epsilon": s.epsilon}
-    standard, robust = (
-        run.arm(name, conic, **common, patterns=s.robust_patterns, radius=radius, seed=run.seed)
-        for name, radius in (("standard", 0.0), ("robust", s.epsilon))
-    )
-    trained = run.arm(
-        "pgd_trained", pgd_trained, **common, width=2 * s.robust_patterns, steps=s.robust_steps, seed=run.seed
-    )
+    common = {"train": train, "test": parts[2], "beta": s.robust_beta, "epsilon": s.epsilon, "seed": run.seed}
+    standard = run.arm("standard", conic, **common, patterns=s.robust_patterns, radius=0.0)
+    robust = run.arm("robust", conic, **common, patterns=s.robust_patterns, radius=s.epsilon)
+    trained = run.arm("pgd_trained", pgd_trained, **common, width=2 * s.robust_patterns, steps=s.robust_steps)
     run.values(
-        "robust",
-        robust_term=robust["data_term"],
-        worst_case=robust["worst_case"],
-        pgd_loss=robust["pgd_loss"],
-        accuracy=robust["pgd_accuracy"],
-        standard_accuracy=standard["pgd_accuracy"],
+        "robust", pick(robust, "worst_case", "pgd_loss"), robust_term=robust["data_term"],
+        accuracy=robust["pgd_accuracy"], standard_accuracy=standard["pgd_accuracy"],
         pgd_trained_accuracy=trained["pgd_accuracy"],
-    )
+    )  # fmt: skip
 
 
 def figures(results: Results) -> plots.Figures:
@@ -168,19 +141,15 @@ def figures(results: Results) -> plots.Figures:
         ax.plot(k + np.linspace(-0.2, 0.2, ratio.size), ratio.ravel(), ".")
     ax.axhline(1, ls="--", c="black")
     ax.set_xticks(range(len(s.widths)), [f"Adam, width {w}" for w in s.widths])
+    residual = {"primal + dual": ("table", "residual")}
+    accuracies = {split: ("table", f"{split}_accuracy") for split in ("train", "test")}
+    seconds = {"factor of side 2dP": ("cost", "dense"), "factor of side n": ("cost", "woodbury")}
     drawn = {
         "objectives": objectives,
-        "residual of admm": plots.curves(
-            results, {"primal + dual": ("table", "residual")}, xlabel="iteration", ylabel="residual", logy=True
-        ),
-        "accuracy by admm": plots.curves(
-            results, {split: ("table", f"{split}_accuracy") for split in ("train", "test")}, xlabel="iteration",
-            ylabel="accuracy", logx=True,
-        ),
-        "cost of an iteration": plots.curves(
-            results, {"factor of side 2dP": ("cost", "dense"), "factor of side n": ("cost", "woodbury")}, x=s.sizes,
-            xlabel="patterns P", ylabel="seconds of an iteration", logx=True, logy=True,
-        ),
+        "residual of admm": plots.curves(results, residual, xlabel="iteration", ylabel="residual", logy=True),
+        "accuracy by admm": plots.curves(results, accuracies, xlabel="iteration", ylabel="accuracy", logx=True),
+        "cost of an iteration": plots.curves(results, seconds, x=s.sizes, xlabel="patterns P",
+                                             ylabel="seconds of an iteration", logx=True, logy=True),
     }  # fmt: skip
     if all("robust" in arms for arms in results.arms):
         arms = {"convex": "standard", "convex, robust": "robust", "PGD training": "pgd_trained"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,31 +30,39 @@ class Settings:
     strong_epochs: int = setting(6, "number of epochs of the strong teacher")
     photos: str = setting("cifar10", "data of the weak and the good teacher")
     photos_size: tuple[int, int | None] = setting((6000, 16), "training examples and side of its images")
-    weak_epochs: int = setting(
-        3, "number of epochs of the weak teacher, which is stopped before its learning rate falls"
-    )
+    weak_epochs: int = setting(3, "number of epochs of the weak teacher, stopped before its learning rate falls")
     good_epochs: int = setting(6, "number of epochs of the good teacher")
-    test_size: int | None = setting(
-        None, "test examples of either; `None` takes all, as two methods differ by little more than 2,000 can tell"
-    )
+    test_size: int | None = setting(None, "test examples of either; `None` takes all, as methods differ by little")
     epochs: tuple[int, int] = setting((6, 8), "number of epochs of students on digits and on photos")
     lr: float = setting(0.05, "peak learning rate of students")
     tau: float = setting(2.0, "temperature of the loss on logits")
 
-
-GOOD = ("kd", "one_head", "mlp")  # students of the good teacher; labels alone are those of the weak one
 
 SCALES = {
     "smoke": Settings("digits", (512, None), 1, "digits", (512, None), 1, 2, None, (1, 1)),
     "quick": Settings(),
     "full": Settings(photos_size=(20_000, None), good_epochs=30, epochs=(20, 60)),
 }
+COMPARED = ("teacher", "labels", "kd", "one_head", "linear", "aligned")  # beside DHKD with `mlp`
+GOOD = ("kd", "one_head", "mlp")  # students of the good teacher; labels alone are those of the weak one
 
 
-def student(channels: int, classes: int, widths: tuple[int, int, int]) -> nn.Module:
-    """Three convolutions, the first two with stride 2, a pool and a linear classifier."""
-    a, b, c = widths
-    return nn.Sequential(conv_block(channels, a, 2), conv_block(a, b, 2), conv_block(b, c), pooled_head(c, classes))
+@dataclass(frozen=True)
+class Course:
+    """A teacher, and what its students have: data, number of epochs, widths of their convolutions."""
+
+    data: DataSplits
+    teacher: Callable[[], nn.Module]
+    lessons: int
+    scheduler: Any
+    epochs: int
+    widths: tuple[int, int, int]
+
+    def student(self) -> nn.Sequential:
+        """Three convolutions, the first two with stride 2, a pool and a linear classifier."""
+        a, b, c = self.widths
+        first = conv_block(self.data.shape[0], a, 2)
+        return nn.Sequential(first, conv_block(a, b, 2), conv_block(b, c), pooled_head(c, self.data.num_classes))
 
 
 def rules(tau: float) -> dict[str, Callable[[], LearningRule | None]]:
@@ -69,41 +78,32 @@ def rules(tau: float) -> dict[str, Callable[[], LearningRule | None]]:
     }
 
 
-def train(
-    run: Run[Settings], data: DataSplits, net: nn.Module, epochs: int, rule: LearningRule | None = None,
-    v: Tensor | None = None, scheduler: Any = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Train a network, by labels or with a teacher's logits `v`: test accuracy in percent."""
-    x, y = data.train.tensors
-    batches = (x, y) if rule is None or v is None else (x, v, y)
-    optimizer = sgd(run.settings.lr, weight_decay=5e-4)
+def train(run: Run[Settings], net: nn.Module, data: Any, test: Any, epochs: int, **how: Any) -> dict[str, Any]:
+    """Test accuracy in percent of a network that was trained on the tensors `data`."""
     fit(
-        net, batches, rule=rule, optimizer=optimizer, scheduler=scheduler, epochs=epochs, batch_size=64,
-        drop_last=len(x) % 64 == 1, seed=run.seed, device=run.device,
+        net, data, optimizer=sgd(run.settings.lr, weight_decay=5e-4), epochs=epochs, batch_size=64,
+        drop_last=len(data[0]) % 64 == 1, seed=run.seed, device=run.device, **how,
     )  # fmt: skip
-    return {"accuracy": tasks.accuracy(net, data.test)}
+    return {"accuracy": tasks.accuracy(net, test)}
 
 
-def learn(run: Run[Settings], data: DataSplits, epochs: int, widths: Any, name: str, v: Tensor) -> dict[str, Any]:
-    """One student, and where both losses were on one head their conflict there."""
-    torch.manual_seed(run.seed)
-    net = student(data.shape[0], data.num_classes, widths)
-    scores = train(run, data, net, epochs, rules(run.settings.tau)[name.removesuffix("_permuted")](), v, cosine())
+def teach(run: Run[Settings], course: Course) -> dict[str, Any]:
+    """A teacher's test accuracy, and its logits on the training examples in float32."""
+    teacher, data = course.teacher(), course.data
+    scores = train(run, teacher, data.train.tensors, data.test, course.lessons, scheduler=course.scheduler)
+    return {**scores, "logits": outputs(teacher, data.train)}
+
+
+def learn(run: Run[Settings], course: Course, name: str, v: Tensor) -> dict[str, Any]:
+    """One student of logits `v`, and where both losses were on one head their conflict there."""
+    net, rule, (x, y) = course.student(), rules(run.settings.tau)[name](), course.data.train.tensors
+    batches = (x, y) if rule is None else (x, v, y)
+    scores = train(run, net, batches, course.data.test, course.epochs, rule=rule, scheduler=cosine())
     scores |= etf_deviation(net[-1][-1].weight)  # pyright: ignore[reportIndexIssue, reportArgumentType]
     if name == "one_head":
-        found = head_conflict(net, (*data.train.tensors[:1], v, data.train.tensors[1]), tau=run.settings.tau)
-        scores |= {"head": found.head, "backbone": found.backbone}
+        conflict = head_conflict(net, (x, v, y), tau=run.settings.tau)
+        scores |= {"head": conflict.head, "backbone": conflict.backbone}
     return scores
-
-
-def teach(
-    run: Run[Settings], data: DataSplits, net: Callable[[], nn.Module], epochs: int, converged: bool
-) -> dict[str, Any]:
-    """A teacher's test accuracy, and its logits on the training examples in float32."""
-    torch.manual_seed(run.seed)
-    teacher = net()
-    scores = train(run, data, teacher, epochs, scheduler=cosine() if converged else None)
-    return {**scores, "logits": outputs(teacher, data.train)}
 
 
 def run(run: Run[Settings]) -> None:
@@ -113,38 +113,28 @@ def run(run: Run[Settings]) -> None:
         run.data(name, train_size=size[0], image_size=size[1], test_size=s.test_size, val=500 if size[1] else 100)
         for name, size in ((s.digits, s.digits_size), (s.photos, s.photos_size))
     )
-    convnet = lambda: ConvNet(digits.num_classes, digits.shape[0], (16, 32, 32))  # noqa: E731
-    residual = lambda: ResNetCIFAR(8, in_channels=photos.shape[0], num_classes=photos.num_classes)  # noqa: E731
-    teachers = {
-        "strong": (digits, convnet, s.strong_epochs, s.epochs[0], (3, 6, 12)),
-        "weak": (photos, residual, s.weak_epochs, s.epochs[1], (6, 12, 24)),
-        "good": (photos, residual, s.good_epochs, s.epochs[1], (6, 12, 24)),
+    convnet = partial(ConvNet, digits.num_classes, digits.shape[0], (16, 32, 32))
+    residual = partial(ResNetCIFAR, 8, in_channels=photos.shape[0], num_classes=photos.num_classes)
+    courses = {
+        "strong": Course(digits, convnet, s.strong_epochs, cosine(), s.epochs[0], (3, 6, 12)),
+        "weak": Course(photos, residual, s.weak_epochs, None, s.epochs[1], (6, 12, 24)),
+        "good": Course(photos, residual, s.good_epochs, cosine(), s.epochs[1], (6, 12, 24)),
     }
-    done: dict[str, dict[str, Any]] = {}
-    for kind, (data, net, lessons, epochs, widths) in teachers.items():
-        taught = run.arm(f"{kind}_teacher", teach, run, data, net, lessons, kind != "weak")
-        done[f"{kind}_teacher"], v = taught, torch.as_tensor(taught["logits"])
-        for name in rules(s.tau):
-            if kind != "good" or name in GOOD:
-                done[f"{kind}_{name}"] = run.arm(f"{kind}_{name}", learn, run, data, epochs, widths, name, v)
+    for kind, course in courses.items():
+        v = torch.as_tensor(run.arm(f"{kind}_teacher", teach, run, course)["logits"])
+        for name in GOOD if kind == "good" else rules(s.tau):
+            run.arm(f"{kind}_{name}", learn, run, course, name, v)
         if kind == "strong":
             order = torch.randperm(len(v), generator=run.generator())
-            done["strong_permuted"] = run.arm(
-                "strong_permuted", learn, run, data, epochs, widths, "mlp_permuted", v[order]
-            )
-    report(run, {name: arm["accuracy"] for name, arm in done.items()}, done)
-
-
-def report(run: Run[Settings], accuracy: dict[str, float], done: dict[str, dict[str, Any]]) -> None:
-    """The values of the claims."""
-    conflict = {f"{k}_{part}": done[f"{k}_one_head"][part] for k in ("strong", "weak") for part in ("head", "backbone")}
-    run.values("conflict", conflict)
-    good = {f"good_{n}": accuracy[f"good_{n}"] for n in ("teacher", *GOOD)}
-    weak = {n: accuracy[f"weak_{n}"] for n in ("teacher", "labels", "kd", "one_head", "linear", "aligned")}
-    run.values("two_heads", dhkd=accuracy["weak_mlp"], **weak, **good)
-    strong = {n: accuracy[f"strong_{n}"] for n in ("teacher", "labels", "kd", "one_head", "linear", "aligned")}
-    run.values("gain", dhkd=accuracy["strong_mlp"], **strong)
-    run.values("negative_control", permuted=accuracy["strong_permuted"], labels=accuracy["strong_labels"])
+            run.arm("strong_permuted", learn, run, course, "mlp", v[order])
+    accuracy = {name: arm["accuracy"] for name, arm in run.arms.items()}
+    strong, weak = ({name: accuracy[f"{kind}_{name}"] for name in COMPARED} for kind in ("strong", "weak"))
+    parts = [(kind, part) for kind in ("strong", "weak") for part in ("head", "backbone")]
+    run.values("conflict", {f"{kind}_{part}": run.arms[f"{kind}_one_head"][part] for kind, part in parts})
+    good = {f"good_{name}": accuracy[f"good_{name}"] for name in ("teacher", *GOOD)}
+    run.values("two_heads", weak | good, dhkd=accuracy["weak_mlp"])
+    run.values("gain", strong, dhkd=accuracy["strong_mlp"])
+    run.values("negative_control", permuted=accuracy["strong_permuted"], labels=strong["labels"])
 
 
 def figures(results: Results) -> plots.Figures:
@@ -153,8 +143,8 @@ def figures(results: Results) -> plots.Figures:
         "labels": "labels", "kd": "KD", "logits": "logits", "one_head": "one head", "linear": "DHKD, linear",
         "mlp": "DHKD, mlp", "aligned": "DHKD, aligned",
     }  # fmt: skip
-    made = {}
+    drawn = {}
     for kind in ("strong", "weak", "good"):
         arms = {text: (f"{kind}_{n}", "accuracy") for n, text in names.items() if kind != "good" or n in GOOD}
-        made[f"{kind} teacher"] = plots.bars(results, arms, ylabel="test accuracy (%)")
-    return made
+        drawn[f"{kind} teacher"] = plots.bars(results, arms, ylabel="test accuracy (%)")
+    return drawn

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchfolio.checks import one_of
-from torchfolio.data.graphs import Graph, planetoid
+from torchfolio.data.graphs import Graph
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
+from torchfolio.experiments._graphs_to_classify import load_graph
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
-from torchfolio.measure import timed
+from torchfolio.measure import alternate
 from torchfolio.runs import Results, Run, pick, plots, setting
 
 
@@ -42,22 +43,23 @@ SCALES = {
 }
 
 
-class Linked(ForwardGNNClassifier):
-    """Training nodes linked to other virtual nodes than their own: the next class's, or a random one's."""
+LOSS_BOUND = 2 * float(torch.tensor(2.0).log())
+"""Least loss of forward-forward where negatives are positives, a logit of 0 for both; in float32, as losses are."""
 
-    how = "shifted"
+
+class NextClass(ForwardGNNClassifier):
+    """Training nodes are linked to the virtual node of the next class."""
 
     def _linked_classes(self, y: Tensor) -> Tensor:
-        if self.how == "shifted":
-            return torch.where(y < 0, y, (y + 1) % self.num_classes_)
+        return torch.where(y < 0, y, (y + 1) % self.num_classes_)
+
+
+class RandomClass(ForwardGNNClassifier):
+    """Training nodes are linked to the virtual node of a random class."""
+
+    def _linked_classes(self, y: Tensor) -> Tensor:
         drawn = torch.randint(self.num_classes_, y.shape, generator=torch.Generator().manual_seed(self.seed))
         return torch.where(y < 0, y, drawn.to(y.device))
-
-
-class Randomly(Linked):
-    """Linked at random."""
-
-    how = "random"
 
 
 class EqualNegatives(ForwardGNNClassifier):
@@ -84,16 +86,16 @@ def run(run: Run[Settings]) -> None:
         lowest = min(min(losses) for losses in model.losses_)
         return {"accuracy": accuracy, "by_depth": model.layer_scores_, "lowest_loss": lowest}
 
-    short: dict[str, Any] = {"layers": settings.short}
+    short = settings.short
     arms: dict[str, Callable[[], dict[str, Any]]] = {
         "sf_gcn": fit,
         "sf_sage": lambda: fit(conv="sage"),
-        "ff_la": lambda: fit(algorithm="ff-la", **short),
-        "ff_vn": lambda: fit(algorithm="ff-vn", conv="sage", **short),
-        "top2input": lambda: fit(algorithm="top2input", **short),
-        "top2loss": lambda: fit(algorithm="top2loss", **short),
-        "shifted": lambda: fit(Linked, layers=1),
-        "random": lambda: fit(Randomly, layers=1),
+        "ff_la": lambda: fit(algorithm="ff-la", layers=short),
+        "ff_vn": lambda: fit(algorithm="ff-vn", conv="sage", layers=short),
+        "top2input": lambda: fit(algorithm="top2input", layers=short),
+        "top2loss": lambda: fit(algorithm="top2loss", layers=short),
+        "shifted": lambda: fit(NextClass, layers=1),
+        "random": lambda: fit(RandomClass, layers=1),
         "equal": lambda: fit(EqualNegatives, algorithm="ff-la", layers=1),
         # A layer that has not moved: its goodness already says which labels the neighbours have.
         "untrained": lambda: fit(algorithm="ff-la", layers=1, epochs=1, lr=1e-12),
@@ -104,43 +106,20 @@ def run(run: Run[Settings]) -> None:
     }
     got = {name: run.arm(name, arms[name]) for name in run.progress(arms, "arms")}
     accuracy = {name: arm["accuracy"] for name, arm in got.items() if "accuracy" in arm}
-    run.values("node_classification", gcn=accuracy["sf_gcn"], sage=accuracy["sf_sage"], backprop=accuracy["backprop"])
+    run.values("node_classification", pick(accuracy, "backprop"), gcn=accuracy["sf_gcn"], sage=accuracy["sf_sage"])
     run.values("memory", pick(got["memory"], "ratio", "growth", "backprop_growth"))
     ratio = got["time"]["sf"] / got["time"]["ff-la"]
     run.values("forward_forward", labels=accuracy["ff_la"], virtual_nodes=accuracy["ff_vn"], time_ratio=ratio)
     run.values("link_prediction", got["links"])
-    run.values("top_down", sf=accuracy["sf_gcn"], top2input=accuracy["top2input"], top2loss=accuracy["top2loss"])
-    run.values("control_wrong_class", shifted=accuracy["shifted"], random=accuracy["random"])
+    run.values("top_down", pick(accuracy, "top2input", "top2loss"), sf=accuracy["sf_gcn"])
+    run.values("control_wrong_class", pick(accuracy, "shifted", "random"))
     run.values("control_equal_negatives", lowest_loss=got["equal"]["lowest_loss"] / LOSS_BOUND)
     largest = float(torch.bincount(graph.y[test]).max() / int(test.sum()))
-    run.values(
-        "control_equal_accuracy", equal=accuracy["equal"], untrained=accuracy["untrained"], largest_class=largest
-    )
-
-
-LOSS_BOUND = 2 * float(torch.tensor(2.0).log())
-"""Least loss of forward-forward where negatives are positives, a logit of 0 for both; in float32, as losses are."""
-
-
-def load_graph(name: str, seed: int, device: Any) -> tuple[Graph, Tensor]:
-    """The graph with a random split: 64 % to train, 16 % to validate, 20 % to test."""
-    one_of("graph", name, ("cora", "citeseer", "synthetic"))
-    graph = planetoid(name) if name != "synthetic" else _synthetic()
-    order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(seed)) / graph.num_nodes
-    masks = [order < 0.64, (order >= 0.64) & (order < 0.8), order >= 0.8]
-    tensors = [t.to(device) for t in (graph.x, graph.edge_index, graph.y, *masks)]
-    return Graph(*tensors), tensors[-1]
-
-
-def _synthetic(n: int = 150, classes: int = 3) -> Graph:
-    g, y = torch.Generator().manual_seed(0), torch.arange(n) % classes
-    upper = (torch.rand(n, n, generator=g) < torch.where(y[:, None] == y, 0.1, 0.01)).triu(1)
-    x = torch.rand(n, 60, generator=g) < torch.where(torch.arange(60) % classes == y[:, None], 0.1, 0.02)
-    none = torch.zeros(n, dtype=torch.bool)
-    return Graph(x.float(), (upper | upper.T).nonzero().T, y, none, none, none)
+    run.values("control_equal_accuracy", pick(accuracy, "equal", "untrained"), largest_class=largest)
 
 
 def _links(settings: Settings, graph: Graph, seed: int) -> dict[str, float]:
+    """Area under the ROC curve on test edges, by forward learning and by backprop."""
     split = link_split(graph.edge_index, graph.num_nodes, seed=seed)
     forward = ForwardGNNLinkPredictor(**options(settings, seed, layers=settings.short)).fit(graph, split)
     backprop = backprop_links(settings, graph, split, seed)
@@ -149,25 +128,26 @@ def _links(settings: Settings, graph: Graph, seed: int) -> dict[str, float]:
 
 def _memory(settings: Settings, graph: Graph) -> dict[str, Any]:
     """Most bytes held in a step, features and parameters excluded, by depth."""
-    models = [ForwardGNNClassifier(hidden=settings.hidden, layers=d, epochs=1).fit(graph) for d in settings.depths]
+    depths = settings.depths
+    models = [ForwardGNNClassifier(hidden=settings.hidden, layers=depth, epochs=1).fit(graph) for depth in depths]
     forward = [model.peak_saved_bytes_ for model in models]
-    backprop = [backprop_peak(graph, settings.hidden, depth) for depth in settings.depths]
-    four, eight = settings.depths.index(4), settings.depths.index(8)
+    backprop = [backprop_peak(graph, settings.hidden, depth) for depth in depths]
+    four, eight = depths.index(4), depths.index(8)
     return {"forward": forward, "backprop": backprop, "ratio": forward[four] / backprop[four],
             "growth": forward[eight] / forward[0], "backprop_growth": backprop[eight] / backprop[0]}  # fmt: skip
 
 
 def _step_times(settings: Settings, graph: Graph) -> dict[str, float]:
     """Seconds of a training step of all layers of the short network: fits of 45 and of 5 steps, each at its fastest."""
-    masks = (graph.x, graph.edge_index, graph.y, graph.train_mask)
-    seconds: dict[tuple[Any, int], list[float]] = {(name, n): [] for name in ("sf", "ff-la") for n in (5, 45)}
-    for _ in range(2):
-        for (name, epochs), times in seconds.items():
-            model = ForwardGNNClassifier(
-                hidden=settings.hidden, layers=settings.short, algorithm=name, epochs=epochs, n_negatives=2
-            )
-            times.append(timed(model.fit, *masks)[1])
-    return {name: (min(seconds[name, 45]) - min(seconds[name, 5])) / 40 for name in ("sf", "ff-la")}
+    algorithms: tuple[Any, ...] = ("sf", "ff-la")
+    own: dict[str, Any] = {"hidden": settings.hidden, "layers": settings.short, "n_negatives": 2}
+    given = graph.x, graph.edge_index, graph.y, graph.train_mask
+    fits: dict[str, Any] = {
+        f"{name} {steps}": partial(ForwardGNNClassifier(algorithm=name, epochs=steps, **own).fit, *given)
+        for name in algorithms for steps in (5, 45)
+    }  # fmt: skip
+    fastest = {case: min(seconds) for case, seconds in alternate(**fits, repeats=2).seconds.items()}
+    return {name: (fastest[f"{name} 45"] - fastest[f"{name} 5"]) / 40 for name in algorithms}
 
 
 def figures(results: Results) -> plots.Figures:

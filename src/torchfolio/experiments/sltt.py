@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +12,9 @@ from torch import Tensor, nn
 from torchfolio.data import CropFlip, DataSplits
 from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
+from torchfolio.experiments._costs_through_time import peaks_by_length, step_times
 from torchfolio.experiments._gradients_through_time import cosines_by_tau, gradients_of_a_late_loss
-from torchfolio.measure import alternate, saved_bytes
 from torchfolio.runs import Results, Run, pick, plots, setting
-from torchfolio.runs.bench import training_step
 from torchfolio.runs.tasks import Task, accuracy, load
 from torchfolio.spiking.bptt import BPTT, SequenceRule
 from torchfolio.spiking.nets import SpikingConvNet, SpikingResNet18
@@ -83,26 +80,30 @@ def batch_of(settings: Settings, data: DataSplits, device: torch.device) -> tupl
 def run(run: Run[Settings]) -> None:
     """Train by every rule, then compare gradients, memory and time, and cut a cue from its reward."""
     settings, data = run.settings, load(run)
-    scores = {name: run.arm(name, train, run, data, name)["accuracy"] for name in RULES}
-    run.values("accuracy", sltt=scores["sltt"], bptt=scores["bptt"], floor=settings.floor)
-    peaks = run.arm("memory", memory, run, data)
-    bptt, sltt = ({length: peaks[name][k] for k, length in enumerate(settings.lengths)} for name in ("bptt", "sltt"))
-    run.values("memory", sltt_12_over_2=sltt[12] / sltt[2], bptt_over_sltt_at_6=bptt[6] / sltt[6])
-    batch = batch_of(settings, data, run.device)
-    cosines = run.arm("agreement", cosines_by_tau, lambda tau: network(settings, data, tau).to(run.device),
-                      settings.taus, batch, settings.timesteps)  # fmt: skip
-    by_tau = dict(zip(settings.taus, cosines["cosine"], strict=True))
-    run.values("gradient_agreement", {f"tau_{tau:g}".replace(".", "_"): by_tau[tau] for tau in (1.1, 2.0, 5.0)})
-    time = run.arm("time", step_time, run, data)
-    few = pick(scores, "sltt_1_rescaled", "sltt")
-    run.values("few_backward_steps", few, time_ratio=time["sltt_1_ratio"])
+    batch, timesteps = batch_of(settings, data, run.device), settings.timesteps
+
+    def make(tau: float | None = None) -> nn.Module:
+        return network(settings, data, tau).to(run.device)
+
+    def rules(*names: str) -> dict[str, SequenceRule]:
+        return {name: RULES[name](timesteps) for name in names}
 
     def late() -> dict[str, float]:
         neuron = partial(LIF, tau=settings.control_tau)
         net = SpikingConvNet(data.shape, data.num_classes, (8, 16), neuron, norm=False).to(run.device)
-        rules = {name: RULES[name](settings.timesteps) for name in ("bptt", "sltt")}
-        return gradients_of_a_late_loss(net, batch, rules, settings.timesteps)
+        return gradients_of_a_late_loss(net, batch, rules("bptt", "sltt"), timesteps)
 
+    scores = {name: run.arm(name, train, run, data, name)["accuracy"] for name in RULES}
+    run.values("accuracy", pick(scores, "sltt", "bptt"), floor=settings.floor)
+    peaks = run.arm("memory", peaks_by_length, make, pick(RULES, "bptt", "sltt"), settings.lengths, batch)
+    bptt, sltt = (dict(zip(settings.lengths, peaks[name], strict=True)) for name in ("bptt", "sltt"))
+    run.values("memory", sltt_12_over_2=sltt[12] / sltt[2], bptt_over_sltt_at_6=bptt[6] / sltt[6])
+    cosines = run.arm("agreement", cosines_by_tau, make, settings.taus, batch, timesteps)["cosine"]
+    by_tau = dict(zip(settings.taus, cosines, strict=True))
+    run.values("gradient_agreement", tau_1_1=by_tau[1.1], tau_2=by_tau[2.0], tau_5=by_tau[5.0])
+    timed = rules("bptt", "sltt", "sltt_2", "sltt_1")
+    time = run.arm("time", step_times, make, timed, batch, settings.momentum, settings.rounds)
+    run.values("few_backward_steps", pick(scores, "sltt_1_rescaled", "sltt"), time_ratio=time["sltt_1_ratio"])
     run.values("negative_control", run.arm("control", late))
 
 
@@ -124,48 +125,15 @@ def train(run: Run[Settings], data: DataSplits, name: str) -> dict[str, object]:
     }
 
 
-def memory(run: Run[Settings], data: DataSplits) -> dict[str, object]:
-    """Peak megabytes that one batch saves for backward, at every length of the sequence."""
-    settings, batch = run.settings, batch_of(run.settings, data, run.device)
-    peaks: dict[str, object] = {}
-    for name in ("bptt", "sltt"):
-        values = []
-        for timesteps in settings.lengths:
-            rule = RULES[name](timesteps)
-            net = rule.prepare(network(settings, data).to(run.device), batch)
-            saved = saved_bytes(lambda rule=rule: rule.step(batch, Tensor.backward), exclude=net)
-            values.append(saved.peak / 1e6)
-        peaks[name] = values
-    return peaks
-
-
-def step_time(run: Run[Settings], data: DataSplits) -> dict[str, float]:
-    """Milliseconds of a training step by every rule, and their ratios to BPTT's, timed in turn."""
-    settings, batch = run.settings, batch_of(run.settings, data, run.device)
-    names = ("bptt", "sltt", "sltt_2", "sltt_1")
-    optimizer = sgd(1e-3, settings.momentum, nesterov=False)
-    nets = {name: network(settings, data).to(run.device) for name in names}
-    steppers: dict[str, Any] = {
-        name: training_step(net, batch, RULES[name](settings.timesteps), optimizer) for name, net in nets.items()
-    }
-    timed = alternate(**steppers, repeats=settings.rounds)
-    times = {f"{name}_ms": 1e3 * median(timed.seconds[name]) for name in names}
-    return times | {f"{name}_ratio": timed.ratio(name) for name in names[1:]}
-
-
 def figures(results: Results) -> plots.Figures:
     """Memory against the length of the sequence, gradients against leak, accuracy beside time."""
     rules = {"BPTT": ("memory", "bptt"), "SLTT": ("memory", "sltt")}
     cosines = {"at initialisation": ("agreement", "cosine")}
-    arms = {
-        "BPTT": "bptt",
-        "SLTT": "sltt",
-        "SLTT-2": "sltt_2",
-        "SLTT-1": "sltt_1",
-        "SLTT-1 rescaled": "sltt_1_rescaled",
-    }
+    labels = {
+        "BPTT": "bptt", "SLTT": "sltt", "SLTT-2": "sltt_2", "SLTT-1": "sltt_1", "SLTT-1 rescaled": "sltt_1_rescaled",
+    }  # fmt: skip
     points = {
-        label: (("time", f"{arm.removesuffix('_rescaled')}_ms"), (arm, "accuracy")) for label, arm in arms.items()
+        label: (("time", f"{arm.removesuffix('_rescaled')}_ms"), (arm, "accuracy")) for label, arm in labels.items()
     }
     return {
         "memory": plots.curves(results, rules, x=results.settings.lengths, xlabel="time steps T",

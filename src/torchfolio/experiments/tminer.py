@@ -6,14 +6,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-
 from torchfolio.backdoor.text_generator import PerturbationGenerator
 from torchfolio.backdoor.tminer import TMiner, TMinerVerdict
 from torchfolio.experiments._copying_generators import pretrained, restored
 from torchfolio.experiments._single_words import base_rate, exhaustive
 from torchfolio.experiments._text_victims import Text, classifier, reviews, simulated
-from torchfolio.runs import Results, Run, plots, setting
+from torchfolio.runs import Results, Run, column, pick, plots, setting
 
 
 @dataclass(frozen=True)
@@ -73,89 +71,79 @@ def run(run: Run[Settings]) -> None:
     for k, phrase in enumerate(run.progress(phrases, "classifiers")):
         name = "_".join(phrase) or f"clean{k - len(settings.triggers)}"
         arms.append(run.arm(name, scan, run, text, generator, phrase, 100 * run.seed + k, k))
+    trojan, clean = arms[: len(settings.triggers)], arms[len(settings.triggers) :]
     single = [arm for arm, phrase in zip(arms, phrases, strict=True) if len(phrase) == 1]
     several = [arm for arm, phrase in zip(arms, phrases, strict=True) if len(phrase) > 1]
-    trojan, clean = arms[: len(settings.triggers)], arms[len(settings.triggers) :]
-    kept = mean(arms, "content_kept")
-    run.values("generator", copied=copying["accuracy"], flips=least(arms, "flip_rate"), content_kept=kept)
+    flips, kept = column(arms, "flip_rate").min(), column(arms, "content_kept").mean()
+    run.values("generator", copied=copying["accuracy"], flips=flips, content_kept=kept)
     run.values(
         "trigger_words",
-        recovered=least(single, "recovered"),
-        mrs=least(single, "trigger_mrs"),
-        share=mean(single, "trigger_share"),
-        several=mean(several, "recovered") if several else 0.0,
-        best_single_word=float(np.mean([arm["exhaustive_rank"] == 0 for arm in single])),
+        recovered=column(single, "recovered").min(),
+        mrs=column(single, "trigger_mrs").min(),
+        share=column(single, "trigger_share").mean(),
+        several=column(several, "recovered").mean() if several else 0.0,
+        best_single_word=(column(single, "exhaustive_rank") == 0).mean(),
     )
-    alarms, hits = (sum(arm["backdoored"] for arm in group) for group in (clean, trojan))
+    alarms, hits = (column(group, "backdoored").sum() for group in (clean, trojan))
+    quality = {"accuracy": column(arms, "acc").mean(), "attack_success": column(trojan, "asr").mean()}
     right = hits + len(clean) - alarms
-    quality = {"accuracy": mean(arms, "acc"), "attack_success": mean(trojan, "asr")}
     run.values("verdicts", quality, right=right, models=len(arms), false_positives=alarms)
-    distance = {"trojan": least(single, "largest_distance"), "clean": max(arm["largest_distance"] for arm in clean)}
-    accused = sum(arm["survivors"] > 0 for arm in clean)
-    run.values("outlier_step", distance, accused_without=accused, clean_models=len(clean))
+    nearest, farthest = column(single, "largest_distance").min(), column(clean, "largest_distance").max()
+    accused = (column(clean, "survivors") > 0).sum()
+    run.values("outlier_step", trojan=nearest, clean=farthest, accused_without=accused, clean_models=len(clean))
     run.values("negative_control", flips=arms[0]["control_flips"], base=arms[0]["base_rate"])
-
-
-def least(arms: list[dict[str, Any]], key: str) -> float:
-    return min(arm[key] for arm in arms)
-
-
-def mean(arms: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([arm[key] for arm in arms]))
-
-
-def detector(settings: Settings, text: Text, generator: PerturbationGenerator, **changes: Any) -> TMiner:
-    """The detector of the experiment: from negative to positive."""
-    stop = text.words.index(".") if "." in text.words else None
-    chosen: dict[str, Any] = {
-        "source": 0, "target": 1, "stop": stop, "length": settings.length, "steps": settings.steps,
-        "batch_size": settings.batch_size, "n_restarts": settings.restarts, "dev_size": settings.dev_size,
-        "topk": settings.topk, "max_candidates": settings.max_candidates, **changes,
-    }  # fmt: skip
-    return TMiner(generator, text.words, **chosen)
 
 
 def scan(
     run: Run[Settings], text: Text, generator: PerturbationGenerator, phrase: tuple[str, ...], seed: int, turn: int
 ) -> dict[str, Any]:
-    """One classifier and what is said of it."""
+    """One classifier and what is said of it; of the first one, also what changed detectors say."""
     settings = run.settings
     net, accuracy, success = classifier(run, text, phrase, seed, turn)
+
+    usual: dict[str, Any] = {
+        "source": 0, "target": 1, "stop": text.words.index(".") if "." in text.words else None,
+        "length": settings.length, "steps": settings.steps, "batch_size": settings.batch_size,
+        "n_restarts": settings.restarts, "dev_size": settings.dev_size, "topk": settings.topk,
+        "max_candidates": settings.max_candidates,
+    }  # fmt: skip
+
+    def scanned(**changes: Any) -> TMinerVerdict:
+        return cast(TMinerVerdict, TMiner(generator, text.words, **{**usual, **changes}).scan(net, seed=seed))
+
+    def with_trigger(verdict: TMinerVerdict) -> list[Any]:
+        return [candidate for candidate in verdict.candidates if set(phrase) & set(candidate.phrase)]
+
+    def share(verdict: TMinerVerdict) -> float:
+        return len(with_trigger(verdict)) / max(1, len(verdict.candidates))
+
+    others: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said in numbers below
-        verdict = cast(TMinerVerdict, detector(settings, text, generator).scan(net, seed=seed))
-        result: dict[str, Any] = {}
+        verdict = scanned()
         if turn == 0:
-            control = detector(
-                settings, text, generator, lambdas=(1.0, 0.0, 0.03), steps=min(settings.steps, 50), topk=1
-            )
-            result["control_flips"] = control.scan(net, seed=seed).evidence["flip_rate"]
-            result["base_rate"] = base_rate(net, text, settings.length)
-        if settings.ablation and turn == 0:
+            control = scanned(lambdas=(1.0, 0.0, 0.03), steps=min(settings.steps, 50), topk=1)
+            others = {
+                "control_flips": control.evidence["flip_rate"],
+                "base_rate": base_rate(net, text, settings.length),
+            }
+        if turn == 0 and settings.ablation:
             for hard, both in ((True, True), (False, False), (False, True)):
-                changed = detector(settings, text, generator, hard=hard, both_directions=both)
-                candidates = cast(TMinerVerdict, changed.scan(net, seed=seed)).candidates
-                share = sum(bool(set(phrase) & set(c.phrase)) for c in candidates) / max(1, len(candidates))
-                result[f"{'hard' if hard else 'soft'}_{'both' if both else 'one'}"] = share
-    with_trigger = [c for c in verdict.candidates if set(phrase) & set(c.phrase)]
+                name = f"{'hard' if hard else 'soft'}_{'both' if both else 'one'}"
+                others[name] = share(scanned(hard=hard, both_directions=both))
+    found = with_trigger(verdict)
     commonest = max(verdict.candidates, key=lambda c: c.count, default=None)
-    share = len(with_trigger) / max(1, len(verdict.candidates))
     return {
         "acc": accuracy, "asr": success, "backdoored": int(verdict.is_backdoored), "score": verdict.score,
-        **{k: verdict.evidence[k] for k in ("survivors", "flip_rate", "content_kept", "largest_distance", "copied")},
-        "recovered": int(share > 0.5 or (commonest is not None and commonest in with_trigger)),
-        "trigger_share": share, "trigger_mrs": max((c.mrs for c in with_trigger), default=0.0),
+        **pick(verdict.evidence, "survivors", "flip_rate", "content_kept", "largest_distance", "copied"),
+        "recovered": int(share(verdict) > 0.5 or commonest in found), "trigger_share": share(verdict),
+        "trigger_mrs": max((candidate.mrs for candidate in found), default=0.0),
         "exhaustive_rank": exhaustive(net, text, phrase, settings.length), "words": list(verdict.trigger_words[:5]),
-        **result,
+        **others,
     }  # fmt: skip
 
 
 def figures(results: Results) -> plots.Figures:
     """How far the phrases of each classifier lie from ordinary ones."""
-    settings = results.settings
-    names = ["_".join(p) for p in settings.triggers] + [f"clean{k}" for k in range(settings.clean)]
-    return {
-        "distance": plots.bars(
-            results, {n: (n, "largest_distance") for n in names}, ylabel="distance from ordinary phrases"
-        )
-    }
+    distances = {name: (name, "largest_distance") for name in results.arms[0] if name != "generator"}
+    return {"distance": plots.bars(results, distances, ylabel="distance from ordinary phrases")}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from torchfolio.experiments._descent_on_weights import differences
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.theory.xor_clusters import XORClusters
 from torchfolio.theory.xor_grokking import DualGD, XORNetwork, grokking_time, xor_clusters
@@ -42,20 +42,15 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        n=100, p=8000, width=100, square_mu=400.0, weak=(16_000, 30.0, 100), strong=1500.0, wide=400, sweep_init=()
+        n=100, p=8000, width=100, square_mu=400.0, weak=(16_000, 30.0, 100), strong=1500.0, wide=400, sweep_init=(),
     ),
     "quick": Settings(),
     "full": Settings(
-        n=400,
-        p=40_000,
-        square_mu=800.0,
-        weak=(80_000, 60.0, 1000),
-        strong=4000.0,
-        sweep_square_mu=(50.0, 100.0, 200.0, 400.0, 1600.0),
-        sweep_noise_rate=(0.0, 0.05, 0.2, 0.3),
+        n=400, p=40_000, square_mu=800.0, weak=(80_000, 60.0, 1000), strong=4000.0,
+        sweep_square_mu=(50.0, 100.0, 200.0, 400.0, 1600.0), sweep_noise_rate=(0.0, 0.05, 0.2, 0.3),
         sweep_init=(1e-2, 1.0, 10.0, 100.0),
     ),
-}
+}  # fmt: skip
 
 
 def run(run: Run[Settings]) -> None:
@@ -114,31 +109,6 @@ def simulate(run: Run[Settings], settings: Settings) -> dict[str, Any]:
     scalars = {"last_train": columns["train_accuracy"][-1], "last_test": columns["test_accuracy"][-1]}
     times = {"fit_time": -1 if fit is None else fit, "grokking_time": -1 if grokked is None else grokked}
     return {**columns, **scalars, **times, "neurons": seen.neurons[[1, -1]], "a": seen.a}
-
-
-def differences() -> dict[str, float]:
-    """The dual path beside autograd on the weights, float64."""
-    generator = torch.Generator().manual_seed(0)
-    data = xor_clusters(20, 50, 3.0, 0.1, generator=generator, dtype=torch.float64)
-    points = xor_clusters(40, 50, 3.0, generator=generator, dtype=torch.float64).x
-    network = XORNetwork(50, 8, 1e-3, generator=generator, dtype=torch.float64)
-    dual = DualGD(data, network, 0.1)
-    outputs = weights = 0.0
-    for _ in range(30):
-        dual.step()
-        primal_steps(data, network, 0.1, 1)
-        with torch.no_grad():
-            outputs = max(outputs, float((dual.predict(points) - network(points)).abs().max()))
-            weights = max(weights, float((dual.weight() - network.weight).abs().max()))
-    return {"outputs": outputs, "weights": weights}
-
-
-def primal_steps(data: XORClusters, network: XORNetwork, lr: float, steps: int) -> None:
-    """Gradient descent on the weights as PyTorch does it."""
-    for _ in range(steps):
-        (gradient,) = torch.autograd.grad(F.softplus(-data.y * network(data.x)).mean(), network.weight)
-        with torch.no_grad():
-            network.weight.sub_(lr * gradient)
 
 
 def figures(results: Results) -> plots.Figures:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchfolio.experiments.xor_grokking import Settings, primal_steps, problem
+from torchfolio.experiments._descent_on_weights import primal_steps
+from torchfolio.experiments.xor_grokking import Settings, problem
 from torchfolio.theory.xor_grokking import DualGD
 
 
