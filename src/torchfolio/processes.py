@@ -29,6 +29,10 @@ def import_ahead(modules: Sequence[str]) -> None:
     forkserver.ensure_running()
 
 
-def worker_context() -> BaseContext:
-    """How worker processes are made."""
-    return get_context("forkserver" if FORKS else "spawn")
+def worker_context(*, fork: bool = True) -> BaseContext:
+    """How worker processes are made.
+
+    Args:
+        fork: whether they may be forked; those that will use an accelerator may not.
+    """
+    return get_context("forkserver" if FORKS and fork else "spawn")

@@ -39,7 +39,7 @@ def _arm(run, name: str, offset: float) -> dict[str, object]:
         os.kill(os.getpid(), 9)
     if name == "ours" and run.settings.name == "endless":
         time.sleep(1000)
-    if run.settings.name == "broken":
+    if run.settings.name in ("broken", f"broken at {run.seed}"):
         raise RuntimeError("the toy is broken")
     noise = torch.rand(1).item() + random.random() + float(np.random.rand())
     return {"accuracy": offset + run.settings.gain * noise, "curve": np.arange(3.0) + offset, "text": name}

@@ -63,7 +63,7 @@ def run(
     for place in (out, record):
         if place is not None:
             check_place(place)
-    if jobs > 1 and not ray:
+    if jobs > 1 and not ray and device in ("auto", "cpu"):
         import_ahead(["torchfolio.cli", *(f"torchfolio.experiments.{slug}" for slug in chosen)])
     from torchfolio.fitting import importable
     from torchfolio.runs import plan, run_all
@@ -149,17 +149,14 @@ def _record(outcomes: list[Outcome], folder: Path) -> None:
 def _choose(slugs: list[str], family: str | None, everything: bool) -> list[str]:
     if sum([bool(slugs), family is not None, everything]) != 1:
         raise typer.BadParameter("name papers, or give --family or --all")
-    ready = [paper for paper in catalog.papers().values() if paper.is_in]
-    if everything:
-        return [paper.slug for paper in ready]
-    if family is not None:
-        if family not in catalog.FAMILIES:
-            raise typer.BadParameter(f"there is no family {family!r}; there are {', '.join(catalog.FAMILIES)}")
-        chosen = [paper.slug for paper in ready if paper.family == family]
-        if not chosen:
-            raise typer.BadParameter(f"no method of the family {family!r} is in yet")
-        return chosen
-    return list(dict.fromkeys(slugs))
+    if slugs:  # without a look at the catalogue: the workers' imports have begun the sooner
+        return list(dict.fromkeys(slugs))
+    if family is not None and family not in catalog.FAMILIES:
+        raise typer.BadParameter(f"there is no family {family!r}; there are {', '.join(catalog.FAMILIES)}")
+    chosen = [paper.slug for paper in catalog.papers().values() if paper.is_in and family in (None, paper.family)]
+    if not chosen:
+        raise typer.BadParameter(f"no method of the family {family!r} is in yet")
+    return chosen
 
 
 class _Status:

@@ -15,6 +15,7 @@ from typing import Any
 from torchfolio import catalog
 from torchfolio.bundle import resolve
 from torchfolio.catalog import Claim
+from torchfolio.engine.devices import resolve_device
 from torchfolio.errors import TorchfolioError
 from torchfolio.models import spec
 from torchfolio.runs.outcome import Outcome
@@ -88,6 +89,7 @@ def plan(
         raise TorchfolioError(f"{slug} has the scales {', '.join(module.SCALES)}, got {scale!r}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"expected seeds that differ, at least one, got {list(seeds)}")
+    resolve_device(device)
     changes = dict(settings or {})
     chosen = asdict(override(module.SCALES[scale], changes))
     if chosen.get("model") is not None:  # a user's network: told now, not after the data have been read

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torchfolio.runs.run import Run
 from torchfolio.runs.settings import override
 from torchfolio.runs.store import read_result
 
-__all__ = ["Measured", "measure_seed"]
+__all__ = ["Measured", "draw_off_screen", "measure_seed"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,6 @@ class Measured:
 
 def measure_seed(job: Job, seed: int, say: Say) -> Measured:
     """Run one seed; arms that are stored are not computed again."""
-    import matplotlib
-
-    matplotlib.use("agg")
     from torchfolio.engine.devices import resolve_device
 
     module = importlib.import_module(job.module)
@@ -56,3 +55,10 @@ def measure_seed(job: Job, seed: int, say: Say) -> Measured:
     )
     module.run(run)
     return Measured(seed, run.measured, run.seconds, run.figures)
+
+
+def draw_off_screen() -> None:
+    """Have matplotlib open no windows, whether it has been imported or will be."""
+    os.environ["MPLBACKEND"] = "agg"
+    if "matplotlib" in sys.modules:
+        sys.modules["matplotlib"].use("agg")

@@ -18,12 +18,15 @@ from torchfolio.runs.environment import environment
 from torchfolio.runs.job import SCALES as SCALES
 from torchfolio.runs.job import Job, Say, claims_of, command, plan
 from torchfolio.runs.job import experiment as experiment
-from torchfolio.runs.measuring import Measured, measure_seed
+from torchfolio.runs.measuring import Measured, draw_off_screen, measure_seed
 from torchfolio.runs.outcome import Outcome, Results, aggregate_arms, aggregate_claims
 from torchfolio.runs.run import save_figure
 from torchfolio.runs.settings import override
 from torchfolio.runs.store import clear_scratch, write_json
-from torchfolio.runs.workers import MeasuredSeeds, measure_in_processes, measure_on_ray
+from torchfolio.runs.workers import measure_in_processes, measure_on_ray
+
+MeasuredSeeds = dict[tuple[Path, int], Measured]
+"""What was measured in other processes, by the folder of the run and the seed; those that failed are not in it."""
 
 
 def run_experiment(
@@ -77,16 +80,26 @@ def run_all(
     """
     if jobs < 1:
         raise ValueError(f"expected at least one job, got {jobs}")
+    draw_off_screen()
+    measured: MeasuredSeeds = {}
+    outcomes: dict[Path, Outcome] = {}
+
+    def take(job: Job, seed: int, result: Measured | str | BaseException) -> None:
+        say(f"{job.slug} seed {seed}: {'done' if isinstance(result, Measured) else f'failed: {result}'}")
+        if isinstance(result, Measured):
+            measured[job.folder, seed] = result
+            if all((job.folder, other) in measured for other in job.seeds):
+                outcomes[job.folder] = _conclude(job, measured, say)
+
     with ExitStack() as stack:
         for job in jobs_to_run:
             stack.enter_context(exclusive(job.folder))
             clear_scratch(job.folder)
-        measured: MeasuredSeeds = {}
         if ray:
-            measured = measure_on_ray(jobs_to_run, say)
+            measure_on_ray(jobs_to_run, take)
         elif jobs > 1:
-            measured = measure_in_processes(jobs_to_run, jobs, say)
-        return [_conclude(job, measured, say) for job in jobs_to_run]
+            measure_in_processes(jobs_to_run, jobs, take)
+        return [outcomes.get(job.folder) or _conclude(job, measured, say) for job in jobs_to_run]
 
 
 def _conclude(job: Job, measured: MeasuredSeeds, say: Say) -> Outcome:
