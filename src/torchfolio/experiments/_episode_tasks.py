@@ -42,7 +42,7 @@ TASKS: dict[str, Callable[[int, int], Episodes]] = {
 }
 """`n` episodes of a seed, by task."""
 
-CLASSES = {"prototypes": (16, 5), "rare": (16, 5)}
+CLASSES = {"prototypes": (16, 5), "rare": (16, 5), "digits": (64, 4)}
 """Numbers of features and of classes of the tasks that have classes."""
 
 

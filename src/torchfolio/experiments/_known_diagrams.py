@@ -1,4 +1,4 @@
-"""Diagrams whose answer is known: axes of attention and of norms, the cost of a derivative, and what must be refused."""
+"""Diagrams whose answer is known: axes of attention and norms, the cost of a derivative, what must be refused."""
 
 from __future__ import annotations
 

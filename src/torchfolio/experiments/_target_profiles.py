@@ -1,4 +1,4 @@
-"""Which class perturbations of one image lead others to: on victims, clean networks, and victims that try to hide it."""
+"""Which class perturbations of one image lead others to: of victims, clean networks, and victims that hide it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Settings(OwnNetwork):
     finetune_lr: float = setting(0.05, "learning rate of the auxiliary network")
     finetune_batch: int = setting(
         16,
-        "batch size of the auxiliary network; 350 images in batches of 16 give as many steps as the authors take, 1,400 in batches of 64",
+        "batch size of the auxiliary network; 350 images by 16 give as many steps as the authors' 1,400 by 64",
     )
     kappa: float = setting(0.5, "slope of the score")
     batch_size: int = setting(

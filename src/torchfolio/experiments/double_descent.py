@@ -1,4 +1,4 @@
-"""Measures the peak of double descent over optimisation settings: closed forms, iterated readouts, and small networks."""
+"""Measures the peak of double descent over optimisation settings: closed forms, iterated readouts, small networks."""
 
 from __future__ import annotations
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchfolio.engine import Backprop, FitState, fit
+from torchfolio.engine import Backprop, StepRecorder, fit
 from torchfolio.engine.recipes import adam
+from torchfolio.experiments._blind_feedback import FEEDBACK, blindfold
 from torchfolio.experiments._episode_tasks import CLASSES, TASKS, Episodes, scores_by_position
 from torchfolio.experiments._lstm_learner import LSTMLearner, sequence_loss
+from torchfolio.measure import timed
 from torchfolio.runs import Results, Run, plots, setting
 from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
 from torchfolio.training.meta_episodes import class_episodes
@@ -44,28 +44,6 @@ SCALES = {
 }
 
 
-class BlindFeedback(FeedbackPath):
-    """A feedback path that sees neither errors nor labels, nor what was written, which the label goes into."""
-
-    def forward(
-        self, activities: Sequence[Tensor], output: Tensor, error: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        *seen, written = activities
-        nothing = torch.zeros_like(error)
-        return super().forward((*seen, torch.zeros_like(written)), output, nothing, nothing)
-
-
-class SealedFeedback(BlindFeedback):
-    """Blind, and without a signal for the write controller, whose fast weights see labels as their input."""
-
-    def forward(
-        self, activities: Sequence[Tensor], output: Tensor, error: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        signals, correction = super().forward(activities, output, error, target)
-        ahead, middle, after = signals.split(self.sizes, -1)
-        return torch.cat((ahead, middle, torch.zeros_like(after)), -1), correction
-
-
 class Study:
     """Networks and trainings of one seed; training and test episodes come from other streams."""
 
@@ -80,11 +58,8 @@ class Study:
             encoder, out, task="classification" if task in CLASSES else "regression", hidden=h, fast=kind != "slow",
             feedback=feedback, lambda_sg=0.0 if kind == "unregressed" else 0.1,
         )  # fmt: skip
-        if kind in ("blind", "sealed"):
-            seeing = net.feedback
-            assert seeing is not None
-            net.feedback = (BlindFeedback if kind == "blind" else SealedFeedback)(seeing.sizes, out)
-            net.feedback.load_state_dict(seeing.state_dict())
+        if kind in FEEDBACK:
+            blindfold(net, kind)
         return net
 
     def train(self, net: nn.Module, tasks: list[str], steps: int, callbacks: tuple[Any, ...] = ()) -> None:
@@ -112,16 +87,10 @@ class Study:
         """One network on one task, with its error or accuracy as training goes on."""
         inputs, out = CLASSES.get(task, (1, 1))
         net = LSTMLearner(inputs, out, 64) if kind == "lstm" else self.network(task, kind)
-        curve: list[float] = []
-
-        def watch(state: FitState) -> None:
-            if state.step % max(1, steps // 6) == 0 and not state.epoch_end:
-                curve.append(self.scores(net, task)["last"])
-
-        started = time.process_time()
-        self.train(net, [task], steps, (watch,))
-        spent = (time.process_time() - started) / steps
-        return {**self.scores(net, task), "curve": curve, "milliseconds": 1000 * spent}
+        course = StepRecorder({"last": lambda state: self.scores(net, task)["last"]}, every=max(1, steps // 6))
+        _, seconds = timed(self.train, net, [task], steps, (course,))
+        curve = [row["last"] for row in course.rows if row["step"]]
+        return {**self.scores(net, task), "curve": curve, "milliseconds": 1000 * seconds / steps}
 
     def pair(self, shared: bool) -> dict[str, Any]:
         """Networks for sines and kinks with one feedback path or two; the shared one then serves a third, frozen."""
@@ -138,11 +107,8 @@ class Study:
 
     def digits(self, kind: str, data: Any, steps: int) -> dict[str, Any]:
         """Four classes of digits 6 to 9, after training on episodes of digits 0 to 5."""
-        torch.manual_seed(self.seed)
-        h, (x, y) = self.settings.hidden, data.train.tensors
-        encoder = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), h), nn.ReLU(), nn.Linear(h, h), nn.Tanh())
-        net = FastSlowMemoryNetwork(encoder, 4, task="classification", hidden=h, fast=kind == "fast")
-        old = y < 6
+        net, (x, y) = self.network("digits", kind), data.train.tensors
+        x, old = x.flatten(1), y < 6
         n = steps * self.settings.batch_size
         self.learn(net, class_episodes(x[old], y[old], 4, 5, episodes=n, seed=2 * self.seed + 1))
         new = class_episodes(x[~old], y[~old], 4, 5, episodes=self.settings.test, seed=TEST_SEED)
@@ -160,15 +126,16 @@ def run(run: Run[Settings]) -> None:
     run.values("regression", fast=fast["last"], slow=slow["last"])
     run.values("negative_control", blind=blind["last"], sealed=sealed["last"], slow=slow["last"])
     fast, slow = both("prototypes", s.steps, ("fast", "slow"))
-    run.values("classification", fast_second=fast["second"], slow_second=slow["second"], fast_last=fast["last"],
-               slow_last=slow["last"])  # fmt: skip
+    last = {"fast_last": fast["last"], "slow_last": slow["last"]}
+    run.values("classification", last, fast_second=fast["second"], slow_second=slow["second"])
     fast, slow = both("rare", s.steps, ("fast", "slow"))
-    run.values("rare_data", fast=fast["rare_second"], slow=slow["rare_second"], fast_first=fast["rare_first"],
-               slow_first=slow["rare_first"])  # fmt: skip
+    first = {"fast_first": fast["rare_first"], "slow_first": slow["rare_first"]}
+    run.values("rare_data", first, fast=fast["rare_second"], slow=slow["rare_second"])
     shared, separate = run.arm("shared", study.pair, True), run.arm("separate", study.pair, False)
     (without,) = both("soft_steps", s.reuse_steps, ("slow",))
-    run.values("sharing", shared_sines=shared["sines"], separate_sines=separate["sines"], shared_kinks=shared["kinks"],
-               separate_kinks=separate["kinks"], reused=shared["soft_steps"], without=without["last"])  # fmt: skip
+    tasks = {f"shared_{task}": shared[task] for task in ("sines", "kinks")}
+    tasks |= {f"separate_{task}": separate[task] for task in ("sines", "kinks")}
+    run.values("sharing", tasks, reused=shared["soft_steps"], without=without["last"])
     if s.further:
         both("sines", s.further, ("unregressed", "lstm"))
         both("prototypes", s.further, ("lstm",))
@@ -179,16 +146,17 @@ def run(run: Run[Settings]) -> None:
 
 def figures(results: Results) -> plots.Figures:
     """Errors and accuracies within an episode, and at its end as slow training goes on."""
-    lines = {"fast path": "fast", "memory alone": "slow", **({"LSTM": "lstm"} if results.settings.further else {})}
-    sines = {**lines, "no errors or labels": "blind"}
-    made = {
-        "sines": plots.curves(results, {n: (f"sines_{k}", "by") for n, k in sines.items()}, xlabel="point of the sine",
-                              ylabel="squared error", logy=True),
-        "classes": plots.curves(results, {n: (f"prototypes_{k}", "by") for n, k in lines.items()},
-                                xlabel="item of the episode", ylabel="accuracy (%)"),
-    }  # fmt: skip
+    further = {"LSTM": "lstm"} if results.settings.further else {}
+    names = {"fast path": "fast", "memory alone": "slow", **further}
+    sines = {**names, "no errors or labels": "blind"}
+    errors, courses = ({name: (f"sines_{sines[name]}", key) for name in sines} for key in ("by", "curve"))
+    accuracies = {name: (f"prototypes_{kind}", "by") for name, kind in names.items()}
+    pictures = {
+        "sines": plots.curves(results, errors, xlabel="point of the sine", ylabel="squared error", logy=True),
+        "classes": plots.curves(results, accuracies, xlabel="item of the episode", ylabel="accuracy (%)"),
+    }
     steps = [results.settings.steps * (k + 1) / 6 for k in range(6)]
     if len(results.values("sines_fast", "curve")[0]) == len(steps):
-        made["slow training"] = plots.curves(results, {n: (f"sines_{k}", "curve") for n, k in sines.items()}, x=steps,
-                                             xlabel="slow steps", ylabel="squared error at the end", logy=True)  # fmt: skip
-    return made
+        own: dict[str, Any] = {"xlabel": "slow steps", "ylabel": "squared error at the end", "logy": True}
+        pictures["slow training"] = plots.curves(results, courses, x=steps, **own)
+    return pictures

@@ -120,7 +120,8 @@ def controls(run: Run[Settings]) -> dict[str, float]:
     equal = network(run, **ALONE).fit(X, y)
     return {
         "accuracy": float((alarm == truth).mean()), "pd": float(alarm[truth == 1].mean()),
-        "pfa": float(alarm[truth == 0].mean()), "agreement": float((equal.predict(x) == (first(equal, x) >= 0.5)).mean()),
+        "pfa": float(alarm[truth == 0].mean()),
+        "agreement": float((equal.predict(x) == (first(equal, x) >= 0.5)).mean()),
         "shuffled_auc": float(roc_auc_score(test.label.numpy(), shuffled.predict_proba(x)[:, 1])),
     }  # fmt: skip
 

@@ -1,27 +1,20 @@
-"""Measures masks from a policy: whether the policy learns, and whether the classifier gains, on digits beside photographs."""
+"""Measures masks from a policy: does the policy learn, and does the classifier gain, on digits beside photographs?"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
-from torchfolio.data import CropFlip
-from torchfolio.engine import Backprop, LearningRule, fit
-from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._digits_and_photographs import Part, load_joint, modality
+from torchfolio.experiments._mask_training import RULES, masked, policy, train
 from torchfolio.experiments._policy_alone import GRID, ShuffledRewards, train_alone
 from torchfolio.measure import linear_probe, outputs
-from torchfolio.models import ConvNet
-from torchfolio.runs import Results, Run, plots, setting
-from torchfolio.training.noise_mask import BetaMaskPolicy, NoiseMaskPretraining, Reinforce, average_checkpoints
-from torchfolio.training.snapshots import Snapshots
+from torchfolio.runs import Results, Run, pick, plots, setting
+from torchfolio.training.noise_mask import Reinforce
 
 
 @dataclass(frozen=True)
@@ -58,59 +51,8 @@ SCALES = {
 }  # fmt: skip
 
 
-def classifier(s: Settings) -> nn.Module:
-    """Three convolutions; 20 outputs whichever classes are trained on."""
-    return ConvNet(20, 1, (s.width, 2 * s.width, 4 * s.width))
-
-
-def policy(s: Settings) -> BetaMaskPolicy:
-    """The light network beside it."""
-    w = s.policy_width
-    return BetaMaskPolicy(ConvNet(4 * w, 1, (w, 2 * w, 4 * w)), 4 * w, s.grid)
-
-
-def fixed_policy(s: Settings) -> BetaMaskPolicy:
-    """Beta(1.6, 1.6) in every cell, whatever the image."""
-    constant = policy(s)
-    constant.mix = constant.ema = 1.0
-    constant.base.fill_(1.6).log_()
-    return constant
-
-
-def masked(s: Settings, **options: Any) -> NoiseMaskPretraining:
-    """The method with the blur of small images."""
-    return NoiseMaskPretraining(**{"policy": policy(s), "kernel": 3, "sigma": 1.0, **options})
-
-
-RULES: dict[str, Callable[[Settings], LearningRule | None]] = {
-    "conventional": lambda s: None,
-    "two_phase": lambda s: Backprop(),
-    "lse": lambda s: masked(s, objective="lse"),
-    "reinforce": masked,
-    "random": lambda s: masked(s, policy=fixed_policy(s)),
-}
-
-
-def train(run: Run[Settings], parts: dict[str, Part], name: str, lr: float) -> tuple[nn.Module, nn.Module, Any]:
-    """One arm at one rate: the network before and after fine-tuning, and its rule. All arms take equally many epochs."""
-    s = run.settings
-    net, rule = classifier(s), RULES[name](s)  # the classifier first, so that all arms start from the same weights
-    own = {"augment": CropFlip(2, flip=False), "batch_size": 64, "drop_last": True, "device": run.device}
-    steps = len(parts["train"][0]) // 64
-    recipe = partial(sgd, momentum=0.9, weight_decay=1e-4, nesterov=False)
-    first = s.pretrain_epochs + (s.finetune_epochs if rule is None else 0)
-    factory = rule.optimizer(recipe(lr)) if isinstance(rule, NoiseMaskPretraining) else recipe(lr)
-    snapshots = Snapshots(3)
-    fit(net, parts["train"], rule=rule, optimizer=factory, scheduler=cosine(), epochs=first, seed=run.seed,
-        callbacks=[snapshots], **own)  # fmt: skip
-    if rule is None:
-        return net, net, rule
-    if isinstance(rule, NoiseMaskPretraining):
-        net.load_state_dict(average_checkpoints(snapshots.states))
-    heated = copy.deepcopy(net)
-    fit(net, parts["train"], optimizer=recipe(0.3 * lr), scheduler=cosine(warmup=steps), epochs=s.finetune_epochs,
-        seed=run.seed + 1000, **own)  # fmt: skip
-    return heated, net, rule
+UNSEEN = ("conventional", "random", "lse", "reinforce")
+"""Ways to train that are compared on classes they were not trained on."""
 
 
 def score(net: nn.Module, part: Part) -> float:
@@ -126,32 +68,35 @@ def arm(run: Run[Settings], parts: dict[str, Part], name: str) -> dict[str, Any]
         heated, net, rule = train(run, parts, name, lr)
         tried.append((score(net, parts["val"]), lr, heated, net, rule))
     best, lr, heated, net, rule = max(tried, key=lambda t: t[0])
-    found = {"lr": lr, "val": best, "before": score(heated, parts["test"]), "after": score(net, parts["test"])}
-    if name == "reinforce":
-        calls = []
-        handle = rule.policy.register_forward_hook(lambda *_: calls.append(1))
-        score(net, parts["test"])
-        handle.remove()
-        found |= {"policy_calls": len(calls), "modality": modality(rule.policy, parts)}
-        found["modality_untrained"] = modality(policy(run.settings), parts)
-        found["masks"] = rule.masks(torch.cat([parts["test"][0][:4], parts["test"][0][-4:]]).to(run.device))
-    return found
+    result = {"lr": lr, "val": best, "before": score(heated, parts["test"]), "after": score(net, parts["test"])}
+    return {**result, **of_policy(run, parts, net, rule)} if name == "reinforce" else result
+
+
+def of_policy(run: Run[Settings], parts: dict[str, Part], net: nn.Module, rule: Any) -> dict[str, Any]:
+    """Whether deployment calls the policy, what it knows of the images, and masks of some."""
+    calls: list[int] = []
+    handle = rule.policy.register_forward_hook(lambda *_: calls.append(1))
+    score(net, parts["test"])
+    handle.remove()
+    images = torch.cat([parts["test"][0][:4], parts["test"][0][-4:]])
+    return {
+        "policy_calls": len(calls), "modality": modality(rule.policy, parts),
+        "modality_untrained": modality(policy(run.settings), parts), "masks": rule.masks(images.to(run.device)),
+    }  # fmt: skip
 
 
 def unseen(run: Run[Settings], parts: dict[str, Part], name: str, lr: float) -> dict[str, float]:
     """Train on classes 0 to 4 of both sets; probes of the pooled features on few labels of the others."""
-    halves = {split: [part[1] % 10 < 5, part[1] % 10 >= 5] for split, part in parts.items()}
-    old, new = ({k: (x[halves[k][i]], y[halves[k][i]]) for k, (x, y) in parts.items()} for i in (0, 1))
-    _, net, _ = train(run, old, name, lr)
+    early = {split: y % 10 < 5 for split, (_, y) in parts.items()}
+    _, net, _ = train(run, {split: (x[early[split]], y[early[split]]) for split, (x, y) in parts.items()}, name, lr)
     body = nn.Sequential(*list(net.children())[:-1], *list(net.get_submodule("head").children())[:-1])
-    features = {k: outputs(body, x) for k, (x, _) in new.items()}
-    found = {}
+    late = [(outputs(body, parts[k][0][~early[k]]), parts[k][1][~early[k]]) for k in ("train", "test")]
+    (features, labels), test = late
+    accuracies = {}
     for shots in run.settings.shots:
-        rows = torch.cat([(new["train"][1] == c).nonzero()[:shots, 0] for c in new["train"][1].unique()])
-        found[f"shots_{shots}"] = 100 * linear_probe(
-            features["train"][rows], new["train"][1][rows], features["test"], new["test"][1], max_iter=1000
-        )
-    return found
+        rows = torch.cat([(labels == c).nonzero()[:shots, 0] for c in labels.unique()])
+        accuracies[f"shots_{shots}"] = 100 * linear_probe(features[rows], labels[rows], *test, max_iter=1000)
+    return accuracies
 
 
 def run(run: Run[Settings]) -> None:
@@ -172,17 +117,12 @@ def run(run: Run[Settings]) -> None:
     ours = arms["reinforce"]
     run.values("image_conditional", accuracy=ours["modality"], untrained=ours["modality_untrained"])
     run.values("accuracy", after)
-    names = ("reinforce", "conventional")
-    run.values("harmless", {name: after[name] for name in names}, policy_calls=ours["policy_calls"])
-    run.values("fine_tuning", before=ours["before"], after=ours["after"])
+    run.values("harmless", pick(after, "reinforce", "conventional"), policy_calls=ours["policy_calls"])
+    run.values("fine_tuning", pick(ours, "before", "after"))
     held = {n: run.arm(f"unseen_{n}", unseen, run, parts, n, arms[n]["lr"]) for n in UNSEEN}
     sizes = dict(zip(("few", "many"), s.shots, strict=True))
     probed = {f"{n}_{size}": held[n][f"shots_{shots}"] for size, shots in sizes.items() for n in UNSEEN}
     run.values("unseen_concepts", probed)
-
-
-UNSEEN = ("conventional", "random", "lse", "reinforce")
-"""Ways to train that are compared on classes they were not trained on."""
 
 
 def figures(results: Results) -> plots.Figures:

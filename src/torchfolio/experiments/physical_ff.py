@@ -1,10 +1,9 @@
-"""Measures physical local learning beside backprop through the simulator, on a twin, and with the hardware in the loop."""
+"""Measures physical local learning beside backprop through the simulator, on a twin, and with hardware in the loop."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from torchfolio.experiments._acoustic_vowels import vowels
 from torchfolio.experiments._physical_backprop import train_through_twins
-from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalFeatures, PhysicalLocalNet
+from torchfolio.experiments._physical_learner import PhysicalLearner, System
+from torchfolio.local.physical_ff import PhysicalLocalFeatures, PhysicalLocalNet
 from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
 from torchfolio.runs import Results, Run, pick, plots, setting
-
-Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,111 +46,9 @@ SCALES = {
 }
 
 
-def run(run: Run[Settings]) -> None:
-    """Train every arm on the same specimens, digits first."""
-    s, digits = run.settings, _digits(run)
-    done = {name: run.arm(name, _local, run, digits, kind) for name, kind in SYSTEMS.items()}
-    ideal = {name: run.arm(f"ideal_{name}", _backprop, run, digits, kind, True) for name, kind in SYSTEMS.items()}
-    accuracies = {name: 100 * arm["curve"][-1] for name, arm in done.items()}
-    run.values("accuracy", accuracies | {f"ideal_{name}": arm["accuracy"] for name, arm in ideal.items()})
-    bare = run.arm("no_skip", _local, run, digits, MultimodeOptics, False)
-    ours = 100 * bare["curve"][-1]
-    optics = (run, digits, MultimodeOptics, False)
-    twins = {f"twin_{100 * e:.0f}": run.arm(f"twin_{100 * e:.0f}", _backprop, *optics, e) for e in s.twin_errors}
-    run.values("no_twin", {name: arm["accuracy"] for name, arm in twins.items()}, ours=ours)
-    aware = run.arm("physics_aware", _backprop, *optics, 0.2, True)
-    run.values("hardware_aware", ours=ours, physics_aware=aware["accuracy"], ours_calls=bare["calls"],
-               physics_aware_calls=aware["calls"])  # fmt: skip
-    optical = done["optics"]
-    run.values("drift", pick(optical, "before", "swapped", "recovered"))
-    run.values("control_no_label", accuracy=optical["no_label"])
-    run.values("physical_calls", run.arm("calls", _calls, run, digits))
-    run.values("control_no_contrast", run.arm("no_contrast", _no_contrast, run, digits))
-    silent = run.arm("no_physics", _local, run, digits, _silent, False)
-    run.values("control_no_physics", accuracy=100 * silent["curve"][-1])
-    run.values("unsupervised", run.arm("unsupervised", _unsupervised, run, digits))
-    if s.cavity_epochs:
-        own = {"cavity_epochs": s.cavity_epochs, "epochs": s.vowel_epochs, "lr": s.lr, "seed": run.seed}
-        run.values("measured_cavity", run.arm("vowels", vowels, _silent(20, 20, seed=0), **own))
-
-
-def _silent(n_in: int, n_out: int, *, seed: int) -> PhysicalSystem:
+def silent(n_in: int, n_out: int, *, seed: int) -> PhysicalSystem:
+    """A system that answers nothing."""
     return as_physical(lambda x: x.new_zeros(len(x), n_out), n_in, n_out, seed=seed)
-
-
-SYSTEMS: dict[str, Callable[..., PhysicalSystem]] = {"optics": MultimodeOptics, "kerr": KerrCavity}
-
-
-def _digits(run: Run[Settings]) -> Split:
-    data = run.data("digits", normalize=False)
-    x, y = (torch.cat([part.tensors[k] for part in (data.train, data.val, data.test)]) for k in (0, 1))
-    rows = torch.randperm(len(x), generator=run.generator())
-    x, y = x.flatten(1)[rows].to(run.device), y[rows].to(run.device)
-    n = min(run.settings.train_size, len(x) - 360)
-    return x[:n], y[:n], x[-360:], y[-360:]
-
-
-def _blocks(run: Run[Settings], n_in: int, system: Any, skip: bool = True) -> list[PhysicalBlock]:
-    widths, seed = (n_in, run.settings.hidden), 10 * run.seed
-    n = run.settings.hidden
-    return [PhysicalBlock(system(w, n, seed=seed + k), n, skip, seed=seed + k) for k, w in enumerate(widths)]
-
-
-def _network(
-    run: Run[Settings], system: Any, skip: bool = True, kind: type[PhysicalLocalNet] = PhysicalLocalNet
-) -> PhysicalLocalNet:
-    """Two blocks for digits with their labels in front."""
-    return kind(_blocks(run, 74, system, skip), 10, 64, standardize=False)
-
-
-def _train(run: Run[Settings], net: Any, split: Split, epochs: int, first: bool = True, seed: int = 0) -> Any:
-    s = run.settings
-    train = net.to(run.device).fit if first else net.partial_fit
-    own = {"inner_steps": s.inner_steps, "lr": s.lr, "batch_size": s.batch_size, "seed": run.seed + 1000 * seed}
-    return train(*split[:2], epochs=epochs, **own)
-
-
-def _local(run: Run[Settings], split: Split, system: Any, skip: bool = True) -> dict[str, Any]:
-    """Test accuracy by epoch, then without labels, then through a swap of the specimens."""
-    net = _network(run, system, skip)
-    curve, calls = [], 0
-    for epoch in run.progress(range(run.settings.epochs), "epochs"):
-        net.reset_calls()
-        _train(run, net, split, 1, epoch == 0, epoch)
-        calls += net.physical_calls
-        curve.append(net.score(*split[2:]))
-    reliance = [block.reliance() for block in net.blocks]
-    outcome: dict[str, Any] = {"curve": curve, "calls": calls, "reliance": reliance}
-    if system is not MultimodeOptics or not skip:
-        return outcome
-    blind = copy.deepcopy(net)
-    blind.embed = lambda x, y: net.embed(x, None)
-    outcome |= {"no_label": 100 * blind.score(*split[2:]), "before": 100 * curve[-1]}
-    for block in net.blocks:
-        block.physical.drift(1.0)
-    episode = [net.score(*split[2:])]
-    for epoch in range(5):
-        _train(run, net, split, 1, False, 100 + epoch)
-        episode.append(net.score(*split[2:]))
-    return outcome | {"swapped": 100 * episode[0], "recovered": 100 * episode[-1], "episode": episode}
-
-
-def _backprop(
-    run: Run[Settings], split: Split, system: Any, skip: bool, error: float = 0.0, aware: bool = False
-) -> dict[str, Any]:
-    """The same blocks by backprop through twins that are wrong by `error`, with the hardware in the loop or without."""
-    s, net = run.settings, _network(run, system, skip).to(run.device)
-    return train_through_twins(net.blocks, split, error=error, aware=aware, lr=s.lr, batch_size=s.batch_size,
-                               epochs=2 * s.epochs if aware else s.backprop_epochs, seed=run.seed)  # fmt: skip
-
-
-def _calls(run: Run[Settings], split: Split) -> dict[str, float]:
-    shares, batches = {}, math.ceil(len(split[0]) / run.settings.batch_size)
-    for name, steps in (("few", 1), ("many", 10)):
-        net = _network(run, MultimodeOptics).to(run.device)
-        net.fit(*split[:2], epochs=1, inner_steps=steps, batch_size=run.settings.batch_size)
-        shares[name] = net.physical_calls / (2 * 2 * batches)
-    return shares
 
 
 class NoContrast(PhysicalLocalNet):
@@ -163,33 +59,96 @@ class NoContrast(PhysicalLocalNet):
         return y
 
 
-def _no_contrast(run: Run[Settings], split: Split) -> dict[str, float]:
-    net = _train(run, _network(run, MultimodeOptics, kind=NoContrast), split, 3)
-    distance = np.abs(np.array(net.losses) - math.log(2)).max()
-    return {"loss_distance": float(distance), "accuracy": 100 * net.score(*split[2:])}
+class Study(PhysicalLearner):
+    """The arms of one seed, on the same specimens."""
+
+    def optics(self) -> dict[str, Any]:
+        """Optics by the local rule; then without labels, and through a swap of the specimens."""
+        net = self.network(MultimodeOptics)
+        outcome = self.course(net)
+        blind = copy.deepcopy(net)
+        blind.embed = lambda x, y: net.embed(x, None)
+        outcome |= {"no_label": 100 * blind.score(*self.test), "before": 100 * outcome["curve"][-1]}
+        for block in net.blocks:
+            block.physical.drift(1.0)
+        episode = [net.score(*self.test)]
+        for epoch in range(5):
+            self.fit(net, 1, first=False, seed=100 + epoch)
+            episode.append(net.score(*self.test))
+        return outcome | {"swapped": 100 * episode[0], "recovered": 100 * episode[-1], "episode": episode}
+
+    def backprop(self, system: System, skip: bool = False, error: float = 0.0, aware: bool = False) -> dict[str, Any]:
+        """The same blocks by backprop through twins that are wrong by `error`, with or without hardware in the loop."""
+        s, net = self.settings, self.network(system, skip).to(self.run.device)
+        own = {"lr": s.lr, "batch_size": s.batch_size, "epochs": 2 * s.epochs if aware else s.backprop_epochs}
+        split = (*self.train, *self.test)
+        return train_through_twins(net.blocks, split, error=error, aware=aware, seed=self.run.seed, **own)
+
+    def calls(self) -> dict[str, float]:
+        """Physical calls for each block, batch and half of an epoch, with few and with many steps on a batch."""
+        shares, size = {}, self.settings.batch_size
+        for name, steps in (("few", 1), ("many", 10)):
+            net = self.network(MultimodeOptics).to(self.run.device)
+            net.fit(*self.train, epochs=1, inner_steps=steps, batch_size=size)
+            shares[name] = net.physical_calls / (2 * 2 * math.ceil(len(self.train[0]) / size))
+        return shares
+
+    def no_contrast(self) -> dict[str, float]:
+        """How far losses come from that of a guess where all labels are right."""
+        net = self.fit(self.network(MultimodeOptics, kind=NoContrast), 3)
+        distance = np.abs(np.array(net.losses) - math.log(2)).max()
+        return {"loss_distance": float(distance), "accuracy": 100 * net.score(*self.test)}
+
+    def unsupervised(self) -> dict[str, float]:
+        """A readout of features that are learned without labels, and of untrained ones."""
+        scores = {}
+        for name, epochs in (("untrained", 1), ("trained", max(self.settings.epochs // 2, 1))):
+            net = PhysicalLocalFeatures(self.blocks(64, MultimodeOptics), 10, (8, 8), standardize=False)
+            start = copy.deepcopy([block.linear.state_dict() for block in net.blocks])
+            self.fit(net, epochs)
+            if name == "untrained":  # the scaling is fitted, the weights are as they were drawn
+                for block, state in zip(net.blocks, start, strict=True):
+                    block.linear.load_state_dict(state)
+            scores[name] = 100 * net.fit_readout(*self.train).score(*self.test)
+        return scores
 
 
-def _unsupervised(run: Run[Settings], split: Split) -> dict[str, float]:
-    scores = {}
-    for name, epochs in (("untrained", 1), ("trained", max(run.settings.epochs // 2, 1))):
-        net = PhysicalLocalFeatures(_blocks(run, 64, MultimodeOptics), 10, (8, 8), standardize=False)
-        start = copy.deepcopy([block.linear.state_dict() for block in net.blocks])
-        _train(run, net, split, epochs)
-        if name == "untrained":  # the scaling is fitted, the weights are as they were drawn
-            for block, state in zip(net.blocks, start, strict=True):
-                block.linear.load_state_dict(state)
-        scores[name] = 100 * net.fit_readout(*split[:2]).score(*split[2:])
-    return scores
+def run(run: Run[Settings]) -> None:
+    """Train every arm on the same specimens, digits first."""
+    s, study = run.settings, Study(run)
+    optics, kerr = run.arm("optics", study.optics), run.arm("kerr", study.local, KerrCavity)
+    ideal_optics = run.arm("ideal_optics", study.backprop, MultimodeOptics, True)
+    ideal_kerr = run.arm("ideal_kerr", study.backprop, KerrCavity, True)
+    run.values("accuracy", optics=100 * optics["curve"][-1], kerr=100 * kerr["curve"][-1],
+               ideal_optics=ideal_optics["accuracy"], ideal_kerr=ideal_kerr["accuracy"])  # fmt: skip
+    bare = run.arm("no_skip", study.local, MultimodeOptics, False)
+    ours = 100 * bare["curve"][-1]
+    twins = {}
+    for error in s.twin_errors:
+        name = f"twin_{100 * error:.0f}"
+        twins[name] = run.arm(name, study.backprop, MultimodeOptics, error=error)["accuracy"]
+    run.values("no_twin", twins, ours=ours)
+    aware = run.arm("physics_aware", study.backprop, MultimodeOptics, error=0.2, aware=True)
+    calls = {"ours_calls": bare["calls"], "physics_aware_calls": aware["calls"]}
+    run.values("hardware_aware", calls, ours=ours, physics_aware=aware["accuracy"])
+    run.values("drift", pick(optics, "before", "swapped", "recovered"))
+    run.values("control_no_label", accuracy=optics["no_label"])
+    run.values("physical_calls", run.arm("calls", study.calls))
+    run.values("control_no_contrast", run.arm("no_contrast", study.no_contrast))
+    run.values("control_no_physics", accuracy=100 * run.arm("no_physics", study.local, silent, False)["curve"][-1])
+    run.values("unsupervised", run.arm("unsupervised", study.unsupervised))
+    if s.cavity_epochs:
+        own = {"cavity_epochs": s.cavity_epochs, "epochs": s.vowel_epochs, "lr": s.lr, "seed": run.seed}
+        run.values("measured_cavity", run.arm("vowels", vowels, silent(20, 20, seed=0), **own))
 
 
 def figures(results: Results) -> plots.Figures:
     """Accuracy by epoch, through the swap, and deployed against twin error."""
     arms = {"optics": ("optics", "curve"), "Kerr cavity": ("kerr", "curve"), "optics, no skip": ("no_skip", "curve")}
+    drift = {"optics": ("optics", "episode")}
     twins = {name: (name, "accuracy") for name in results.arms[0] if name.startswith(("twin_", "ideal_", "physics_"))}
     return {
         "accuracy": plots.curves(results, arms, xlabel="epoch", ylabel="test accuracy"),
-        "drift": plots.curves(
-            results, {"optics": ("optics", "episode")}, xlabel="epochs after swap", ylabel="accuracy"
-        ),
+        "drift": plots.curves(results, drift, xlabel="epochs after swap", ylabel="accuracy"),
         "twins": plots.bars(results, twins, ylabel="test accuracy on the true system (%)"),
     }

@@ -112,7 +112,7 @@ def inversions(run: Run[Settings], data: DataSplits) -> dict[str, Any]:
 
 
 def divided(settings: Settings, data: DataSplits, nets: Iterable[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
-    """Images that perturbations are drawn from, those that the noise level is chosen on, and those that are reported on.
+    """Images that perturbations are drawn from, those that the noise level is chosen on, and those reported on.
 
     The first are those of each source that no network takes for the target, where there are any.
     """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.experiments.noise_mask import SCALES, classifier, masked
+from torchfolio.experiments._mask_training import classifier, masked
+from torchfolio.experiments.noise_mask import SCALES
 from torchfolio.runs.bench import Bench
 from torchfolio.training.noise_mask import Reinforce
 
