@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchfolio.data import DataSplits
 from torchfolio.engine import evaluate
 from torchfolio.experiments._permuted_networks import permuted_copy
 from torchfolio.experiments._stacked_convolutions import fresh, trained
@@ -24,6 +22,7 @@ from torchfolio.insight.convergent_learning import (
     plot_filter_pairs,
     sparse_prediction,
 )
+from torchfolio.insight.convergent_learning.layer import LayerConvergence
 from torchfolio.models import collect_features
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
 
@@ -63,25 +62,92 @@ KEPT = ("bipartite", "semi", "one_to_one_loss", "dense_loss", "sparse_loss", "sp
 GROUPS = ("mixed_clusters", "contrast", "random_contrast")
 
 
-Net = Callable[[int], nn.Sequential]
+class Study:
+    """The networks of one seed, and what is compared with what; figures are means over all pairs."""
+
+    def __init__(self, run: Run[Settings]) -> None:
+        self.run, self.settings, self.layers = run, run.settings, run.settings.layers
+        # Raw pixels: standardised ones leave fewer units dead and make untrained first layers alike.
+        self.data = run.data(run.settings.data, test_size=run.settings.probe, normalize=False)
+        self.probe = self.data.test.tensors[0]
+        self.net = cache(partial(trained, run, self.data))
+
+    def report(self, a: nn.Module, b: nn.Module, **options: Any) -> ConvergenceReport:
+        """Two networks on the probe."""
+        return ConvergenceReport.from_modules(a, b, self.probe, self.layers, **options)
+
+    def trained(self) -> dict[str, Any]:
+        """Trained networks with each other."""
+        nets = [self.net(k) for k in range(self.settings.nets)]
+        reports = [self.report(a, b) for a, b in combinations(nets, 2)]
+        result: dict[str, Any] = {"accuracy": np.mean([evaluate(net, self.data.test)["accuracy"] for net in nets])}
+        for k, layer in enumerate(self.layers):
+            of_layer = [report.layers[k] for report in reports]
+            summaries: list[dict[str, Any]] = [one.summary() for one in of_layer]
+            for key in (*KEPT, *GROUPS, "dead_a", "dead_b"):
+                result[f"{layer}_{key}"] = np.mean([summary[key] for summary in summaries])
+            result[f"{layer}_gap"] = np.mean([gap(one) for one in of_layer])
+            result[f"{layer}_curve"] = np.mean([one.prediction.curve().to_numpy() for one in of_layer], axis=0)
+        self.run.figure("units", reports[0].plot(), "Matched units, prediction and clusters of two trained networks")
+        first, second = (net.get_parameter("conv1.0.weight") for net in nets[:2])
+        pairs = plot_filter_pairs(first, second, reports[0]["conv1"].match)
+        self.run.figure("filters", pairs, "Filters of the first layer above their matches")
+        return result
+
+    def untrained(self) -> dict[str, float]:
+        """A trained network with one before training."""
+        report = self.report(self.net(0), fresh(self.run, self.data, self.settings.nets))
+        return {one.layer_a: one.match.mean for one in report.layers}
+
+    def permuted(self) -> dict[str, float]:
+        """A trained network with its copy whose units are in another order."""
+        other, orders = permuted_copy(self.net(0), self.run.generator())
+        layers = self.report(self.net(0), other, alphas=(1e-3,)).layers
+        right = [(order[one.match.col] == one.match.row).double() for one, order in zip(layers, orders, strict=True)]
+        units = [one.prediction.nonzeros[0][one.blocks.alive_b] for one in layers]
+        return {
+            "recovered": float(torch.cat(right).mean()),
+            "least_value": float(torch.cat([one.match.value for one in layers]).min()),
+            "most_units": float(torch.cat(units).max()),
+        }
+
+    def shuffled(self) -> dict[str, float]:
+        """Every layer of two networks with the samples of the second in another order."""
+        nets = [self.net(k) for k in range(self.settings.nets)]
+        features = [collect_features(net, self.probe, self.layers, flatten=False) for net in nets]
+        generator, scores = self.run.generator(), {}
+        for layer in self.layers:
+            pairs = combinations([unit_rows(f[layer]).flatten(0, 1) for f in features], 2)
+            scores[layer] = np.mean([self.mispaired(a, b, generator) for a, b in pairs], axis=0)
+        matches, losses = np.stack(list(scores.values())).T
+        extremes = {"largest_match": matches.max(), "least_loss": losses.min(), "largest_loss": losses.max()}
+        return {**{f"{layer}_match": match for layer, (match, _) in scores.items()}, **extremes}
+
+    def mispaired(self, a: Tensor, b: Tensor, generator: torch.Generator) -> tuple[float, float]:
+        """Match and held-out loss of prediction from the activities of other samples, `[N, units]` each."""
+        kept = torch.randperm(len(a), generator=generator)[: self.settings.shuffled]
+        broken = kept[torch.randperm(len(kept), generator=generator)]
+        blocks = correlation_blocks(a[kept], b[broken])
+        loss = sparse_prediction(blocks, [3e-2]).curve()["loss"].iloc[0]
+        return bipartite_match(blocks.between).mean, float(loss)
+
+
+def gap(layer: LayerConvergence) -> float:
+    """How much better the best partner is than the match, over the matched units."""
+    best = dict(zip(layer.semi.row.tolist(), layer.semi.value.tolist(), strict=True))
+    return float(np.mean([best[row] for row in layer.match.row.tolist()]) - layer.match.mean)
 
 
 def run(run: Run[Settings]) -> None:
     """Compare trained networks with each other, with untrained ones, with a permuted copy, and shuffled."""
-    layers = run.settings.layers
-    # Raw pixels: standardised ones leave fewer units dead and make untrained first layers alike.
-    data = run.data(run.settings.data, test_size=run.settings.probe, normalize=False)
-    probe = data.test.tensors[0]
-    net = cache(partial(trained, run, data))
+    layers, study = run.settings.layers, Study(run)
     with threads(1):
-        pair = run.arm("trained", _trained, run, data, probe, net)
-        untrained = run.arm("untrained", _untrained, run, data, probe, net)
-        copied = run.arm("permuted", _permuted, run, probe, net)
-        shuffled = run.arm("shuffled", _shuffled, run, probe, net)
-    run.values("permuted_copy", copied)
+        pair, untrained = run.arm("trained", study.trained), run.arm("untrained", study.untrained)
+        run.values("permuted_copy", run.arm("permuted", study.permuted))
+        shuffled = run.arm("shuffled", study.shuffled)
     matched = {layer: pair[f"{layer}_bipartite"] for layer in layers}
     run.values("shared_features", matched, **{f"{layer}_untrained": untrained[layer] for layer in layers})
-    run.values("not_one_to_one", {f"{layer}_gap": pair[f"{layer}_gap"] for layer in layers})
+    run.values("not_one_to_one", pick(pair, *(f"{layer}_gap" for layer in layers)))
     few = {}
     for layer in layers[:-1]:
         alone = pair[f"{layer}_one_to_one_loss"]  # that of a unit's match
@@ -89,83 +155,8 @@ def run(run: Run[Settings]) -> None:
         few[f"{layer}_few"] = pair[f"{layer}_sparse_loss"] / alone
         few[f"{layer}_units"] = pair[f"{layer}_sparse_units"]
     run.values("few_to_one", few)
-    run.values("clusters", {f"{layer}_{key}": pair[f"{layer}_{key}"] for layer in layers for key in GROUPS})
+    run.values("clusters", pick(pair, *(f"{layer}_{key}" for layer in layers for key in GROUPS)))
     run.values("negative_control", pick(shuffled, "largest_match", "least_loss", "largest_loss"))
-
-
-def _trained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, Any]:
-    """All pairs of trained networks; figures are means over the pairs."""
-    reports = []
-    for a, b in combinations(range(run.settings.nets), 2):
-        report = ConvergenceReport.from_modules(net(a), net(b), probe, run.settings.layers)
-        reports.append(report)
-        if (a, b) == (0, 1):
-            run.figure("units", report.plot(), "Matched units, prediction and clusters of two trained networks")
-            first, second = (net(k).get_parameter("conv1.0.weight") for k in (a, b))
-            pairs = plot_filter_pairs(first, second, report["conv1"].match)
-            run.figure("filters", pairs, "Filters of the first layer above their matches")
-    result: dict[str, Any] = {
-        "accuracy": np.mean([evaluate(net(k), data.test)["accuracy"] for k in range(run.settings.nets)])
-    }
-    for k, layer in enumerate(run.settings.layers):
-        for key in (*KEPT, *GROUPS, "dead_a", "dead_b"):
-            result[f"{layer}_{key}"] = float(np.mean([r.layers[k].summary()[key] for r in reports]))
-        result[f"{layer}_gap"] = float(np.mean([_gap(r, k) for r in reports]))
-        curves = [r.layers[k].prediction.curve() for r in reports]
-        result[f"{layer}_curve"] = np.mean([c.to_numpy() for c in curves], axis=0)
-    return result
-
-
-def _gap(report: ConvergenceReport, layer: int) -> float:
-    """How much better the best partner is than the match, over the matched units."""
-    one = report.layers[layer]
-    best = dict(zip(one.semi.row.tolist(), one.semi.value.tolist(), strict=True))
-    return float(np.mean([best[row] for row in one.match.row.tolist()]) - one.match.mean)
-
-
-def _untrained(run: Run[Settings], data: DataSplits, probe: Tensor, net: Net) -> dict[str, float]:
-    other = fresh(run, data, run.settings.nets)
-    report = ConvergenceReport.from_modules(net(0), other, probe, run.settings.layers)
-    return {one.layer_a: one.match.mean for one in report.layers}
-
-
-def _permuted(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
-    other, orders = permuted_copy(net(0), run.generator())
-    report = ConvergenceReport.from_modules(net(0), other, probe, run.settings.layers, alphas=(1e-3,))
-    right, values, units = [], [], []
-    for one, order in zip(report.layers, orders, strict=True):
-        right.append((order[one.match.col] == one.match.row).double())
-        values.append(one.match.value)
-        units.append(one.prediction.nonzeros[0][one.blocks.alive_b])
-    return {
-        "recovered": float(torch.cat(right).mean()),
-        "least_value": float(torch.cat(values).min()),
-        "most_units": float(torch.cat(units).max()),
-    }
-
-
-def _shuffled(run: Run[Settings], probe: Tensor, net: Net) -> dict[str, float]:
-    """Every layer of two networks with the samples of the second in another order; figures are means over the pairs."""
-    nets = run.settings.nets
-    features = [collect_features(net(k), probe, run.settings.layers, flatten=False) for k in range(nets)]
-    generator = run.generator()
-    matches, losses = {}, {}
-    for layer in run.settings.layers:
-        match, loss = [], []
-        for pair in combinations(features, 2):
-            a, b = (unit_rows(f[layer]).flatten(0, 1) for f in pair)
-            kept = torch.randperm(len(a), generator=generator)[: run.settings.shuffled]
-            broken = kept[torch.randperm(len(kept), generator=generator)]
-            blocks = correlation_blocks(a[kept], b[broken])
-            match.append(bipartite_match(blocks.between).mean)
-            loss.append(float(sparse_prediction(blocks, [3e-2]).curve()["loss"].iloc[0]))
-        matches[layer], losses[layer] = float(np.mean(match)), float(np.mean(loss))
-    return {
-        **{f"{layer}_match": value for layer, value in matches.items()},
-        "largest_match": max(matches.values()),
-        "least_loss": min(losses.values()),
-        "largest_loss": max(losses.values()),
-    }
 
 
 def figures(results: Results) -> plots.Figures:

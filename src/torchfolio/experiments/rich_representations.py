@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from torchfolio.engine import fit
-from torchfolio.engine.recipes import cosine, sgd
-from torchfolio.experiments._new_classes import finetune, probe, ridge_gap, split_classes
+from torchfolio.experiments._new_classes import finetune, ridge_gap
+from torchfolio.experiments._source_networks import SourceNetworks, network, trunk
 from torchfolio.measure import accuracy, outputs
-from torchfolio.runs import Results, Run, plots, setting
-from torchfolio.training.episodes import train_episodes
+from torchfolio.models import parameter_count
+from torchfolio.runs import Results, Run, pick, plots, setting
 from torchfolio.training.rich_representations import Concatenated, RichDistillation, split_head
 from torchfolio.training.snapshots import Snapshots
 
@@ -50,70 +47,31 @@ SCALES = {
 }  # fmt: skip
 
 
-def trunk(channels: int, width: int) -> nn.Module:
-    """Three convolutions with batch norm, the pooled features of the last."""
-    layers: list[nn.Module] = []
-    for k, (a, b) in enumerate(((channels, width), (width, 2 * width), (2 * width, 2 * width))):
-        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if k < 2 else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers)
-
-
-def network(body: nn.Module, width: int, classes: int) -> nn.Module:
-    """A trunk and a linear head."""
-    return nn.Sequential(OrderedDict(trunk=body, head=nn.Linear(width, classes)))
-
-
-class Study:
-    """What the arms of one seed share: data, and the networks they compare."""
-
-    def __init__(self, run: Run[Settings]) -> None:
-        self.run, self.settings = run, run.settings
-        s = run.settings
-        data = run.data(s.data, image_size=s.image_size, train_size=s.train_size, val=s.val_size)
-        self.source, self.target = split_classes(data, s.source)
-        self.channels = self.source["train"][0].shape[1]
-
-    def build(self, width: int | None = None) -> nn.Module:
-        """A fresh network for the source classes."""
-        width = width or self.settings.width
-        return network(trunk(self.channels, width), 2 * width, self.settings.source)
-
-    def train(self, net: nn.Module, seed: int, epochs: int | None = None, **options: Any) -> None:
-        """The source task: SGD with Nesterov momentum, half a cosine."""
-        own = {"optimizer": sgd(0.1, 0.9, 5e-4), "scheduler": cosine(), "batch_size": 128, "device": self.run.device}
-        fit(net, self.source["train"], epochs=epochs or self.settings.epochs, seed=seed, **{**own, **options})
-
-    def probe(self, features: nn.Module) -> dict[str, float]:
-        """Accuracy on the new classes by features."""
-        return probe(features, self.target, draws=self.settings.draws, seed=self.run.seed)
-
-    def episodes(self) -> list[nn.Module]:
-        """The networks of all episodes."""
-        return train_episodes(self.build, self.train, [1000 * self.run.seed + k for k in range(self.settings.episodes)])
+class Study(SourceNetworks):
+    """The arms of one seed."""
 
     def single(self) -> dict[str, Any]:
-        """The episodes, alone and together; they are kept for the arms that follow."""
-        self.models = self.episodes()
+        """The episodes, alone and together."""
         trunks = [split_head(net)[0] for net in self.models]
-        alone = [self.probe(t) for t in trunks]
-        logits = torch.stack([outputs(net, self.source["test"]) for net in self.models])
-        y = self.source["test"][1]
+        each = [self.probe(body) for body in trunks]
+        full, few = ([scores[labels] for scores in each] for labels in ("full", "few"))
         joint = self.probe(Concatenated(trunks))
         copies = self.probe(Concatenated([copy.deepcopy(trunks[0]) for _ in trunks]))
+        x, y = self.source["test"]
+        logits = torch.stack([outputs(net, x) for net in self.models])
+        source = [accuracy(z, y) for z in logits]
         return {
-            "full": sum(a["full"] for a in alone) / len(alone), "best": max(a["full"] for a in alone),
-            "few": sum(a["few"] for a in alone) / len(alone), "cat": joint["full"], "cat_few": joint["few"],
-            "copies": copies["full"], "one": alone[0]["full"], "ridge": ridge_gap(trunks[0], self.target, len(trunks)),
-            "source": 100 * sum(accuracy(z, y) for z in logits) / len(logits),
-            "cat_source": 100 * accuracy(logits.mean(0), y),
+            "full": sum(full) / len(full), "best": max(full), "few": sum(few) / len(few), "cat": joint["full"],
+            "cat_few": joint["few"], "copies": copies["full"], "one": full[0],
+            "ridge": ridge_gap(trunks[0], self.target, len(trunks)),
+            "source": 100 * sum(source) / len(source), "cat_source": 100 * accuracy(logits.mean(0), y),
         }  # fmt: skip
 
-    def wider(self, width: int) -> dict[str, float]:
-        """One network of another width."""
+    def alone(self, width: int | None = None, epochs: int | None = None) -> dict[str, float]:
+        """One network, of another width or trained for longer."""
         net = self.build(width)
-        self.train(net, self.run.seed)
-        return {**self.probe(split_head(net)[0]), "parameters": float(sum(p.numel() for p in net.parameters()))}
+        self.train(net, self.run.seed, epochs)
+        return {**self.probe(split_head(net)[0]), "parameters": float(parameter_count(net))}
 
     def joint(self) -> dict[str, float]:
         """The architecture of the concatenation, trained from scratch as one network."""
@@ -138,12 +96,6 @@ class Study:
         self.train(body, self.run.seed, self.settings.distill_epochs, rule=RichDistillation(self.models, 10.0, heads))
         return self.probe(body)
 
-    def longer(self) -> dict[str, float]:
-        """One network, trained as long as the distillation."""
-        net = self.build()
-        self.train(net, self.run.seed, self.settings.distill_epochs)
-        return self.probe(split_head(net)[0])
-
     def finetuned(self, labels: int) -> dict[str, float]:
         """Fine-tuning on few labels: each network, the concatenation as a whole, and in two stages."""
         s, bodies = self.settings, [split_head(net)[0] for net in self.models]
@@ -156,10 +108,8 @@ def run(run: Run[Settings]) -> None:
     """Episodes first; then what is compared with them."""
     s, study = run.settings, Study(run)
     base = run.arm("episodes", study.single)
-    if not hasattr(study, "models"):  # a resumed run has the arm, but not the networks
-        study.models = study.episodes()
-    wide = run.arm("wide_parameters", study.wider, round(s.width * s.episodes**0.5))
-    run.arm("wide_features", study.wider, s.width * s.episodes)
+    wide = run.arm("wide_parameters", study.alone, round(s.width * s.episodes**0.5))
+    run.arm("wide_features", study.alone, s.width * s.episodes)
     run.arm("joint", study.joint)
     run.arm("snapshots", study.snapshots)
     run.values("transfer", cat=base["cat"], single=base["full"], best=base["best"], wide=wide["full"])
@@ -168,12 +118,11 @@ def run(run: Run[Settings]) -> None:
     run.values("negative_control", copies=base["copies"], single=base["one"], ridge=base["ridge"])
     separate = run.arm("distilled", study.distilled, "separate")
     averaged = run.arm("distilled_averaged", study.distilled, "averaged")
-    longer = run.arm("longer", study.longer)
+    longer = run.arm("longer", study.alone, epochs=s.distill_epochs)
     run.values("distillation", distilled=separate["full"], single=longer["full"], averaged_head=averaged["full"])
     tuned = {labels: run.arm(f"finetuned_{labels}", study.finetuned, labels) for labels in (20, 50)}
     measured = {f"{name}_{k}": tuned[k][name] for k in tuned for name in ("single", "naive", "two_stage")}
-    low = {"two_stage_low": tuned[20]["two_stage_low"], "naive_low": tuned[20]["naive_low"]}
-    run.values("two_stage", {**measured, **low})
+    run.values("two_stage", measured, **pick(tuned[20], "two_stage_low", "naive_low"))
 
 
 ARMS = {
@@ -189,8 +138,8 @@ ARMS = {
 
 def figures(results: Results) -> plots.Figures:
     """Probes of new classes, with all labels and with five for each class."""
-    few_labels = {n: (a, {"full": "few", "cat": "cat_few"}[k]) for n, (a, k) in ARMS.items()}
+    few = {name: (arm, {"full": "few", "cat": "cat_few"}[key]) for name, (arm, key) in ARMS.items()}
     return {
         "transfer": plots.bars(results, ARMS, ylabel="probe accuracy on new classes (%)"),
-        "few shot": plots.bars(results, few_labels, ylabel="accuracy from 5 labels a class (%)"),
+        "few shot": plots.bars(results, few, ylabel="accuracy from 5 labels a class (%)"),
     }
