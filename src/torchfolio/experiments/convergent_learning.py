@@ -9,19 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchfolio.engine import evaluate
+from torchfolio.experiments._mispaired_samples import mispaired
 from torchfolio.experiments._permuted_networks import permuted_copy
 from torchfolio.experiments._stacked_convolutions import fresh, trained
-from torchfolio.insight.activations import unit_rows
-from torchfolio.insight.convergent_learning import (
-    ConvergenceReport,
-    bipartite_match,
-    correlation_blocks,
-    plot_filter_pairs,
-    sparse_prediction,
-)
+from torchfolio.insight.convergent_learning import ConvergenceReport, plot_filter_pairs
 from torchfolio.insight.convergent_learning.layer import LayerConvergence
 from torchfolio.models import collect_features
 from torchfolio.runs import Results, Run, pick, plots, setting, threads
@@ -115,21 +109,11 @@ class Study:
         """Every layer of two networks with the samples of the second in another order."""
         nets = [self.net(k) for k in range(self.settings.nets)]
         features = [collect_features(net, self.probe, self.layers, flatten=False) for net in nets]
-        generator, scores = self.run.generator(), {}
-        for layer in self.layers:
-            pairs = combinations([unit_rows(f[layer]).flatten(0, 1) for f in features], 2)
-            scores[layer] = np.mean([self.mispaired(a, b, generator) for a, b in pairs], axis=0)
-        matches, losses = np.stack(list(scores.values())).T
+        generator, most = self.run.generator(), self.settings.shuffled
+        scores = {k: mispaired([f[k] for f in features], most, generator) for k in self.layers}
+        matches, losses = np.array(list(scores.values())).T
         extremes = {"largest_match": matches.max(), "least_loss": losses.min(), "largest_loss": losses.max()}
         return {**{f"{layer}_match": match for layer, (match, _) in scores.items()}, **extremes}
-
-    def mispaired(self, a: Tensor, b: Tensor, generator: torch.Generator) -> tuple[float, float]:
-        """Match and held-out loss of prediction from the activities of other samples, `[N, units]` each."""
-        kept = torch.randperm(len(a), generator=generator)[: self.settings.shuffled]
-        broken = kept[torch.randperm(len(kept), generator=generator)]
-        blocks = correlation_blocks(a[kept], b[broken])
-        loss = sparse_prediction(blocks, [3e-2]).curve()["loss"].iloc[0]
-        return bipartite_match(blocks.between).mean, float(loss)
 
 
 def gap(layer: LayerConvergence) -> float:

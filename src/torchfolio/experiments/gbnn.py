@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,8 @@ GRID = {"units_per_step": [1, 2, 4], "learning_rate": [0.05, 0.1, 0.5], "subsamp
 
 def run(run: Run[Settings]) -> None:
     """Train everything on every table; one thread, as all matrices are small."""
-    s = run.settings
     with threadpool_limits(1):
-        tables = {name: table(run.data(name, normalize=False), run.seed) for name in s.sets}
+        tables = {name: table(run.data(name, normalize=False), run.seed) for name in run.settings.sets}
         scores = {name: compared(run, name, one) for name, one in tables.items()}
         ours = {"digits": scores["digits"]["gbnn"], "breast_cancer": scores["breast_cancer"]["gbnn"]}
         ours |= {f"digits_{solver}": scores["digits"][solver] for solver in SOLVERS}
@@ -75,14 +75,9 @@ def run(run: Run[Settings]) -> None:
         T = len(first) - 1
         parts = {"all_units": first[T], "first_half": first[T // 2], "first_quarter": first[T // 4]}
         run.values("switching_off", parts, without_first_half=last[T - T // 2])
-        boosted = run.arm("boosted", course, GBNNClassifier(**own(run, "digits")), tables["digits"])
-        bagged = run.arm("bagged", course, Bagged(**own(run, "digits")), tables["digits"])
-        whole = run.arm("whole", course, GBNNRegressor(**own(run, "diabetes", subsample=1.0)), tables["diabetes"])
-        loss = np.asarray(whole["train_loss"])
-        losses = {"boosted_loss": boosted["train_loss"][-1], "bagged_loss": bagged["train_loss"][-1]}
-        run.values("boosting_matters", losses, largest_rise=np.max(loss[1:] / loss[:-1] - 1))
+        boosting(run, tables)
         run.arm("deep", compare_heads, run, OWN["digits"])
-        if s.timed_units:
+        if run.settings.timed_units:
             run.arm("time", times, run, tables["digits"])
 
 
@@ -123,6 +118,16 @@ def switched_off(run: Run[Settings], table: Table) -> dict[str, Any]:
     # Without the first t blocks, what is left is the start and the later blocks' part of the sum.
     first, last = (100 * (scores.argmax(2) == table.y_test).mean(1) for scores in (F, F[-1] - F + F[0]))
     return {"kept_first": first, "kept_last": last[::-1]}
+
+
+def boosting(run: Run[Settings], tables: Mapping[str, Table]) -> None:
+    """Courses of training, of GBNN and of blocks that do not see what those before them left."""
+    boosted = run.arm("boosted", course, GBNNClassifier(**own(run, "digits")), tables["digits"])
+    bagged = run.arm("bagged", course, Bagged(**own(run, "digits")), tables["digits"])
+    whole = run.arm("whole", course, GBNNRegressor(**own(run, "diabetes", subsample=1.0)), tables["diabetes"])
+    loss = np.asarray(whole["train_loss"])
+    losses = {"boosted_loss": boosted["train_loss"][-1], "bagged_loss": bagged["train_loss"][-1]}
+    run.values("boosting_matters", losses, largest_rise=np.max(loss[1:] / loss[:-1] - 1))
 
 
 def course(model: Any, table: Table) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from torchfolio.theory.multitasking_hopfield import (
     sparse_patterns,
     sse_losses,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -134,8 +131,8 @@ def figures(results: Results) -> plots.Figures:
     return {"amplitudes": amplitudes(results), "learning": learning, "phase diagram": phases.plot()}
 
 
-def amplitudes(results: Results) -> Figure:
-    """Overlaps with every pattern without noise, over theory."""
+def amplitudes(results: Results) -> Any:
+    """A figure of overlaps with every pattern without noise, over theory."""
     import matplotlib.pyplot as plt
 
     s: Settings = results.settings
