@@ -19,3 +19,9 @@ for paper in catalog.papers().values():
 def test_experiments_import_what_only_drawing_and_tables_need_where_they_do():
     done = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_report_is_written_without_torch():
+    code = "import sys, torchfolio.report, torchfolio.runs; sys.exit(' '.join({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchfolio import processes
+from torchfolio.engine import devices
 from torchfolio.runs import plan, run_all, run_experiment, workers
 
 from . import slow_toy, toy
@@ -54,7 +55,7 @@ def test_workers_that_use_an_accelerator_are_not_forked(tmp_path, monkeypatch, d
     monkeypatch.setattr(processes, "FORKS", True)
     monkeypatch.setattr(processes, "get_context", get_context)
     monkeypatch.setattr(workers, "import_ahead", lambda modules: None)
-    monkeypatch.setattr(workers, "resolve_device", lambda name: torch.device(device))
+    monkeypatch.setattr(devices, "resolve_device", lambda name: torch.device(device))
     with pytest.raises(_Asked, match=method):
         run_all([job], jobs=2)
 
@@ -95,7 +96,7 @@ class _Ray(ModuleType):
 def test_tasks_of_ray_ask_for_the_gpu_that_they_use(tmp_path, monkeypatch, device, gpus):
     ray = _Ray()
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(workers, "resolve_device", lambda name: torch.device(device))
+    monkeypatch.setattr(devices, "resolve_device", lambda name: torch.device(device))
     job = plan(slow_toy, "quick", (0,), {"seconds": 0}, out=tmp_path)
     said: list[str] = []
     workers.measure_on_ray([job], lambda job, seed, result: said.append(f"{seed}: {result}"))

@@ -1,4 +1,4 @@
-"""Runs of experiments: arms, claims, seeds and the folder they are kept in."""
+"""Runs of experiments: arms, claims, seeds and the folder they are kept in. Readable without torch, for the report."""
 
 from torchfolio.runs.environment import threads
 from torchfolio.runs.job import SCALES, Job, experiment, plan

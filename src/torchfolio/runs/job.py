@@ -13,11 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from torchfolio import catalog
-from torchfolio.bundle import resolve
 from torchfolio.catalog import Claim
-from torchfolio.engine.devices import resolve_device
 from torchfolio.errors import TorchfolioError
-from torchfolio.models import spec
 from torchfolio.runs.outcome import Outcome
 from torchfolio.runs.settings import override
 from torchfolio.runs.store import write_json
@@ -83,6 +80,10 @@ def plan(
     resume: bool = False,
 ) -> Job:
     """Check what was asked for and make the folder of the run. See `run_experiment`."""
+    from torchfolio.bundle import resolve
+    from torchfolio.engine.devices import resolve_device
+    from torchfolio.models import spec
+
     module = experiment(slug) if isinstance(slug, str) else slug
     slug = slug if isinstance(slug, str) else slug.__name__.rpartition(".")[2]
     if scale not in module.SCALES:

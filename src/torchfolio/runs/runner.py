@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torchfolio.engine.lock import exclusive
 from torchfolio.runs.environment import environment
 from torchfolio.runs.job import SCALES as SCALES
 from torchfolio.runs.job import Job, Say, claims_of, command, plan
@@ -78,6 +77,8 @@ def run_all(
     Raises:
         FolderInUse: if another process is at one of them.
     """
+    from torchfolio.engine.lock import exclusive
+
     if jobs < 1:
         raise ValueError(f"expected at least one job, got {jobs}")
     draw_off_screen()

@@ -12,7 +12,6 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from torchfolio.engine.devices import resolve_device
 from torchfolio.errors import require
 from torchfolio.processes import import_ahead, worker_context
 from torchfolio.runs.environment import cores
@@ -30,6 +29,8 @@ def measure_in_processes(jobs: Sequence[Job], processes: int, take: Take) -> Non
 
     A worker ends with this process, however that ends, and when this call does not return.
     """
+    from torchfolio.engine.devices import resolve_device
+
     if fork := all(resolve_device(job.device).type == "cpu" for job in jobs):
         import_ahead([job.module for job in jobs])
     context = worker_context(fork=fork)
@@ -68,6 +69,8 @@ def _end_with_parent(alive: Connection) -> None:
 
 def measure_on_ray(jobs: Sequence[Job], take: Take) -> None:
     """Measure the seeds of all jobs on a Ray cluster, or on one started for them, and close it again."""
+    from torchfolio.engine.devices import resolve_device
+
     ray = require("ray", "ray")
     own = not ray.is_initialized()
     if own:
