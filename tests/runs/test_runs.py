@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from torchfolio.catalog import Claim
+from torchfolio.engine import fit
 from torchfolio.errors import TorchfolioError
 from torchfolio.runs import Outcome, Run, experiment, plan, run_all, run_experiment, threads
 from torchfolio.runs.outcome import aggregate_arms, aggregate_claims
@@ -213,6 +215,17 @@ def test_every_generator_of_a_run_begins_at_its_seed(tmp_path):
     run = Run("toy", "smoke", 3, None, torch.device("cpu"), tmp_path)
     first, second = (torch.rand(2, generator=run.generator()) for _ in range(2))
     assert first.tolist() == second.tolist() == torch.rand(2, generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def test_a_run_trains_with_its_seed_on_its_device(tmp_path):
+    run = Run("toy", "smoke", 3, None, torch.device("cpu"), tmp_path)
+    data = torch.randn(12, 4), torch.arange(12) % 3
+    nets = [torch.nn.Linear(4, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, train in zip(nets, (run.fit, partial(fit, seed=3, device="cpu")), strict=True):
+        train(net, data, epochs=2, batch_size=5, progress=False)
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+    assert run.fit(nets[0], data, epochs=1, batch_size=4, seed=5).steps == 3  # what is given comes first
 
 
 def test_arm_names_are_checked(tmp_path):

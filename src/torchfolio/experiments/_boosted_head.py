@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from torchfolio.efficiency.gbnn import boost_head
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
 from torchfolio.measure import outputs
 from torchfolio.models import ConvNet
@@ -29,7 +28,7 @@ def compare_heads(run: Run[Any], own: Mapping[str, Any]) -> dict[str, float]:
     s = run.settings
     data = run.data(s.images, train_size=s.train_size)
     net = ConvNet(data.num_classes, data.shape[0], widths=(16, 32, 64))
-    fit(net, data.train, optimizer=adam(3e-3), epochs=s.epochs, batch_size=64, seed=run.seed, device=run.device)
+    run.fit(net, data.train, optimizer=adam(3e-3), epochs=s.epochs, batch_size=64)
     *layers, head = net.children()
     backbone = nn.Sequential(*layers, *list(head.children())[:-1])
     own = {**own, "total_units": s.head_units, "max_iter": s.max_iter}

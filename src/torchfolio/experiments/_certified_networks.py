@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import LearningRule, fit
+from torchfolio.engine import LearningRule
 from torchfolio.engine.recipes import adam
 from torchfolio.measure import auroc, outputs
 from torchfolio.models import MLP
@@ -48,9 +48,9 @@ class CertifiedNetworks:
             torch.manual_seed(self.run.seed)
             net = MLP(data[0][0].numel(), self.classes, s.hidden)
         net = copy.deepcopy(net)
-        fit(
+        self.run.fit(
             net, data, rule=rule, optimizer=adam(s.lr), scheduler=decayed, epochs=epochs or s.epochs,
-            batch_size=s.batch_size, seed=self.run.seed, device=self.run.device,
+            batch_size=s.batch_size,
         )  # fmt: skip
         return net.cpu()
 

@@ -11,7 +11,6 @@ from torchfolio.backdoor import CleanLabel, poison
 from torchfolio.backdoor.blto import evaluate_ssl_backdoor
 from torchfolio.backdoor.zoo import ResNet18CIFAR
 from torchfolio.data.views import ColorJitter, Compose, ResizedCrop, View, simclr_views
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.runs import Run
 from torchfolio.training.contrastive_learning import BYOL, ContrastiveRule, SimCLR, SimSiam
@@ -54,10 +53,9 @@ class ContrastiveVictims:
         encoder, data = self.encoder(), self.train
         if trigger is not None:
             data = poison(data, trigger, CleanLabel(s.target), rate=s.rate, seed=self.run.seed).tensors()
-        fit(
+        self.run.fit(
             encoder, data, rule=self.rule(method), optimizer=sgd(lr=s.lr, weight_decay=5e-4), scheduler=cosine(),
-            max_steps=s.victim_steps, batch_size=s.batch_size, drop_last=True, seed=self.run.seed,
-            device=self.run.device, progress=False,
+            max_steps=s.victim_steps, batch_size=s.batch_size, drop_last=True, progress=False,
         )  # fmt: skip
         return encoder
 

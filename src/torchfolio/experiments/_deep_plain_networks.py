@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import sgd
 from torchfolio.layers.filter_design import init_
 from torchfolio.runs import Run
@@ -33,6 +32,6 @@ def deep(run: Run[Any], data: DataSplits, scheme: str) -> dict[str, float]:
             signal = conv(signal)
             stds.append(float(signal.std()))
             signal = signal.relu()
-    fit(net, data.train, optimizer=sgd(0.02, nesterov=False), epochs=s.epochs, batch_size=64, clip_norm=5.0,
-        seed=run.seed, device=run.device, progress=False)  # fmt: skip
+    budget = {"epochs": s.epochs, "batch_size": 64, "clip_norm": 5.0}
+    run.fit(net, data.train, optimizer=sgd(0.02, nesterov=False), progress=False, **budget)
     return {"accuracy": accuracy(net, data.test), "first": stds[0], "ratio": stds[-1] / stds[0]}

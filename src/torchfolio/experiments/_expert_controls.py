@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchfolio.backdoor.badexpert import BaDExpert
 from torchfolio.backdoor.metrics import accuracy_of, auroc, labels_of
-from torchfolio.engine import StepRecorder, fit
+from torchfolio.engine import StepRecorder
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._backdoors import Pair
 from torchfolio.measure import outputs
@@ -26,9 +26,9 @@ def without_forgetting(
     whatever their labels are, so a high AUROC here says that this score owes little to the forgetting.
     """
     finetuned = copy.deepcopy(net)
-    fit(
+    run.fit(
         finetuned, trusted, optimizer=adam(lr=expert.unlearn_lr_), max_steps=expert.history_[-1][0],
-        batch_size=run.settings.unlearn_batch, seed=run.seed, device=str(run.device), progress=False,
+        batch_size=run.settings.unlearn_batch, progress=False,
     )  # fmt: skip
     triggered, target = attacked.tensors()
     said, said_bad = labels_of(net, test[0]), labels_of(net, triggered)
@@ -61,8 +61,8 @@ def step_by_step(
         every=1,
     )
     wrong = (trusted[1] + 1) % int(outputs(net, x[:1]).shape[1])
-    fit(
-        copy.deepcopy(net), (trusted[0], wrong), optimizer=adam(lr=lr), epochs=2,
-        batch_size=settings.unlearn_batch, callbacks=[trace], seed=run.seed, device=str(run.device), progress=False,
+    run.fit(
+        copy.deepcopy(net), (trusted[0], wrong), optimizer=adam(lr=lr), epochs=2, batch_size=settings.unlearn_batch,
+        callbacks=[trace], progress=False,
     )  # fmt: skip
     return {f"trace_{name}": [row[name] for row in trace.rows] for name in ("acc", "asr")}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.engine import Backprop, fit
+from torchfolio.engine import Backprop
 from torchfolio.engine.recipes import adam
 from torchfolio.runs import Run
 from torchfolio.training.guidance import Guidance, GuidedRule
@@ -122,8 +122,10 @@ def learn_sequences(run: Run[Any], name: str, kind: str) -> dict[str, float]:
     net, guide = make(), make_guide()
 
     def learn(model: nn.Module, rule: Any) -> float:
-        fit(model, train, rule=rule, optimizer=adam(settings.lr), epochs=settings.sequence_epochs,
-            batch_size=settings.batch_size, drop_last=True, seed=run.seed, device=run.device, clip_norm=1.0)  # fmt: skip
+        run.fit(
+            model, train, rule=rule, optimizer=adam(settings.lr), epochs=settings.sequence_epochs,
+            batch_size=settings.batch_size, drop_last=True, clip_norm=1.0,
+        )  # fmt: skip
         return token_accuracy(model, *(t.to(run.device) for t in test))
 
     task_rule = Backprop(token_loss)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
-from torchfolio.engine import evaluate, fit
+from torchfolio.engine import evaluate
 from torchfolio.engine.recipes import sgd
 from torchfolio.models import MLP
 from torchfolio.robustness.boundary_tilting import TiltReport, analyse
@@ -54,8 +54,7 @@ def of_networks(run: Run[Any], data: ImagePair) -> dict[str, Any]:
     for decay in run.settings.decays:
         torch.manual_seed(run.seed)
         net = MLP(data.X.shape[1], 2, (100,))
-        budget = {"epochs": run.settings.epochs, "device": run.device, "seed": run.seed}
-        fit(net, parts[0], optimizer=sgd(lr=0.05, weight_decay=decay), **budget)
+        run.fit(net, parts[0], optimizer=sgd(lr=0.05, weight_decay=decay), epochs=run.settings.epochs)
         report: TiltReport = analyse(net, *parts[1].tensors, classes=(0, 1))
         accuracy = 100 * evaluate(net, parts[2], device=run.device)["accuracy"]
         for key, value in zip(out, (decay, report.angle, report.strength, accuracy), strict=True):

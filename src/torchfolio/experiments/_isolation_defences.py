@@ -27,7 +27,7 @@ from torchfolio.backdoor.nab import (
 )
 from torchfolio.backdoor.zoo import Cutout, fit_classifier
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.engine import Backprop, fit
+from torchfolio.engine import Backprop
 from torchfolio.engine.state import FitState
 from torchfolio.experiments._backdoors import attack, divide, victim
 from torchfolio.runs import Run
@@ -208,11 +208,10 @@ class Scene:
         rows = torch.tensor(isolation["isolated"])
         net, seconds = self.train((x, y))
         started = time.perf_counter()
-        fit(
+        self.run.fit(
             net, (x[rows], y[rows]), rule=Backprop(lambda out, target: -F.cross_entropy(out, target).clamp(max=5.0)),
             optimizer=partial(torch.optim.SGD, lr=self.run.settings.unlearn_lr), epochs=5,
-            batch_size=self.run.settings.batch_size, drop_last=True, seed=self.run.seed, device=str(self.run.device),
-            progress=False,
+            batch_size=self.run.settings.batch_size, drop_last=True, progress=False,
         )  # fmt: skip
         seconds += time.perf_counter() - started
         return {**attack_metrics(net, self.test, self.attacked).as_dict(), "seconds": seconds}

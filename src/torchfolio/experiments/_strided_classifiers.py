@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
 from torchfolio.models import ResNetCIFAR
 from torchfolio.runs import Run
@@ -20,8 +19,7 @@ def classifier(run: Run[Any], data: DataSplits) -> nn.Module:
     s = run.settings
     torch.manual_seed(run.seed)
     net = own_network(s, data, lambda: two_convolutions(data) if data.shape[0] == 1 else residual(data))
-    budget = {"epochs": s.epochs, "batch_size": 64, "seed": run.seed, "device": run.device}
-    fit(net, data.train, optimizer=adam(s.lr), **budget)
+    run.fit(net, data.train, optimizer=adam(s.lr), epochs=s.epochs, batch_size=64)
     return net
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.engine import Backprop, fit
+from torchfolio.engine import Backprop
 from torchfolio.engine.recipes import adam
 from torchfolio.insight.utility_probability import fit_temperature, mbr_decision, rational_choice, sample_sequences
 from torchfolio.runs import Run
@@ -60,8 +60,7 @@ def trained(run: Run[Any]) -> Decoder:
     torch.manual_seed(run.seed)
     net = Decoder(run.settings.dim)
     pairs = sentences(count, length, run.settings.noise, generator)
-    budget = {"epochs": 1, "batch_size": 64, "seed": run.seed, "device": run.device}
-    fit(net, pairs, rule=Backprop(F.cross_entropy), optimizer=adam(2e-3), **budget)
+    run.fit(net, pairs, rule=Backprop(F.cross_entropy), optimizer=adam(2e-3), epochs=1, batch_size=64)
     return net
 
 

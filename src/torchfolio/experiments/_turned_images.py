@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.experiments._bottleneck_adapter import add_bottlenecks
 from torchfolio.layers.snnk import add_adapters
@@ -34,10 +33,10 @@ def adapt_to_turned(run: Run[Any], data: DataSplits) -> dict[str, Any]:
     s = run.settings
     splits = {"train": data.train.tensors, "val": data.val.tensors, "test": data.test.tensors}
     turned = {n: (x.rot90(1, (2, 3)), y) for n, (x, y) in splits.items()}
-    inputs, common = math.prod(data.shape), {"device": run.device, "seed": run.seed, "progress": False}
+    inputs, common = math.prod(data.shape), {"scheduler": cosine(), "progress": False}
     net = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
                         nn.Linear(256, data.num_classes))  # fmt: skip
-    fit(net, splits["train"], optimizer=adam(), scheduler=cosine(), epochs=s.epochs, **common)
+    run.fit(net, splits["train"], optimizer=adam(), epochs=s.epochs, **common)
     found: dict[str, Any] = {"before": accuracy(net, turned["test"])}
     for name, size in (("head", 0), ("snnk", 8), ("bottleneck", 4), ("bottleneck", 16)):
         best = -1.0
@@ -52,7 +51,7 @@ def adapt_to_turned(run: Run[Any], data: DataSplits) -> dict[str, Any]:
                 add_bottlenecks(model, (1, 3), size)
             added = sum(p.numel() for p in model.parameters() if p.requires_grad)
             model[5].requires_grad_(True)
-            fit(model, turned["train"], optimizer=adam(rate), scheduler=cosine(), epochs=s.adapter_epochs, **common)
+            run.fit(model, turned["train"], optimizer=adam(rate), epochs=s.adapter_epochs, **common)
             if (val := accuracy(model, turned["val"])) > best:  # the rate is chosen here
                 best = val
                 found[f"{name}_{size}"] = accuracy(model, turned["test"])

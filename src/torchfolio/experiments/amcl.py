@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._digit_views import Views
 from torchfolio.measure import outputs
@@ -63,10 +62,7 @@ def pretrain(run: Run[Settings], data: DataSplits, kinds: int, heads: int, setti
     else:
         temperature, beta = FixedTemperature(setting), 0.0
     rule = AMCL(views, heads, s.out_dim, temperature, beta, **form)
-    fit(
-        net, data.train, rule=rule, optimizer=adam(s.lr), epochs=s.epochs, batch_size=s.batch_size, drop_last=True,
-        seed=run.seed, device=run.device,
-    )  # fmt: skip
+    run.fit(net, data.train, rule=rule, optimizer=adam(s.lr), epochs=s.epochs, batch_size=s.batch_size, drop_last=True)
     (_, y), (_, y_val), (x_test, y_test) = data.train.tensors, data.val.tensors, data.test.tensors
     h, h_val, h_test = (outputs(net, part) for part in (data.train, data.val, data.test))
     ten = torch.cat([(y == k).nonzero().flatten()[:10] for k in range(data.num_classes)])

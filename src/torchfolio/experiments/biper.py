@@ -17,7 +17,7 @@ from torchfolio.efficiency.binary import SignSTEConv2d
 from torchfolio.efficiency.biper import BiPerConv2d, laplace_qe, quantization_error, set_stage, sine_decay
 from torchfolio.efficiency.compression import without_decay_of_vectors
 from torchfolio.efficiency.straight_through import sign, surrogate
-from torchfolio.engine import Backprop, fit
+from torchfolio.engine import Backprop
 from torchfolio.engine.recipes import cosine
 from torchfolio.experiments._binary_networks import network, packed
 from torchfolio.runs import Results, Run, column, pick, plots, setting
@@ -87,11 +87,10 @@ def train(
         own = F.cross_entropy(output, target)
         return own + tau * sine_decay(net) if tau else own
 
-    fit(
+    run.fit(
         net, data.train, rule=Backprop(loss), scheduler=cosine(), epochs=epochs, batch_size=settings.batch_size,
         optimizer=lambda ps: SGD(without_decay_of_vectors(ps, decay), lr=lr, momentum=settings.momentum),
         augment=CropFlip(padding=settings.crop, flip=True) if data.shape[0] == 3 else None,
-        seed=run.seed, device=run.device,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from torchfolio.adaptation.bt2 import BT2, BackwardCompatible, BCTLoss, BT2Loss, Embed, Embedder, class_prototypes
 from torchfolio.data import DataSplits
-from torchfolio.engine import LearningRule, fit
+from torchfolio.engine import LearningRule
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.measure import outputs, retrieval
 from torchfolio.runs import Results, Run, pick, plots, setting
@@ -49,8 +49,7 @@ def backbone(run: Run[Settings], data: DataSplits, width: int) -> nn.Sequential:
 
 
 def train(run: Run[Settings], net: nn.Module, data: Any, rule: LearningRule | None = None) -> nn.Module:
-    fit(net, data, rule=rule, optimizer=adam(1e-3), scheduler=cosine(), epochs=run.settings.epochs, batch_size=128,
-        seed=run.seed, device=run.device)  # fmt: skip
+    run.fit(net, data, rule=rule, optimizer=adam(1e-3), scheduler=cosine(), epochs=run.settings.epochs, batch_size=128)
     return net
 
 

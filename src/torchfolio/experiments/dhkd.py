@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import LearningRule, fit
+from torchfolio.engine import LearningRule
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._one_head_distillation import OneHead
 from torchfolio.measure import outputs
@@ -80,9 +80,9 @@ def rules(tau: float) -> dict[str, Callable[[], LearningRule | None]]:
 
 def train(run: Run[Settings], net: nn.Module, data: Any, test: Any, epochs: int, **how: Any) -> dict[str, Any]:
     """Test accuracy in percent of a network that was trained on the tensors `data`."""
-    fit(
+    run.fit(
         net, data, optimizer=sgd(run.settings.lr, weight_decay=5e-4), epochs=epochs, batch_size=64,
-        drop_last=len(data[0]) % 64 == 1, seed=run.seed, device=run.device, **how,
+        drop_last=len(data[0]) % 64 == 1, **how,
     )  # fmt: skip
     return {"accuracy": tasks.accuracy(net, test)}
 

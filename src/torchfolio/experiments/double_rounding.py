@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchfolio.data import DataSplits
 from torchfolio.efficiency.double_rounding import MultiPrecision, convert, export, load_export, use_bits
 from torchfolio.efficiency.quantized_layers import quantized_layers
-from torchfolio.engine import LearningRule, fit, seeded
+from torchfolio.engine import LearningRule, seeded
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.experiments._lsq import OneWidth
 from torchfolio.experiments._mixed_precision import mixtures
@@ -89,9 +89,8 @@ def run(run: Run[Settings]) -> None:
 
 def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRule | None, epochs: int) -> None:
     """Adam and a cosine, alike for every arm."""
-    settings = run.settings
-    fit(net, data.train, rule=rule, optimizer=adam(settings.lr, weight_decay=settings.weight_decay), scheduler=cosine(),
-        epochs=epochs, seed=run.seed, device=run.device)  # fmt: skip
+    optimizer = adam(run.settings.lr, weight_decay=run.settings.weight_decay)
+    run.fit(net, data.train, rule=rule, optimizer=optimizer, scheduler=cosine(), epochs=epochs)
 
 
 def at_widths(net: nn.Module, data: DataSplits, bits: Any = BITS) -> dict[str, float]:

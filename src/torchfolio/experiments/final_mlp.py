@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchfolio.applications.click_estimator import ClickRule, click_auc
 from torchfolio.applications.final_mlp import FieldEmbedding, FinalMLP
-from torchfolio.engine import EarlyStopping, fit
+from torchfolio.engine import EarlyStopping
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._clicks import film_clicks, gates_match, simulate
 from torchfolio.runs import Results, Run, pick, plots, setting
@@ -82,9 +82,9 @@ def train(
     torch.manual_seed(run.seed)
     net = make()
     stopping = EarlyStopping("val_auc", 2, "max", restore_best=True)
-    result = fit(
+    result = run.fit(
         net, parts[0], val=parts[1], rule=ClickRule(decay), optimizer=adam(lr), epochs=epochs, batch_size=batch,
-        seed=run.seed, device=run.device, evaluate=click_auc, early_stopping=stopping,
+        evaluate=click_auc, early_stopping=stopping,
     )  # fmt: skip
     size = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return net, {"auc": click_auc(net, parts[2])["auc"], "parameters": size, "epochs": result.epochs}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchfolio.data import DataSplits
 from torchfolio.efficiency.ftwt import FTWT, attach_gates, compact, estimate_flops, gated_layers, measure_flops
 from torchfolio.efficiency.gated_conv import GatedConv, Gates
-from torchfolio.engine import Backprop, LearningRule, fit, seeded
+from torchfolio.engine import Backprop, LearningRule, seeded
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.measure import count_flops
 from torchfolio.models import VGG
@@ -90,8 +90,8 @@ def run(run: Run[Settings]) -> None:
 
 def train(run: Run[Settings], data: DataSplits, net: nn.Module, rule: LearningRule, lr: float, epochs: int) -> None:
     """SGD and a cosine."""
-    fit(net, data.train, rule=rule, optimizer=sgd(lr, weight_decay=run.settings.weight_decay), scheduler=cosine(),
-        epochs=epochs, seed=run.seed, device=run.device)  # fmt: skip
+    optimizer = sgd(lr, weight_decay=run.settings.weight_decay)
+    run.fit(net, data.train, rule=rule, optimizer=optimizer, scheduler=cosine(), epochs=epochs)
 
 
 def gated(run: Run[Settings], data: DataSplits, net: nn.Module, r: float, kind: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.engine import LearningRule, fit
+from torchfolio.engine import LearningRule
 from torchfolio.engine.recipes import sgd
 from torchfolio.experiments._principal_rows import captured_variance
 from torchfolio.runs import Results, Run, plots, setting
@@ -88,10 +88,10 @@ def learn(run: Run[Settings], rule: Any, tasks: int, epochs: int, tau: float = 2
     def permuted(part: Part, k: int) -> Part:
         return part[0].flatten(1)[:, orders[k]], part[1]
 
+    budget = {"epochs": epochs, "batch_size": s.batch_size}
     matrix = torch.full((tasks, tasks), float("nan"))
     for k in run.progress(range(tasks), "tasks"):
-        fit(net, permuted(train, k), rule=rule, optimizer=sgd(s.lr, momentum=0), epochs=epochs, batch_size=s.batch_size,
-            seed=run.seed, device=run.device, progress=False)  # fmt: skip
+        run.fit(net, permuted(train, k), rule=rule, optimizer=sgd(s.lr, momentum=0), progress=False, **budget)
         if isinstance(rule, HLOP) and k + 1 < tasks:
             rule.end_task()
         for j in range(k + 1):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from torchfolio.adaptation.naive_bayes_probe import NaiveBayesProbe, crossover, gaussian_fit, learning_curve
 from torchfolio.data import load
-from torchfolio.engine import fit
 from torchfolio.experiments._samples_needed import log_slope, samples_needed
 from torchfolio.models import ConvNet, collect_features
 from torchfolio.runs import Results, Run, plots, setting
@@ -86,7 +85,7 @@ def _features(run: Run[Settings], epochs: int, transfer: bool) -> tuple[Tensor, 
     net = ConvNet(data.num_classes, data.shape[0], settings.widths)
     layer = f"layer{len(settings.widths)}"
     if epochs:
-        fit(net, (x[:half][ours], y[:half][ours]), epochs=epochs, device=run.device, seed=run.seed)
+        run.fit(net, (x[:half][ours], y[:half][ours]), epochs=epochs)
     rows = [collect_features(net, part, layer, flatten="pool")[layer] for part in (x[half:][heads], x_test[test])]
     return rows[0], y[half:][heads], rows[1], y_test[test]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio.engine import Backprop, StepRecorder, evaluate, fit
+from torchfolio.engine import Backprop, StepRecorder, evaluate
 from torchfolio.engine.recipes import adam, one_cycle
 from torchfolio.experiments._characters import CharacterModel, Windows, windows
 from torchfolio.layers.powernorm import PowerNorm, PowerNormV, SequenceBatchNorm, convert_layernorm
@@ -55,9 +55,9 @@ def train(run: Run[Settings], text: Windows, norm: type[nn.Module] | None) -> di
         convert_layernorm(net, norm, **extra)
     losses = StepRecorder({"loss": lambda state: state.scalars.get("loss", torch.nan)}, every=1)
     pairs, held = ((t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (text.train, text.held))
-    fit(
+    run.fit(
         net, pairs, rule=Backprop(F.cross_entropy), optimizer=adam(settings.lr, betas=(0.9, 0.98)),
-        scheduler=one_cycle(settings.lr), epochs=1, batch_size=1, callbacks=[losses], seed=run.seed, device=run.device,
+        scheduler=one_cycle(settings.lr), epochs=1, batch_size=1, callbacks=[losses],
     )  # fmt: skip
     curve = losses.to_frame()["loss"].dropna().tolist()  # before the first step there is none
     val = evaluate(net, held, loss=F.cross_entropy, batch_size=100)["loss"]

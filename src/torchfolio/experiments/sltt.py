@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.data import CropFlip, DataSplits
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._costs_through_time import peaks_by_length, step_times
 from torchfolio.experiments._gradients_through_time import cosines_by_tau, gradients_of_a_late_loss
@@ -111,10 +110,9 @@ def train(run: Run[Settings], data: DataSplits, name: str) -> dict[str, object]:
     """Train by one rule: accuracies in percent, and how the rule's gradient agrees with BPTT's at the end."""
     s, rule = run.settings, RULES[name](run.settings.timesteps)
     net = network(s, data)
-    result = fit(
+    result = run.fit(
         net, data.train, rule=rule, optimizer=sgd(s.lr, s.momentum, s.weight_decay, nesterov=False), scheduler=cosine(),
-        epochs=s.epochs, batch_size=s.batch_size, seed=run.seed, device=run.device,
-        augment=CropFlip(padding=s.crop, flip=True) if s.crop else None,
+        epochs=s.epochs, batch_size=s.batch_size, augment=CropFlip(padding=s.crop, flip=True) if s.crop else None,
     )  # fmt: skip
     agreement = gradient_agreement(net.train(), *batch_of(s, data, run.device), timesteps=s.timesteps)
     return {

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.experiments._closed_form_classifiers import against_adam
 from torchfolio.experiments._sentence_transformer import SentenceTransformer, sentences
@@ -75,15 +74,15 @@ def estimates(run: Run[Settings]) -> dict[str, Any]:
 def replaced(run: Run[Settings]) -> dict[str, float]:
     """A transformer, the same trained on, and with the first matrices of its perceptrons replaced and trained on."""
     s, parts = run.settings, sentences(run.settings.text)
-    common = {"device": run.device, "seed": run.seed, "epochs": s.text_epochs, "batch_size": 64, "progress": False}
+    common = {"scheduler": cosine(), "epochs": s.text_epochs, "batch_size": 64, "progress": False}
     net = SentenceTransformer(4000, 32, s.dim)
-    fit(net, parts["train"], optimizer=adam(1e-3), scheduler=cosine(), **common)
+    run.fit(net, parts["train"], optimizer=adam(1e-3), **common)
     small: Any = copy.deepcopy(net)
     replace_ffl(small, lambda name, layer: name.endswith("linear1"), s.dim // 4, seed=run.seed)
     found = {"accuracy": accuracy(net, parts["test"])}
     found["untrained"] = accuracy(small, parts["test"])
     for name, model in (("longer", net), ("uptrained", small)):
-        fit(model, parts["train"], optimizer=adam(3e-4), scheduler=cosine(), **common)
+        run.fit(model, parts["train"], optimizer=adam(3e-4), **common)
         found[name] = accuracy(model, parts["test"])
     sizes = [sum(p.numel() for n, p in m.named_parameters() if ".linear1." in n) for m in (net, small)]
     return {**found, "share": sizes[1] / sizes[0]}

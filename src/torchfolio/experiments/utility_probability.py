@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from scipy.stats import chi2_contingency
 
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import adam
 from torchfolio.experiments._synonym_translation import EOS, VOCABULARY, Decoder, Translations, trained
 from torchfolio.insight.utility_probability import GRID, beam_search, fit_rationality, invariance_report, paradox_report
@@ -85,8 +84,8 @@ def overconfidence(run: Run[Settings]) -> dict[str, Any]:
     x, y = (torch.cat(parts) for parts in zip(*(p.tensors for p in (data.train, data.val, data.test)), strict=True))
     torch.manual_seed(run.seed)
     net, train, rest = MLP(64, 10, (128,)), (x[:500], y[:500]), (x[500:], y[500:])
-    budget = {"epochs": run.settings.epochs, "batch_size": 64, "seed": run.seed, "device": run.device}
-    history = fit(net, train, val=rest, optimizer=adam(3e-3), **budget).history.to_frame()
+    budget = {"epochs": run.settings.epochs, "batch_size": 64}
+    history = run.fit(net, train, val=rest, optimizer=adam(3e-3), **budget).history.to_frame()
     return {**paradox_report(history), "losses": history["val_loss"].tolist()}
 
 

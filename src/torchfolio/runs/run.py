@@ -27,9 +27,11 @@ from torchfolio.runs.store import (
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
+    from torch import nn
 
     from torchfolio.catalog import Claim
     from torchfolio.data import DataSplits
+    from torchfolio.engine import FitResult
 
 METRICS = "metrics.jsonl"
 S = TypeVar("S")
@@ -166,6 +168,12 @@ class Run(Generic[S]):
         from torchfolio.data import load
 
         return load(name, **{"seed": self.seed, **arguments})
+
+    def fit(self, model: nn.Module, data: Any, **arguments: Any) -> FitResult:
+        """Train a network with this run's seed, on its device; arguments of `torchfolio.engine.fit`."""
+        from torchfolio.engine import fit
+
+        return fit(model, data, **{"seed": self.seed, "device": self.device, **arguments})
 
     def generator(self) -> torch.Generator:
         """A new generator on the CPU, which begins at this run's seed."""
