@@ -15,8 +15,12 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
 from torchfolio.data import DataSplits
+from torchfolio.measure import timed
 
-__all__ = ["Table", "fit_quietly", "network", "score", "table", "trees"]
+__all__ = ["SOLVERS", "Table", "fit_quietly", "network", "score", "table", "trained", "trees", "usual"]
+
+SOLVERS = ("adam", "sgd", "lbfgs")
+"""Ways to train a network of scikit-learn."""
 
 
 class Table(NamedTuple):
@@ -48,7 +52,7 @@ def network(table: Table, solver: str, units: int, max_iter: int, rates: tuple[f
 
     Args:
         table: table that it will be trained on.
-        solver: `"adam"`, `"sgd"` or `"lbfgs"`.
+        solver: one of `SOLVERS`.
         units: number of hidden units.
         max_iter: epochs, or iterations of L-BFGS.
         rates: learning rates to choose from on a fifth of the training examples; none for L-BFGS.
@@ -85,3 +89,16 @@ def fit_quietly(model: Any, table: Table) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(table.X, table.y)
+
+
+def usual(table: Table, units: int, max_iter: int, rates: tuple[float, ...], seed: int) -> dict[str, Any]:
+    """Networks of `SOLVERS` and boosted trees, untrained; arguments are those of `network`."""
+    models = {kind: network(table, kind, units, max_iter, rates if kind != "lbfgs" else (), seed) for kind in SOLVERS}
+    return {**models, "trees": trees(table, seed)}
+
+
+def trained(model: Any, table: Table) -> dict[str, Any]:
+    """Test score, seconds of training (of the best candidate where there are several), and what was chosen."""
+    _, seconds = timed(fit_quietly, model, table)
+    seconds = getattr(model, "refit_time_", seconds)
+    return {"seconds": seconds, "score": score(model, table), **getattr(model, "best_params_", {})}

@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchfolio.engine import Backprop, StepRecorder, fit
-from torchfolio.engine.recipes import adam
-from torchfolio.experiments._blind_feedback import FEEDBACK, blindfold
-from torchfolio.experiments._episode_tasks import CLASSES, TASKS, Episodes, scores_by_position
-from torchfolio.experiments._lstm_learner import LSTMLearner, sequence_loss
+from torchfolio.engine import StepRecorder
+from torchfolio.experiments._episode_learners import TEST_SEED, EpisodeLearners
+from torchfolio.experiments._episode_tasks import CLASSES
+from torchfolio.experiments._lstm_learner import LSTMLearner
 from torchfolio.measure import timed
 from torchfolio.runs import Results, Run, plots, setting
-from torchfolio.training.fast_slow_memory import FastSlowMemoryNetwork, FastSlowTraining, FeedbackPath
 from torchfolio.training.meta_episodes import class_episodes
-
-TEST_SEED = 10**6
 
 
 @dataclass(frozen=True)
@@ -44,44 +39,8 @@ SCALES = {
 }
 
 
-class Study:
-    """Networks and trainings of one seed; training and test episodes come from other streams."""
-
-    def __init__(self, run: Run[Settings]) -> None:
-        self.settings, self.seed, self.device = run.settings, run.seed, run.device
-
-    def network(self, task: str, kind: str = "fast", feedback: FeedbackPath | None = None) -> FastSlowMemoryNetwork:
-        """A network for a task: `fast`, `slow`, `blind`, `sealed` or `unregressed`; slow weights start alike."""
-        h, (inputs, out) = self.settings.hidden, CLASSES.get(task, (1, 1))
-        encoder = nn.Sequential(nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.Tanh())
-        net = FastSlowMemoryNetwork(
-            encoder, out, task="classification" if task in CLASSES else "regression", hidden=h, fast=kind != "slow",
-            feedback=feedback, lambda_sg=0.0 if kind == "unregressed" else 0.1,
-        )  # fmt: skip
-        if kind in FEEDBACK:
-            blindfold(net, kind)
-        return net
-
-    def train(self, net: nn.Module, tasks: list[str], steps: int, callbacks: tuple[Any, ...] = ()) -> None:
-        """Slow training, on a sequence of fresh episodes."""
-        n = steps * self.settings.batch_size
-        data = [v for k, task in enumerate(tasks) for v in TASKS[task](n, 2 * self.seed + 1 + 7919 * k)]
-        self.learn(net, tuple(data), callbacks)
-
-    def learn(self, net: nn.Module, data: tuple[Tensor, ...], callbacks: tuple[Any, ...] = ()) -> None:
-        """One pass over episodes."""
-        s, rule = self.settings, FastSlowTraining()
-        if isinstance(net, LSTMLearner):  # an input, the target as an input, and the target
-            data, rule = (*data, data[-1]), Backprop(sequence_loss)
-        fit(net, data, rule=rule, optimizer=adam(s.lr), batch_size=s.batch_size, clip_norm=5.0, seed=self.seed,
-            device=self.device, callbacks=callbacks)  # fmt: skip
-
-    def scores(self, net: nn.Module, task: str, data: Episodes | None = None) -> dict[str, Any]:
-        """Squared errors or accuracies (%) by position in fixed episodes."""
-        x, y = data or TASKS[task](self.settings.test, TEST_SEED)
-        with torch.no_grad():
-            output = net(x.to(self.device), y.to(self.device)).cpu()
-        return scores_by_position(output, y, rare=task == "rare")
+class Study(EpisodeLearners):
+    """The arms of one seed."""
 
     def single(self, task: str, kind: str, steps: int) -> dict[str, Any]:
         """One network on one task, with its error or accuracy as training goes on."""

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torchfolio.efficiency.gbnn import GBNNClassifier, GBNNRegressor
 from torchfolio.experiments._bagged_blocks import Bagged
 from torchfolio.experiments._boosted_head import compare_heads
-from torchfolio.experiments._small_tables import Table, fit_quietly, network, score, table, trees
+from torchfolio.experiments._small_tables import SOLVERS, Table, score, table, trained, usual
 from torchfolio.measure import timed
 from torchfolio.runs import Results, Run, plots, setting
 
@@ -57,7 +57,6 @@ OWN: dict[str, dict[str, Any]] = {
     "breast_cancer": {"total_units": 200, "units_per_step": 1, "learning_rate": 0.1, "subsample": 0.5},
     "diabetes": {"total_units": 100, "units_per_step": 1, "learning_rate": 0.05, "subsample": 0.5},
 }
-SOLVERS = ("adam", "sgd", "lbfgs")
 GRID = {"units_per_step": [1, 2, 4], "learning_rate": [0.05, 0.1, 0.5], "subsample": [0.5, 0.75, 1.0]}
 
 
@@ -93,21 +92,9 @@ def compared(run: Run[Settings], name: str, table: Table) -> dict[str, float]:
     """Test scores of GBNN and its peers, an arm each."""
     s, settings = run.settings, own(run, name)
     gbnn = (GBNNRegressor if table.regression else GBNNClassifier)(**settings)
-    models: dict[str, Any] = {"gbnn": gbnn}
-    if s.search:
-        models["gbnn_searched"] = GridSearchCV(gbnn, GRID, cv=3, n_jobs=-1)
-    for solver in SOLVERS:
-        rates = s.rates if solver != "lbfgs" else ()
-        models[solver] = network(table, solver, settings["total_units"], s.peer_iter, rates, run.seed)
-    models["trees"] = trees(table, run.seed)
+    models = {"gbnn": gbnn, **({"gbnn_searched": GridSearchCV(gbnn, GRID, cv=3, n_jobs=-1)} if s.search else {})}
+    models |= usual(table, settings["total_units"], s.peer_iter, s.rates, run.seed)
     return {arm: run.arm(f"{name}_{arm}", trained, model, table)["score"] for arm, model in models.items()}
-
-
-def trained(model: Any, table: Table) -> dict[str, Any]:
-    """Seconds of training, of the best candidate where there are several, and test score."""
-    _, seconds = timed(fit_quietly, model, table)
-    seconds = getattr(model, "refit_time_", seconds)
-    return {"seconds": seconds, "score": score(model, table), **getattr(model, "best_params_", {})}
 
 
 def switched_off(run: Run[Settings], table: Table) -> dict[str, Any]:

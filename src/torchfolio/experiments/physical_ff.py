@@ -81,11 +81,11 @@ class Study(PhysicalLearner):
         """The same blocks by backprop through twins that are wrong by `error`, with or without hardware in the loop."""
         s, net = self.settings, self.network(system, skip).to(self.run.device)
         own = {"lr": s.lr, "batch_size": s.batch_size, "epochs": 2 * s.epochs if aware else s.backprop_epochs}
-        split = (*self.train, *self.test)
-        return train_through_twins(net.blocks, split, error=error, aware=aware, seed=self.run.seed, **own)
+        own |= {"error": error, "aware": aware, "seed": self.run.seed}
+        return train_through_twins(net.blocks, (*self.train, *self.test), **own)
 
     def calls(self) -> dict[str, float]:
-        """Physical calls for each block, batch and half of an epoch, with few and with many steps on a batch."""
+        """Physical calls for each block and batch of positives or negatives, with few and many steps on it."""
         shares, size = {}, self.settings.batch_size
         for name, steps in (("few", 1), ("many", 10)):
             net = self.network(MultimodeOptics).to(self.run.device)
@@ -94,7 +94,7 @@ class Study(PhysicalLearner):
         return shares
 
     def no_contrast(self) -> dict[str, float]:
-        """How far losses come from that of a guess where all labels are right."""
+        """Largest distance of the losses from that of a guess, log 2, where negatives carry the right labels too."""
         net = self.fit(self.network(MultimodeOptics, kind=NoContrast), 3)
         distance = np.abs(np.array(net.losses) - math.log(2)).max()
         return {"loss_distance": float(distance), "accuracy": 100 * net.score(*self.test)}
@@ -123,10 +123,8 @@ def run(run: Run[Settings]) -> None:
                ideal_optics=ideal_optics["accuracy"], ideal_kerr=ideal_kerr["accuracy"])  # fmt: skip
     bare = run.arm("no_skip", study.local, MultimodeOptics, False)
     ours = 100 * bare["curve"][-1]
-    twins = {}
-    for error in s.twin_errors:
-        name = f"twin_{100 * error:.0f}"
-        twins[name] = run.arm(name, study.backprop, MultimodeOptics, error=error)["accuracy"]
+    errors = {f"twin_{100 * error:.0f}": error for error in s.twin_errors}
+    twins = {k: run.arm(k, study.backprop, MultimodeOptics, error=error)["accuracy"] for k, error in errors.items()}
     run.values("no_twin", twins, ours=ours)
     aware = run.arm("physics_aware", study.backprop, MultimodeOptics, error=0.2, aware=True)
     calls = {"ours_calls": bare["calls"], "physics_aware_calls": aware["calls"]}
