@@ -276,11 +276,19 @@ class Functional(nn.Module):
         return self.c(x)
 
 
+class Open(Functional):
+    """A network that takes whatever else it is given, as those of `transformers` do."""
+
+    def forward(self, x, *others, scale=2.0, **more):
+        return super().forward(x, *others, scale=scale, **more)
+
+
+@pytest.mark.parametrize("kind", [Functional, Open])
 @pytest.mark.parametrize("example", [None, torch.randn(5, 6)])
 @pytest.mark.parametrize("arguments", [{"n": 3}, {"n": 2}, {"names": ["b", "c"]}, {"names": ["c"]}])
 @pytest.mark.parametrize("start", [True, False])
-def test_both_modes_stay_what_they_are(arguments, start, example):
-    net = Functional().train(start)
+def test_both_modes_stay_what_they_are(arguments, start, example, kind):
+    net = kind().train(start)
     parts = nn.ModuleList(blocks(net, example=example, **arguments))
     assert net.training is start
     assert all(part.training is start for part in parts)

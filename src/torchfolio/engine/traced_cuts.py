@@ -40,7 +40,7 @@ _INSIDE = "net."  # where a network stands in `_FirstInput`
 
 
 class _FirstInput(nn.Module):
-    """A network as a function of its first input; the others keep their defaults."""
+    """A network as a function of its first input; the others keep their defaults, and there are none more."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -69,9 +69,8 @@ def traced(model: nn.Module, leaves: Sequence[str]) -> Graphs:
 
 
 def _trace_as_it_is(model: nn.Module, leaves: Sequence[str]) -> fx.Graph:
-    named = (p for p in inspect.signature(type(model).forward).parameters.values() if p.kind not in _VARIADIC)
-    _, *inputs = named
-    if len(inputs) < 2 or any(p.default is p.empty for p in inputs[1:]):
+    _, *inputs = inspect.signature(type(model).forward).parameters.values()
+    if len(inputs) < 2 or any(p.default is p.empty and p.kind not in _VARIADIC for p in inputs[1:]):
         return _ChildTracer(leaves).trace(model)
     graph = _ChildTracer(leaves).trace(_FirstInput(model))
     for node in graph.nodes:
