@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from torchfolio import checks, cli
-from torchfolio.bundle import Manifest, save_bundle
+from torchfolio.bundle import Manifest, load_bundle, save_bundle
 from torchfolio.cli import app
 from torchfolio.engine.checks import check_kinds, check_positive
 from torchfolio.engine.modes import seeded
@@ -194,6 +194,17 @@ def test_a_bundle_is_replaced_only_by_force(place):
     assert refused.exit_code == 2
     assert "--force" in refused.stderr
     assert call(*TRAIN, "--train-size", 50, "-o", "net", "--force").exit_code == 0
+
+
+def test_answers_that_are_not_finite_are_no_score(place):
+    """Finite weights that overflow gave a loss of `null` and the accuracy of the first class."""
+    net = MLP(in_features=64, out_features=10, hidden=[4])
+    for parameter in net.parameters():
+        torch.nn.init.constant_(parameter, 3e38)
+    save_bundle(net, place / "net", load_bundle(place / "net").manifest)
+    done = call("eval", "net", "--data", "digits", "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "the answers of net on digits are not finite" in done.stderr
 
 
 def test_in_a_process_of_its_own(place):

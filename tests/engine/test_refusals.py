@@ -72,3 +72,44 @@ def test_no_scheduler():
         fit(network(), (X, Y), scheduler="cos", progress=False)
     with pytest.raises(TypeError, match="expected the scheduler factory to return a scheduler, got NoneType"):
         fit(network(), (X, Y), scheduler=lambda optimizer: None, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"callbacks": print}, "callbacks to be a list"),
+        ({"callbacks": ["x"]}, "callbacks to be callables"),
+        ({"early_stopping": "x"}, "early_stopping to be a number of epochs"),
+        ({"early_stopping": True}, "early_stopping to be a number of epochs"),
+        ({"augment": "x"}, "augment to be a function, got the text 'x'"),
+        ({"evaluate": 3}, "evaluate to be a function"),
+        ({"seed": "x"}, "seed to be a whole number"),
+        ({"seed": 1.5}, "seed to be a whole number"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, said):
+    with pytest.raises(TypeError, match=f"expected {said}"):
+        fit(network(), (X, Y), val=(X, Y), progress=False, **arguments)
+
+
+def test_rows_without_a_target_or_with_too_much():
+    """Data sets of x alone, and of three values for a network of one input, gave errors of torch's modules."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, *parts):
+            self.parts = parts
+
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, k):
+            row = tuple(part[k] for part in self.parts)
+            return row if len(row) > 1 else row[0]
+
+    for call in (evaluate, fit):
+        with pytest.raises(ValueError, match=r"expected (data|train) to hold inputs and targets, got 1 tensor"):
+            call(network(), Rows(X))
+        with pytest.raises(ValueError, match=r"the model cannot take .*takes 2 positional arguments but 3 were given"):
+            call(network(), Rows(X, Y, Y))
+    with pytest.raises(ValueError, match="expected val to hold inputs and targets, got 1 tensor"):
+        fit(network(), (X, Y), val=Rows(X), progress=False)

@@ -283,6 +283,38 @@ def test_axis_of_examples_comes_first():
     torch.testing.assert_close(guidance.guide_features(square)["rnn"], guidance.guide(square).new_tensor(0) + guidance.guide.rnn(guidance.guide.embed(square))[0].transpose(0, 1))  # fmt: skip
 
 
+class Encoded(nn.Module):
+    """A transformer over [N, T, 6], which may run with the axis of time first."""
+
+    def __init__(self, kind, batch_first):
+        super().__init__()
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=batch_first)
+        stacked = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(6), enable_nested_tensor=False)
+        attention = nn.MultiheadAttention(6, 2, batch_first=batch_first)
+        self.inner = {"layer": layer, "stacked": stacked, "attention": attention}[kind]
+        self.read, self.batch_first = nn.Linear(6, 3), batch_first
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        h = self.inner(x, x, x)[0] if isinstance(self.inner, nn.MultiheadAttention) else self.inner(x)
+        return self.read(h.mean(1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("length", [7, 5])
+@pytest.mark.parametrize("kind", ["layer", "stacked", "attention"])
+def test_time_is_not_taken_for_examples_inside_a_transformer(kind, length):
+    """The layers inside give [T, N, D] where their transformer has `batch_first=False`; told apart even for T = N."""
+    x = torch.randn(7, length, 6, generator=torch.Generator().manual_seed(0))
+    values = []
+    for batch_first in (True, False):
+        net = Encoded(kind, batch_first)
+        guidance = Guidance(net, nn.Sequential(nn.Flatten(), nn.Linear(6 * length, 8), nn.Linear(8, 3)))
+        net(x)
+        values.append(guidance(x).item())
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
 def test_packed_sequences_are_padded():
     class Packed(Recurrent):
         def forward(self, x):

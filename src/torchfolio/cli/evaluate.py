@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from torchfolio.cli._options import (
     ImageSize,
     TestSize,
 )
+from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
 
 
@@ -58,4 +60,6 @@ def evaluate(
     if (rule := loaded.manifest.training.get("rule")) and loaded.manifest.training.get("test") == {}:
         say(f"{bundle} was trained by {rule}, which sees no labels: its outputs are features, scored here as answers")
     scores = engine.evaluate(predictor_of(loaded, allow), examples, device=device)
+    if not math.isfinite(scores["loss"]):  # the weights are finite; it is too large for numbers of their precision
+        raise TorchfolioError(f"the answers of {bundle} on {data} are not finite: its loss is {scores['loss']}")
     show_result({"bundle": str(bundle), "data": data, "split": split, "examples": len(examples), **scores}, as_json)

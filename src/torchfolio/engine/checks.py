@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchfolio import checks
 from torchfolio.checks import network
 from torchfolio.data.examples import Examples
 from torchfolio.engine.counting import IGNORED, Counting
@@ -34,10 +35,21 @@ def check_data(data: Any, name: str, targets: bool = True) -> None:
     tensors = Examples(data, name).tensors
     if tensors is None:
         return
-    if targets and len(tensors) < 2:
-        raise ValueError(f"expected {name} to hold inputs and targets, got {len(tensors)} tensor(s)")
+    if targets:
+        check_row(tensors, name)
     for tensor in tensors:
         _check_finite(tensor, name)
+
+
+def check_row(row: Any, name: str) -> None:
+    """Refuse a batch of inputs alone where targets are needed; batches of other things than tensors are let through.
+
+    Raises:
+        ValueError: if there is no target.
+    """
+    row = [row] if isinstance(row, Tensor) else row
+    if isinstance(row, list | tuple) and len(row) < 2:
+        raise ValueError(f"expected {name} to hold inputs and targets, got {len(row)} tensor(s)")
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:
@@ -203,12 +215,29 @@ def check_positive(**values: int | None) -> None:
             raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
 
 
+def check_optional(seed: int | None, augment: Any, evaluate: Any) -> None:
+    """Refuse a seed that is no whole number, and functions that cannot be called.
+
+    Raises:
+        TypeError: naming the argument.
+        ValueError: on a seed out of range.
+    """
+    if seed is not None:
+        checks.whole("seed", seed, -(2**63), 2**64 - 1)
+    for name, function in (("augment", augment), ("evaluate", evaluate)):
+        if function is not None and not callable(function):
+            raise TypeError(f"expected {name} to be a function, got {_kind(function)}")
+
+
 def check_monitor(stopper: EarlyStopping | None, validated: bool) -> None:
     """Refuse to stop early by a validation score that nobody computes.
 
     Raises:
         ValueError: naming it.
+        TypeError: if it is no rule to stop by.
     """
+    if stopper is not None and not isinstance(stopper, EarlyStopping):
+        raise TypeError(f"expected early_stopping to be a number of epochs or EarlyStopping(...), got {_kind(stopper)}")
     if stopper is not None and stopper.monitor.startswith("val_") and not validated:
         raise ValueError(f"early stopping monitors {stopper.monitor!r}; expected val or evaluate to be given")
 
@@ -240,6 +269,8 @@ def check_callables(callbacks: Sequence[Callable[..., Any]]) -> None:
     Raises:
         TypeError: naming the first one.
     """
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"expected callbacks to be a list of callables, got {_kind(callbacks)}")
     for callback in callbacks:
         if not callable(callback):
             raise TypeError(f"expected callbacks to be callables that take a FitState, got {type(callback).__name__}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from torchfolio.data.examples import Examples
-from torchfolio.engine.checks import check_data, check_kinds, check_targets
+from torchfolio.engine.checks import check_data, check_kinds, check_row, check_targets
 from torchfolio.engine.counting import Counting
 from torchfolio.engine.devices import resolve_device
 from torchfolio.engine.loader import Data
@@ -108,7 +108,9 @@ def check_validation(model: nn.Module, val: Data, rule: LearningRule, example: i
     criterion = rule.loss if isinstance(rule, Backprop) else default_loss
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     with undisturbed(), torch.no_grad(), evaluating(model):
-        *inputs, target = (t.to(weight.device) for t in Examples(looked_at, "val").first(example))
+        row = Examples(looked_at, "val").first(example)
+        check_row(row, "val")
+        *inputs, target = (t.to(weight.device) for t in row)
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         reset_state(model)
         try:
@@ -160,12 +162,18 @@ def add_up(
     sums = torch.zeros(4, dtype=exact, device=weight.device)
     counting = Counting.of(loss or default_loss)
     with evaluating(model):
-        for k, (*inputs, target) in enumerate(Examples(data).batches(batch_size)):
+        for k, row in enumerate(Examples(data).batches(batch_size)):
             if k % world != rank:
                 continue
+            check_row(row, "data")
+            *inputs, target = row
             target = target.to(weight.device, non_blocking=True)
             reset_state(model)
-            output = model(*(_like(x, weight) for x in inputs))
+            try:
+                output = model(*(_like(x, weight) for x in inputs))
+            except TypeError as error:  # another number of inputs, say
+                shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+                raise ValueError(f"the model cannot take a batch of {shapes}: {error}") from error
             mass = counting.mass(target)
             value = _compared(loss or default_loss, output, target, "the data").to(exact)
             # The mean over a batch of ignored targets alone is 0 / 0; they count for nothing.

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchfolio.engine.checks import check_model
+from torchfolio.engine.checks import check_model, check_row
 from torchfolio.engine.devices import check_device
 from torchfolio.engine.fabric import import_fabric
 from torchfolio.engine.loader import Batches, Data, tensors_of
@@ -120,6 +120,8 @@ def prepare(
     convert = fabric.strategy.precision.convert_module
     example = place(fabric, _example(train, batches))
     model = convert(model.to(fabric.device))
+    if rule.needs_targets:
+        check_row(example, "train")
     if isinstance(example, list | tuple) and len(example) > 1:
         check_model(model, example, train, rule)
     model.train()

@@ -148,7 +148,7 @@ class Recorder(Shown):
         """The features with the axis of examples first; `None` for outputs of a type search that have none."""
         if value.dim() > 1 and value.is_floating_point():
             axes = [self.batch_dim, *range(value.dim())] if value.dim() > self.batch_dim + 1 else range(value.dim())
-            if (own := _batch_axis(self.network.get_submodule(name))) is not None and value.dim() == 3:
+            if (own := _batch_axis(self.network, name)) is not None and value.dim() == 3:
                 axes = [own, *axes]
             axis = next((axis for axis in axes if value.shape[axis] == n), None)
             if axis is not None:
@@ -176,6 +176,10 @@ def _tensors(module: nn.Module, output: object) -> list[Tensor]:
         return [output]
     if isinstance(module, nn.RNNBase) and isinstance(output, tuple):
         return _tensors(module, output[0])
+    if isinstance(module, nn.MultiheadAttention) and isinstance(output, tuple) and output[0].dim() == 3:
+        # The weights beside it have the examples first, whatever `batch_first` says.
+        first = output[0] if module.batch_first else output[0].transpose(0, 1)
+        return [first, *_tensors(module, output[1])]
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, tuple | list):
@@ -183,13 +187,23 @@ def _tensors(module: nn.Module, output: object) -> list[Tensor]:
     return []
 
 
-def _batch_axis(module: nn.Module) -> int | None:
-    """The axis of the examples in the output of a layer that says it by `batch_first`; `None` of any other."""
-    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        module = module.self_attn
-    elif not isinstance(module, nn.RNNBase):
-        return None
-    return 0 if getattr(module, "batch_first", False) else 1
+def _batch_axis(network: nn.Module, name: str) -> int | None:
+    """The axis of the examples in what `_tensors` takes of a layer.
+
+    It is known where the layer, or a transformer's that it stands in, says it by `batch_first`; else it is `None`.
+    """
+    module = network.get_submodule(name)
+    if isinstance(module, nn.MultiheadAttention):
+        return 0
+    while not isinstance(module, nn.RNNBase | nn.Transformer | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) and len(module.layers):
+            module = module.layers[0]
+        elif name:
+            name = name.rpartition(".")[0]
+            module = network.get_submodule(name)
+        else:
+            return None
+    return 0 if getattr(getattr(module, "self_attn", module), "batch_first", False) else 1
 
 
 def _types(layers: Select) -> tuple[type[nn.Module], ...] | None:
