@@ -7,9 +7,12 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from torchfolio.bundle import BundleError, Manifest, build, load_bundle, save_bundle
+from torchfolio.bundle import BundleError, Manifest, build, load_bundle, save_bundle, write_bundle
+from torchfolio.efficiency.binary import pack
+from torchfolio.efficiency.biper import binarize
 from torchfolio.models import MLP
 
 
@@ -123,13 +126,50 @@ def test_missing_files(tmp_path):
         load_bundle(tmp_path)
 
 
-def test_weights_of_another_network(bundle, tmp_path):
+OTHERS = {
+    "width": Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 2}),
+    "packed": Manifest("torchfolio.efficiency.binary:pack", {"model": {"build": "torchfolio.models:MLP", "arguments": {
+        "in_features": 4, "out_features": 2, "hidden": [5]}}}),
+    "another": Manifest("torchfolio.models:ConvNet", {}),
+    "a layer more": Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 2, "hidden": [5, 5]}),
+    "no such argument": Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 2, "width": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("manifest", OTHERS.values(), ids=OTHERS)
+def test_weights_of_another_network(bundle, tmp_path, manifest):
+    """A bundle that could not be read back is not written; one that was is told when it is read."""
     net, _ = bundle
-    folder = save_bundle(
-        net, tmp_path / "odd", Manifest("torchfolio.models:MLP", {"in_features": 4, "out_features": 2})
-    )
-    with pytest.raises(BundleError, match="do not fit"):
+    before = torch.get_rng_state()
+    with pytest.raises(BundleError, match=r"the manifest builds another network|cannot be built|has no argument"):
+        save_bundle(net, tmp_path / "odd", manifest)
+    assert not (tmp_path / "odd").exists()
+    assert torch.equal(torch.get_rng_state(), before)
+    folder = write_bundle(tmp_path / "odd", manifest, lambda path: save_file(net.state_dict(), path))
+    with pytest.raises(BundleError, match=r"do not fit|cannot be built|has no argument"):
         load_bundle(folder)
+
+
+def test_a_packed_network_needs_its_own_recipe(tmp_path):
+    plain = Manifest("torchfolio.models:MLP", {"in_features": 6, "out_features": 2, "hidden": [5, 5]}, (6,))
+    net = pack(binarize(MLP(6, 2, hidden=(5, 5)), where=["layer2.0"]))
+    with pytest.raises(
+        BundleError, match=r"by torchfolio\.models:MLP: layer2\.0\.weight is \(5, 5\) in it and not there"
+    ):
+        save_bundle(net, tmp_path / "small", plain)
+    inner = {"build": plain.build, "arguments": plain.arguments}
+    binary = {"build": "torchfolio.efficiency.biper:binarize", "arguments": {"model": inner, "where": ["layer2.0"]}}
+    save_bundle(net, tmp_path / "small", Manifest("torchfolio.efficiency.binary:pack", {"model": binary}, (6,)))
+    x = torch.randn(4, 6)
+    assert torch.equal(load_bundle(tmp_path / "small").model(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda net: nn.DataParallel(torch.compile(net))])
+def test_the_network_inside_its_wrappers_is_saved(bundle, tmp_path, wrap):
+    net, folder = bundle
+    save_bundle(wrap(net), tmp_path / "wrapped", load_bundle(folder).manifest)
+    state = load_bundle(tmp_path / "wrapped").model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
 def test_manifest_that_is_no_json(bundle, tmp_path):

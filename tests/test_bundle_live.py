@@ -22,7 +22,7 @@ def layers():
         OrderedDict(
             stem=nn.Sequential(nn.Conv2d(2, 4, (3, 5), stride=2, padding=(1, 2), bias=False, padding_mode="reflect"),
                                nn.BatchNorm2d(4, eps=1e-3), nn.LeakyReLU(0.2), nn.MaxPool2d(2, ceil_mode=True)),
-            shape=nn.Flatten(), head=nn.Sequential(nn.LazyLinear(5), nn.GELU("tanh"), nn.LayerNorm(5), nn.Dropout(0.3),
+            shape=nn.Flatten(), head=nn.Sequential(nn.LazyLinear(5), nn.GELU("tanh"), nn.Hardtanh(-2.0, 3.0), nn.LayerNorm(5), nn.Dropout(0.3),
                                                    nn.Linear(5, 3)),
         )
     )  # fmt: skip

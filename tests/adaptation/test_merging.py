@@ -202,3 +202,12 @@ def test_adapters_leave_the_network_alone_and_come_back_from_disk(tmp_path):
         Scaled, nn.Linear(6, 3).train(), data, network, tmp_path, torch.rand(4, 6), allow=["torch.nn:Linear"]
     )
     assert done.report["examples"] == 8
+
+
+def test_wrapped_checkpoints_are_known_by_their_own_names():
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3)]
+    expected = task_arithmetic(nets[0], nets[1:], 0.5)
+    prefixed = {f"module.{name}": value for name, value in nets[2].state_dict().items()}
+    for base, ends in ((nets[0], [torch.compile(nets[1]), prefixed]), (nn.DataParallel(nets[0]), nets[1:])):
+        merged = task_arithmetic(base, ends, 0.5)
+        assert {n: torch.equal(v, merged[n]) for n, v in expected.items()} == dict.fromkeys(expected, True)

@@ -445,6 +445,9 @@ def test_shared_frozen_and_double_weights_stay_so(match):
 def test_what_would_stay_real_or_lose_its_weight_is_refused():
     with pytest.raises(ValueError, match=r"'attention\.out_proj' belongs to an nn.MultiheadAttention"):
         binarize(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), where=lambda n, m: True)
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        with pytest.raises(ValueError, match="a weight that is computed"):
+            binarize(nn.Sequential(nn.Linear(3, 4), norm(nn.Linear(4, 4))), where=["1"])
     net = small()
     net[2].weight = net[0].weight
     with pytest.raises(ValueError, match="'2' shares a weight with '0'"):

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from torchfolio.models.wrappers import own_names, unwrapped
+
 __all__ = ["average", "merge", "task_arithmetic", "task_vectors"]
 
 State = Mapping[str, Tensor]
@@ -138,7 +140,7 @@ def real(value: Tensor) -> bool:
 
 def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All entries by name."""
-    return dict(checkpoint.state_dict() if isinstance(checkpoint, nn.Module) else checkpoint)
+    return dict(unwrapped(checkpoint).state_dict() if isinstance(checkpoint, nn.Module) else checkpoint)
 
 
 def tied_names(checkpoint: Checkpoint) -> list[list[str]]:
@@ -181,7 +183,7 @@ def checked(
 def _is_weight(name: str, checkpoint: Checkpoint) -> bool:
     """Whether an entry is a parameter; running statistics of a bare state dict are told by their names."""
     if isinstance(checkpoint, nn.Module):
-        return name in dict(checkpoint.named_parameters(remove_duplicate=False))
+        return name in dict(unwrapped(checkpoint).named_parameters(remove_duplicate=False))
     return name.rpartition(".")[2] not in STATISTICS
 
 
@@ -189,7 +191,7 @@ def frozen_names(checkpoint: Checkpoint) -> set[str]:
     """Names of frozen parameters."""
     if not isinstance(checkpoint, nn.Module):
         return set()
-    return {n for n, p in checkpoint.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {n for n, p in unwrapped(checkpoint).named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def check_frozen(name: str, value: Tensor, others: Sequence[Tensor | None]) -> None:
@@ -205,6 +207,7 @@ def check_frozen(name: str, value: Tensor, others: Sequence[Tensor | None]) -> N
 def _matched(wanted: State, like: Checkpoint, state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     """A checkpoint's entries by the names that are wanted; of tied ones it may hold any one."""
     whole = state_of(like)
+    state = own_names(state, whole)
     entries = dict(state)
     for first, *others in tied_names(like):
         there = [name for name in (first, *others) if name in state]

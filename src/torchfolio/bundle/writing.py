@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchfolio import __version__
-from torchfolio.bundle.building import build, check_finite
+from torchfolio.bundle.building import build, builders, check_finite, outline
 from torchfolio.bundle.folder import check_folder, publish, recover, scratch_beside, swap, write
 from torchfolio.bundle.manifest import (
     FORMAT,
@@ -27,9 +28,10 @@ from torchfolio.bundle.manifest import (
     sha256,
     shown,
 )
-from torchfolio.engine.modes import evaluating
+from torchfolio.engine.modes import evaluating, undisturbed
 from torchfolio.json_text import plain
 from torchfolio.models.chain import recipe_of
+from torchfolio.models.wrappers import unwrapped
 
 __all__ = ["describe", "push_bundle", "save_bundle", "write_bundle"]
 
@@ -47,7 +49,8 @@ def save_bundle(
     A process that dies in between leaves the earlier bundle or the new one, never neither.
 
     Args:
-        model: network; its parameters and buffers are stored.
+        model: network; its parameters and buffers are stored. Of one that is compiled or wrapped for several devices,
+            the network inside.
         folder: folder to write to.
         manifest: record of how to build it again. Numbers in `training` that are not finite are stored as `null`.
             Without one it is made of the live network, which must be a reference network or an `nn.Sequential` of
@@ -60,14 +63,17 @@ def save_bundle(
         The folder.
 
     Raises:
-        BundleError: if the manifest could not be read back, weights are not finite, or `folder` exists and is no
-            bundle.
+        BundleError: if the manifest could not be read back or builds another network, weights are not finite, or
+            `folder` exists and is no bundle.
     """
     check_folder(Path(folder))
+    model = unwrapped(model)
     if odd := [n for n in notes or () if Path(n).name != n or Path(n).suffix in PICKLES or n in (WEIGHTS, MANIFEST)]:
         raise BundleError(f"expected notes to be named by plain file names of their own, got {odd[0]!r}")
     if manifest is None:
         manifest = describe(model, example)
+    else:
+        _check_recipe(manifest, model)
     stored, tied = _unshared(model)
     check_finite(model, stored)
     return write_bundle(folder, replace(manifest, tied=tied), lambda path: save_file(stored, path), notes=notes)
@@ -95,10 +101,7 @@ def write_bundle(
     check_folder(folder)
     body = {**asdict(manifest), "training": plain(manifest.training)}
     body |= {"format": FORMAT, "version": __version__, "weights_sha256": ""}
-    try:
-        body = json.loads(json.dumps(body, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise BundleError(f"the manifest cannot be written as JSON: {error}") from error
+    body = _as_json(body)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     with scratch_beside(folder) as scratch:
@@ -112,6 +115,14 @@ def write_bundle(
         publish(scratch)
         swap(scratch, folder)
     return folder
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they will be read back."""
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"the manifest cannot be written as JSON: {error}") from error
 
 
 def describe(model: nn.Module, example: Tensor | None) -> Manifest:
@@ -169,6 +180,34 @@ def push_bundle(folder: str | Path, name: str, *, private: bool = False, message
     if sha256(Path(folder) / WEIGHTS) != checksum:
         raise BundleError(f"{Path(folder) / WEIGHTS} is not the file that {MANIFEST} was written for: it is not sent")
     return send_bundle(Path(folder), name, (MANIFEST, WEIGHTS, "history.csv"), private=private, message=message)
+
+
+def _check_recipe(manifest: Manifest, model: nn.Module) -> None:
+    """Refuse a manifest whose network does not take the weights; builders that are not known are not called.
+
+    Raises:
+        BundleError: at the first entry that one of the two lacks or that differs in shape.
+    """
+    arguments = _as_json(manifest.arguments)
+    if not _is_known(manifest.build, arguments):
+        return
+    state: dict[str, Tensor] = model.state_dict()
+    limit = 64 * sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, Tensor)) + 2**20
+    with undisturbed():
+        built = outline(manifest.build, arguments, limit=limit) or build(manifest.build, arguments)
+    there, here = ({n: tuple(v.shape) for n, v in s.items()} for s in (built.state_dict(), state))
+    odd = next((name for name in [*there, *here] if there.get(name) != here.get(name)), None)
+    if odd is not None:
+        raise BundleError(
+            f"the manifest builds another network by {manifest.build}: {odd} is {there.get(odd, 'not there')} in it and "
+            f"{here.get(odd, 'not there')} in the network; a network that was converted or packed needs the recipe of that"
+        )
+
+
+def _is_known(path: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a network, and those within it, are built by known builders alone."""
+    inner = [v for v in arguments.values() if isinstance(v, Mapping) and set(v) == {"build", "arguments"}]
+    return path in builders() and all(_is_known(part["build"], part["arguments"]) for part in inner)
 
 
 def _unshared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -306,10 +306,10 @@ def _named_as(net: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     Wrappers for several devices and compiled networks put their own name before every other, and safetensors'
     `save_model` keeps one name of a tensor that has several.
     """
+    from torchfolio.models.wrappers import own_names
+
     own = net.state_dict(keep_vars=True)
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = own_names(state, own)
     stored = {id(value): state[name] for name, value in own.items() if name in state}
     return {**{name: stored[id(value)] for name, value in own.items() if id(value) in stored}, **state}
 

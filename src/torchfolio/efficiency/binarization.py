@@ -45,7 +45,7 @@ def binarize(
         The model.
 
     Raises:
-        ValueError: if no layer is chosen, a name is unknown, or a setting is out of range.
+        ValueError: if no layer is chosen, a name is unknown, a setting is out of range, or a weight is computed.
         TypeError: if a layer is chosen that is neither `nn.Conv2d` nor `nn.Linear` (transposed convolutions).
 
     Example:
@@ -60,6 +60,11 @@ def binarize(
     def convert(old: nn.Module) -> nn.Module:
         if type(old).__name__.startswith("ConvTranspose") or not isinstance(old, nn.Conv2d | nn.Linear):
             raise TypeError(f"expected nn.Conv2d or nn.Linear to make binary, got {type(old).__name__}")
+        if "weight" not in old._parameters:
+            raise ValueError(
+                f"a {type(old).__name__} has a weight that is computed (weight or spectral norm, pruning); make it plain "
+                "first, as by torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if isinstance(old, nn.Conv2d):
             new = BiPerConv2d(**conv_arguments(old), **settings)
         else:

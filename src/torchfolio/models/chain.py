@@ -27,7 +27,7 @@ LAYERS: frozenset[str] = frozenset([
 
 WORDS = frozenset(["zeros", "reflect", "replicate", "circular", "same", "valid", "none", "tanh", "nearest", "linear",
                    "bilinear", "bicubic", "trilinear", "area", "nearest-exact"])  # fmt: skip
-LEFT_OUT = ("device", "dtype", "_weight", "_freeze", "inplace")
+LEFT_OUT = ("device", "dtype", "_weight", "_freeze", "inplace", "min_value", "max_value")  # the last are old names
 
 
 class Chain(nn.Sequential):
