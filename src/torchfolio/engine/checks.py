@@ -215,8 +215,8 @@ def check_positive(**values: int | None) -> None:
             raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
 
 
-def check_optional(seed: int | None, augment: Any, evaluate: Any) -> None:
-    """Refuse a seed that is no whole number, and functions that cannot be called.
+def check_optional(seed: int | None, augment: Any, evaluate: Any, early_stopping: Any) -> None:
+    """Refuse a seed that is no whole number, functions that cannot be called, and what is no rule to stop by.
 
     Raises:
         TypeError: naming the argument.
@@ -227,6 +227,10 @@ def check_optional(seed: int | None, augment: Any, evaluate: Any) -> None:
     for name, function in (("augment", augment), ("evaluate", evaluate)):
         if function is not None and not callable(function):
             raise TypeError(f"expected {name} to be a function, got {_kind(function)}")
+    if isinstance(early_stopping, bool) or not isinstance(early_stopping, EarlyStopping | int | None):
+        raise TypeError(
+            f"expected early_stopping to be a number of epochs or EarlyStopping(...), got {_kind(early_stopping)}"
+        )
 
 
 def check_monitor(stopper: EarlyStopping | None, validated: bool) -> None:
@@ -234,10 +238,7 @@ def check_monitor(stopper: EarlyStopping | None, validated: bool) -> None:
 
     Raises:
         ValueError: naming it.
-        TypeError: if it is no rule to stop by.
     """
-    if stopper is not None and not isinstance(stopper, EarlyStopping):
-        raise TypeError(f"expected early_stopping to be a number of epochs or EarlyStopping(...), got {_kind(stopper)}")
     if stopper is not None and stopper.monitor.startswith("val_") and not validated:
         raise ValueError(f"early stopping monitors {stopper.monitor!r}; expected val or evaluate to be given")
 

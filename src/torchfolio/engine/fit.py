@@ -150,8 +150,8 @@ def fit(
     if val is not None:
         check_data(val, "val", rule.needs_targets or evaluate is None)
     check_callables(callbacks)
-    check_optional(seed, augment, evaluate)
-    stopper = EarlyStopping(patience=early_stopping) if type(early_stopping) is int else early_stopping
+    check_optional(seed, augment, evaluate, early_stopping)
+    stopper = EarlyStopping(patience=early_stopping) if isinstance(early_stopping, int) else early_stopping
     check_monitor(stopper, val is not None or evaluate is not None)
     fabric = launch(fabric, device, precision)
     if seed is None:
