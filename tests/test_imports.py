@@ -28,3 +28,9 @@ def test_the_report_is_written_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_digits_are_read_without_scikit_learn():
+    code = "import sys, torchfolio.data\ntorchfolio.data.load('digits')\nassert 'sklearn' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -71,6 +71,17 @@ def test_embedded_names():
     assert {"digits", "breast_cancer", "wine", "iris", "diabetes"} <= set(embedded_names())
 
 
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    from torchfolio.data.embedded import digits
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = digits().train
+    assert torch.equal(x, torch.from_numpy(images.astype(np.float32)).reshape(-1, 1, 8, 8) / 16)
+    assert torch.equal(y, torch.from_numpy(labels))
+
+
 def test_same_seed_same_examples():
     a, b, c = (
         load("digits", seed=1, train_size=50),
