@@ -477,3 +477,37 @@ def test_a_saved_set_holds_the_poisoned_rows_alone(tmp_path):
     assert (tmp_path / "poison.npz").stat().st_size < 10_000  # images and triggers; int64 of all rows would be 96 kB
     with pytest.raises(ValueError, match="other labels"):
         load(tmp_path, (many[0], many[1].flip(0)))
+
+
+def test_images_of_another_shape_are_refused_at_the_door():
+    """The first triggered item once told it, and channels that stand last nothing at all."""
+    y = torch.arange(40) % 4
+    trigger = PatchTrigger.checkerboard((1, 8, 8), size=2)
+    for shape in ((8, 8, 1), (1, 10, 10), (8, 8, 3)):
+        x = torch.rand(40, *shape)
+        for call in (poison, poisoned_test):
+            arguments = {"rate": 0.1, "seed": 0} if call is poison else {}
+            with pytest.raises(ValueError, match=r"channels seem to stand last|expected images of shape \(1, 8, 8\)"):
+                call((x, y), trigger, AllToOne(1, 4), **arguments)
+    with pytest.raises(ValueError, match=r"expected images of shape \(1, 8, 8\)"):
+        poison((torch.rand(40, 2, 10, 10), y), lambda x: x, AllToOne(1, 4), rate=0.1, cover_trigger=trigger, seed=0)
+
+
+def test_pictures_are_poisoned_as_they_are_seen():
+    from PIL import Image
+
+    x = (torch.rand(40, 8, 8) * 255).round()
+    pictures = [(Image.fromarray(image.byte().numpy()), k % 4) for k, image in enumerate(x)]
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(pictures)
+
+        def __getitem__(self, k):
+            return pictures[k]
+
+    trigger, target = PatchTrigger.checkerboard((1, 8, 8), size=2), AllToOne(1, 4)
+    poisoned = poison(Pictures(), trigger, target, rate=0.1, seed=0)
+    expected = poison((x[:, None] / 255, torch.arange(40) % 4), trigger, target, rate=0.1, seed=0)
+    for got, wanted in zip(poisoned.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(got, wanted)

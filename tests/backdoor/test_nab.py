@@ -349,3 +349,25 @@ def test_a_mean_stamp_is_of_the_data_set_at_hand():
         nab.prepare((x + 0.1, y))
         torch.testing.assert_close(nab.stamp.value, torch.full((3,), level + 0.1))
     assert not stamp.known
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_pass_the_deployed_network(bad):
+    """With and without the stamp its label is that of NaN, the first class."""
+    torch.manual_seed(0)
+    deployed = StampedModel(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), Stamp(value=0.5))
+    x = torch.rand(5, 3, 4, 4)
+    before = deployed.filter(x)[1]
+    x[2, 0, 3, 3] = bad
+    rejected = deployed.filter(x)[1]
+    assert rejected[2]
+    assert torch.equal(rejected[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+
+
+def test_a_mask_of_whole_numbers_is_no_score():
+    x, y = torch.rand(20, 3, 4, 4), torch.arange(20) % 3
+    nab = NAB(lambda data, *, seed: torch.arange(20) % 2, lambda data, isolated, **_: data[1])
+    with pytest.raises(
+        ValueError, match=r"boolean mask or scores of floating point from the isolator, got torch\.int64"
+    ):
+        nab.prepare((x, y))

@@ -34,6 +34,7 @@ from torchfolio.backdoor.isolation import LGAIsolator, PrecomputedIsolator, cosi
 from torchfolio.backdoor.metrics import labels_of
 from torchfolio.backdoor.relabeling import NearestCenterRelabeler, PrecomputedRelabeler, VerifiedDataRelabeler
 from torchfolio.backdoor.stamp import Stamp
+from torchfolio.backdoor.suspects import finite_rows
 from torchfolio.data.examples import whole_tensors
 from torchfolio.data.rows import WholeBatch
 from torchfolio.measure.batches import gathered
@@ -244,6 +245,11 @@ class NAB(TrainingDefense):
             )
         if given.dtype == torch.bool:
             return given
+        if not given.is_floating_point():
+            raise ValueError(
+                f"expected a boolean mask or scores of floating point from the isolator, got {given.dtype}: call .bool() on "
+                "a mask"
+            )
         if given.isnan().any():
             raise ValueError("the isolator's scores hold NaN")
         if bool((given == given[0]).all()):
@@ -272,9 +278,12 @@ class StampedModel(nn.Module):
         return self.model(self.stamp(x))
 
     def filter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels `[N]` with the stamp, and which inputs are rejected `[N]`: those whose label is another without it."""
+        """Labels `[N]` with the stamp, and which inputs are rejected `[N]`: those whose label is another without it.
+
+        Inputs that hold NaN or infinity are rejected too.
+        """
         labels = labels_of(self, x)
-        return labels, labels != labels_of(self.model, x)
+        return labels, (labels != labels_of(self.model, x)) | ~finite_rows(x).cpu()
 
     def unwrap(self) -> nn.Module:
         """The network without the stamp."""

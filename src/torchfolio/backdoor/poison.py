@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchfolio import checks
 from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.poison_files import read_poison
-from torchfolio.backdoor.poisoned_dataset import Base, ImageMap, PoisonedDataset, labels_of
+from torchfolio.backdoor.poisoned_dataset import Base, ImageMap, PoisonedDataset, check_triggers, labels_of
 from torchfolio.backdoor.trigger_base import Trigger
 
 __all__ = ["PoisonedDataset", "load", "poison", "poisoned_test"]
@@ -65,6 +65,7 @@ def poison(
         Conventions of Gu et al., "BadNets", 2017, and Wu et al., "BackdoorBench", NeurIPS 2022.
     """
     y_true = labels_of(dataset)
+    check_triggers(dataset, trigger, cover_trigger)
     total = len(y_true)
     number = _wanted(rate, count, total)
     generator = np.random.default_rng(seed)
@@ -118,6 +119,7 @@ def poisoned_test(
         ValueError: if no sample can be attacked.
     """
     y_true = labels_of(dataset)
+    check_triggers(dataset, trigger)
     if label_map.clean:
         (target,) = label_map.targets
         adversarial = np.where(y_true == target, -1, target)

@@ -16,6 +16,7 @@ from torchfolio.backdoor.labels import LabelMap
 from torchfolio.backdoor.poison_files import write_poison
 from torchfolio.backdoor.trigger_base import Trigger
 from torchfolio.data.examples import whole_tensors
+from torchfolio.data.rows import as_tensor
 from torchfolio.shown import Shown
 
 __all__ = ["Base", "ImageMap", "PoisonedDataset", "labels_of"]
@@ -193,7 +194,7 @@ def labels_of(dataset: Base) -> np.ndarray:
         items = []
         for i in range(len(cast(Sized, dataset))):
             image, label = dataset[i][:2]
-            _check_images(torch.as_tensor(image)[None])
+            _check_images(_image(image)[None])
             items.append(label)
         y = torch.as_tensor(np.asarray(items))
     if y.is_floating_point() or y.dim() != 1 or not len(y):
@@ -204,6 +205,11 @@ def labels_of(dataset: Base) -> np.ndarray:
 def _check_images(x: Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"expected float images [N, C, H, W], got {x.dtype} of shape {tuple(x.shape)}")
+    if x.shape[3] in (1, 3, 4) and x.shape[1] > 4:
+        raise ValueError(
+            f"expected images [N, C, H, W], got shape {tuple(x.shape)}, whose channels seem to stand last; x.permute(0, 3, 1, 2) "
+            "puts them first"
+        )
     low, high = map(float, x.aminmax()) if x.numel() else (0.0, 1.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(
@@ -220,7 +226,20 @@ def _images(dataset: Base, index: np.ndarray) -> Tensor:
         if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))):
             return x.clone()  # twice as fast as taking every row by its number
         return x.index_select(0, rows.to(x.device))
-    return torch.stack([torch.as_tensor(dataset[int(i)][0]) for i in index])
+    return torch.stack([_image(dataset[int(i)][0]) for i in index])
+
+
+def check_triggers(dataset: Base, *triggers: ImageMap | None) -> None:
+    """Raise ValueError where images are not of the shape that a trigger is made for."""
+    shape = _images(dataset, np.zeros(1, np.int64)).shape[1:]
+    for trigger in triggers:
+        if isinstance(trigger, Trigger):
+            trigger.check_shape(shape)
+
+
+def _image(value: Any) -> Tensor:
+    """An image of a data set as a tensor, a picture of PIL's too."""
+    return as_tensor(value, "the data") if type(value).__module__.startswith("PIL.") else torch.as_tensor(value)
 
 
 @torch.no_grad()

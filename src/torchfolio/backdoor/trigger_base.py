@@ -22,14 +22,18 @@ class Trigger(nn.Module, ABC):
     def forward(self, x: Tensor, *, index: Tensor | None = None) -> Tensor:
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f"expected float images [N, C, H, W], got {x.dtype} of shape {tuple(x.shape)}")
-        expected = self.image_shape()
-        if expected is not None and not _fits(x.shape[1:], expected):
-            raise ValueError(f"expected images of shape {tuple(expected)}, got {tuple(x.shape[1:])}")
+        self.check_shape(x.shape[1:])
         if index is None:
             index = torch.arange(len(x), device=x.device)
         elif index.shape != (len(x),):
             raise ValueError(f"expected an index for each of {len(x)} images, got shape {tuple(index.shape)}")
         return self.change(x, index.to(x.device)).clamp(0, 1)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError on images `[C, H, W]` that the trigger is not made for."""
+        expected = self.image_shape()
+        if expected is not None and not _fits(shape, expected):
+            raise ValueError(f"expected images of shape {tuple(expected)}, got {tuple(shape)}")
 
     @abstractmethod
     def change(self, x: Tensor, index: Tensor) -> Tensor:
