@@ -511,3 +511,18 @@ def test_pictures_are_poisoned_as_they_are_seen():
     expected = poison((x[:, None] / 255, torch.arange(40) % 4), trigger, target, rate=0.1, seed=0)
     for got, wanted in zip(poisoned.tensors(), expected.tensors(), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_networks_and_images_of_nan_are_not_scored():
+    """NaN has the label of the first class: a network of it obeyed every trigger that leads there."""
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    attacked = poisoned_test((x, y), PatchTrigger.checkerboard((1, 8, 8), size=2), AllToOne(0, 4))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    assert metrics.attack_metrics(net, (x, y), attacked).n_clean == 40
+    bad = x.clone()
+    bad[3, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the clean images to be finite"):
+        metrics.attack_metrics(net, (bad, y), attacked)
+    net[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in 1\.weight"):
+        metrics.attack_metrics(net, (x, y), attacked)

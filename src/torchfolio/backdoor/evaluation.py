@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfolio import checks
 from torchfolio.backdoor.input_detector import InputDetector
 from torchfolio.backdoor.metrics import (
     AttackMetrics,
@@ -93,6 +94,7 @@ def evaluate_input_detector(
             reach the attacker's label; otherwise all of them.
     """
     x, y = clean
+    checks.finite("the clean images", x)
     triggered, target = attacked.tensors()
     labels, attacked_labels = labels_of(model, x), labels_of(model, triggered)
     with _left_alone(model):

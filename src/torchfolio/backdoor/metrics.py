@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchfolio import measure
+from torchfolio import checks, measure
 from torchfolio.backdoor.poisoned_dataset import PoisonedDataset
 
 __all__ = [
@@ -107,8 +107,14 @@ def attack_metrics(
         model: deployed function from images to outputs `[N, C]`.
         clean: images and labels.
         attacked: triggered samples of `poisoned_test`, which leaves out samples of the target class.
+
+    Raises:
+        ValueError: if the images or the network hold NaN: its label would be that of the first class.
     """
     x, y = clean
+    checks.finite("the clean images", x)
+    if isinstance(model, nn.Module):
+        checks.network(model)
     triggered, target = attacked.tensors()
     predicted, labels = labels_of(model, triggered), labels_of(model, x)
     return AttackMetrics(
