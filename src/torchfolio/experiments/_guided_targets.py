@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio.data import DataSplits
-from torchfolio.engine import FitResult, evaluate, fit
+from torchfolio.engine import FitResult, evaluate
 from torchfolio.engine.recipes import adam, cosine
 from torchfolio.models import MLP, VGG, ResNetCIFAR
 from torchfolio.runs import Run
@@ -80,5 +80,4 @@ def learn(
 
 def _fit(run: Run[Any], data: DataSplits, net: nn.Module, lr: float, **options: Any) -> FitResult:
     """Train by Adam, with losses on validation images."""
-    own = {"val": data.val, "optimizer": adam(lr), "drop_last": True, "seed": run.seed, "device": run.device}
-    return fit(net, data.train, **own, **options)
+    return run.fit(net, data.train, val=data.val, optimizer=adam(lr), drop_last=True, **options)

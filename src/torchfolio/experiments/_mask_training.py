@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from torchfolio.data import CropFlip
-from torchfolio.engine import Backprop, LearningRule, fit
+from torchfolio.engine import Backprop, LearningRule
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._digits_and_photographs import Part
 from torchfolio.models import ConvNet
@@ -56,19 +56,19 @@ def train(run: Run[Any], parts: dict[str, Part], name: str, lr: float) -> tuple[
     """One arm at one rate: the network before and after fine-tuning, and its rule. All arms take as many epochs."""
     s = run.settings
     net, rule = classifier(s), RULES[name](s)  # the classifier first, so that all arms start from the same weights
-    own = {"augment": CropFlip(2, flip=False), "batch_size": 64, "drop_last": True, "device": run.device}
+    own = {"augment": CropFlip(2, flip=False), "batch_size": 64, "drop_last": True}
     steps = len(parts["train"][0]) // 64
     recipe = partial(sgd, momentum=0.9, weight_decay=1e-4, nesterov=False)
     first = s.pretrain_epochs + (s.finetune_epochs if rule is None else 0)
     factory = rule.optimizer(recipe(lr)) if isinstance(rule, NoiseMaskPretraining) else recipe(lr)
     snapshots = Snapshots(3)
-    fit(net, parts["train"], rule=rule, optimizer=factory, scheduler=cosine(), epochs=first, seed=run.seed,
-        callbacks=[snapshots], **own)  # fmt: skip
+    run.fit(net, parts["train"], rule=rule, optimizer=factory, scheduler=cosine(), epochs=first, callbacks=[snapshots],
+            **own)  # fmt: skip
     if rule is None:
         return net, net, rule
     if isinstance(rule, NoiseMaskPretraining):
         net.load_state_dict(average_checkpoints(snapshots.states))
     heated = copy.deepcopy(net)
-    fit(net, parts["train"], optimizer=recipe(0.3 * lr), scheduler=cosine(warmup=steps), epochs=s.finetune_epochs,
-        seed=run.seed + 1000, **own)  # fmt: skip
+    run.fit(net, parts["train"], optimizer=recipe(0.3 * lr), scheduler=cosine(warmup=steps), epochs=s.finetune_epochs,
+            seed=run.seed + 1000, **own)  # fmt: skip
     return heated, net, rule

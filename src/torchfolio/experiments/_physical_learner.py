@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from torchfolio.local.physical_ff import PhysicalBlock, PhysicalLocalNet
-from torchfolio.local.physical_systems import PhysicalSystem
+from torchfolio.local.physical_systems import PhysicalSystem, as_physical
 from torchfolio.runs import Run
 
-__all__ = ["PhysicalLearner", "System"]
+__all__ = ["PhysicalLearner", "System", "silent"]
 
 System = Callable[..., PhysicalSystem]
 """A kind of physical systems: of numbers of inputs and outputs, and a seed."""
+
+
+def silent(n_in: int, n_out: int, *, seed: int) -> PhysicalSystem:
+    """A system that answers nothing."""
+    return as_physical(lambda x: x.new_zeros(len(x), n_out), n_in, n_out, seed=seed)
 
 
 class PhysicalLearner:

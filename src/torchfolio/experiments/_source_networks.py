@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from torchfolio.engine import fit
 from torchfolio.engine.recipes import cosine, sgd
 from torchfolio.experiments._new_classes import probe, split_classes
 from torchfolio.models.conv_net import conv_block
@@ -48,8 +47,8 @@ class SourceNetworks:
 
     def train(self, net: nn.Module, seed: int, epochs: int | None = None, **options: Any) -> None:
         """The source task: SGD with Nesterov momentum, half a cosine."""
-        own = {"optimizer": sgd(0.1, 0.9, 5e-4), "scheduler": cosine(), "batch_size": 128, "device": self.run.device}
-        fit(net, self.source["train"], epochs=epochs or self.settings.epochs, seed=seed, **{**own, **options})
+        own = {"optimizer": sgd(0.1, 0.9, 5e-4), "scheduler": cosine(), "batch_size": 128, "seed": seed}
+        self.run.fit(net, self.source["train"], epochs=epochs or self.settings.epochs, **{**own, **options})
 
     def probe(self, features: nn.Module) -> dict[str, float]:
         """Accuracy on the new classes by features."""

@@ -69,7 +69,7 @@ class Study(EpisodeLearners):
         net, (x, y) = self.network("digits", kind), data.train.tensors
         x, old = x.flatten(1), y < 6
         n = steps * self.settings.batch_size
-        self.learn(net, class_episodes(x[old], y[old], 4, 5, episodes=n, seed=2 * self.seed + 1))
+        self.learn(net, class_episodes(x[old], y[old], 4, 5, episodes=n, seed=2 * self.run.seed + 1))
         new = class_episodes(x[~old], y[~old], 4, 5, episodes=self.settings.test, seed=TEST_SEED)
         return self.scores(net, "digits", new)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from torchfolio.experiments._acoustic_vowels import vowels
 from torchfolio.experiments._physical_backprop import train_through_twins
-from torchfolio.experiments._physical_learner import PhysicalLearner, System
+from torchfolio.experiments._physical_learner import PhysicalLearner, System, silent
 from torchfolio.local.physical_ff import PhysicalLocalFeatures, PhysicalLocalNet
-from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics, PhysicalSystem, as_physical
+from torchfolio.local.physical_systems import KerrCavity, MultimodeOptics
 from torchfolio.runs import Results, Run, pick, plots, setting
 
 
@@ -44,11 +44,6 @@ SCALES = {
     "quick": Settings(),
     "full": Settings(hidden=200, epochs=60, backprop_epochs=200, cavity_epochs=100, vowel_epochs=200),
 }
-
-
-def silent(n_in: int, n_out: int, *, seed: int) -> PhysicalSystem:
-    """A system that answers nothing."""
-    return as_physical(lambda x: x.new_zeros(len(x), n_out), n_in, n_out, seed=seed)
 
 
 class NoContrast(PhysicalLocalNet):
