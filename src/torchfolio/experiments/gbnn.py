@@ -92,7 +92,9 @@ def compared(run: Run[Settings], name: str, table: Table) -> dict[str, float]:
     """Test scores of GBNN and its peers, an arm each."""
     s, settings = run.settings, own(run, name)
     gbnn = (GBNNRegressor if table.regression else GBNNClassifier)(**settings)
-    models = {"gbnn": gbnn, **({"gbnn_searched": GridSearchCV(gbnn, GRID, cv=3, n_jobs=-1)} if s.search else {})}
+    models: dict[str, Any] = {"gbnn": gbnn}
+    if s.search:
+        models["gbnn_searched"] = GridSearchCV(gbnn, GRID, cv=3, n_jobs=-1)
     models |= usual(table, settings["total_units"], s.peer_iter, s.rates, run.seed)
     return {arm: run.arm(f"{name}_{arm}", trained, model, table)["score"] for arm, model in models.items()}
 
