@@ -57,6 +57,16 @@ def test_a_live_network_is_saved_in_one_line(tmp_path, name, dtype):
     assert net(IMAGES.to(dtype)).dim() == 4 or len(bundle.manifest.classes) == net(IMAGES.to(dtype)).shape[1]
 
 
+def test_generators_stay_where_they_are(tmp_path):
+    """A network that is built again draws weights, which are overwritten."""
+    net = MLP(288, 3, hidden=(5,))
+    before = torch.get_rng_state()
+    save_bundle(net, tmp_path / "net", example=IMAGES)
+    bundle = load_bundle(tmp_path / "net")
+    save_bundle(bundle.model, tmp_path / "again", bundle.manifest)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_copies_know_their_arguments_too(tmp_path):
     net = MLP(288, 3, hidden=(5,))
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):

@@ -23,6 +23,7 @@ from torchfolio.bundle.manifest import (
     sha256,
     shown,
 )
+from torchfolio.engine.modes import undisturbed
 from torchfolio.shown import Shown
 
 __all__ = ["Bundle", "Outline", "load_bundle", "outline_bundle"]
@@ -60,7 +61,8 @@ def load_bundle(folder: str | Path, *, allow: Sequence[str] = (), device: str | 
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise BundleError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from error
-    model = build(manifest.build, manifest.arguments, allow=allow, limit=_largest(folder))
+    with undisturbed():  # what the builder draws is overwritten
+        model = build(manifest.build, manifest.arguments, allow=allow, limit=_largest(folder))
     missing = [source for source in manifest.tied.values() if source not in state]
     if missing:
         raise BundleError(f"{folder / MANIFEST}: tied names {shown(missing[0])}, which {WEIGHTS} does not hold")

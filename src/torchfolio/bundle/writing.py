@@ -144,7 +144,8 @@ def describe(model: nn.Module, example: Tensor | None) -> Manifest:
         raise BundleError(f"the network cannot be built again from values: {error}; {advice}") from error
     path = f"torchfolio.models:{factory.__name__}"
     manifest = Manifest(path, json.loads(json.dumps(plain(arguments))), tuple(example.shape[1:]))
-    again = build(manifest.build, manifest.arguments)
+    with undisturbed():
+        again = build(manifest.build, manifest.arguments)
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if {n: v.shape for n, v in again.state_dict().items()} != {n: v.shape for n, v in state.items()}:
         raise BundleError(f"the network is not the {factory.__name__} that it was built as: it was changed; {advice}")
