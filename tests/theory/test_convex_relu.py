@@ -599,3 +599,10 @@ def test_cross_entropy_of_a_table_is_solved_where_long_steps_fail():
     logits = torch.relu(X @ hidden.T) @ output
     value = torch.nn.functional.softplus(-2 * y * logits).sum() + 1e-2 * (hidden.norm(dim=1) * output.abs()).sum()
     assert solution.objective == pytest.approx(float(value), rel=1e-5)
+
+
+def test_a_solver_that_is_not_there_is_refused():
+    pytest.importorskip("cvxpy")
+    X, y, D = table()
+    with pytest.raises(ValueError, match="expected solver to be .*'CLARABEL'.*, got 'nope'"):
+        conic_program(X, y, D, solver="nope")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchfolio.checks import at_least
+from torchfolio.checks import at_least, one_of
 from torchfolio.errors import require
 from torchfolio.theory.convergence import Convergence
 from torchfolio.theory.convex_relu.program import Loss, Solution, check_problem, network_from_blocks
@@ -61,7 +61,7 @@ def conic_program(
         bias: whether the last column of `X` is a constant, which no one perturbs.
         max_iter: maximum number of iterations of the solver (of Clarabel and SCS).
         tol: its tolerance (of Clarabel and SCS).
-        solver: one of CVXPY's.
+        solver: one of CVXPY's that are installed.
 
     Returns:
         The solution, with blocks. The record has one row, the solver's last.
@@ -82,6 +82,7 @@ def conic_program(
     if norm not in get_args(Norm):
         raise ValueError(f"expected norm to be one of {', '.join(get_args(Norm))}, got {norm!r}")
     cp = require("cvxpy", "convex")
+    one_of("solver", solver, cp.installed_solvers())
     variable, problem = _problem(cp, X, y, D, beta, loss, epsilon, DUAL[norm], bias)
     options = {
         "CLARABEL": {"max_iter": max_iter, "tol_gap_abs": tol, "tol_gap_rel": tol, "tol_feas": tol},
