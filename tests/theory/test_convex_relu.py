@@ -604,5 +604,5 @@ def test_cross_entropy_of_a_table_is_solved_where_long_steps_fail():
 def test_a_solver_that_is_not_there_is_refused():
     pytest.importorskip("cvxpy")
     X, y, D = table()
-    with pytest.raises(ValueError, match="expected solver to be .*'CLARABEL'.*, got 'nope'"):
+    with pytest.raises(ValueError, match=r"expected solver to be .*'CLARABEL'.*, got 'nope'"):
         conic_program(X, y, D, solver="nope")
