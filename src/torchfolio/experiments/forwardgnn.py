@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchfolio.data.graphs import Graph
 from torchfolio.experiments._graph_backprop import backprop_links, backprop_nodes, backprop_peak
 from torchfolio.experiments._graphs_to_classify import load_graph
+from torchfolio.experiments._misled_graph_learning import EqualNegatives, NextClass, RandomClass
 from torchfolio.local.forwardgnn import ForwardGNNClassifier, ForwardGNNLinkPredictor, link_split
 from torchfolio.measure import alternate
 from torchfolio.runs import Results, Run, pick, plots, setting
@@ -32,7 +32,7 @@ class Settings:
     val_every: int = setting(10, "steps between validations")
     patience: int = setting(10, "validations without improvement before a layer stops")
     depths: tuple[int, ...] = setting(
-        (2, 4, 8), "numbers of layers whose memory is measured; the first, 4 and the last are compared"
+        (2, 4, 8), "numbers of layers whose memory is measured; the first, 4 and 8 are compared"
     )
 
 
@@ -42,31 +42,8 @@ SCALES = {
     "full": Settings(layers=4, epochs=1000, val_every=2, patience=100, depths=(2, 4, 8, 16)),
 }
 
-
 LOSS_BOUND = 2 * float(torch.tensor(2.0).log())
 """Least loss of forward-forward where negatives are positives, a logit of 0 for both; in float32, as losses are."""
-
-
-class NextClass(ForwardGNNClassifier):
-    """Training nodes are linked to the virtual node of the next class."""
-
-    def _linked_classes(self, y: Tensor) -> Tensor:
-        return torch.where(y < 0, y, (y + 1) % self.num_classes_)
-
-
-class RandomClass(ForwardGNNClassifier):
-    """Training nodes are linked to the virtual node of a random class."""
-
-    def _linked_classes(self, y: Tensor) -> Tensor:
-        drawn = torch.randint(self.num_classes_, y.shape, generator=torch.Generator().manual_seed(self.seed))
-        return torch.where(y < 0, y, drawn.to(y.device))
-
-
-class EqualNegatives(ForwardGNNClassifier):
-    """The negative graph has the right labels, too."""
-
-    def _negatives(self, y: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return [y]
 
 
 def options(settings: Settings, seed: int, **changed: Any) -> dict[str, Any]:
