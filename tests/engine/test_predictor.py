@@ -95,6 +95,8 @@ def test_recordings_train():
     net = spiking((1, 12, 12))
     x, y = torch.rand(16, 4, 1, 12, 12), torch.randint(3, (16,))
     rule = SLTT(timesteps=4, encode=frames)
+    with pytest.raises(ValueError, match=r"recordings \[B, T, \.\.\.\] are run through time by encode='frames'"):
+        fit(net, (x, y), rule=SLTT(timesteps=4), epochs=1, progress=False)
     before = copy.deepcopy(net.state_dict())
     fit(net, (x, y), val=(x[:7], y[:7]), rule=rule, epochs=1, batch_size=8, progress=False)
     assert not torch.equal(before["layer1.0.weight"], net.state_dict()["layer1.0.weight"])

@@ -117,9 +117,21 @@ class Unrolled(nn.Module):
         x_seq = encode_input(x, self.timesteps, self.encode)
         reset_state(self.model)
         try:
-            total = self.model(x_seq[0])
+            total = self._first_step(x_seq[0])
             for x_t in x_seq[1:]:
                 total = total + self.model(x_t)
         finally:
             reset_state(self.model)
         return total / self.timesteps
+
+    def _first_step(self, x: Tensor) -> Tensor:
+        try:
+            return self.model(x)
+        except RuntimeError as error:
+            recorded = self.encode == "repeat" and x.dim() > 2 and x.shape[1] == self.timesteps
+            if not recorded or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the network cannot take {tuple(x.shape)} at every step; recordings [B, T, ...] are run through time by "
+                "encode='frames'"
+            ) from error
