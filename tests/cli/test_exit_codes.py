@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchfolio import checks, cli
 from torchfolio.bundle import Manifest, load_bundle, save_bundle
 from torchfolio.cli import app
 from torchfolio.engine.checks import check_kinds, check_positive
+from torchfolio.engine.lock import exclusive
 from torchfolio.engine.modes import seeded
 from torchfolio.models import MLP
 
@@ -160,6 +162,27 @@ def test_a_place_that_cannot_be_written_is_told_at_once(place, arguments):
 def test_a_file_where_a_folder_belongs_is_told_at_once(place, arguments):
     done = call(*arguments, "file")
     assert (done.exit_code, done.stderr) == (2, "torchfolio: file is a file, expected a folder\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        TRAIN[:-2],
+        ("compress", "net", "--data", "digits", "--method", "double_rounding", "--epochs", 1),
+        ("adapt", "net", "net", "--method", "average"),
+        ("audit", "net", "--data", "digits", "--size", 50),
+    ],
+    ids=lambda a: a[0],
+)
+def test_what_another_command_writes_is_left_to_it(place, arguments):
+    """The later of two once replaced what the earlier had written, without a word."""
+    with exclusive(place / "new.training"):
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(call, *arguments, "-o", "new").result()
+        assert done.exit_code == 2, done.output
+        assert "new.training is in use by" in done.stderr
+        assert not (place / "new").exists()
+    assert sorted(p.name for p in place.iterdir()) == ["file", "net", "other"]
 
 
 def test_an_error_nobody_foresaw_is_code_three(monkeypatch):

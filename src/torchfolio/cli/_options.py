@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,3 +114,19 @@ def check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise TorchfolioError(f"{folder} is a file, expected a folder")
     writable(folder)
+
+
+def working_folder(output: Path) -> Path:
+    """The folder beside an output that its writer holds, and that keeps the checkpoints of a training."""
+    return output.parent / f"{output.name}.training"
+
+
+def alone(output: Path) -> AbstractContextManager[None]:
+    """Hold an output against other commands that would write it.
+
+    Raises:
+        FolderInUse: naming the process that does.
+    """
+    from torchfolio.engine.lock import exclusive
+
+    return exclusive(working_folder(output))

@@ -22,7 +22,17 @@ from torchfolio.cli._network import (
     seen_so_far,
     show_result,
 )
-from torchfolio.cli._options import ALLOW_HELP, MOST_SEED, Device, Force, TestSize, TrainSize, check_output, named
+from torchfolio.cli._options import (
+    ALLOW_HELP,
+    MOST_SEED,
+    Device,
+    Force,
+    TestSize,
+    TrainSize,
+    alone,
+    check_output,
+    named,
+)
 from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
 
@@ -80,9 +90,13 @@ def adapt(
     allow = importable(allow or [])
     sizes = {"seed": seed, "test_size": test_size}
     if way == "merge":
-        for folder in [output] if keep is None else _folders(output, networks):
+        folders = [output] if keep is None else _folders(output, networks)
+        for folder in folders:
             check_output(folder, force)
-        _merge_all(path, settings, networks, base, data or [], keep, output, allow, sizes, place, as_json)
+        with alone(output):
+            for folder in folders:
+                check_output(folder, force)  # once more: another process may have written there in the meantime
+            _merge_all(path, settings, networks, base, data or [], keep, output, allow, sizes, place, as_json)
     elif base is not None or keep is not None:
         raise TorchfolioError(f"{path} adapts one network: leave {'--base' if base is not None else '--keep'} out")
     elif len(data or []) != 1:
@@ -91,7 +105,9 @@ def adapt(
         assert data is not None
         check_output(output, force)
         sizes["train_size"] = train_size
-        _adapt_one(path, settings, networks[0], data[0], output, allow, sizes, place, as_json)
+        with alone(output):
+            check_output(output, force)
+            _adapt_one(path, settings, networks[0], data[0], output, allow, sizes, place, as_json)
 
 
 def _folders(output: Path, networks: Sequence[Path]) -> list[Path]:

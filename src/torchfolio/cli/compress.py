@@ -37,6 +37,7 @@ from torchfolio.cli._options import (
     Precision,
     TestSize,
     TrainSize,
+    alone,
     at_least_zero,
     check_output,
 )
@@ -113,45 +114,48 @@ def compress(
         check_output(place, force)
         settings = parse_settings(own[name])
         ready[name] = call_with(catalog.offered(name, "compression"), settings, f"the method {name}"), settings
-    make_rule, rule_settings = find_rule(rule), parse_settings(rule_set)
-    learning_rule = None if rule == "backprop" else call_with(make_rule, rule_settings, f"the rule {rule}")
-    allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
-    sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
-    source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
-    splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
-    if learning_rule is None and (learning_rule := own_rule(source, allow)) is not None:
-        trained = source.manifest.training
-        rule, rule_settings = trained["rule"], trained.get("rule_settings") or {}
-    example = splits.train.tensors[0][:2].clone()
-    before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
-    training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}
-    named = {} if learning_rule is None else {"rule": rule, "rule_settings": rule_settings}
-    fitting = {
-        "augment": augmentation(splits) if augment else None, "device": device, "precision": precision, "rule": learning_rule,
-    }  # fmt: skip
-    after: dict[str, dict[str, Any]] = {}
-    networks = {"before": source.model}
-    failed: dict[str, str] = {}
-    for name, (compression, settings) in ready.items():
-        record = {"method": name, "settings": settings, "data": data, **named, **training, "before": before}
-        try:
-            networks[name], after[name] = _compressed(
-                source, compression, splits, example, places[name], allow, record, training, fitting
-            )
-        except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot convert another can
-            if len(methods) == 1:
-                raise
-            failed[name] = str(error)
-            typer.echo(f"{name} cannot do it: {error}", err=True)
-    if len(networks) > 1:  # times are no part of the record: they differ from run to run
-        for name, time in _milliseconds(networks, splits).items():
-            {"before": before, **after}[name]["ms_per_example"] = time
-    if len(methods) == 1:
-        _show(str(output), methods[0], before, after[methods[0]], as_json)
-        return
-    if not after:
-        raise TorchfolioError(f"none of {', '.join(methods)} can make this network smaller")
-    _compare(output, {"before": before, **after}, failed, as_json)
+    with alone(output):
+        for place in places.values():
+            check_output(place, force)  # once more: another process may have written there in the meantime
+        make_rule, rule_settings = find_rule(rule), parse_settings(rule_set)
+        learning_rule = None if rule == "backprop" else call_with(make_rule, rule_settings, f"the rule {rule}")
+        allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
+        sizes = {"seed": seed, "train_size": train_size, "test_size": test_size}
+        source, splits = open_network(bundle, model, weights, model_set, allow, data, image_size, sizes)
+        splits = normalized_splits(splits, source.manifest.mean, source.manifest.std)
+        if learning_rule is None and (learning_rule := own_rule(source, allow)) is not None:
+            trained = source.manifest.training
+            rule, rule_settings = trained["rule"], trained.get("rule_settings") or {}
+        example = splits.train.tensors[0][:2].clone()
+        before = {**_measure(source, splits, device, allow), **_flops(source.model, example)}
+        training = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}
+        named = {} if learning_rule is None else {"rule": rule, "rule_settings": rule_settings}
+        fitting = {
+            "augment": augmentation(splits) if augment else None, "device": device, "precision": precision, "rule": learning_rule,
+        }  # fmt: skip
+        after: dict[str, dict[str, Any]] = {}
+        networks = {"before": source.model}
+        failed: dict[str, str] = {}
+        for name, (compression, settings) in ready.items():
+            record = {"method": name, "settings": settings, "data": data, **named, **training, "before": before}
+            try:
+                networks[name], after[name] = _compressed(
+                    source, compression, splits, example, places[name], allow, record, training, fitting
+                )
+            except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot convert another can
+                if len(methods) == 1:
+                    raise
+                failed[name] = str(error)
+                typer.echo(f"{name} cannot do it: {error}", err=True)
+        if len(networks) > 1:  # times are no part of the record: they differ from run to run
+            for name, time in _milliseconds(networks, splits).items():
+                {"before": before, **after}[name]["ms_per_example"] = time
+        if len(methods) == 1:
+            _show(str(output), methods[0], before, after[methods[0]], as_json)
+            return
+        if not after:
+            raise TorchfolioError(f"none of {', '.join(methods)} can make this network smaller")
+        _compare(output, {"before": before, **after}, failed, as_json)
 
 
 def _compressed(

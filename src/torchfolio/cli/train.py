@@ -33,6 +33,7 @@ from torchfolio.cli._options import (
     at_least_zero,
     check_output,
     named,
+    working_folder,
 )
 from torchfolio.cli._rules import NamedRule
 from torchfolio.cli._training import (
@@ -197,7 +198,7 @@ def _checkpoints(output: Path, force: bool, resume: bool) -> Path:
     from torchfolio.engine.checkpoint import checkpoints as whole
     from torchfolio.engine.lock import user_of
 
-    folder = output.parent / f"{output.name}.training"
+    folder = working_folder(output)
     if (user := user_of(folder)) is not None:
         raise TorchfolioError(user)
     check_output(output, force)
