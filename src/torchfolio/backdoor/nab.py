@@ -240,15 +240,12 @@ class NAB(TrainingDefense):
 
     def _isolated(self, given: Tensor, count: int) -> Tensor:
         if given.shape != (count,):
-            raise ValueError(
-                f"expected a score or mask for each of {count} samples from the isolator, got {tuple(given.shape)}"
-            )
+            raise ValueError(f"expected of the isolator a score or mask for each of {count}, got {tuple(given.shape)}")
         if given.dtype == torch.bool:
             return given
         if not given.is_floating_point():
             raise ValueError(
-                f"expected a boolean mask or scores of floating point from the isolator, got {given.dtype}: call .bool() on "
-                "a mask"
+                f"expected a boolean mask or scores of floating point from the isolator, got {given.dtype}"
             )
         if given.isnan().any():
             raise ValueError("the isolator's scores hold NaN")
@@ -278,10 +275,7 @@ class StampedModel(nn.Module):
         return self.model(self.stamp(x))
 
     def filter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels `[N]` with the stamp, and which inputs are rejected `[N]`: those whose label is another without it.
-
-        Inputs that hold NaN or infinity are rejected too.
-        """
+        """Labels `[N]` with the stamp, and which inputs are rejected `[N]`: not finite, or of another label without it."""
         labels = labels_of(self, x)
         return labels, (labels != labels_of(self.model, x)) | ~finite_rows(x).cpu()
 
