@@ -240,7 +240,7 @@ class NAB(TrainingDefense):
 
     def _isolated(self, given: Tensor, count: int) -> Tensor:
         if given.shape != (count,):
-            raise ValueError(f"expected of the isolator a score or mask for each of {count}, got {tuple(given.shape)}")
+            raise ValueError(f"expected scores for each of {count} samples from the isolator, got {tuple(given.shape)}")
         if given.dtype == torch.bool:
             return given
         if not given.is_floating_point():
