@@ -32,9 +32,6 @@ class Settings(Images):
     guide_batch_size: int = setting(64, "images in a batch of the guide's training")
     alphas: tuple[float, ...] = setting((3.0, 10.0, 30.0), "weights of the alignment to choose from")
     early_steps: int = setting(100, "steps of guidance as initialisation")
-    deep: bool = setting(
-        False, "whether to train, too, a deep perceptron and a deep convolutional network without skip connections"
-    )
     deep_layers: int = setting(48, "hidden layers of the deep perceptron")
     stage_layers: int = setting(12, "convolutions in each of the three stages of the network without skip connections")
     sequence_examples: int = setting(0, "training examples of the sequence tasks; 0 leaves them out")
@@ -45,12 +42,12 @@ class Settings(Images):
 SCALES = {
     "smoke": Settings(
         data="digits", train_size=512, val_size=100, test_size=None, image_size=None, hidden=(64, 64), batch_size=64,
-        guide_widths=(4, 8, 16), epochs=3, guide_epochs=2, alphas=(1.0, 10.0), early_steps=10, deep=True,
+        guide_widths=(4, 8, 16), epochs=3, guide_epochs=2, alphas=(1.0, 10.0), early_steps=10,
         deep_layers=8, stage_layers=2, sequence_examples=128, sequence_epochs=1,
     ),
     "quick": Settings(),
     "full": Settings(
-        train_size=20_000, val_size=2000, test_size=None, image_size=None, deep=True, sequence_examples=20_000
+        train_size=20_000, val_size=2000, test_size=None, image_size=None, sequence_examples=20_000
     ),
 }  # fmt: skip
 
@@ -76,10 +73,9 @@ def run(run: Run[Settings]) -> None:
     run.values("untrained_guide", pick(score, "untrained", "plain"), **pick(loss, "untrained_loss", "plain_loss"))
     run.values("early_guidance", pick(loss, "early_loss", "plain_loss"))
     run.values("negative_control", pick(score, "permuted", "plain"), **pick(loss, "permuted_loss", "untrained_loss"))
-    if settings.deep:  # too deep to train well by themselves
-        for id, make in {"deep_perceptron": deep_perceptron, "no_skips": no_skips}.items():
-            deep = partial(learn, run, data, make, alpha=alpha, reduction="mean")
-            run.values(id, {kind: run.arm(f"{id}_{kind}", deep, kind)["accuracy"] for kind in KINDS})
+    for id, make in {"deep_perceptron": deep_perceptron, "no_skips": no_skips}.items():  # which train badly alone
+        deep = partial(learn, run, data, make, alpha=alpha, reduction="mean")
+        run.values(id, {kind: run.arm(f"{id}_{kind}", deep, kind)["accuracy"] for kind in KINDS})
     if settings.sequence_examples:
         cases = [(task, kind) for task in TASKS for kind in KINDS]
         values = {f"{t}_{k}": run.arm(f"{t}_{k}", learn_sequences, run, t, k)["accuracy"] for t, k in cases}
@@ -102,9 +98,10 @@ def figures(results: Results) -> plots.Figures:
         "accuracy": plots.bars(results, scores, ylabel="test accuracy (%)"),
         "weight": plots.curves(results, chosen, xlabel="weight α of the alignment", ylabel=nats, **weight),
     }
-    deeper = {"deep targets": ("deep_perceptron", "no_skips")} if settings.deep else {}
-    sequences = {"sequences": tuple(TASKS)} if settings.sequence_examples else {}
-    for title, names in {**deeper, **sequences}.items():
+    targets = {"deep targets": ("deep_perceptron", "no_skips")}
+    if settings.sequence_examples:
+        targets["sequences"] = tuple(TASKS)
+    for title, names in targets.items():
         series = {kind: {name.replace("_", " "): (f"{name}_{kind}", "accuracy") for name in names} for kind in KINDS}
         pictures[title] = plots.groups(results, series, ylabel="test accuracy (%)")
     return pictures
