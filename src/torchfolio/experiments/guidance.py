@@ -1,7 +1,7 @@
 """Measures guidance of networks that overfit or do not train, by trained, untrained and wrongly paired guides.
 
 The main task is a wide perceptron on small images with a residual network as guide. The weight of the alignment is
-chosen on the validation images, by the loss under an untrained guide. At full scale deeper targets follow, and two
+chosen on the validation images, by the loss under an untrained guide. Deeper targets follow, and at full scale two
 sequence tasks.
 """
 
