@@ -98,7 +98,7 @@ def figures(results: Results) -> plots.Figures:
         "accuracy": plots.bars(results, scores, ylabel="test accuracy (%)"),
         "weight": plots.curves(results, chosen, xlabel="weight α of the alignment", ylabel=nats, **weight),
     }
-    targets = {"deep targets": ("deep_perceptron", "no_skips")}
+    targets: dict[str, tuple[str, ...]] = {"deep targets": ("deep_perceptron", "no_skips")}
     if settings.sequence_examples:
         targets["sequences"] = tuple(TASKS)
     for title, names in targets.items():
