@@ -45,7 +45,7 @@ def test_shuffled_rewards_draw_from_a_generator_of_their_own():
 @pytest.mark.usefixtures("untouched_generators")
 def test_a_guide_on_the_wrong_examples_draws_from_a_generator_of_its_own():
     x = torch.arange(32)
-    first, again = guidance._shuffled(3), guidance._shuffled(3)
+    first, again = guidance.shuffled(3), guidance.shuffled(3)
     orders = [first(x) for _ in range(2)]
     assert all(torch.equal(order, again(x)) for order in orders)
     assert not torch.equal(*orders)
