@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torchfolio.bundle import Bundle, Manifest
     from torchfolio.data import DataSplits
     from torchfolio.engine import LearningRule
+
+T = TypeVar("T")
 
 
 def predictor_of(bundle: Bundle, allow: Sequence[str] = ()) -> nn.Module:
@@ -325,6 +327,36 @@ def augmentation(splits: DataSplits) -> Any:
 def say(text: str) -> None:
     """Print a line of progress, beside the result."""
     typer.echo(text, err=True)
+
+
+def each_by_itself(methods: Iterable[str], do: Callable[[str], T], what: str) -> tuple[dict[str, T], dict[str, str]]:
+    """What every method gives, and why others cannot: one that refuses costs its own part alone.
+
+    Args:
+        methods: slugs. The error of one that is alone is raised as it is.
+        do: work of one method.
+        what: words for the work, after "can".
+
+    Returns:
+        Results, and reasons of those that refused, by slug.
+
+    Raises:
+        TorchfolioError: if every one of several refuses.
+    """
+    slugs = list(methods)
+    results: dict[str, T] = {}
+    failed: dict[str, str] = {}
+    for slug in slugs:
+        try:
+            results[slug] = do(slug)
+        except (TorchfolioError, ValueError, TypeError) as error:
+            if len(slugs) == 1:
+                raise
+            failed[slug] = str(error)
+            say(f"{slug} cannot do it: {error}")
+    if not results:
+        raise TorchfolioError(f"none of {', '.join(slugs)} can {what}")
+    return results, failed
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:

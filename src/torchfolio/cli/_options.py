@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,6 +89,12 @@ def check_output(folder: Path, force: bool) -> None:
         raise TorchfolioError(f"{folder} holds a bundle; pass --force to replace it, or name another folder")
 
 
+def check_outputs(folders: Iterable[Path], force: bool) -> None:
+    """As `check_output`, for several."""
+    for folder in folders:
+        check_output(folder, force)
+
+
 def check_file(path: Path) -> None:
     """Refuse a place where no file can be written.
 
@@ -121,12 +128,21 @@ def working_folder(output: Path) -> Path:
     return output.parent / f"{output.name}.training"
 
 
-def alone(output: Path) -> AbstractContextManager[None]:
+@contextmanager
+def alone(output: Path, check: Callable[[], object]) -> Iterator[None]:
     """Hold an output against other commands that would write it.
 
+    Args:
+        output: folder that will be written.
+        check: check that refuses it where it cannot be. It is made before the output is held, and once more then:
+            another process may have written there in the meantime.
+
     Raises:
-        FolderInUse: naming the process that does.
+        FolderInUse: naming the process that holds it.
     """
     from torchfolio.engine.lock import exclusive
 
-    return exclusive(working_folder(output))
+    check()
+    with exclusive(working_folder(output)):
+        check()
+        yield

@@ -31,6 +31,7 @@ from torchfolio.cli._options import (
     TrainSize,
     alone,
     check_output,
+    check_outputs,
     named,
 )
 from torchfolio.errors import TorchfolioError
@@ -91,11 +92,7 @@ def adapt(
     sizes = {"seed": seed, "test_size": test_size}
     if way == "merge":
         folders = [output] if keep is None else _folders(output, networks)
-        for folder in folders:
-            check_output(folder, force)
-        with alone(output):
-            for folder in folders:
-                check_output(folder, force)  # once more: another process may have written there in the meantime
+        with alone(output, lambda: check_outputs(folders, force)):
             _merge_all(path, settings, networks, base, data or [], keep, output, allow, sizes, place, as_json)
     elif base is not None or keep is not None:
         raise TorchfolioError(f"{path} adapts one network: leave {'--base' if base is not None else '--keep'} out")
@@ -103,10 +100,8 @@ def adapt(
         raise TorchfolioError(f"{path} adapts to data: name them once with --data, got {len(data or [])}")
     else:
         assert data is not None
-        check_output(output, force)
         sizes["train_size"] = train_size
-        with alone(output):
-            check_output(output, force)
+        with alone(output, lambda: check_output(output, force)):
             _adapt_one(path, settings, networks[0], data[0], output, allow, sizes, place, as_json)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from torchfolio.cli._audit_record import RECORD, combined_report, refuse_strangers, show_report, write_audit
 from torchfolio.cli._detectors import chosen_detectors, default_detector, needs_no_data
-from torchfolio.cli._network import normalized, open_network, predictor_of, say
+from torchfolio.cli._network import each_by_itself, normalized, open_network, predictor_of, say
 from torchfolio.cli._options import MOST_SEED, Allow, AsJson, Device, ImageSize, ModelSet, alone, named
 from torchfolio.cli._try_filter import SUSPICIOUS, try_filter
 from torchfolio.cli._verdicts import Part, fit_filter, judge_network
@@ -127,29 +127,22 @@ def audit(
     classes = source.manifest.classes
     if not classes and clean is not None:
         classes = tuple(map(str, range(_outputs(audited, clean[0]))))
-    with alone(output):
-        refuse_strangers(output)  # once more: another process may have written there in the meantime
-        parts: list[Part] = []
-        failed: dict[str, str] = {}
-        for slug, inputs_by, network_by in methods:
-            say(
-                f"{slug}: {f'fitting to {name} on clean examples of {data}' if data else f'scanning {name} without data'}"
-            )
-            try:
-                parts += _run(slug, inputs_by, network_by, audited, clean, classes, seed, budget)
-            except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot judge another can
-                if len(methods) == 1:
-                    raise
-                failed[slug] = str(error)
-                typer.echo(f"{slug} cannot do it: {error}", err=True)
-        if not parts:
-            raise TorchfolioError(f"none of {', '.join(failed)} can judge this network")
+    detectors = {slug: (inputs_by, network_by) for slug, inputs_by, network_by in methods}
+    doing = f"fitting to {name} on clean examples of {data}" if data else f"scanning {name} without data"
+
+    def judged(slug: str) -> list[Part]:
+        say(f"{slug}: {doing}")
+        return _run(slug, *detectors[slug], audited, clean, classes, seed, budget)
+
+    with alone(output, lambda: refuse_strangers(output)):
+        results, failed = each_by_itself(detectors, judged, "judge this network")
+        parts = [part for of in results.values() for part in of]
         report = {
             "network_name": name,
             "examples": 0 if clean is None else len(clean[0]),
             **combined_report(parts, classes, failed),
         }
-        kept = next((by for slug, by, _ in methods if by is not None and slug not in failed), None)
+        kept = next((by for slug, (by, _) in detectors.items() if by is not None and slug not in failed), None)
         write_audit(output, kept, source, report, parts)
     show_report(report, output, as_json)
     if any(part.report["suspicious"] for part in parts):

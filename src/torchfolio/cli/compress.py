@@ -12,6 +12,7 @@ from torchfolio import catalog
 from torchfolio.cli._network import (
     augmentation,
     call_with,
+    each_by_itself,
     find_rule,
     normalized_splits,
     open_network,
@@ -39,9 +40,8 @@ from torchfolio.cli._options import (
     TrainSize,
     alone,
     at_least_zero,
-    check_output,
+    check_outputs,
 )
-from torchfolio.errors import TorchfolioError
 from torchfolio.fitting import importable
 
 if TYPE_CHECKING:
@@ -110,13 +110,10 @@ def compress(
     own = settings_by_name(methods, setting or [], ("--method", "--set", "method"))
     places = {name: output / name if len(methods) > 1 else output for name in methods}
     ready: dict[str, tuple[Compression, dict[str, Any]]] = {}
-    for name, place in places.items():
-        check_output(place, force)
+    for name in places:
         settings = parse_settings(own[name])
         ready[name] = call_with(catalog.offered(name, "compression"), settings, f"the method {name}"), settings
-    with alone(output):
-        for place in places.values():
-            check_output(place, force)  # once more: another process may have written there in the meantime
+    with alone(output, lambda: check_outputs(places.values(), force)):
         make_rule, rule_settings = find_rule(rule), parse_settings(rule_set)
         learning_rule = None if rule == "backprop" else call_with(make_rule, rule_settings, f"the rule {rule}")
         allow = importable([*(allow or []), *([model] if model and ":" in model else [])])
@@ -133,28 +130,20 @@ def compress(
         fitting = {
             "augment": augmentation(splits) if augment else None, "device": device, "precision": precision, "rule": learning_rule,
         }  # fmt: skip
-        after: dict[str, dict[str, Any]] = {}
-        networks = {"before": source.model}
-        failed: dict[str, str] = {}
-        for name, (compression, settings) in ready.items():
+
+        def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
+            compression, settings = ready[name]
             record = {"method": name, "settings": settings, "data": data, **named, **training, "before": before}
-            try:
-                networks[name], after[name] = _compressed(
-                    source, compression, splits, example, places[name], allow, record, training, fitting
-                )
-            except (TorchfolioError, ValueError, TypeError) as error:  # what this method cannot convert another can
-                if len(methods) == 1:
-                    raise
-                failed[name] = str(error)
-                typer.echo(f"{name} cannot do it: {error}", err=True)
-        if len(networks) > 1:  # times are no part of the record: they differ from run to run
-            for name, time in _milliseconds(networks, splits).items():
-                {"before": before, **after}[name]["ms_per_example"] = time
+            return _compressed(source, compression, splits, example, places[name], allow, record, training, fitting)
+
+        results, failed = each_by_itself(ready, made, "make this network smaller")
+        networks = {"before": source.model, **{name: net for name, (net, _) in results.items()}}
+        after = {name: scores for name, (_, scores) in results.items()}
+        for name, time in _milliseconds(networks, splits).items():  # no part of the record: they differ from run to run
+            {"before": before, **after}[name]["ms_per_example"] = time
         if len(methods) == 1:
             _show(str(output), methods[0], before, after[methods[0]], as_json)
             return
-        if not after:
-            raise TorchfolioError(f"none of {', '.join(methods)} can make this network smaller")
         _compare(output, {"before": before, **after}, failed, as_json)
 
 

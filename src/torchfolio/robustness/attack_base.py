@@ -30,6 +30,7 @@ __all__ = [
     "logits_of",
     "margin",
     "objective_of",
+    "refuse_nan",
     "wide",
 ]
 
@@ -165,5 +166,10 @@ def check_inputs(x: Tensor, y: Tensor, clip: Clip, *, eps: float, restarts: int,
 def check_logits(logits: Tensor, y: Tensor) -> None:
     """Raise ValueError on labels that the logits `[N, C]` do not tell apart, and on NaN, whose class is none."""
     checks.labels(y, logits.shape[1])
+    refuse_nan(logits)
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """Raise ValueError on logits that are NaN, whose largest is none."""
     if bool(logits.isnan().any()):
         raise ValueError("the network answers with NaN, which names no class")

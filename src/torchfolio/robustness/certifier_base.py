@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfolio import checks
+from torchfolio.robustness.attack_base import refuse_nan
 from torchfolio.shown import Shown
 
 __all__ = ["Certificate", "Certifier", "classes_of"]
@@ -84,6 +85,5 @@ def classes_of(logits: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"expected logits [B, K] of two classes or more, got {shape}")
-    if bool(logits.isnan().any()):
-        raise ValueError("the network answers with NaN, which names no class")
+    refuse_nan(logits)
     return logits.argmax(1)
